@@ -1,0 +1,90 @@
+# `make` lists the targets. Everything lies in $(VENV); stamp files there make a second call fast.
+
+PYTHON ?= python3
+VENV ?= .venv
+# What `make train`, `make test` and `make bench` hand on: make train ARGS="--num-envs 1024 --iterations 100"
+ARGS ?=
+# 1: a native library that cannot be built is an error. auto: go on without it. 0: do not build it. See setup.py.
+PYDRONE_NATIVE ?= 1
+
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check --quiet
+# The editable install leaves the native code to the step of its own below, which compiles only what changed.
+# (PYTHONWARNINGS: setuptools warns of every editable install whose folders are not named as its packages.)
+INSTALL := PYTHONWARNINGS=ignore::UserWarning PYDRONE_NATIVE=0 $(PIP) install --no-build-isolation --constraint constraints.txt --editable
+NATIVE := PYDRONE_NATIVE=$(PYDRONE_NATIVE) $(PY) setup.py --quiet build_ext --inplace
+
+METADATA := pyproject.toml setup.py constraints.txt pydrone/_version.py
+SOURCES := $(shell find csrc -type f 2>/dev/null)
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help venv build train test test-slow lint bench wheel clean
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+venv: $(VENV)/.stamp-tools ## Create the virtual environment, with torch and the build tools
+
+build: $(VENV)/.stamp-base ## Install the package editable and build its native libraries in place
+	$(NATIVE)
+	@touch $(VENV)/.stamp-native
+
+train: $(VENV)/.stamp-train $(VENV)/.stamp-native ## Train the hover task; ARGS="..." is passed to `pydrone train`
+	$(VENV)/bin/pydrone train $(ARGS)
+
+test: $(VENV)/.stamp-test $(VENV)/.stamp-native ## Run the tests
+	$(PY) -m pytest -q $(ARGS)
+
+test-slow: $(VENV)/.stamp-test $(VENV)/.stamp-native ## Run the slow tests
+	$(PY) -m pytest -q -m slow $(ARGS)
+
+lint: $(VENV)/.stamp-lint ## Check style and formatting
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+bench: $(VENV)/.stamp-bench $(VENV)/.stamp-native ## Run the benchmarks
+	$(PY) -m pytest benches/ --benchmark-only $(ARGS)
+
+wheel: $(VENV)/.stamp-tools ## Build a wheel in dist/
+	rm -rf build/lib* build/bdist*
+	PYDRONE_NATIVE=$(PYDRONE_NATIVE) $(PIP) wheel --no-build-isolation --no-deps --wheel-dir dist .
+
+clean: ## Remove what was built and the virtual environment
+	rm -rf $(VENV) build dist *.egg-info pydrone/*.so pydrone/_build_info.json .pytest_cache .ruff_cache .hypothesis .benchmarks
+
+$(VENV)/.stamp-venv:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "pydrone needs Python 3.10 or later, not %d.%d: make PYTHON=/path/to/python3" % sys.version_info[:2])'
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+# torch comes first: the package is built against the torch that it will run with, not against one of pip's choosing.
+$(VENV)/.stamp-tools: $(VENV)/.stamp-venv constraints.txt
+	$(PIP) install --upgrade pip
+	$(PIP) install --constraint constraints.txt torch
+	$(PIP) install --upgrade "setuptools>=77.0.3" "wheel>=0.45" "ninja>=1.11"
+	@touch $@
+
+$(VENV)/.stamp-lint: $(VENV)/.stamp-venv constraints.txt
+	$(PIP) install --constraint constraints.txt ruff
+	@touch $@
+
+$(VENV)/.stamp-base: $(VENV)/.stamp-tools $(METADATA)
+	$(INSTALL) .
+	@touch $@
+
+$(VENV)/.stamp-train: $(VENV)/.stamp-tools $(METADATA)
+	$(INSTALL) ".[train]"
+	@touch $@
+
+$(VENV)/.stamp-test: $(VENV)/.stamp-tools $(METADATA)
+	$(INSTALL) ".[dev,train]"
+	@touch $@
+
+$(VENV)/.stamp-bench: $(VENV)/.stamp-tools $(METADATA)
+	$(INSTALL) ".[bench,triton]"
+	@touch $@
+
+$(VENV)/.stamp-native: $(VENV)/.stamp-tools setup.py $(SOURCES)
+	$(NATIVE)
+	@touch $@
