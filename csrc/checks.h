@@ -1,0 +1,108 @@
+// What every operation checks of its arguments before it touches memory, with errors that name the argument, what it
+// was and what it must be. The Python layer checks for its users; these keep direct calls of torch.ops safe.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <cstdint>
+#include <initializer_list>
+#include <limits>
+#include <optional>
+#include <sstream>
+#include <string>
+
+namespace pydrone {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Optional = std::optional<Tensor>;
+
+inline std::string shape_of(const Tensor& x) {
+  std::ostringstream out;
+  out << '[';
+  for (int64_t i = 0; i < x.dim(); ++i) out << (i ? ", " : "") << x.size(i);
+  out << ']';
+  return out.str();
+}
+
+inline std::string shape_of(std::initializer_list<int64_t> sizes) {
+  std::ostringstream out;
+  out << '[';
+  bool first = true;
+  for (int64_t size : sizes) {
+    out << (first ? "" : ", ") << size;
+    first = false;
+  }
+  out << ']';
+  return out.str();
+}
+
+// Exactly these sizes; -1 stands for any.
+inline void check_shape(const char* name, const Tensor& x, std::initializer_list<int64_t> sizes) {
+  bool same = x.dim() == static_cast<int64_t>(sizes.size());
+  int64_t i = 0;
+  for (int64_t size : sizes) same = same && (size < 0 || x.size(i) == size), ++i;
+  STD_TORCH_CHECK(same, name, ": expected shape ", shape_of(sizes), ", got ", shape_of(x));
+}
+
+// One element an environment: [N] or [N, 1].
+inline void check_scalars(const char* name, const Tensor& x, int64_t num_envs) {
+  const bool fits = x.dim() >= 1 && x.size(0) == num_envs && x.numel() == num_envs;
+  STD_TORCH_CHECK(fits, name, ": expected shape [", num_envs, "] or [", num_envs, ", 1], got ", shape_of(x));
+}
+
+inline void check_device(const char* name, const Tensor& x, const Tensor& like) {
+  STD_TORCH_CHECK(x.is_cuda() == like.is_cuda() && x.get_device_index() == like.get_device_index(), name,
+                  ": expected the device of the other arguments");
+}
+
+inline void check_dtype(const char* name, const Tensor& x, ScalarType expected) {
+  STD_TORCH_CHECK(x.scalar_type() == expected, name, ": expected dtype ", torch::headeronly::toString(expected),
+                  ", got ", torch::headeronly::toString(x.scalar_type()));
+}
+
+inline bool is_real(ScalarType type) {
+  return type == ScalarType::Float || type == ScalarType::Double || type == ScalarType::Half ||
+         type == ScalarType::BFloat16;
+}
+
+inline void check_real(const char* name, const Tensor& x) {
+  STD_TORCH_CHECK(is_real(x.scalar_type()), name, ": expected a floating dtype, got ",
+                  torch::headeronly::toString(x.scalar_type()));
+}
+
+inline void check_contiguous(const char* name, const Tensor& x) {
+  STD_TORCH_CHECK(x.is_contiguous(), name, ": expected a contiguous tensor, got strides that are not");
+}
+
+inline void check_range(const char* name, int64_t value, int64_t low, int64_t high) {
+  STD_TORCH_CHECK(value >= low && value < high, name, ": expected ", low, " <= ", name, " < ", high, ", got ", value);
+}
+
+// Bytes of one element of a stored dtype; an error for what cannot be stored.
+inline int64_t item_size(const char* name, int64_t dtype) {
+  switch (static_cast<ScalarType>(dtype)) {
+    case ScalarType::Byte:
+    case ScalarType::Char:
+    case ScalarType::Bool:
+      return 1;
+    case ScalarType::Short:
+    case ScalarType::Half:
+    case ScalarType::BFloat16:
+      return 2;
+    case ScalarType::Int:
+    case ScalarType::Float:
+      return 4;
+    case ScalarType::Long:
+    case ScalarType::Double:
+      return 8;
+    default:
+      STD_TORCH_CHECK(false, name, ": dtype number ", dtype, " cannot be stored");
+  }
+  return 0;
+}
+
+}  // namespace pydrone

@@ -1,0 +1,134 @@
+// Shared by the CPU kernels: run-time choice of instruction set, streaming stores, element conversion.
+#pragma once
+
+#include "../checks.h"
+
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <cstring>
+
+// One wheel for every x86-64: a function marked so is compiled three times and picked when the library loads.
+// musl has no ifunc, other compilers and processors no such attribute: there the baseline serves.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__GLIBC__)
+#define PYDRONE_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define PYDRONE_CLONES
+#endif
+
+#if defined(__GNUC__)
+#define PYDRONE_INLINE inline __attribute__((always_inline))
+#else
+#define PYDRONE_INLINE inline
+#endif
+
+// Vector types are passed between inlined functions alone: no calling convention is at stake.
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wpsabi"
+#endif
+
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
+
+namespace pydrone {
+
+// Outputs of at least this size bypass the cache: they are read much later, if at all, by the same core.
+constexpr int64_t kStreamBytes = int64_t{2} << 20;
+
+// memcpy whose stores bypass the cache where the destination is aligned (SSE2: 16 bytes, combined into whole lines).
+inline void stream(void* to, const void* from, int64_t bytes) {
+#if defined(__SSE2__)
+  auto* target = static_cast<char*>(to);
+  auto* source = static_cast<const char*>(from);
+  if (reinterpret_cast<uintptr_t>(target) % 16 == 0) {
+    int64_t i = 0;
+    for (; i + 64 <= bytes; i += 64) {
+      const __m128i a = _mm_loadu_si128(reinterpret_cast<const __m128i*>(source + i));
+      const __m128i b = _mm_loadu_si128(reinterpret_cast<const __m128i*>(source + i + 16));
+      const __m128i c = _mm_loadu_si128(reinterpret_cast<const __m128i*>(source + i + 32));
+      const __m128i d = _mm_loadu_si128(reinterpret_cast<const __m128i*>(source + i + 48));
+      _mm_stream_si128(reinterpret_cast<__m128i*>(target + i), a);
+      _mm_stream_si128(reinterpret_cast<__m128i*>(target + i + 16), b);
+      _mm_stream_si128(reinterpret_cast<__m128i*>(target + i + 32), c);
+      _mm_stream_si128(reinterpret_cast<__m128i*>(target + i + 48), d);
+    }
+    for (; i + 16 <= bytes; i += 16)
+      _mm_stream_si128(reinterpret_cast<__m128i*>(target + i),
+                       _mm_loadu_si128(reinterpret_cast<const __m128i*>(source + i)));
+    std::memcpy(target + i, source + i, bytes - i);
+    return;
+  }
+#endif
+  std::memcpy(to, from, bytes);
+}
+
+inline void put(void* to, const void* from, int64_t bytes, bool streaming) {
+  if (streaming)
+    stream(to, from, bytes);
+  else
+    std::memcpy(to, from, bytes);
+}
+
+// Streaming stores are weakly ordered: before another thread may read, they must have arrived.
+inline void stream_fence() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
+}
+
+// Calls f with a value of the C++ type that `type` names.
+template <class F>
+inline void for_type(const char* name, ScalarType type, const F& f) {
+  switch (type) {
+    case ScalarType::Byte: return f(uint8_t{});
+    case ScalarType::Char: return f(int8_t{});
+    case ScalarType::Short: return f(int16_t{});
+    case ScalarType::Int: return f(int32_t{});
+    case ScalarType::Long: return f(int64_t{});
+    case ScalarType::Half: return f(torch::headeronly::Half{});
+    case ScalarType::Float: return f(float{});
+    case ScalarType::Double: return f(double{});
+    case ScalarType::Bool: return f(bool{});
+    case ScalarType::BFloat16: return f(torch::headeronly::BFloat16{});
+    default:
+      STD_TORCH_CHECK(false, name, ": dtype ", torch::headeronly::toString(type), " is not supported");
+  }
+}
+
+template <class F>
+inline void for_real(const char* name, ScalarType type, const F& f) {
+  switch (type) {
+    case ScalarType::Half: return f(torch::headeronly::Half{});
+    case ScalarType::Float: return f(float{});
+    case ScalarType::Double: return f(double{});
+    case ScalarType::BFloat16: return f(torch::headeronly::BFloat16{});
+    default:
+      STD_TORCH_CHECK(false, name, ": expected a floating dtype, got ", torch::headeronly::toString(type));
+  }
+}
+
+// Half and BFloat16 convert through float alone.
+template <class To, class From>
+PYDRONE_INLINE To convert(From x) {
+  constexpr bool narrow = std::is_same_v<From, torch::headeronly::Half> ||
+                          std::is_same_v<From, torch::headeronly::BFloat16>;
+  constexpr bool to_narrow = std::is_same_v<To, torch::headeronly::Half> ||
+                             std::is_same_v<To, torch::headeronly::BFloat16>;
+  if constexpr (std::is_same_v<To, From>)
+    return x;
+  else if constexpr (narrow || to_narrow)
+    return static_cast<To>(static_cast<float>(x));
+  else
+    return static_cast<To>(x);
+}
+
+template <class T>
+PYDRONE_INLINE bool nonzero(T x) {
+  if constexpr (std::is_same_v<T, torch::headeronly::Half> || std::is_same_v<T, torch::headeronly::BFloat16>)
+    return static_cast<float>(x) != 0.0f;
+  else
+    return x != T{0};
+}
+
+}  // namespace pydrone

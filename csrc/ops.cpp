@@ -1,0 +1,35 @@
+// The CPU library's table of contents. Schemas: pydrone/ops/schema.py; the CUDA library registers in csrc/cuda.
+#include "checks.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include <vector>
+
+namespace pydrone {
+
+void gae(const Tensor& rewards, const Tensor& values, const Tensor& dones, const Optional& truncated,
+         const Optional& valid, const Tensor& last_values, const Optional& final_values, const Optional& final_rows,
+         double gamma, double lam, int64_t start, bool coded, int64_t bootstrap, const Optional& cursor,
+         const Tensor& advantages, const Optional& returns, const Optional& stats, const Optional& workspace);
+
+void append(const Tensor& rows, const std::vector<Tensor>& sources, const std::vector<int64_t>& offsets,
+            const std::vector<int64_t>& dtypes, const std::vector<Tensor>& planes,
+            const std::vector<Tensor>& plane_sources, const Optional& codes, const Optional& dones,
+            const Optional& truncated, const Optional& valid, const Optional& pool,
+            const std::vector<Tensor>& final_sources, const std::vector<int64_t>& final_offsets,
+            const std::vector<int64_t>& final_dtypes, const Optional& pool_count, const Optional& final_rows,
+            int64_t slot, int64_t pool_slot, const Optional& cursor, bool commit);
+
+void gather(const Tensor& rows, const std::vector<int64_t>& offsets, const std::vector<int64_t>& dtypes,
+            const std::vector<Tensor>& outputs, int64_t value_offset, const Optional& advantages,
+            const Optional& stats, const Optional& subset, int64_t num_steps, int64_t start, int64_t num_samples,
+            int64_t key, int64_t rollout, int64_t epoch, bool shuffle, int64_t first, const Optional& cursor,
+            const Optional& advantages_out, const Optional& returns_out, const Optional& indices_out);
+
+}  // namespace pydrone
+
+STABLE_TORCH_LIBRARY_IMPL(pydrone, CPU, m) {
+  m.impl("gae", TORCH_BOX(&pydrone::gae));
+  m.impl("append", TORCH_BOX(&pydrone::append));
+  m.impl("gather", TORCH_BOX(&pydrone::gather));
+}

@@ -1,0 +1,221 @@
+"""Generalized advantage estimation over a whole rollout in one launch, for callers with storage of their own."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .ops.dispatch import select, written
+from .ops.schema import BOOTSTRAP, workspace_size
+
+__all__ = ["gae"]
+
+
+def gae(
+    rewards: Tensor,
+    values: Tensor,
+    dones: Tensor,
+    last_values: Tensor,
+    gamma: float = 0.99,
+    lam: float = 0.95,
+    truncated: Tensor | None = None,
+    final_values: Tensor | None = None,
+    timeout_bootstrap: str | None = None,
+    valid: Tensor | None = None,
+    time_dim: int = 1,
+    out: tuple[Tensor, Tensor] | None = None,
+    stats: bool = False,
+    backend: str | None = None,
+) -> tuple[Tensor, ...]:
+    """Advantages and returns of N environments over T steps (Schulman et al. 2016, arXiv:1506.02438, eq. 16).
+
+    With A_T = 0 and V_T = last_values::
+
+        next_t   = 0 where terminated, the bootstrap value where truncated, V_{t+1} elsewhere
+        delta_t  = r_t + gamma * next_t - V_t
+        A_t      = delta_t + (0 where the episode ended with t, else gamma * lam * A_{t+1})
+        return_t = A_t + V_t
+
+    No value after an end reaches an advantage before it, NaN and infinity included.
+
+    Args:
+        rewards: [N, T], floating. With ``time_dim=0``: [T, N]. A trailing dimension of 1 is accepted everywhere, and
+            no layout is copied into another.
+        values: V(s_t), shaped as rewards, floating.
+        dones: shaped as rewards, any bool, integer or floating dtype; nonzero: the episode ended with transition t,
+            for whatever reason.
+        last_values: V(s_T), [N] or [N, 1], floating.
+        gamma: discount factor, in [0, 1].
+        lam: GAE's lambda, in [0, 1].
+        truncated: as dones; nonzero: the episode ended with transition t by a time limit and nothing else. Counts as
+            done by itself. Needs one, and one only, of:
+        final_values: shaped as rewards, floating: V of the true final observation, read where truncated.
+        timeout_bootstrap: "stored_value": V_t (rsl_rl's ``r_t += gamma * V_t``, the rewards untouched);
+            "next_value": V_{t+1} (NEXT_STEP autoreset, where the stored next observation is the final one).
+        valid: as dones; zero marks a transition that is none (the reset step of NEXT_STEP autoreset): its advantage is
+            0, the trace is cut there, the statistics leave it out.
+        time_dim: 1 for [N, T], 0 for [T, N].
+        out: (advantages, returns) to write to, shaped as rewards, of the dtype of the computation.
+        stats: return a third tensor, float64 [3]: count, mean and M2 (sum of squared deviations) of the advantages of
+            all valid samples.
+        backend: "reference", "cpu", "triton" or "cuda"; None: ``PYDRONE_BACKEND`` or the best for the device.
+
+    Returns:
+        (advantages, returns), and the statistics if asked for; shaped as rewards; float64 where an input is, else
+        float32.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, shape, dtype or device, by its name; a truncation without
+            a bootstrap, or with two. RuntimeError: the backend cannot be used, or an input requires grad (advantages
+            are constants to PPO: pass ``values.detach()``).
+    """
+    if time_dim not in (0, 1):
+        raise ValueError(f"time_dim: expected 0 or 1, got {time_dim!r}")
+    gamma, lam = unit_interval("gamma", gamma), unit_interval("lam", lam)
+    _check_tensor("rewards", rewards, None)
+    shape = tuple(rewards.shape)
+    if len(shape) not in (2, 3) or (len(shape) == 3 and shape[2] != 1):
+        names = "[N, T]" if time_dim else "[T, N]"
+        raise ValueError(f"rewards: expected shape {names}, or that with a last dimension of 1, got {list(shape)}")
+    num_envs, num_steps = shape[1 - time_dim], shape[time_dim]
+
+    def plane(name: str, x: Tensor, floating: bool) -> Tensor:
+        _check_tensor(name, x, rewards.device, floating)
+        if tuple(x.shape[:2]) != shape[:2] or x.dim() > 3 or x.shape[2:].numel() != 1:
+            raise ValueError(f"{name}: expected shape {list(shape)}, got {list(x.shape)}")
+        x = x[:, :, 0] if x.dim() == 3 else x
+        return x if time_dim else x.t()
+
+    planes = {"rewards": plane("rewards", rewards, True), "values": plane("values", values, True)}
+    planes["dones"] = plane("dones", dones, False)
+    for name, x, floating in (("truncated", truncated, False), ("final_values", final_values, True)):
+        planes[name] = None if x is None else plane(name, x, floating)
+    planes["valid"] = None if valid is None else plane("valid", valid, False)
+    last_values = env_scalars("last_values", last_values, num_envs, rewards.device)
+    bootstrap = pick_bootstrap(truncated is not None, final_values=final_values, timeout_bootstrap=timeout_bootstrap)
+
+    if final_values is not None and truncated is None:
+        raise ValueError("final_values: expected truncated with it, got None")
+
+    floats = [x for x in (planes["rewards"], planes["values"], last_values, planes["final_values"]) if x is not None]
+    dtype = torch.float64 if any(x.dtype == torch.float64 for x in floats) else torch.float32
+    if out is None:
+        advantages = torch.empty_like(planes["rewards"], dtype=dtype)
+        returns = torch.empty_like(advantages)
+    else:
+        advantages, returns = _check_out(out, shape, dtype, [*floats, planes["dones"]])
+        advantages, returns = (plane(f"out[{i}]", x, True) for i, x in enumerate((advantages, returns)))
+    moments = torch.empty(3, dtype=torch.float64, device=rewards.device) if stats else None
+    workspace = moments.new_zeros(workspace_size(num_envs)) if stats else None
+    if num_steps == 0 or num_envs == 0:
+        if stats:
+            moments.zero_()
+    else:
+        select(rewards.device, backend).gae(
+            planes["rewards"],
+            planes["values"],
+            planes["dones"],
+            planes["truncated"],
+            planes["valid"],
+            last_values,
+            planes["final_values"] if bootstrap == 1 else None,
+            None,
+            gamma,
+            lam,
+            0,
+            False,
+            bootstrap,
+            None,
+            advantages,
+            returns,
+            moments,
+            workspace,
+        )
+        written(advantages, returns)
+    if out is not None:
+        result = tuple(out)
+    else:
+        result = tuple((x if time_dim else x.t()).reshape(shape) for x in (advantages, returns))
+    return (*result, moments) if stats else result
+
+
+def pick_bootstrap(truncations: bool, *, timeout_bootstrap: str | None, **values: object | None) -> int:
+    """The BOOTSTRAP code of the arguments given; ``values`` are the ways to hand over V(final observation).
+
+    ``truncations``: whether there can be truncations, which need one.
+    """
+    if timeout_bootstrap not in (None, "stored_value", "next_value"):
+        raise ValueError(
+            f"timeout_bootstrap: expected None, 'stored_value' or 'next_value', got {timeout_bootstrap!r}"
+        )
+    given = [name for name, x in values.items() if x is not None]
+    given += ["timeout_bootstrap"] if timeout_bootstrap is not None else []
+    if len(given) > 1:
+        raise ValueError(f"{given[1]}: expected one bootstrap at a truncation, got {' and '.join(given)}")
+    if truncations and not given:
+        wanted = ", ".join([*values, "timeout_bootstrap"])
+        raise ValueError(f"truncated: expected a bootstrap with it, one of {wanted}; got none")
+    return BOOTSTRAP[timeout_bootstrap] if timeout_bootstrap else BOOTSTRAP["final_values"] if given else 0
+
+
+def unit_interval(name: str, x: float) -> float:
+    """``x`` as a float in [0, 1], or an error that names it."""
+    try:
+        number = float(x)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name}: expected a number, got {type(x).__name__}") from None
+    if not math.isfinite(number) or not 0 <= number <= 1:
+        raise ValueError(f"{name}: expected a number in [0, 1], got {x}")
+    return number
+
+
+def env_scalars(name: str, x: Tensor, num_envs: int, device: torch.device) -> Tensor:
+    """``x``, floating, as [N]; accepts [N] and [N, 1]."""
+    _check_tensor(name, x, device, floating=True)
+    if x.shape[:1] != (num_envs,) or x.numel() != num_envs:
+        raise ValueError(f"{name}: expected shape [{num_envs}] or [{num_envs}, 1], got {list(x.shape)}")
+    return x.reshape(num_envs) if x.dim() == 1 else x.flatten(1)[:, 0]
+
+
+def _check_tensor(name: str, x: object, device: torch.device | None, floating: bool | None = None) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
+    if device is not None and x.device != device:
+        raise ValueError(f"{name}: expected device {device}, got {x.device}")
+    if x.is_complex() or (floating and not x.is_floating_point()):
+        raise TypeError(f"{name}: expected a {'floating' if floating else 'real'} dtype, got {x.dtype}")
+    if x.layout != torch.strided:
+        raise TypeError(f"{name}: expected a strided tensor, got {x.layout}")
+    if x.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError(f"{name}: requires grad, which advantages do not pass on; pass {name}.detach()")
+
+
+def _check_out(out: object, shape: tuple[int, ...], dtype: torch.dtype, inputs: list[Tensor]) -> tuple[Tensor, Tensor]:
+    if not isinstance(out, (tuple, list)) or len(out) != 2:
+        raise TypeError(f"out: expected (advantages, returns), got {type(out).__name__}")
+    for i, x in enumerate(out):
+        _check_tensor(f"out[{i}]", x, inputs[0].device, floating=True)
+        if tuple(x.shape) != shape:
+            raise ValueError(f"out[{i}]: expected shape {list(shape)}, got {list(x.shape)}")
+        if x.dtype != dtype:
+            raise TypeError(f"out[{i}]: expected dtype {dtype}, got {x.dtype}")
+        if any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape, strict=True)):
+            raise ValueError(f"out[{i}]: expected memory of its own for every element, got an expanded tensor")
+        others = [*inputs, *(out[:i])]
+        if any(_overlap(x, other) for other in others):
+            raise ValueError(f"out[{i}]: expected memory of its own, got some that another argument uses")
+    return out[0], out[1]
+
+
+def _overlap(x: Tensor, y: Tensor) -> bool:
+    if x.numel() == 0 or y.numel() == 0 or x.untyped_storage().data_ptr() != y.untyped_storage().data_ptr():
+        return False
+    (x0, x1), (y0, y1) = _extent(x), _extent(y)
+    return x0 < y1 and y0 < x1
+
+
+def _extent(x: Tensor) -> tuple[int, int]:
+    last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    return x.data_ptr(), x.data_ptr() + (last + 1) * x.element_size()

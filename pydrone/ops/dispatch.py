@@ -1,0 +1,91 @@
+"""Which backend runs an operation: picked once for a device and a request, and kept.
+
+The default is ``torch.ops.pydrone``: cpu for CPU tensors, cuda for CUDA tensors, each falling back as
+:mod:`pydrone.ops.native` says. A request, ``backend=`` or else the environment variable ``PYDRONE_BACKEND``, is served
+as named or fails with the reason.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from . import native, reference, triton
+
+NAMES = ("reference", "cpu", "triton", "cuda")
+
+
+class Backend(NamedTuple):
+    """One backend's operations, each with the signature of :mod:`pydrone.ops.schema`."""
+
+    name: str
+    gae: Callable[..., None]
+    append: Callable[..., None]
+    gather: Callable[..., None]
+
+
+def backends() -> dict[str, str | None]:
+    """The backends by name: None where usable on this machine, else the reason why not.
+
+    >>> pydrone.backends()
+    {'reference': None, 'cpu': None, 'triton': 'no CUDA device ...', 'cuda': 'this PyTorch is built without CUDA'}
+    """
+    cuda = native.CUDA_MISSING or (None if torch.cuda.is_available() else "no CUDA device")
+    return {"reference": None, "cpu": native.CPU_MISSING, "triton": triton.missing(), "cuda": cuda}
+
+
+_cache: dict[tuple[str, str | None, str | None], Backend] = {}
+
+
+def select(device: torch.device, backend: str | None = None) -> Backend:
+    """The backend for tensors on ``device``.
+
+    Raises ValueError for a name that does not exist, RuntimeError with the reason for one that cannot serve.
+    """
+    key = (device.type, backend, os.environ.get("PYDRONE_BACKEND") if backend is None else None)
+    found = _cache.get(key)
+    if found is None:
+        found = _cache[key] = _pick(device.type, backend)
+    return found
+
+
+def _pick(device: str, backend: str | None) -> Backend:
+    name = backend if backend is not None else os.environ.get("PYDRONE_BACKEND") or None
+    source = "backend" if backend is not None else "PYDRONE_BACKEND"
+    if name is None:
+        default = {"cpu": "cpu" if native.CPU_MISSING is None else "reference"}
+        default["cuda"] = "cuda" if native.CUDA_MISSING is None else "triton"
+        return _operations(default.get(device, "reference"))
+    if name not in NAMES:
+        raise ValueError(f"{source}: expected one of {', '.join(NAMES)}, got {name!r}")
+    reason = backends()[name]
+    if reason is None and name in ("cpu", "cuda") and name != device:
+        reason = f"it runs on {name} tensors, these are on {device}"
+    if reason is None and name == "triton" and device != "cuda" and not triton.interpreted():
+        reason = f"it runs on cuda tensors, these are on {device} (TRITON_INTERPRET=1 interprets the kernels)"
+    if reason is not None:
+        raise RuntimeError(f"{source}: {name!r} cannot be used: {reason}")
+    return _operations(name)
+
+
+def _operations(name: str) -> Backend:
+    if name == "reference":
+        return Backend(name, reference.gae, reference.append, reference.gather)
+    if name == "triton" and native.CUDA_MISSING is None:
+        return Backend(name, triton.gae, triton.append, triton.gather)
+    if name == "triton" and triton.interpreted():
+        return Backend(name, triton.gae, triton.append, triton.gather)
+    ops = torch.ops.pydrone
+    return Backend(name, ops.gae.default, ops.append.default, ops.gather.default)
+
+
+def written(*tensors: torch.Tensor | None) -> None:
+    """Bumps the autograd version of what an operation wrote, so that autograd notices an overwritten saved tensor.
+
+    The kernels write through raw pointers, which PyTorch does not see.
+    """
+    if not torch.compiler.is_compiling():
+        torch.autograd.graph.increment_version([x for x in tensors if x is not None and not x.is_inference()])

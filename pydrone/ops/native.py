@@ -1,0 +1,64 @@
+"""Loads the compiled libraries; registers the operations' schemas, fakes and fallbacks with PyTorch.
+
+``torch.ops.pydrone.<op>`` runs the native CPU or CUDA library where that is built, Triton on CUDA tensors where it is
+not, and the plain PyTorch reference everywhere else. The libraries hold implementations only; the schemas are
+defined here, so that the operations exist without a compiler too.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+from . import reference
+from .schema import SCHEMAS
+
+PACKAGE = Path(__file__).resolve().parent.parent
+
+_library = torch.library.Library("pydrone", "DEF")
+
+
+def _fake(*args) -> None:
+    """The operations write into given outputs: a trace needs nothing computed."""
+
+
+def _triton(name: str):
+    def launch(*args) -> None:
+        from . import triton
+
+        getattr(triton, name)(*args)
+
+    return launch
+
+
+def build_info() -> dict:
+    """What the build recorded about itself: ``{"native": None or the reason it is missing, "cuda": likewise, ...}``."""
+    path = PACKAGE / "_build_info.json"
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def _load(stem: str) -> str | None:
+    """Loads ``pydrone/<stem>*.so`` (or .dylib, .pyd); None, or the reason why it is not there."""
+    found = [path for path in sorted(PACKAGE.glob(f"{stem}*")) if path.suffix in {".so", ".dylib", ".pyd"}]
+    if not found:
+        return build_info().get(stem.removeprefix("_")) or "not built: reinstall where a C++ compiler is found"
+    try:
+        torch.ops.load_library(str(found[0]))
+    except OSError as error:
+        return f"{found[0].name} does not load: {error}"
+    return None
+
+
+for _name, _schema in SCHEMAS.items():
+    _library.define(_name + _schema)
+    torch.library.register_fake(f"pydrone::{_name}", _fake, lib=_library)
+
+CPU_MISSING = _load("_native_cpu")
+CUDA_MISSING = _load("_native_cuda") if torch.version.cuda else "this PyTorch is built without CUDA"
+
+for _name in SCHEMAS:
+    _library.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
+    if CUDA_MISSING is not None:
+        _library.impl(_name, _triton(_name), "CUDA")

@@ -1,0 +1,280 @@
+"""The operations in plain PyTorch: slow, short, and the truth that the kernels are tested against.
+
+Signatures and argument shapes: :mod:`pydrone.ops.schema`. Runs on any device, in the dtype of the outputs.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .schema import (
+    CURSOR_APPENDED,
+    CURSOR_DISCARDED,
+    CURSOR_FLAG,
+    CURSOR_NUM_STEPS,
+    DTYPES,
+    INVALID,
+    STD_EPSILON,
+    TERMINATED,
+    TRUNCATED,
+)
+
+MASK32 = 0xFFFFFFFF
+ROUNDS = 8
+
+
+def encode(dones: Tensor, truncated: Tensor | None, valid: Tensor | None) -> Tensor:
+    """End flags of any dtype to uint8 codes: 0 running, 1 terminated, 2 truncated, 3 invalid."""
+    codes = (dones != 0).to(torch.uint8)
+    if truncated is not None:
+        codes = torch.where(truncated != 0, TRUNCATED, codes)
+    if valid is not None:
+        codes = torch.where(valid != 0, codes, INVALID)
+    return codes
+
+
+def gae(
+    rewards,
+    values,
+    dones,
+    truncated,
+    valid,
+    last_values,
+    final_values,
+    final_rows,
+    gamma,
+    lam,
+    start,
+    coded,
+    bootstrap,
+    cursor,
+    advantages,
+    returns,
+    stats,
+    workspace,
+) -> None:
+    """Generalized advantage estimation (Schulman et al. 2016, arXiv:1506.02438, eq. 16), cut at every end."""
+    num_steps, capacity, dtype = advantages.shape[1], rewards.shape[1], advantages.dtype
+    if cursor is not None:
+        start = int(cursor[CURSOR_DISCARDED]) % capacity
+    codes = dones if coded else encode(dones, truncated, valid)
+    next_value = last_values.to(dtype)
+    carry = torch.zeros_like(next_value)
+    for t in reversed(range(num_steps)):
+        slot = (start + t) % capacity
+        code, value = codes[:, slot], values[:, slot].to(dtype)
+        if bootstrap == 1:
+            at_truncation = _final_value(final_values, final_rows, slot, dtype)
+        elif bootstrap == 2:
+            at_truncation = value
+        else:
+            at_truncation = next_value
+        # Selects, never products: 0 * NaN is NaN, and what follows an end must not reach back over it.
+        next_value = torch.where(code == TRUNCATED, at_truncation, next_value)
+        next_value = torch.where(code == TERMINATED, 0, next_value)
+        delta = rewards[:, slot].to(dtype) + gamma * next_value - value
+        advantage = torch.where(code == 0, delta + gamma * lam * carry, delta)
+        advantage = torch.where(code == INVALID, 0, advantage)
+        advantages[:, t] = advantage
+        if returns is not None:
+            returns[:, t] = advantage + value
+        carry, next_value = advantage, value
+    if stats is not None:
+        slots = (start + torch.arange(num_steps, device=codes.device)) % capacity
+        sample = advantages[codes[:, slots] != INVALID].double()
+        count = sample.numel()
+        mean = sample.mean() if count else sample.new_zeros(())
+        stats.copy_(torch.stack([mean.new_tensor(float(count)), mean, (sample - mean).square().sum()]))
+
+
+def _final_value(final_values: Tensor, final_rows: Tensor | None, slot: int, dtype: torch.dtype) -> Tensor:
+    if final_rows is None:
+        return final_values[:, slot].to(dtype)
+    row = final_rows[:, slot].long()
+    found = (row >= 0) & (row < final_values.shape[0])
+    pool = torch.cat([final_values.to(dtype), final_values.new_full((1,), math.nan, dtype=dtype)])
+    return pool[torch.where(found, row, final_values.shape[0])]
+
+
+def append(
+    rows,
+    sources,
+    offsets,
+    dtypes,
+    planes,
+    plane_sources,
+    codes,
+    dones,
+    truncated,
+    valid,
+    pool,
+    final_sources,
+    final_offsets,
+    final_dtypes,
+    pool_count,
+    final_rows,
+    slot,
+    pool_slot,
+    cursor,
+    commit,
+) -> None:
+    """Stores one step: fields into packed rows, scalars into planes, flags as codes, final observations in the pool."""
+    capacity, num_envs = rows.shape[:2]
+    if cursor is not None:
+        appended, discarded = int(cursor[CURSOR_APPENDED]), int(cursor[CURSOR_DISCARDED])
+        if appended - discarded >= capacity:
+            cursor[CURSOR_FLAG] = 1
+            return
+        slot = appended % capacity
+        if pool is not None:
+            pool_slot = appended // int(cursor[CURSOR_NUM_STEPS]) % pool.shape[0]
+        cursor[CURSOR_APPENDED] += int(commit)
+    for source, offset, dtype in zip(sources, offsets, dtypes, strict=True):
+        _field(rows[slot], offset, DTYPES[dtype], source.shape[1:].numel()).copy_(source.reshape(num_envs, -1))
+    for plane, source in zip(planes, plane_sources, strict=True):
+        plane[:, slot] = source.reshape(num_envs)
+    if codes is None:
+        return
+    truncated = None if truncated is None else truncated.reshape(num_envs)
+    valid = None if valid is None else valid.reshape(num_envs)
+    codes[:, slot] = encode(dones.reshape(num_envs), truncated, valid)
+    if pool_count is None or truncated is None:
+        return
+    envs = (codes[:, slot] == TRUNCATED).nonzero().squeeze(1)
+    if not final_sources:
+        final_rows[envs, slot] = -1
+        pool_count[pool_slot, 1] += len(envs)
+        return
+    places = int(pool_count[pool_slot, 0]) + torch.arange(len(envs), device=envs.device)
+    pool_count[pool_slot, 0] += len(envs)
+    fits = places < pool.shape[1]
+    final_rows[envs, slot] = torch.where(fits, places, -1).int()
+    envs, places = envs[fits], places[fits]
+    for source, offset, dtype in zip(final_sources, final_offsets, final_dtypes, strict=True):
+        field = _field(pool[pool_slot], offset, DTYPES[dtype], source.shape[1:].numel())
+        field[places] = source.reshape(num_envs, -1)[envs].to(field.dtype)
+
+
+def _field(rows: Tensor, offset: int, dtype: torch.dtype, width: int) -> Tensor:
+    """A typed view, [..., width], of the bytes at ``offset`` of each row."""
+    return rows[..., offset : offset + width * dtype.itemsize].view(dtype)
+
+
+def gather(
+    rows,
+    offsets,
+    dtypes,
+    outputs,
+    value_offset,
+    advantages,
+    stats,
+    subset,
+    num_steps,
+    start,
+    num_samples,
+    key,
+    rollout,
+    epoch,
+    shuffle,
+    first,
+    cursor,
+    advantages_out,
+    returns_out,
+    indices_out,
+) -> None:
+    """One minibatch of the epoch's permutation, every field at once."""
+    capacity = rows.shape[0]
+    if cursor is not None:
+        discarded = int(cursor[CURSOR_DISCARDED])
+        start, rollout = discarded % capacity, discarded // num_steps
+    written = [*outputs, *(x for x in (advantages_out, returns_out, indices_out) if x is not None)]
+    if not written or written[0].shape[0] == 0:
+        return
+    position = torch.arange(first, first + written[0].shape[0], device=rows.device)
+    sample = permute(position, num_samples, key, rollout, epoch) if shuffle else position
+    if subset is not None:
+        sample = subset[sample]
+    env, step = sample // num_steps, sample % num_steps
+    row = rows[(start + step) % capacity, env]
+    for output, offset, dtype in zip(outputs, offsets, dtypes, strict=True):
+        output.copy_(_field(row, offset, DTYPES[dtype], output.shape[1:].numel()).reshape(output.shape))
+    if indices_out is not None:
+        indices_out.copy_(sample)
+    if advantages is None:
+        return
+    advantage = advantages[env, step]
+    if returns_out is not None:
+        returns_out.copy_(advantage + _field(row, value_offset, torch.float32, 1).squeeze(1))
+    if advantages_out is not None:
+        if stats is not None:
+            mean, scale = normalization(stats)
+            advantage = (advantage - mean) * scale
+        advantages_out.copy_(advantage)
+
+
+def normalization(stats: Tensor) -> tuple[Tensor, Tensor]:
+    """(mean, 1 / (unbiased std + epsilon)) as float32, from (count, mean, M2); fewer than two samples: std 0."""
+    count, mean, m2 = stats.unbind()
+    std = torch.where(count > 1, m2 / (count - 1).clamp_min(1), 0).sqrt()
+    return mean.float(), (1 / (std + STD_EPSILON)).float()
+
+
+def permute(position: Tensor, num_samples: int, key: int, rollout: int, epoch: int) -> Tensor:
+    """Where ``position`` (int64, in [0, num_samples)) goes in the keyed permutation of [0, num_samples).
+
+    An alternating Feistel network over Z_a x Z_b, a * b the first such product >= num_samples with a = ceil(sqrt),
+    whose few values beyond num_samples are walked back in (Black and Rogaway, Ciphers with arbitrary finite
+    domains, CT-RSA 2002). Integers alone: bit-identical in every backend.
+    """
+    a, b = feistel_sides(num_samples)
+    keys = round_keys(key, rollout, epoch)
+
+    def once(x: Tensor) -> Tensor:
+        left, right = x // b, x % b
+        for i, k in enumerate(keys):
+            if i % 2 == 0:
+                left = (left + ((_round(right, k) * a) >> 32)) % a
+            else:
+                right = (right + ((_round(left, k) * b) >> 32)) % b
+        return left * b + right
+
+    x = once(position)
+    while bool((outside := x >= num_samples).any()):
+        x = torch.where(outside, once(x), x)
+    return x
+
+
+def _round(x: Tensor, k: int) -> Tensor:
+    h = ((x ^ k) * 0x9E3779B1) & MASK32
+    h = h ^ (h >> 15)
+    # int64 products wrap, which leaves their low 32 bits right.
+    return (h * 0x85EBCA77) & MASK32
+
+
+def feistel_sides(num_samples: int) -> tuple[int, int]:
+    """(a, b): a = ceil(sqrt(num_samples)), b = ceil(num_samples / a)."""
+    a = math.isqrt(max(num_samples - 1, 0)) + 1
+    return a, -(-max(num_samples, 1) // a)
+
+
+def mix32(x: int) -> int:
+    """A 32-bit bijection with low bias (C. Wellons, hash-prospector, "lowbias32")."""
+    x &= MASK32
+    x ^= x >> 16
+    x = (x * 0x7FEB352D) & MASK32
+    x ^= x >> 15
+    x = (x * 0x846CA68B) & MASK32
+    return x ^ (x >> 16)
+
+
+def round_keys(key: int, rollout: int, epoch: int) -> list[int]:
+    """The ROUNDS 32-bit round keys of (key, rollout, epoch), two 32-bit lanes that absorb word by word."""
+    k0, k1 = 0x243F6A88, 0x85A308D3
+    for word in (key, key >> 32, rollout, rollout >> 32, epoch):
+        word &= MASK32
+        k0 = mix32(k0 ^ word)
+        k1 = mix32(k1 + word + k0)
+    return [mix32((k1 if i % 2 else k0) + (i + 1) * 0x9E3779B9) for i in range(ROUNDS)]

@@ -1,0 +1,95 @@
+"""The operations' signatures: the one place where they stand.
+
+Every backend (reference, cpu, triton, cuda) has functions of these names and arguments. N = num_envs, T = num_steps,
+C = capacity of the ring in steps. All outputs are written in place; nothing is returned and nothing is allocated.
+
+``gae``     done-masked reverse scan over one rollout, with returns and statistics in the same launch.
+
+    rewards, values, dones, truncated, valid: [N, C], any strides; step t of the rollout lies at slot (start + t) % C.
+    ``coded``: ``dones`` holds uint8 codes (0 running, 1 terminated, 2 truncated, 3 invalid) and the other two are None;
+    otherwise the three are flags of any dtype, by ``x != 0``.
+    last_values [N].  final_values: [N, C] values of the true final observations, read at code 2 alone; or, with
+    final_rows (int32 [N, C]), a pool [P] indexed by it, where an index outside [0, P) stands for a missing value (NaN).
+    bootstrap: one of BOOTSTRAP.  advantages, returns: [N, T], float32 or float64, the dtype of the computation.
+    stats: float64 [3] (count, mean, M2) of the advantages of valid samples.  workspace: float64 [workspace_size(N)],
+    zero before the first launch, private to one stream.
+
+``append``  stores one step of N environments.
+
+    rows: uint8 [C, N, row_bytes]; sources[i], [N, ...] of any strides, goes to byte offsets[i] of each environment's
+    row as dtypes[i] (SCALAR_TYPES), contiguous; sources are all fields of a row, or none.  planes[i]: [N, C], takes plane_sources[i] ([N] or [N, 1]).
+    codes: uint8 [N, C], formed from the flags dones, truncated, valid ([N] or [N, 1], any dtype).
+    pool: uint8 [R, P, pool_row_bytes]: rows of ``final_sources`` where truncated is set, in no particular order;
+    pool_count: int32 [R, 2] (rows wanted, truncations that came without a final observation); final_rows: int32
+    [N, C], the row's index in the pool, -1 where it found no place.
+
+``gather``  one minibatch: positions first .. first + B of the epoch's permutation, for all fields at once.
+
+    outputs[i]: [B, ...] contiguous, from byte offsets[i] of the rows (dtypes[i] is what is stored; a half-precision
+    field may have a float32 output).  advantages: [N, T]; advantages_out = (A - mean) / (std + STD_EPSILON) with
+    stats, A without; returns_out = A + the float32 value at byte value_offset of the row.  subset: int64
+    [num_samples], sample numbers n * T + t to draw from; None means all N * T.  indices_out: int64 [B], n * T + t.
+
+``cursor``: None, or int64 [CURSOR_SIZE] on the device: what a captured CUDA graph reads in place of the host's
+slot, start and rollout.  A captured append onto a rollout not discarded writes nothing and sets the flag.
+"""
+
+from __future__ import annotations
+
+import torch
+
+SCHEMAS = {
+    "gae": (
+        "(Tensor rewards, Tensor values, Tensor dones, Tensor? truncated, Tensor? valid, Tensor last_values, "
+        "Tensor? final_values, Tensor? final_rows, float gamma, float lam, int start, bool coded, int bootstrap, "
+        "Tensor? cursor, Tensor(a!) advantages, Tensor(b!)? returns, Tensor(c!)? stats, Tensor(d!)? workspace) -> ()"
+    ),
+    "append": (
+        "(Tensor(a!) rows, Tensor[] sources, int[] offsets, int[] dtypes, Tensor(b!)[] planes, "
+        "Tensor[] plane_sources, Tensor(c!)? codes, Tensor? dones, Tensor? truncated, Tensor? valid, "
+        "Tensor(d!)? pool, Tensor[] final_sources, int[] final_offsets, int[] final_dtypes, Tensor(e!)? pool_count, "
+        "Tensor(f!)? final_rows, int slot, int pool_slot, Tensor(g!)? cursor, bool commit) -> ()"
+    ),
+    "gather": (
+        "(Tensor rows, int[] offsets, int[] dtypes, Tensor(a!)[] outputs, int value_offset, Tensor? advantages, "
+        "Tensor? stats, Tensor? subset, int num_steps, int start, int num_samples, int key, int rollout, int epoch, "
+        "bool shuffle, int first, Tensor? cursor, Tensor(b!)? advantages_out, Tensor(c!)? returns_out, "
+        "Tensor(d!)? indices_out) -> ()"
+    ),
+}
+
+# What a truncated step bootstraps with.
+BOOTSTRAP = {None: 0, "final_values": 1, "stored_value": 2, "next_value": 3}
+
+# Codes of the stored end flags.
+RUNNING, TERMINATED, TRUNCATED, INVALID = 0, 1, 2, 3
+
+# Slots of the cursor.
+CURSOR_APPENDED, CURSOR_DISCARDED, CURSOR_FLAG, CURSOR_TICKET, CURSOR_NUM_STEPS = range(5)
+CURSOR_SIZE = 5
+
+# c10::ScalarType's numbers, part of PyTorch's stable ABI.
+SCALAR_TYPES = {
+    torch.uint8: 0,
+    torch.int8: 1,
+    torch.int16: 2,
+    torch.int32: 3,
+    torch.int64: 4,
+    torch.float16: 5,
+    torch.float32: 6,
+    torch.float64: 7,
+    torch.bool: 11,
+    torch.bfloat16: 15,
+}
+DTYPES = {number: dtype for dtype, number in SCALAR_TYPES.items()}
+
+# Added to the standard deviation, as rsl_rl, skrl, CleanRL and SB3 do.
+STD_EPSILON = 1e-8
+
+# The permutation's side lengths multiply to at most a little more than this.
+MAX_SAMPLES = 2**31 - 1
+
+
+def workspace_size(num_envs: int) -> int:
+    """Elements of ``gae``'s float64 workspace: a ticket, then (count, mean, M2) of each program of at least 4 envs."""
+    return 3 * ((num_envs + 3) // 4) + 1

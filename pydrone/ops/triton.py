@@ -1,0 +1,40 @@
+"""The Triton backend: the kernels of ``triton_kernels/``, imported at first use and never before."""
+
+from __future__ import annotations
+
+import os
+from importlib.util import find_spec
+
+import torch
+
+
+def missing() -> str | None:
+    """None where the Triton kernels can run, else the reason. ``TRITON_INTERPRET=1`` runs them without a GPU."""
+    if find_spec("triton") is None:
+        return "triton is not installed: pip install 'pydrone-rl[triton]'"
+    if torch.cuda.is_available() or interpreted():
+        return None
+    return "no CUDA device (TRITON_INTERPRET=1 interprets the kernels, slowly)"
+
+
+def interpreted() -> bool:
+    """Whether Triton kernels imported from now on run in the interpreter."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def gae(*args) -> None:
+    from pydrone._triton.gae import gae as launch
+
+    launch(*args)
+
+
+def append(*args) -> None:
+    from pydrone._triton.append import append as launch
+
+    launch(*args)
+
+
+def gather(*args) -> None:
+    from pydrone._triton.gather import gather as launch
+
+    launch(*args)
