@@ -1,0 +1,194 @@
+"""What an environment has to offer: the :class:`Env` protocol, its :class:`StepResult`, and episode statistics.
+
+**Autoreset.** A vectorised environment resets an environment by itself after its episode ended. When it does so
+decides where the last observation of the episode is found, and with it the value a *truncated* episode is continued
+with (a terminated one has nothing to continue):
+
+``"same_step"``
+    ``step`` resets at once: ``StepResult.obs`` of an ended environment is the first observation of the next episode.
+    The last one of the old episode is ``final_obs``, and a truncation bootstraps with ``V(final_obs)``. Where the
+    environment cannot tell (``final_obs`` is None, as with rsl_rl) only an approximation is left: the stored value of
+    the observation that was acted on (``timeout_bootstrap="stored_value"``). V(obs) would be the value of another
+    episode.
+``"next_step"``
+    ``step`` leaves an ended environment alone: ``StepResult.obs`` *is* the final observation, and a truncation
+    bootstraps with ``V(obs)``, the value of the next step (``timeout_bootstrap="next_value"``). The step after that
+    ignores its action and only resets. That transition belongs to no episode: ``valid`` is False there, its reward is
+    0, ``dones`` and ``truncated`` are False.
+
+**Ends.** ``dones`` is set for every end; ``truncated`` only for one that the time limit caused and nothing else: an
+environment that crashes in the very step of its time-out has terminated.
+
+**Log.** ``StepResult.log`` holds 0-dimensional tensors on the environment's device, so that logging costs no
+host synchronisation: ``episode/count`` is the number of episodes that ended in this step and every other
+``episode/...`` the *sum* of a quantity over those episodes; any other key is a mean over the environments.
+:class:`LogMeter` adds them up over a rollout and reads them once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, runtime_checkable
+
+import torch
+from torch import Tensor
+
+Obs: TypeAlias = "Tensor | dict[str, Tensor]"
+Shape: TypeAlias = "int | Sequence[int]"
+#: as ``RolloutBuffer(obs=...)``: an int, a shape, or a mapping of names to shapes or (shape, dtype)
+ObsSpec: TypeAlias = "Shape | Mapping[str, Shape | tuple[Shape, torch.dtype]]"
+#: as ``RolloutBuffer(actions=...)``: an int for continuous actions, ``((), torch.int64)`` for discrete ones
+ActionSpec: TypeAlias = "int | tuple[Shape, torch.dtype]"
+Autoreset: TypeAlias = Literal["same_step", "next_step"]
+
+COUNT = "episode/count"
+
+
+class StepResult(NamedTuple):
+    """One transition of all N environments.
+
+    The environment may write over all of these tensors in its next ``step``: store them before (a rollout buffer's
+    ``begin`` before ``env.step``, ``end`` after it), or clone them.
+    """
+
+    obs: Obs
+    """[N, ...]: what to act on next (after the reset under ``"same_step"``)."""
+    rewards: Tensor
+    """[N] float32."""
+    dones: Tensor
+    """[N] bool: terminated or truncated."""
+    truncated: Tensor
+    """[N] bool: ended by the time limit and nothing else."""
+    final_obs: Obs | None
+    """Like ``obs``: the true final observation in rows where ``truncated`` is set, anything in the other rows. None if
+    unknown, and under ``"next_step"``, where it is ``obs``."""
+    valid: Tensor | None
+    """[N] bool: False marks a ``"next_step"`` reset transition. None: all are valid."""
+    log: dict[str, Tensor]
+    """0-dimensional device tensors, see the module's documentation."""
+
+
+@runtime_checkable
+class Env(Protocol):
+    """A vectorised environment of N = ``num_envs`` copies that resets its environments by itself."""
+
+    num_envs: int
+    obs: ObsSpec
+    actions: ActionSpec
+    device: torch.device
+    max_episode_length: int | None
+    """Steps after which an episode is truncated, None if there is no such limit or it is unknown."""
+    autoreset: Autoreset
+
+    def reset(self) -> Obs:
+        """Starts a new episode everywhere and returns the first observations [N, ...]."""
+        ...
+
+    def step(self, actions: Tensor) -> StepResult:
+        """Applies ``actions`` [N, ...] for one step."""
+        ...
+
+    def randomize_episode_lengths(self) -> None:
+        """Gives every episode a random age, so that time-outs do not come all at once. No-op where unsupported."""
+        ...
+
+    def close(self) -> None:
+        """Frees what the environment holds. It cannot be stepped afterwards."""
+        ...
+
+
+class EpisodeStats:
+    """Sums per-environment quantities over the running episode, and over the episodes that end.
+
+    The length (in steps, of what was really stepped, however ``randomize_episode_lengths`` set the age) is kept by
+    itself; ``names`` are the quantities handed to ``update``. One instance makes few launches and no synchronisation.
+    """
+
+    @torch.inference_mode(False)
+    def __init__(self, num_envs: int, names: Sequence[str], device: torch.device | str = "cpu") -> None:
+        self.names = ("count", "length", *names)
+        self._sums = torch.zeros(len(names) + 2, num_envs, device=device)
+        self._sums[0] = 1  # so that the masked row sum of row 0 counts the episodes
+        self._ended = torch.zeros(num_envs, device=device)
+
+    def reset(self) -> None:
+        """Forgets the running episodes."""
+        self._sums[1:].zero_()
+
+    def update(self, values: Tensor, dones: Tensor, valid: Tensor | None = None) -> dict[str, Tensor]:
+        """Adds one step.
+
+        Args:
+            values: [K, N] float32, the step's quantities in the order of ``names``. Must be finite.
+            dones: [N] bool, the episodes that ended with this step.
+            valid: [N] bool, False where the step belongs to no episode.
+
+        Returns:
+            ``episode/count``, ``episode/length`` and ``episode/<name>``: sums over the episodes that ended.
+        """
+        sums = self._sums
+        if valid is None:
+            sums[1].add_(1)
+            sums[2:].add_(values)
+        else:
+            sums[1].add_(valid)
+            sums[2:].add_(torch.where(valid, values, 0))
+        self._ended.copy_(dones)
+        ended = torch.mv(sums, self._ended)
+        sums[1:].masked_fill_(dones, 0)
+        return {f"episode/{name}": total for name, total in zip(self.names, ended.unbind(), strict=True)}
+
+
+class LogMeter:
+    """Adds up the logs of many steps on the device; ``means`` reads them with a single host synchronisation.
+
+    Logs may differ in their keys from step to step; a mean runs over the steps that had the key.
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._steps: dict[str, int] = {}
+
+    def add(self, log: Mapping[str, Tensor]) -> None:
+        """Adds one step's ``StepResult.log``."""
+        for key, value in log.items():
+            # a new tensor each time, since the environment may write over its own
+            self._sums[key] = self._sums.get(key, 0.0) + value.detach().to(torch.float32)
+            self._steps[key] = self._steps.get(key, 0) + 1
+
+    def means(self, clear: bool = True) -> dict[str, float]:
+        """Means since the last call: ``episode/...`` per ended episode (left out if none ended), others per step.
+
+        ``episode/count`` stays the number of ended episodes.
+        """
+        keys = list(self._sums)
+        if not keys:
+            return {}
+        device = self._sums[keys[0]].device
+        read: list[float] = torch.stack([self._sums[key].to(device) for key in keys]).tolist()
+        totals: dict[str, float] = dict(zip(keys, read, strict=True))
+        episodes = totals.get(COUNT, 0.0)
+        means: dict[str, float] = {}
+        for key, total in totals.items():
+            if key == COUNT:
+                means[key] = total
+            elif key.startswith("episode/"):
+                if episodes > 0:
+                    means[key] = total / episodes
+            else:
+                means[key] = total / self._steps[key]
+        if clear:
+            self._sums.clear()
+            self._steps.clear()
+        return means
+
+
+def check_actions(actions: Any, num_envs: int, width: int, device: torch.device) -> Tensor:
+    """Returns ``actions`` as a float32 [num_envs, width] tensor on ``device``, or says what is wrong with it."""
+    if not isinstance(actions, Tensor):
+        raise TypeError(f"actions: expected a torch.Tensor, got {type(actions).__name__}")
+    if tuple(actions.shape) != (num_envs, width):
+        raise ValueError(f"actions: expected shape {[num_envs, width]}, got {list(actions.shape)}")
+    if actions.device.type != device.type:
+        raise ValueError(f"actions: expected a tensor on {device}, got one on {actions.device}")
+    return actions.detach().to(torch.float32)

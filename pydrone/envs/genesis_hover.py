@@ -1,0 +1,169 @@
+"""The hover task in the Genesis simulator: a Crazyflie 2.x (cf2x) over a plane, as in Genesis' own drone example.
+
+Needs ``genesis-world`` (1.4 or later), which is imported when an environment is built and not before. Building the
+scene compiles kernels for 10 to 80 s the first time; later processes find most of them in Genesis' cache.
+
+A step makes no host synchronisation of its own: drones are reset by mask. (Genesis looks at its error flags every now
+and then.)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .base import Autoreset, StepResult, check_actions
+from .hover_task import (
+    ACTION_DIM,
+    OBS_DIM,
+    DroneState,
+    HoverConfig,
+    HoverTask,
+    clip_actions,
+    propeller_rpm,
+    rotate_inverse,
+)
+
+
+def init_genesis(device: torch.device, seed: int, performance_mode: bool = True, logging_level: str = "warning") -> Any:
+    """Initialises Genesis for ``device`` unless that was done before, and returns its module.
+
+    Raises:
+        ImportError: genesis-world is not installed.
+        ValueError: Genesis was initialised for another device.
+    """
+    try:
+        import genesis as gs
+    except ImportError as error:
+        raise ImportError("genesis-hover needs the simulator: pip install genesis-world") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device: expected 'cpu' or 'cuda', got {str(device)!r}")
+    if not gs._initialized:
+        if device.index is not None and device.type == "cuda":
+            torch.cuda.set_device(device)  # Genesis takes the current one
+        gs.init(
+            backend=gs.cpu if device.type == "cpu" else gs.cuda,
+            logging_level=logging_level,
+            seed=seed,
+            performance_mode=performance_mode,
+        )
+    if gs.device.type != device.type or (device.index is not None and gs.device.index not in (None, device.index)):
+        raise ValueError(f"device: Genesis was initialised on {str(gs.device)!r} already, got {str(device)!r}")
+    return gs
+
+
+class GenesisHover:
+    """N drones that learn to hover: 17 observations, 4 actions, see :mod:`pydrone.envs.hover_task`.
+
+    Runs on the CPU repeat bit for bit with the same seed, whatever else the process does with torch's global generator.
+
+    Args:
+        num_envs: N.
+        device: ``"cpu"`` or ``"cuda"``; Genesis knows one device per process.
+        seed: of the targets and the random ages.
+        dt: seconds per step.
+        max_episode_length: steps after which an episode is truncated.
+        substeps: integration steps per step.
+        collisions: whether the drone can touch the plane. An episode ends ``min_height`` above it, where the drone
+            (6 cm of radius) cannot reach it, so contacts would only show in the last step of a fast crash; without
+            them a step takes a quarter less time.
+        performance_mode: Genesis' static arrays: faster steps, compiled anew for every scene and number of
+            environments. Without effect if Genesis was initialised already.
+        show_viewer: opens Genesis' window.
+        camera: keyword arguments of ``scene.add_camera``; the camera is then ``self.camera``.
+        config: the task's constants; ``dt`` and ``max_episode_length`` are taken from above.
+    """
+
+    autoreset: Autoreset = "same_step"
+    obs = OBS_DIM
+    actions = ACTION_DIM
+
+    @torch.inference_mode(False)
+    def __init__(
+        self,
+        num_envs: int,
+        device: torch.device | str = "cpu",
+        seed: int = 0,
+        *,
+        dt: float = 0.01,
+        max_episode_length: int = 1500,
+        substeps: int = 2,
+        collisions: bool = False,
+        performance_mode: bool = True,
+        show_viewer: bool = False,
+        camera: dict[str, Any] | None = None,
+        **config: Any,
+    ) -> None:
+        cfg = HoverConfig(dt=dt, max_episode_length=max_episode_length, **config)
+        gs = init_genesis(torch.device(device), seed, performance_mode)
+        self.device = torch.device(gs.device)
+        self.task = HoverTask(num_envs, self.device, seed, cfg)
+        self.config = cfg
+        self.num_envs = num_envs
+        self.max_episode_length: int | None = max_episode_length
+
+        self.scene: Any = gs.Scene(
+            sim_options=gs.options.SimOptions(dt=dt, substeps=substeps),
+            rigid_options=gs.options.RigidOptions(
+                constraint_solver=gs.constraint_solver.Newton,
+                enable_collision=collisions,
+                enable_self_collision=False,  # the drone is one rigid body without joints
+                enable_joint_limit=False,
+                disable_constraint=not collisions,
+            ),
+            vis_options=gs.options.VisOptions(rendered_envs_idx=[0]),
+            profiling_options=gs.options.ProfilingOptions(show_FPS=False),
+            show_viewer=show_viewer,
+        )
+        self.scene.add_entity(gs.morphs.Plane())
+        self.drone: Any = self.scene.add_entity(gs.morphs.Drone(file="urdf/drones/cf2x.urdf", pos=cfg.init_pos))
+        self.camera: Any = None if camera is None else self.scene.add_camera(**camera)
+        self.scene.build(n_envs=num_envs)
+        self._draws = show_viewer or camera is not None
+        first = torch.tensor((*cfg.init_pos, 1, 0, 0, 0), dtype=torch.float32, device=self.device)
+        self._first_qpos = first.repeat(num_envs, 1)
+        # compiles the masked reset, which would else hold up the first step that ends an episode
+        nobody = torch.zeros(num_envs, dtype=torch.bool, device=self.device)
+        self.drone.set_qpos(self._first_qpos, envs_idx=nobody, zero_velocity=True)
+
+    def reset(self) -> Tensor:
+        """Starts every episode anew and returns the observations [N, 17]."""
+        self._open().drone.set_qpos(self._first_qpos, zero_velocity=True)
+        return self.task.reset()
+
+    def step(self, actions: Tensor) -> StepResult:
+        """Applies ``actions`` [N, 4], clipped to [-1, 1], for one step."""
+        self._open()
+        actions = clip_actions(check_actions(actions, self.num_envs, ACTION_DIM, self.device))
+        self.drone.set_propellers_rpm(propeller_rpm(actions, self.config))
+        self.scene.step(update_visualizer=self._draws)
+        result = self.task.step(self.state(), actions)
+        # on the CPU looking costs nothing, and most steps end no episode
+        if self.device.type != "cpu" or bool(result.dones.any()):
+            self.drone.set_qpos(self._first_qpos, envs_idx=result.dones, zero_velocity=True)
+        return result
+
+    def state(self) -> DroneState:
+        """The drones' state, read from the simulator."""
+        # Genesis keeps a row per coordinate; a row per drone is what the task computes with
+        row = torch.cat((self.drone.get_qpos(), self.drone.get_dofs_velocity()), dim=1)
+        # of a free joint, the linear velocity is in the world's frame and the angular one in the body's
+        pos, quat, lin_vel, ang_vel = row.split((3, 4, 3, 3), dim=1)
+        return DroneState(pos, quat, rotate_inverse(quat, lin_vel), ang_vel)
+
+    def randomize_episode_lengths(self) -> None:
+        """Gives every running episode a random age."""
+        self.task.randomize_ages()
+
+    def close(self) -> None:
+        """Releases the scene. Genesis itself stays initialised, so that another environment can be built."""
+        if self.scene is not None:
+            self.scene.destroy()
+        self.scene = self.drone = self.camera = None
+
+    def _open(self) -> GenesisHover:
+        if self.scene is None:
+            raise RuntimeError("this environment was closed")
+        return self

@@ -1,0 +1,318 @@
+"""The hover task: fly to a target near the start and stay there, upright and calm. Written once, for every simulator.
+
+The task is that of the Genesis drone example (observations, rewards, ends and constants), as pure functions of the
+drone's state, and :class:`HoverTask`, which keeps what a task has to remember (target, last action, age). A simulator
+only moves the drone and puts it back where ``StepResult.dones`` says so. Frames: x forward, y left, z up; quaternions
+are (w, x, y, z) and rotate body vectors into the world.
+
+Where it differs from the example, the example was at fault: rewards and final observations come from the state before
+the reset; a time-out is no truncation where the drone crashed as well; an episode has ``max_episode_length`` steps and
+not one more; the last action is zero in the first observation of an episode; the observation holds the action that led
+to it and the target that the next step is judged by. A state that is not finite counts as a crash.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .base import EpisodeStats, StepResult
+
+OBS_DIM = 17
+ACTION_DIM = 4
+REWARDS = ("target", "smooth", "yaw", "angular", "crash")
+
+
+class DroneState(NamedTuple):
+    """The state of N drones, float32."""
+
+    pos: Tensor
+    """[N, 3] world, m."""
+    quat: Tensor
+    """[N, 4] (w, x, y, z), body to world."""
+    lin_vel: Tensor
+    """[N, 3] body frame, m/s."""
+    ang_vel: Tensor
+    """[N, 3] body frame, rad/s."""
+
+
+@dataclass(frozen=True)
+class HoverConfig:
+    """Constants of the task; lengths in m, angles in degrees, reward weights per second."""
+
+    dt: float = 0.01
+    max_episode_length: int = 1500
+    hover_rpm: float = 14468.429
+    rpm_range: float = 0.8
+    init_pos: tuple[float, float, float] = (0.0, 0.0, 1.0)
+    target_low: tuple[float, float, float] = (-1.0, -1.0, 1.0)
+    target_high: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    at_target: float = 0.1
+    pos_scale: float = 1 / 3
+    lin_vel_scale: float = 1 / 3
+    ang_vel_scale: float = 1 / math.pi
+    weight_target: float = 10.0
+    weight_smooth: float = -1e-4
+    weight_yaw: float = 0.01
+    weight_angular: float = -2e-4
+    weight_crash: float = -10.0
+    yaw_decay: float = 10.0
+    max_xy: float = 3.0
+    max_z: float = 2.0
+    min_height: float = 0.1
+    max_tilt: float = 180.0
+    """Roll and pitch; 180 is never exceeded, so it is not looked at."""
+
+    def __post_init__(self) -> None:
+        if self.dt <= 0:
+            raise ValueError(f"dt: expected a positive number of seconds, got {self.dt}")
+        if self.max_episode_length < 1:
+            raise ValueError(f"max_episode_length: expected at least 1 step, got {self.max_episode_length}")
+
+
+class Constants(NamedTuple):
+    """A :class:`HoverConfig` and what it says as tensors on a device, made once."""
+
+    config: HoverConfig
+    scale: Tensor
+    """[17] factors of an observation."""
+    limit: Tensor
+    """[17] what an observation is clipped to, infinite where it is not; ``lowest`` is the other end."""
+    lowest: Tensor
+    max_rel: Tensor
+    """[3] largest distance from the target along x, y, z."""
+    weights: Tensor
+    """[5, 1] reward weights times dt."""
+    init_pos: Tensor
+    target_low: Tensor
+    target_span: Tensor
+
+    @classmethod
+    def of(cls, config: HoverConfig, device: torch.device | str = "cpu") -> Constants:
+        """The constants of ``config`` on ``device``."""
+
+        def row(*values: float) -> Tensor:
+            return torch.tensor(values, dtype=torch.float32, device=device)
+
+        one, free = (1.0,), (math.inf,)
+        scale = (config.pos_scale,) * 3 + one * 4 + (config.lin_vel_scale,) * 3 + (config.ang_vel_scale,) * 3 + one * 4
+        weights = (
+            config.weight_target,
+            config.weight_smooth,
+            config.weight_yaw,
+            config.weight_angular,
+            config.weight_crash,
+        )
+        limit = row(*one * 3, *free * 4, *one * 6, *free * 4)
+        low = row(*config.target_low)
+        return cls(
+            config=config,
+            scale=row(*scale),
+            limit=limit,
+            lowest=-limit,
+            max_rel=row(config.max_xy, config.max_xy, config.max_z),
+            weights=row(*weights)[:, None] * config.dt,
+            init_pos=row(*config.init_pos),
+            target_low=low,
+            target_span=row(*config.target_high) - low,
+        )
+
+
+def clip_actions(actions: Tensor) -> Tensor:
+    """Actions [N, 4] clipped to [-1, 1]."""
+    return actions.clamp(-1, 1)
+
+
+def propeller_rpm(actions: Tensor, config: HoverConfig) -> Tensor:
+    """Propeller speeds [N, 4] of clipped actions: ``(1 + rpm_range * a) * hover_rpm``."""
+    return actions * (config.rpm_range * config.hover_rpm) + config.hover_rpm
+
+
+def rotate_inverse(quat: Tensor, vec: Tensor) -> Tensor:
+    """World vectors [N, 3] in the frame of unit quaternions [N, 4]: ``v - 2w (u x v) + 2 u x (u x v)``."""
+    axis = quat[:, 1:]
+    cross = torch.linalg.cross(axis, vec)
+    return vec.add(torch.addcmul(torch.linalg.cross(axis, cross), quat[:, :1], cross, value=-1), alpha=2)
+
+
+def yaw(quat: Tensor) -> Tensor:
+    """Yaw [N] in rad of unit quaternions [N, 4]: the last of the angles about the fixed axes x, y, z in this order."""
+    w, x, y, z = quat.unbind(-1)
+    # atan2(2 (wz + xy), 1 - 2 (y^2 + z^2)), both halved
+    return torch.atan2(torch.addcmul(w * z, x, y), torch.addcmul(0.5 - y * y, z, z, value=-1))
+
+
+def roll_pitch(quat: Tensor) -> tuple[Tensor, Tensor]:
+    """Roll and pitch [N] in rad of unit quaternions [N, 4], with :func:`yaw` a rotation about x, then y, then z."""
+    w, x, y, z = quat.unbind(-1)
+    return (
+        torch.atan2(2 * (w * x + y * z), 1 - 2 * (x * x + y * y)),
+        torch.asin((2 * (w * y - z * x)).clamp(-1, 1)),
+    )
+
+
+def observe(state: DroneState, target: Tensor, last_actions: Tensor, c: Constants) -> Tensor:
+    """Observation [N, 17]: target relative to the drone 3, quaternion 4, velocity 3, angular velocity 3, last action 4.
+
+    The first three and the velocities are scaled and clipped to [-1, 1], the others passed on as they are.
+    """
+    row = torch.cat((target - state.pos, state.quat, state.lin_vel, state.ang_vel, last_actions), dim=-1)
+    return torch.clamp(row.mul_(c.scale), c.lowest, c.limit, out=row)
+
+
+def crashed(state: DroneState, target: Tensor, c: Constants) -> Tensor:
+    """[N] bool: too far from the target, too low, tilted too far, or not finite (no comparison with NaN holds)."""
+    flying = ((target - state.pos).abs() <= c.max_rel).all(dim=-1) & (state.pos[:, 2] >= c.config.min_height)
+    # positions are checked already; this notices a broken attitude or velocity (a sum is finite only if its terms are)
+    flying &= (state.quat.sum(-1) + (state.lin_vel + state.ang_vel).sum(-1)).abs() < math.inf
+    if c.config.max_tilt < 180.0:
+        roll, pitch = roll_pitch(state.quat)
+        limit = math.radians(c.config.max_tilt)
+        flying &= (roll.abs() <= limit) & (pitch.abs() <= limit)
+    return ~flying
+
+
+def reward_terms(
+    state: DroneState,
+    last_pos: Tensor,
+    target: Tensor,
+    actions: Tensor,
+    last_actions: Tensor,
+    crash: Tensor,
+    c: Constants,
+) -> Tensor:
+    """The rewards [5, N] of a step, weighted and times dt, in the order of ``REWARDS``; their sum is the reward.
+
+    target ``|target - last_pos|^2 - |target - pos|^2``, smooth ``|a - a_last|^2``, yaw ``exp(-10 |yaw|)``,
+    angular ``|w / pi|``, crash 1.
+
+    Args:
+        state: the drones after the step, before any reset.
+        last_pos: [N, 3] where they were before it.
+        target: [N, 3] the target during the step.
+        actions: [N, 4] what was applied (clipped).
+        last_actions: [N, 4] what was applied the step before, 0 in the first step.
+        crash: [N] bool, from :func:`crashed`.
+        c: the task's constants.
+    """
+    # |target - last_pos|^2 - |target - pos|^2 = (pos - last_pos) . (2 target - pos - last_pos), without cancellation
+    gain = (state.pos - last_pos).mul_(target.mul(2).sub_(state.pos).sub_(last_pos))
+    terms = torch.stack(
+        (
+            gain.sum(-1),
+            (actions - last_actions).square_().sum(-1),
+            # 2^x, since MKL's e^x is threaded even for so few numbers and stalls on busy machines
+            torch.exp2(yaw(state.quat).abs() * (-c.config.yaw_decay / math.log(2))),
+            torch.linalg.vector_norm(state.ang_vel, dim=-1).mul_(1 / math.pi),
+            crash.to(state.pos.dtype),
+        )
+    )
+    return terms.mul_(c.weights)
+
+
+class HoverTask:
+    """The bookkeeping of N hover tasks: feed it the drones' state after every step, it returns the StepResult.
+
+    A step draws random numbers of a fixed shape from ``generator`` (register it with a CUDA graph that captures one)
+    and never synchronises with the host. Rewards, observations and ends of a StepResult are written over by the next
+    step.
+
+    Args:
+        num_envs: N.
+        device: where everything lives.
+        seed: of the targets and the random ages.
+        config: the task's constants.
+    """
+
+    @torch.inference_mode(False)
+    def __init__(
+        self, num_envs: int, device: torch.device | str = "cpu", seed: int = 0, config: HoverConfig | None = None
+    ) -> None:
+        if num_envs < 1:
+            raise ValueError(f"num_envs: expected at least 1, got {num_envs}")
+        self.config = config or HoverConfig()
+        self.num_envs = num_envs
+        self.device = torch.device(device)
+        self.generator = torch.Generator(self.device).manual_seed(seed)
+        self.constants = c = Constants.of(self.config, self.device)
+
+        def buffer(*shape: int) -> Tensor:
+            return torch.zeros(shape, device=self.device)
+
+        self.target = buffer(num_envs, 3)
+        self.last_pos = buffer(num_envs, 3)
+        self.last_actions = buffer(num_envs, ACTION_DIM)
+        self.age = torch.zeros(num_envs, dtype=torch.int32, device=self.device)
+        self._draw = buffer(num_envs, 3)
+        self._rewards = buffer(1, num_envs)
+        self._obs = buffer(num_envs, OBS_DIM)
+        self._stats = EpisodeStats(num_envs, ("return",), self.device)
+        # the first observation of an episode: only the target's part of it ever changes
+        at_rest = DroneState(
+            c.init_pos.expand(num_envs, 3), buffer(num_envs, 4), buffer(num_envs, 3), buffer(num_envs, 3)
+        )
+        at_rest.quat[:, 0] = 1
+        self._first_obs = observe(at_rest, self.target, self.last_actions, c)
+        self.reset()
+
+    def reset(self) -> Tensor:
+        """Starts every episode anew and returns the first observations [N, 17]."""
+        self.target.copy_(self._draw_targets())
+        self.last_pos.copy_(self.constants.init_pos)
+        self.last_actions.zero_()
+        self.age.zero_()
+        self._stats.reset()
+        return self._obs.copy_(self._first_observations())
+
+    def randomize_ages(self) -> None:
+        """Draws the age of every running episode from [0, max_episode_length)."""
+        draw = torch.rand(self.num_envs, generator=self.generator, device=self.device)
+        self.age.copy_(draw * self.config.max_episode_length)
+        self.age.clamp_(max=self.config.max_episode_length - 1)  # the product may round up to the limit
+
+    def step(self, state: DroneState, actions: Tensor) -> StepResult:
+        """Judges the step that led to ``state`` by ``actions`` [N, 4] (clipped); where it ended one, an episode starts.
+
+        The caller has to put the drones of ``dones`` back to ``init_pos``, upright and at rest.
+        """
+        c = self.constants
+        self.age.add_(1)
+        crash = crashed(state, self.target, c)
+        timeout = self.age >= c.config.max_episode_length
+        dones = crash | timeout
+        truncated = timeout & ~crash
+
+        terms = reward_terms(state, self.last_pos, self.target, actions, self.last_actions, crash, c)
+        terms.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)  # a diverged simulation must not poison the rollout
+        torch.sum(terms, dim=0, keepdim=True, out=self._rewards)
+        distance = torch.linalg.vector_norm(self.target - state.pos, dim=-1)
+        log = {f"reward/{name}": mean for name, mean in zip(REWARDS, terms.mean(dim=1).unbind(), strict=True)}
+        log["distance"] = distance.mean()
+        log |= self._stats.update(self._rewards, dones)
+
+        # a target that was reached moves on; that of a new episode is another one, which the final observation of the
+        # old episode must not show
+        ended = dones[:, None]
+        draw = self._draw_targets()
+        target = torch.where((distance < c.config.at_target)[:, None], draw, self.target)
+        final_obs = observe(state, target, actions, c)
+        torch.where(ended, draw, target, out=self.target)
+        torch.where(ended, c.init_pos, state.pos, out=self.last_pos)
+        self.last_actions.copy_(actions).masked_fill_(ended, 0)
+        self.age.masked_fill_(dones, 0)
+        torch.where(ended, self._first_observations(), final_obs, out=self._obs)
+        return StepResult(self._obs, self._rewards[0], dones, truncated, final_obs, None, log)
+
+    def _draw_targets(self) -> Tensor:
+        torch.rand(self._draw.shape, generator=self.generator, out=self._draw)
+        return self._draw.mul_(self.constants.target_span).add_(self.constants.target_low)
+
+    def _first_observations(self) -> Tensor:
+        c = self.constants
+        rel = (self.target - c.init_pos) * c.scale[:3]
+        torch.clamp(rel, -1, 1, out=self._first_obs[:, :3])
+        return self._first_obs

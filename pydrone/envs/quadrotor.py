@@ -1,0 +1,168 @@
+"""The hover task on a rigid-body quadrotor in plain torch: the Crazyflie 2.x of the Genesis example, no simulator.
+
+Newton-Euler equations of one rigid body with four propellers, each a force ``KF * rpm^2`` along the body's z axis and a
+torque ``SPIN * KM * rpm^2`` about it. Semi-implicit Euler; the attitude turns by the mean of the old and the new
+angular velocity, as in Genesis. There is no ground and no drag but the small angular damping that Genesis gives a
+drone. A step makes no host synchronisation and has no shape that depends on data, so a CUDA graph can capture it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .base import Autoreset, StepResult, check_actions
+from .hover_task import (
+    ACTION_DIM,
+    OBS_DIM,
+    DroneState,
+    HoverConfig,
+    HoverTask,
+    clip_actions,
+    propeller_rpm,
+    rotate_inverse,
+)
+
+# Crazyflie 2.x as in the cf2x.urdf that Genesis ships (from Foerster, "System Identification of the Crazyflie 2.0 Nano
+# Quadrocopter", 2015, and Landry, "Planning and control for quadrotor flight through cluttered environments", 2015)
+MASS = 0.027  # kg
+INERTIA = (1.4e-5, 1.4e-5, 2.17e-5)  # kg m^2, about x, y, z
+KF = 3.16e-10  # N / rpm^2
+KM = 7.94e-12  # N m / rpm^2
+PROPELLERS = ((0.028, -0.028), (-0.028, -0.028), (-0.028, 0.028), (0.028, 0.028))  # x, y in m
+SPIN = (-1.0, 1.0, -1.0, 1.0)  # sign of the torque about z
+ANGULAR_DAMPING = 1e-5 * MASS  # N m s / rad
+GRAVITY = 9.81  # m / s^2
+
+
+def wrench_matrix() -> Tensor:
+    """[4, 4] float32: ``rpm^2 [N, 4] @ wrench_matrix()`` is the acceleration along the body's z axis and the angular
+    accelerations about x, y, z that the propellers cause (m/s^2, rad/s^2)."""
+    rows = [
+        [KF / MASS, KF * y / INERTIA[0], -KF * x / INERTIA[1], spin * KM / INERTIA[2]]
+        for (x, y), spin in zip(PROPELLERS, SPIN, strict=True)
+    ]
+    return torch.tensor(rows, dtype=torch.float64).to(torch.float32)
+
+
+class Quadrotor:
+    """N quadrotors that learn to hover: 17 observations, 4 actions, see :mod:`pydrone.envs.hover_task`.
+
+    The attributes ``pos`` [N, 3], ``quat`` [N, 4] (w, x, y, z), ``vel`` [N, 3] (world) and ``ang_vel`` [N, 3] (body)
+    are the state, and may be written to.
+
+    Args:
+        num_envs: N.
+        device: where the drones live.
+        seed: of the targets and the random ages.
+        dt: seconds per step.
+        max_episode_length: steps after which an episode is truncated.
+        substeps: integration steps per step.
+        config: the task's constants; ``dt`` and ``max_episode_length`` are taken from above.
+    """
+
+    autoreset: Autoreset = "same_step"
+    obs = OBS_DIM
+    actions = ACTION_DIM
+
+    @torch.inference_mode(False)
+    def __init__(
+        self,
+        num_envs: int,
+        device: torch.device | str = "cpu",
+        seed: int = 0,
+        *,
+        dt: float = 0.01,
+        max_episode_length: int = 1500,
+        substeps: int = 2,
+        **config: Any,
+    ) -> None:
+        if substeps < 1:
+            raise ValueError(f"substeps: expected at least 1, got {substeps}")
+        cfg = HoverConfig(dt=dt, max_episode_length=max_episode_length, **config)
+        self.task = HoverTask(num_envs, device, seed, cfg)
+        self.config = cfg
+        self.num_envs = num_envs
+        self.device = self.task.device
+        self.max_episode_length: int | None = max_episode_length
+        self.substeps = substeps
+        self._h = dt / substeps
+
+        def row(*values: float) -> Tensor:
+            return torch.tensor(values, dtype=torch.float32, device=self.device)
+
+        self._wrench = wrench_matrix().to(self.device)
+        self._gravity = row(0.0, 0.0, -GRAVITY)
+        jx, jy, jz = INERTIA
+        # Euler's equations for a diagonal inertia: -J^-1 (w x J w) = gyro * (w_y w_z, w_z w_x, w_x w_y)
+        self._gyro = row((jy - jz) / jx, (jz - jx) / jy, (jx - jy) / jz)
+        # damping, integrated implicitly
+        self._damp = 1 / (1 + row(*INERTIA).reciprocal() * (ANGULAR_DAMPING * self._h))
+        self.pos = torch.zeros(num_envs, 3, device=self.device)
+        self.quat = torch.zeros(num_envs, 4, device=self.device)
+        self.vel = torch.zeros(num_envs, 3, device=self.device)
+        self.ang_vel = torch.zeros(num_envs, 3, device=self.device)
+        self._upright = row(1.0, 0.0, 0.0, 0.0)
+        self._place()
+
+    @property
+    def generator(self) -> torch.Generator:
+        """Draws everything random; a CUDA graph has to know it (``CUDAGraph.register_generator_state``)."""
+        return self.task.generator
+
+    def reset(self) -> Tensor:
+        """Starts every episode anew and returns the observations [N, 17]."""
+        self._place()
+        return self.task.reset()
+
+    def step(self, actions: Tensor) -> StepResult:
+        """Applies ``actions`` [N, 4], clipped to [-1, 1], for one step."""
+        actions = clip_actions(check_actions(actions, self.num_envs, ACTION_DIM, self.device))
+        accel = propeller_rpm(actions, self.config).square() @ self._wrench
+        for _ in range(self.substeps):
+            self._integrate(accel[:, :1], accel[:, 1:])
+        state = DroneState(self.pos, self.quat, rotate_inverse(self.quat, self.vel), self.ang_vel)
+        result = self.task.step(state, actions)
+        ended = result.dones[:, None]
+        torch.where(ended, self.task.constants.init_pos, self.pos, out=self.pos)
+        torch.where(ended, self._upright, self.quat, out=self.quat)
+        self.vel.masked_fill_(ended, 0)
+        self.ang_vel.masked_fill_(ended, 0)
+        return result
+
+    def randomize_episode_lengths(self) -> None:
+        """Gives every running episode a random age."""
+        self.task.randomize_ages()
+
+    def close(self) -> None:
+        """Nothing to free."""
+
+    def _place(self) -> None:
+        self.pos.copy_(self.task.constants.init_pos)
+        self.quat.copy_(self._upright)
+        self.vel.zero_()
+        self.ang_vel.zero_()
+
+    def _integrate(self, thrust: Tensor, torque: Tensor) -> None:
+        """One substep under the accelerations ``thrust`` [N, 1] along and ``torque`` [N, 3] about the body's axes."""
+        h, quat, w = self._h, self.quat, self.ang_vel
+        # half of the body's z axis in the world, the last column of the rotation matrix
+        qw, qx, qy, qz = quat.unbind(-1)
+        up = torch.stack((qx * qz + qw * qy, qy * qz - qw * qx, 0.5 - (qx * qx + qy * qy)), dim=-1)
+        self.vel.add_(torch.addcmul(self._gravity, up, thrust, value=2), alpha=h)
+        self.pos.add_(self.vel, alpha=h)
+
+        gyro = w.roll(-1, -1) * w.roll(1, -1) * self._gyro
+        mid = w.clone()
+        w.add_(gyro.add_(torque), alpha=h).mul_(self._damp)
+        mid.add_(w).mul_(0.5)
+        # quat * (cos a, sin a w/|w|) with a = |w| h / 2 is, but for its length, quat * (1, tan a w/|w|); tan a / a by
+        # its series, 1e-5 off at 100 rad/s. (torch's cos and sin are threaded by MKL, which stalls on busy machines.)
+        a2 = mid.square().sum(-1, keepdim=True) * (h * h / 4)
+        rot = mid * ((a2 * (2 / 15) + 1 / 3) * a2 + 1) * (h / 2)
+        axis, real = quat[:, 1:], quat[:, :1]
+        turned = torch.addcmul(axis + torch.linalg.cross(axis, rot), real, rot)
+        new = torch.cat((real - (axis * rot).sum(-1, keepdim=True), turned), dim=-1)
+        torch.div(new, torch.linalg.vector_norm(new, dim=-1, keepdim=True), out=quat)

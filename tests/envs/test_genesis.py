@@ -1,0 +1,138 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from pydrone.envs import make
+from pydrone.envs.genesis_hover import GenesisHover
+from pydrone.envs.hover_task import observe, roll_pitch, yaw
+from pydrone.envs.quadrotor import Quadrotor
+
+pytest.importorskip("genesis")
+pytestmark = pytest.mark.genesis
+
+N = 64
+LIMIT = 40
+
+
+@pytest.fixture(scope="module")
+def env() -> Iterator[GenesisHover]:
+    made = make("genesis-hover", N, "cpu", seed=3, max_episode_length=LIMIT)
+    assert isinstance(made, GenesisHover)
+    yield made
+    made.close()
+    with pytest.raises(RuntimeError, match="this environment was closed"):
+        made.step(torch.zeros(N, 4))
+
+
+def test_hover_rpm_keeps_the_height(env: GenesisHover) -> None:
+    obs = env.reset()
+    assert obs.shape == (N, 17)
+    for _ in range(LIMIT - 1):
+        result = env.step(torch.zeros(N, 4))
+        assert not result.dones.any()
+    # hover_rpm balances g = 9.8, so it sinks with 0.01 m/s^2
+    expected = torch.tensor([0, 0, 1 - 0.01 * (0.01 * (LIMIT - 1)) ** 2 / 2]).expand(N, 3)
+    torch.testing.assert_close(env.state().pos, expected, atol=1e-4, rtol=0)
+
+
+def test_time_out_returns_the_true_final_observation(env: GenesisHover) -> None:
+    env.reset()
+    actions = torch.full((N, 4), 0.05)
+    for _ in range(LIMIT - 1):
+        env.step(actions)
+    target = env.task.target.clone()
+    kick = torch.zeros(N, 6)
+    kick[1::2, 2] = -200.0  # every other drone is shot into the ground in the step of its time-out
+    env.drone.set_dofs_velocity(kick)
+    height = env.state().pos[:, 2].clone()
+    result = env.step(actions)
+    crashed = torch.arange(N) % 2 == 1
+    assert result.dones.all()
+    assert torch.equal(result.truncated, ~crashed)
+    assert result.final_obs is not None
+    final_z = target[:, 2] - 3 * result.final_obs[:, 2]
+    accel = 9.8 * 1.04**2 - 9.81
+    # at rest half a step before: falls from its height by the semi-implicit integrator
+    fall = accel * 0.005**2 * 3
+    torch.testing.assert_close(final_z[~crashed], (height + fall)[~crashed], atol=1e-4, rtol=0)
+    assert (result.rewards[crashed] < -0.09).all()
+    assert (result.rewards[~crashed].abs() < 0.01).all()
+    # every drone starts anew
+    assert (result.obs[:, 2:] == torch.tensor([0.0, 1.0] + [0.0] * 13)).all()
+    state = env.state()
+    assert (state.pos == torch.tensor([0.0, 0.0, 1.0])).all()
+    assert (state.quat == torch.tensor([1.0, 0.0, 0.0, 0.0])).all()
+    assert (state.lin_vel == 0).all()
+    assert (state.ang_vel == 0).all()
+    assert (env.drone.get_pos() == torch.tensor([0.0, 0.0, 1.0])).all()
+
+
+def test_only_ended_drones_are_reset(env: GenesisHover) -> None:
+    env.reset()
+    env.step(torch.full((N, 4), 0.1))
+    env.task.target[5] = torch.tensor([9.0, 0.0, 1.0])  # out of reach: an end
+    result = env.step(torch.full((N, 4), 0.1))
+    assert result.dones.nonzero().flatten().tolist() == [5]
+    moved = env.state().pos[:, 2] != 1
+    assert moved.nonzero().flatten().tolist() == [n for n in range(N) if n != 5]
+
+
+def test_conventions_are_those_of_genesis(env: GenesisHover) -> None:
+    geom = pytest.importorskip("genesis.utils.geom")
+    env.reset()
+    g = torch.Generator().manual_seed(0)
+    for _ in range(15):
+        actions = 0.2 * torch.randn(N, 4, generator=g)
+        result = env.step(actions)
+    assert not result.dones.any()
+    state = env.state()
+    inverse = geom.inv_quat(env.drone.get_quat())
+    torch.testing.assert_close(state.pos, env.drone.get_pos())
+    torch.testing.assert_close(state.quat, env.drone.get_quat())
+    torch.testing.assert_close(state.lin_vel, geom.transform_by_quat(env.drone.get_vel(), inverse), atol=1e-5, rtol=0)
+    torch.testing.assert_close(state.ang_vel, geom.transform_by_quat(env.drone.get_ang(), inverse), atol=1e-4, rtol=0)
+    assert state.ang_vel.abs().max() > 1
+    angles = geom.quat_to_xyz(state.quat, rpy=True)
+    ours = torch.stack((*roll_pitch(state.quat), yaw(state.quat)), dim=-1)
+    torch.testing.assert_close(ours, angles, atol=1e-5, rtol=0)
+    torch.testing.assert_close(result.obs, observe(state, env.task.target, actions, env.task.constants))
+
+
+def test_the_quadrotor_without_simulator_agrees(env: GenesisHover) -> None:
+    twin = Quadrotor(N, seed=0, max_episode_length=LIMIT)
+    env.reset()
+    twin.reset()
+    g = torch.Generator().manual_seed(1)
+    for _ in range(20):
+        actions = 0.15 * torch.randn(N, 4, generator=g)
+        env.step(actions)
+        twin.step(actions)
+    state = env.state()
+    # over 0.2 s in which they tilt by up to 45 degrees; Genesis turns the thrust with the drone once a step only
+    torch.testing.assert_close(state.pos, twin.pos, atol=0.005, rtol=0)
+    torch.testing.assert_close(state.quat, twin.quat, atol=0.01, rtol=0)
+    torch.testing.assert_close(state.ang_vel, twin.ang_vel, atol=0.1, rtol=0)
+    assert (state.quat[:, 1:3].norm(dim=-1) > 0.05).any()
+
+
+def test_runs_repeat(env: GenesisHover) -> None:
+    def run() -> torch.Tensor:
+        env.task.generator.manual_seed(5)
+        env.reset()
+        env.randomize_episode_lengths()
+        g = torch.Generator().manual_seed(2)
+        return torch.stack([env.step(torch.randn(N, 4, generator=g)).obs.clone() for _ in range(30)])
+
+    first = run()
+    torch.rand(5)
+    assert torch.equal(first, run())
+
+
+def test_another_device_than_genesis_has_is_refused(env: GenesisHover) -> None:
+    with pytest.raises(ValueError, match="device: Genesis was initialised on 'cpu' already, got 'cuda'"):
+        make("genesis-hover", 1, "cuda")
+    with pytest.raises(ValueError, match="device: expected 'cpu' or 'cuda', got 'meta'"):
+        make("genesis-hover", 1, "meta")
