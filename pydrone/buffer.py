@@ -17,28 +17,20 @@ import torch
 from torch import Tensor
 
 from .estimators import env_scalars, pick_bootstrap, unit_interval
-from .layout import Field, Layout, positive
+from .layout import positive
 from .minibatch import Minibatch, Plan
 from .ops import pages
-from .ops.dispatch import select, written
-from .ops.schema import (
-    CURSOR_APPENDED,
-    CURSOR_DISCARDED,
-    CURSOR_FLAG,
-    CURSOR_NUM_STEPS,
-    INVALID,
-    SCALAR_TYPES,
-    TRUNCATED,
-)
+from .ops.dispatch import written
+from .ops.reference import normalization, permute
+from .ops.schema import CURSOR_DISCARDED, INVALID
+from .ring import BufferFull, Ring, field_view
+from .sequences import Sequences, pad
+from .sources import Sources
 
 __all__ = ["BufferFull", "Minibatch", "RolloutBuffer"]
 
 
-class BufferFull(RuntimeError):
-    """An append would overwrite a rollout that has not been discarded; nothing was written."""
-
-
-class RolloutBuffer:
+class RolloutBuffer(Ring):
     """Storage of N environments x T steps, with GAE and shuffled minibatches as kernels.
 
     Everything is allocated here, once; memory is constant however many iterations follow (see docs/memory.md).
@@ -77,82 +69,24 @@ class RolloutBuffer:
         rank: int = 0,
         backend: str | None = None,
     ) -> None:
-        self.device = _indexed(torch.device(device))
-        self._arguments = {
-            "num_envs": num_envs,
-            "num_steps": num_steps,
-            "obs": obs,
-            "actions": actions,
-            "capacity": capacity,
-            "obs_dtype": obs_dtype,
-            "fields": fields,
-            "max_episode_length": max_episode_length,
-            "final_obs_rows": final_obs_rows,
-        }
-        self._layout = Layout(**self._arguments)
-        self._seed, self._rank, self._backend = int(seed), int(rank), backend
-        self._key = _mix_seed(self._seed, self._rank)
-        self._ops = select(self.device, backend)
-        self.num_envs, self.num_steps, self.capacity = num_envs, num_steps, self._layout.capacity
-        # Tensors made in inference mode cannot be trained on later.
-        with torch.inference_mode(False):
-            self._memory = {
-                made.name: _allocate(made.shape, made.dtype, self.device, made.name) for made in self._layout.allocations()
-            }
-        memory = self._memory
-        self._rows, self._codes = memory["rows"], memory["dones"]
-        self._pool, self._pool_count = memory.get("final_obs"), memory.get("final_obs_count")
-        self._cursor = memory["cursor"]
-        self._cursor[CURSOR_NUM_STEPS] = num_steps
-        self._views = {name: _field_view(self._rows, field) for name, field in self._layout.fields.items()}
-        self._final_rows = self._views["final_row"].t() if self._pool is not None else None
-        self._sources = [field for name, field in self._layout.fields.items() if name != "final_row"]
-        self._offsets = [field.offset for field in self._sources]
-        self._dtypes = [SCALAR_TYPES[field.dtype] for field in self._sources]
-        pooled = self._layout.pool_fields.values()
-        self._pool_offsets = [field.offset for field in pooled]
-        self._pool_dtypes = [SCALAR_TYPES[field.dtype] for field in pooled]
-        self._appended = 0  # steps, ever
-        self._discarded = 0  # likewise; a multiple of num_steps
-        self._open: str | None = None  # the half of a step that has been begun: "begin" or "slot"
-        self._cursor_live = False  # whether the device's counters equal the host's
-        # What the rollout at [.., ..) % num_rollouts was given, as far as the host knows.
-        self._truncations = [False] * self._layout.num_rollouts
-        self._resets = [False] * self._layout.num_rollouts
-        self._computed = False
-        self._epoch = 0
-        self._subset: Tensor | None = None
-        self._reused: dict[int, dict[str, Tensor]] = {}
-
-    # ------------------------------------------------------------------------------------------------ state
-
-    def __len__(self) -> int:
-        """Steps stored and not discarded."""
-        return self._appended - self._discarded
-
-    @property
-    def full(self) -> bool:
-        """Whether the rollout being collected has T steps."""
-        return len(self) > 0 and len(self) % self.num_steps == 0
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of every tensor that the buffer holds; equals the plan of :mod:`pydrone.memory`."""
-        reused = (x for tensors in self._reused.values() for x in tensors.values())
-        return sum(x.numel() * x.element_size() for x in (*self._memory.values(), *reused))
-
-    def __repr__(self) -> str:
-        obs = {name: list(shape) for name, (shape, _) in self._layout.obs.items()}
-        obs = obs if self._layout.obs_is_mapping else next(iter(obs.values()))
-        extra = f", fields={list(self._layout.extra)}" if self._layout.extra else ""
-        ring = "" if self.capacity == self.num_steps else f", capacity={self.capacity}"
-        return (
-            f"RolloutBuffer(num_envs={self.num_envs}, num_steps={self.num_steps}, obs={obs}, "
-            f"actions={list(self._layout.fields['actions'].shape)}{extra}{ring}, device={str(self.device)!r}, "
-            f"backend={self._ops.name!r}, steps={len(self)}, {self.nbytes / 1e6:.1f} MB)"
+        super().__init__(
+            {
+                "num_envs": num_envs,
+                "num_steps": num_steps,
+                "obs": obs,
+                "actions": actions,
+                "capacity": capacity,
+                "obs_dtype": obs_dtype,
+                "fields": fields,
+                "max_episode_length": max_episode_length,
+                "final_obs_rows": final_obs_rows,
+            },
+            device,
+            seed,
+            rank,
+            backend,
         )
-
-    # ------------------------------------------------------------------------------------------------ collecting
+        self._checked = Sources(self._layout, self.device)
 
     def append(
         self,
@@ -259,7 +193,7 @@ class RolloutBuffer:
     def _collect(self, obs, actions, values, log_probs, fields: dict[str, Tensor]) -> tuple[list[Tensor], Tensor]:
         """The sources of a row in the layout's order, checked."""
         self._check_room()
-        given = self._groups("obs", obs)
+        given = self._checked.groups("obs", obs)
         given["actions"], given["log_probs"], given["values"] = actions, log_probs, values
         if fields.keys() != set(self._layout.extra):
             for name in self._layout.extra:
@@ -268,55 +202,16 @@ class RolloutBuffer:
             name = next(name for name in fields if name not in self._layout.extra)
             raise TypeError(f"{name}: not a field of this buffer; it has {', '.join(self._layout.extra) or 'none'}")
         given.update(fields)
-        return [self._source(field, given[field.name], field.name) for field in self._sources], values
-
-    def _groups(self, name: str, obs: object) -> dict[str, object]:
-        """``obs`` by the names of the layout's fields."""
-        if not self._layout.obs_is_mapping:
-            return {"obs.obs": obs}
-        # A TensorDict is a mapping in all but its class.
-        if not hasattr(obs, "keys") or isinstance(obs, Tensor):
-            raise TypeError(f"{name}: expected a mapping of {', '.join(self._layout.obs)}, got {type(obs).__name__}")
-        if set(obs.keys()) != set(self._layout.obs):
-            raise ValueError(f"{name}: expected the groups {sorted(self._layout.obs)}, got {sorted(obs.keys())}")
-        return {f"obs.{group}": obs[group] for group in self._layout.obs}
-
-    def _source(self, field: Field, x: object, name: str) -> Tensor:
-        name = name.removesuffix(".obs") if not self._layout.obs_is_mapping else name
-        self._check(name, x)
-        if field.shape == ():
-            fits = x.shape[:1] == (self.num_envs,) and x.numel() == self.num_envs
-        else:
-            fits = x.shape == (self.num_envs, *field.shape)
-        if not fits:
-            raise ValueError(f"{name}: expected shape {[self.num_envs, *field.shape]}, got {list(x.shape)}")
-        if x.dtype != field.dtype and not (x.is_floating_point() and field.dtype.is_floating_point):
-            raise TypeError(f"{name}: expected dtype {field.dtype}, got {x.dtype}")
-        return x.detach() if x.requires_grad else x
-
-    def _check(self, name: str, x: object) -> None:
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
-        if x.device != self.device:
-            raise ValueError(f"{name}: expected device {self.device}, got {x.device}")
-        if x.layout != torch.strided:
-            raise TypeError(f"{name}: expected a strided tensor, got {x.layout}")
-
-    def _scalar(self, name: str, x: object, floating: bool) -> Tensor:
-        self._check(name, x)
-        if x.shape[:1] != (self.num_envs,) or x.numel() != self.num_envs:
-            raise ValueError(f"{name}: expected shape [{self.num_envs}] or [{self.num_envs}, 1], got {list(x.shape)}")
-        if x.is_complex() or (floating and not x.is_floating_point()):
-            raise TypeError(f"{name}: expected a {'floating' if floating else 'real'} dtype, got {x.dtype}")
-        return x.detach() if x.requires_grad else x
+        sources = [self._checked.field(field, given[field.name], field.name) for field in self._sources]
+        return sources, sources[self._sources.index(self._layout.fields["values"])]
 
     def _ends(self, rewards, dones, truncated, final_obs, valid) -> dict:
         self._check_room()
         ends = {
-            "rewards": self._scalar("rewards", rewards, True),
-            "dones": self._scalar("dones", dones, False),
-            "truncated": None if truncated is None else self._scalar("truncated", truncated, False),
-            "valid": None if valid is None else self._scalar("valid", valid, False),
+            "rewards": self._checked.scalar("rewards", rewards, True),
+            "dones": self._checked.scalar("dones", dones, False),
+            "truncated": None if truncated is None else self._checked.scalar("truncated", truncated, False),
+            "valid": None if valid is None else self._checked.scalar("valid", valid, False),
             "final": [],
         }
         if final_obs is not None:
@@ -324,10 +219,10 @@ class RolloutBuffer:
                 raise ValueError("final_obs: expected truncated with it, got None")
             if self._pool is None:
                 raise ValueError("final_obs: this buffer has no pool for them; construct it with final_obs_rows > 0")
-            groups = self._groups("final_obs", final_obs)
+            groups = self._checked.groups("final_obs", final_obs)
             for field in self._layout.pool_fields.values():
                 name = "final_" + field.name
-                ends["final"].append(self._source(field, groups[field.name], name))
+                ends["final"].append(self._checked.field(field, groups[field.name], name))
         return ends
 
     def _write(self, sources: list[Tensor], planes: list[Tensor], plane_sources: list, ends: dict | None, commit: bool):
@@ -361,14 +256,15 @@ class RolloutBuffer:
             commit,
         )
         written(self._rows, *planes, None if ends is None else self._codes, self._pool if pooled else None)
-        if ends is not None:
+        if ends is not None and captured:
+            self._captured_truncations |= ends["truncated"] is not None
+            self._captured_resets |= ends["valid"] is not None
+        elif ends is not None:
             self._truncations[rollout] |= ends["truncated"] is not None
             self._resets[rollout] |= ends["valid"] is not None
         if commit and not captured:
             self._appended += 1
             self._cursor_live = False
-
-    # ------------------------------------------------------------------------------------------------ estimating
 
     def compute_gae(
         self,
@@ -406,7 +302,7 @@ class RolloutBuffer:
         gamma, lam = unit_interval("gamma", gamma), unit_interval("lam", lam)
         last_values = env_scalars("last_values", last_values, self.num_envs, self.device)
         rollout = self._rollout % self._layout.num_rollouts
-        truncations = self._truncations[rollout]
+        truncations = self._truncations[rollout] or self._captured_truncations
         bootstrap = pick_bootstrap(
             truncations, final_values=final_values, value_fn=value_fn, timeout_bootstrap=timeout_bootstrap
         )
@@ -439,23 +335,28 @@ class RolloutBuffer:
             memory["workspace"],
         )
         written(memory["advantages"], memory["returns"], memory["statistics"])
+        self._captured_gae |= captured
         self._computed, self._subset = True, None
 
     def _evaluate(self, value_fn: Callable, rollout: int, check: bool) -> Tensor:
         """The values of the rollout's pool of final observations: of the rows in use where their number is known."""
         if self._pool is None:
-            raise ValueError("value_fn: this buffer has no pool of final observations; construct it with final_obs_rows")
+            raise ValueError(
+                "value_fn: this buffer has no pool of final observations; construct it with final_obs_rows"
+            )
         rows = self._pool[rollout]
         if self._capturing():
             if self._layout.num_rollouts > 1:
-                raise RuntimeError("value_fn: in a captured graph it needs a ring of one rollout, capacity == num_steps")
+                raise RuntimeError(
+                    "value_fn: in a captured graph it needs a ring of one rollout, capacity == num_steps"
+                )
         elif check or self.device.type == "cpu":
             self._check_pool(*self._pool_count[rollout].tolist())
             if self.device.type == "cpu":
                 rows = rows[: int(self._pool_count[rollout, 0])]
         if rows.shape[0] == 0:
             return torch.empty(0, device=self.device)
-        groups = {name: _field_view(rows, self._layout.pool_fields[f"obs.{name}"]) for name in self._layout.obs}
+        groups = {name: field_view(rows, self._layout.pool_fields[f"obs.{name}"]) for name in self._layout.obs}
         with torch.no_grad():
             values = value_fn(groups if self._layout.obs_is_mapping else groups["obs"])
         return env_scalars("value_fn's result", values, rows.shape[0], self.device)
@@ -474,7 +375,9 @@ class RolloutBuffer:
 
     def _in_ring(self, final_values: Tensor) -> Tensor:
         """Values [N, T] of the rollout as [N, C] at the ring's slots."""
-        self._check("final_values", final_values)
+        self._checked.check("final_values", final_values)
+        if not final_values.is_floating_point():
+            raise TypeError(f"final_values: expected a floating dtype, got {final_values.dtype}")
         if final_values.shape != (self.num_envs, self.num_steps):
             expected = [self.num_envs, self.num_steps]
             raise ValueError(f"final_values: expected shape {expected}, got {list(final_values.shape)}")
@@ -483,8 +386,6 @@ class RolloutBuffer:
         start = self._cursor[CURSOR_DISCARDED] if self._capturing() else self._discarded
         slots = (torch.arange(self.num_steps, device=self.device) + start) % self.capacity
         return final_values.new_zeros(self.num_envs, self.capacity).index_copy_(1, slots, final_values.detach())
-
-    # ------------------------------------------------------------------------------------------------ learning
 
     def minibatches(
         self,
@@ -512,12 +413,14 @@ class RolloutBuffer:
             :class:`Minibatch`.
 
         Raises:
-            RuntimeError: before :meth:`compute_gae`, or after :meth:`clear` while iterating. ValueError: a bad argument.
+            RuntimeError: before :meth:`compute_gae`, or after :meth:`clear` while iterating.
+            ValueError: a bad argument.
         """
         count = positive("num_minibatches", num_minibatches)
         epochs = positive("num_epochs", num_epochs)
         if shuffle not in ("full", "none"):
             raise ValueError(f"shuffle: expected 'full' or 'none', got {shuffle!r}")
+        normalize = normalize_advantages if normalize_advantages == "minibatch" else bool(normalize_advantages)
         if normalize_advantages not in (True, False, "minibatch"):
             raise ValueError(f"normalize_advantages: expected a bool or 'minibatch', got {normalize_advantages!r}")
         self._need_gae("minibatches")
@@ -525,8 +428,63 @@ class RolloutBuffer:
         samples = self.num_envs * self.num_steps if subset is None else subset.shape[0]
         if count > samples:
             raise ValueError(f"num_minibatches: expected at most one a sample, {samples}, got {count}")
-        plan = Plan(samples, count, shuffle == "full", normalize_advantages, drop_last, reuse, subset)
+        plan = Plan(samples, count, shuffle == "full", normalize, drop_last, reuse, subset)
         return self._iterate(plan, epochs)
+
+    def sequences(
+        self,
+        hidden: Mapping[str, str | Tensor] | None = None,
+        burn_in: int = 0,
+        num_minibatches: int = 1,
+        num_epochs: int = 1,
+        normalize_advantages: bool = True,
+    ) -> Iterator[Sequences]:
+        """The oldest rollout as padded trajectories, for recurrent policies: minibatches of whole environments.
+
+        Args:
+            hidden: names to the recurrent state *before* each step: the name of one of the constructor's fields, or a
+                tensor [N, T, ...] of one's own. Each trajectory gets the one of its first step.
+            burn_in: steps at the beginning of a trajectory that goes on from the rollout before, which renew its hidden
+                state and are left out of ``learn``.
+            num_minibatches: parts of an epoch; the numbers of their environments differ by at most one.
+            num_epochs: each with environments in another order.
+            normalize_advantages: as in :meth:`minibatches`.
+
+        Yields:
+            :class:`~pydrone.sequences.Sequences`; its ``fields`` hold actions, values, log_probs, advantages, returns
+            and the constructor's. Plain PyTorch, one host sync a minibatch.
+        """
+        count, epochs = positive("num_minibatches", num_minibatches), positive("num_epochs", num_epochs)
+        if isinstance(burn_in, bool) or not isinstance(burn_in, int) or burn_in < 0:
+            raise ValueError(f"burn_in: expected an int of at least 0, got {burn_in!r}")
+        if count > self.num_envs:
+            raise ValueError(f"num_minibatches: expected at most one an environment, {self.num_envs}, got {count}")
+        self._need_gae("sequences")
+        states = {}
+        for name, state in (hidden or {}).items():
+            states[name] = self[state] if isinstance(state, str) else state
+            if states[name].shape[:2] != (self.num_envs, self.num_steps):
+                expected = f"[{self.num_envs}, {self.num_steps}, ...]"
+                raise ValueError(f"hidden[{name!r}]: expected shape {expected}, got {list(states[name].shape)}")
+        return self._trajectories(states, burn_in, count, epochs, normalize_advantages)
+
+    def _trajectories(
+        self, states: dict[str, Tensor], burn_in: int, count: int, epochs: int, normalize: bool
+    ) -> Iterator[Sequences]:
+        views = {field.name: self[field.name] for field in self._sources}
+        views["advantages"], views["returns"] = self.advantages, self.returns
+        if normalize:
+            mean, scale = normalization(self.statistics)
+            views["advantages"] = (views["advantages"] - mean) * scale
+        position = torch.arange(self.num_envs, device=self.device)
+        for _ in range(epochs):
+            epoch, self._epoch = self._epoch, self._epoch + 1
+            order = permute(position, self.num_envs, self._key, self._rollout, epoch)
+            for i in range(count):
+                envs = order[i * self.num_envs // count : (i + 1) * self.num_envs // count]
+                yield pad(
+                    views, tuple(self._layout.obs), self._layout.obs_is_mapping, self.dones, states, envs, burn_in
+                )
 
     def _iterate(self, plan: Plan, epochs: int) -> Iterator[Minibatch]:
         rollout = self._rollout
@@ -603,232 +561,8 @@ class RolloutBuffer:
 
     def _valid_samples(self) -> Tensor | None:
         """Numbers n * T + t of the samples that count, or None if all do. Known on the device: one sync a rollout."""
-        if not self._resets[self._rollout % self._layout.num_rollouts]:
+        if not (self._resets[self._rollout % self._layout.num_rollouts] or self._captured_resets):
             return None
         if self._subset is None:
             self._subset = (self.dones != INVALID).flatten().nonzero().squeeze(1)
         return self._subset
-
-    def clear(self) -> None:
-        """Discards the oldest full rollout; in the middle of the only one, rewinds to its start."""
-        self._open = None
-        rollout = self._rollout % self._layout.num_rollouts
-        if self._capturing():
-            if self._layout.num_rollouts > 1:
-                raise RuntimeError("clear: in a captured graph it needs a ring of one rollout, capacity == num_steps")
-            self._cursor[CURSOR_DISCARDED] += self.num_steps
-        elif len(self) >= self.num_steps:
-            self._discarded += self.num_steps
-            if self._cursor_live:
-                self._cursor[CURSOR_DISCARDED] += self.num_steps
-        else:
-            self._appended = self._discarded
-            self._cursor_live = False
-        if self._truncations[rollout] and self._pool_count is not None:
-            self._pool_count[rollout].zero_()
-        if not self._capturing():
-            self._truncations[rollout] = self._resets[rollout] = False
-        self._computed, self._subset, self._epoch = False, None, 0
-
-    def advance(self, steps: int, rollouts: int = 0) -> None:
-        """Tells the host what a captured graph is about to do: ``steps`` appends, ``rollouts`` calls of clear().
-
-        Call it before each replay. Raises BufferFull, and changes nothing, if the appends would overwrite a rollout
-        that has not been discarded.
-        """
-        self._idle("advance")
-        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
-            raise ValueError(f"steps: expected an int of at least 0, got {steps!r}")
-        if len(self) + steps > self.capacity:
-            raise BufferFull(f"the ring of {self.capacity} steps holds {len(self)}; {steps} more would overwrite them")
-        if not self._cursor_live:
-            state = torch.tensor([self._appended, self._discarded, 0, 0, self.num_steps])
-            self._cursor.copy_(state)
-            self._cursor_live = True
-        self._appended += steps
-        self._discarded += rollouts * self.num_steps
-
-    def check(self) -> None:
-        """Reads the device's flags, one host sync, and raises what they say.
-
-        BufferFull: a captured append found the ring full and wrote nothing. RuntimeError: as :meth:`compute_gae`.
-        """
-        if int(self._cursor[CURSOR_FLAG]):
-            raise BufferFull("a captured append found the ring full; nothing was written: call advance() before replays")
-        rollout = self._rollout % self._layout.num_rollouts
-        if self._pool_count is not None and self._truncations[rollout]:
-            self._check_pool(*self._pool_count[rollout].tolist())
-
-    # ------------------------------------------------------------------------------------------------ views
-
-    @property
-    def obs(self) -> Tensor | dict[str, Tensor]:
-        """[N, T, ...], or a dict of groups; in the dtype it is stored in."""
-        groups = {name: self[f"obs.{name}"] for name in self._layout.obs}
-        return groups if self._layout.obs_is_mapping else groups["obs"]
-
-    @property
-    def actions(self) -> Tensor:
-        """[N, T, ...]."""
-        return self["actions"]
-
-    @property
-    def log_probs(self) -> Tensor:
-        """[N, T] float32."""
-        return self["log_probs"]
-
-    @property
-    def rewards(self) -> Tensor:
-        """[N, T] float32."""
-        return self._plane(self._memory["rewards"])
-
-    @property
-    def values(self) -> Tensor:
-        """[N, T] float32, as appended. To be read: minibatches take their own copy."""
-        return self._plane(self._memory["values"])
-
-    @property
-    def dones(self) -> Tensor:
-        """[N, T] uint8 codes: 0 running, 1 terminated, 2 truncated, 3 no transition (NEXT_STEP's reset step)."""
-        return self._plane(self._codes)
-
-    @property
-    def truncated(self) -> Tensor:
-        """[N, T] bool, a copy."""
-        return self.dones == TRUNCATED
-
-    @property
-    def advantages(self) -> Tensor:
-        """[N, T] float32, not normalised."""
-        self._need_gae("advantages")
-        return self._memory["advantages"]
-
-    @property
-    def returns(self) -> Tensor:
-        """[N, T] float32: advantages + values."""
-        self._need_gae("returns")
-        return self._memory["returns"]
-
-    @property
-    def statistics(self) -> Tensor:
-        """float64 [3]: count, mean and M2 of the advantages of all valid samples.
-
-        Written to in place (by an all-reduce over several processes, say), it is what minibatches normalise with.
-        """
-        self._need_gae("statistics")
-        return self._memory["statistics"]
-
-    def __getitem__(self, name: str) -> Tensor:
-        """[N, T, ...] of a field by name; of the steps so far while the rollout is being collected.
-
-        A view, unless the rollout wraps around the ring's end: then a copy.
-        """
-        if name not in self._views or name == "final_row":
-            names = [name for name in self._views if name != "final_row"]
-            raise KeyError(f"{name}: not a field of this buffer; it has {', '.join(names)}")
-        return self._plane(self._views[name].transpose(0, 1))
-
-    def _plane(self, plane: Tensor) -> Tensor:
-        start, steps = self._start, min(len(self), self.num_steps)
-        if start + steps <= self.capacity:
-            return plane[:, start : start + steps]
-        return torch.cat([plane[:, start:], plane[:, : start + steps - self.capacity]], dim=1)
-
-    def _need_gae(self, name: str) -> None:
-        if not self._computed:
-            raise RuntimeError(f"{name}: expected compute_gae() before it")
-
-    @property
-    def _rollout(self) -> int:
-        """Number of the oldest rollout, of all that were ever begun."""
-        return self._discarded // self.num_steps
-
-    @property
-    def _start(self) -> int:
-        """Slot of its first step."""
-        return self._discarded % self.capacity
-
-    def _capturing(self) -> bool:
-        return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-    # ------------------------------------------------------------------------------------------------ moving
-
-    def to(self, device: torch.device | str) -> RolloutBuffer:
-        """This buffer if it lies on ``device``, else a new one there with the same contents."""
-        device = _indexed(torch.device(device))
-        if device == self.device:
-            return self
-        backend = self._backend if self._backend == "reference" else None
-        moved = RolloutBuffer(
-            **self._arguments, device=device, seed=self._seed, rank=self._rank, backend=backend
-        )
-        moved.load_state_dict(self.state_dict())
-        return moved
-
-    def state_dict(self) -> dict[str, object]:
-        """Everything that :meth:`load_state_dict` needs to go on as if nothing had happened; tensors are not copied."""
-        if self._open is not None:
-            raise RuntimeError(f"state_dict: expected end() first, {self._open}() has begun a step")
-        state: dict[str, object] = {f"memory.{name}": x for name, x in self._memory.items() if name not in _TRANSIENT}
-        state |= {name: getattr(self, f"_{name}") for name in _COUNTERS}
-        return state | {"truncations": list(self._truncations), "resets": list(self._resets)}
-
-    def load_state_dict(self, state: Mapping[str, object]) -> None:
-        """Takes over the state of a buffer constructed with the same sizes, from any device.
-
-        Raises ValueError, and changes nothing, where a size or a key differs.
-        """
-        own = self.state_dict()
-        if state.keys() != own.keys():
-            raise ValueError(f"state_dict: expected the keys {sorted(own)}, got {sorted(state)}")
-        for name, x in own.items():
-            if isinstance(x, Tensor) and (state[name].shape != x.shape or state[name].dtype != x.dtype):
-                raise ValueError(
-                    f"state_dict: {name}: expected {list(x.shape)} {x.dtype}, "
-                    f"got {list(state[name].shape)} {state[name].dtype}"
-                )
-        for name, x in own.items():
-            if isinstance(x, Tensor):
-                x.copy_(state[name])
-        for name in _COUNTERS:
-            setattr(self, f"_{name}", state[name])
-        self._truncations, self._resets = list(state["truncations"]), list(state["resets"])
-        self._key = _mix_seed(self._seed, self._rank)
-        self._open, self._subset, self._cursor_live = None, None, False
-
-
-# Rebuilt by the next launch, or by advance().
-_TRANSIENT = ("workspace", "cursor")
-_COUNTERS = ("appended", "discarded", "computed", "epoch", "seed", "rank")
-
-
-def _indexed(device: torch.device) -> torch.device:
-    """With its index: tensors say cuda:0 where a user says cuda."""
-    if device.type == "cuda" and device.index is None:
-        return torch.device("cuda", torch.cuda.current_device())
-    return device
-
-
-def _allocate(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, name: str) -> Tensor:
-    """Zeros of this shape; planes, [N, T or C], lie as their device's scan wants them."""
-    transposed = name in ("rewards", "values", "dones", "advantages", "returns") and device.type != "cuda"
-    made = pages.empty(shape[::-1] if transposed else shape, dtype, device).zero_()
-    return made.t() if transposed else made
-
-
-def _field_view(rows: Tensor, field: Field) -> Tensor:
-    """[..., *field.shape], typed, of rows [..., row_bytes]."""
-    view = rows[..., field.offset : field.offset + field.nbytes].view(field.dtype)
-    return view.unflatten(-1, field.shape) if field.shape else view[..., 0]
-
-
-def _mix_seed(seed: int, rank: int) -> int:
-    """A signed 64-bit key of (seed, rank): two rounds of splitmix64 (Steele, Lea and Flood, OOPSLA 2014)."""
-    mask = (1 << 64) - 1
-    x = seed & mask
-    for word in (rank, 0):
-        x = (x + 0x9E3779B97F4A7C15 * (2 * (word & mask) + 1)) & mask
-        x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & mask
-        x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & mask
-        x ^= x >> 31
-    return x - (1 << 64) if x >> 63 else x

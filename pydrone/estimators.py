@@ -147,9 +147,7 @@ def pick_bootstrap(truncations: bool, *, timeout_bootstrap: str | None, **values
     ``truncations``: whether there can be truncations, which need one.
     """
     if timeout_bootstrap not in (None, "stored_value", "next_value"):
-        raise ValueError(
-            f"timeout_bootstrap: expected None, 'stored_value' or 'next_value', got {timeout_bootstrap!r}"
-        )
+        raise ValueError(f"timeout_bootstrap: expected None, 'stored_value' or 'next_value', got {timeout_bootstrap!r}")
     given = [name for name, x in values.items() if x is not None]
     given += ["timeout_bootstrap"] if timeout_bootstrap is not None else []
     if len(given) > 1:

@@ -21,7 +21,7 @@ ROW_ALIGNMENT = 32  # bytes: a sector of GPU memory; two cache lines hold a row 
 HALVES = (torch.float16, torch.bfloat16)
 RESERVED = {
     *("obs", "actions", "values", "log_probs", "rewards", "dones", "truncated", "valid", "final_obs"),
-    *("advantages", "returns", "indices"),
+    *("advantages", "returns", "indices", "final_row", "self"),
 }
 
 
@@ -101,7 +101,7 @@ def positive(name: str, x: object) -> int:
 
 
 def _pack(specs: dict[str, Spec]) -> tuple[dict[str, Field], int]:
-    """Fields in the order of their alignment, widest first, so that none needs padding before it; and the row's size."""
+    """Fields, widest dtype first, so that none needs padding before it; and the bytes of a row."""
     fields, offset = {}, 0
     for name in sorted(specs, key=lambda name: -specs[name][1].itemsize):
         shape, dtype = specs[name]

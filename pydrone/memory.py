@@ -115,7 +115,9 @@ def render(made: MemoryPlan) -> str:
         "",
     ]
     width = max(len(name) for name, _ in made.savings)
-    lines += [f"  {name:<{width}}  {bytes_ / 1e6:>8.1f} MB  {bytes_ / 2**20:>8.1f} MiB" for name, bytes_ in made.savings]
+    lines += [
+        f"  {name:<{width}}  {bytes_ / 1e6:>8.1f} MB  {bytes_ / 2**20:>8.1f} MiB" for name, bytes_ in made.savings
+    ]
     return "\n".join(lines)
 
 
@@ -160,7 +162,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--obs-dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="how observations are stored"
     )
-    parser.add_argument("--max-episode-length", type=int, default=None, help="steps; sizes the pool of final observations")
+    parser.add_argument(
+        "--max-episode-length", type=int, default=None, help="steps; sizes the final observations' pool"
+    )
     parser.add_argument("--field", action="append", default=[], metavar="NAME=WIDTH", help="a further field, like mu=4")
     args = parser.parse_args(argv)
     try:

@@ -176,7 +176,8 @@ PYDRONE_INLINE void moments_body(double* into, const T* x, int64_t n) {
   }
   for (int64_t j = 0; j < kSize; ++j) m2 += square[j];
   // M2 about the mean, from that about the rounded mean.
-  merge(into, static_cast<double>(i), mean, m2 - static_cast<double>(i) * (mean - rounded) * (mean - rounded));
+  const double off = mean - rounded;
+  merge(into, static_cast<double>(i), mean, std::max(0.0, m2 - static_cast<double>(i) * off * off));
 #endif
   for (; i < n; ++i) merge(into, 1, x[i], 0);
 }

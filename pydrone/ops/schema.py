@@ -17,7 +17,8 @@ C = capacity of the ring in steps. All outputs are written in place; nothing is 
 ``append``  stores one step of N environments.
 
     rows: uint8 [C, N, row_bytes]; sources[i], [N, ...] of any strides, goes to byte offsets[i] of each environment's
-    row as dtypes[i] (SCALAR_TYPES), contiguous; sources are all fields of a row, or none.  planes[i]: [N, C], takes plane_sources[i] ([N] or [N, 1]).
+    row as dtypes[i] (SCALAR_TYPES), contiguous; sources are all fields of a row, or none.
+    planes[i]: [N, C], takes plane_sources[i] ([N] or [N, 1]).
     codes: uint8 [N, C], formed from the flags dones, truncated, valid ([N] or [N, 1], any dtype).
     pool: uint8 [R, P, pool_row_bytes]: rows of ``final_sources`` where truncated is set, in no particular order;
     pool_count: int32 [R, 2] (rows wanted, truncations that came without a final observation); final_rows: int32

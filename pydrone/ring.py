@@ -1,0 +1,320 @@
+"""The ring below :class:`~pydrone.buffer.RolloutBuffer`: its memory, its counters, its views and its state."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from .layout import Allocation, Field, Layout
+from .ops import pages
+from .ops.dispatch import select
+from .ops.schema import CURSOR_DISCARDED, CURSOR_FLAG, CURSOR_NUM_STEPS, SCALAR_TYPES, TRUNCATED
+
+
+class BufferFull(RuntimeError):
+    """An append would overwrite a rollout that has not been discarded; nothing was written."""
+
+
+class Ring:
+    """Steps [discarded, appended), counted from the first ever; step k lies in slot k % capacity.
+
+    The oldest rollout, steps [discarded, discarded + T), is what all views show.
+    """
+
+    def __init__(
+        self, arguments: dict[str, object], device: torch.device | str, seed: int, rank: int, backend: str | None
+    ) -> None:
+        self.device = _indexed(torch.device(device))
+        self._arguments = arguments
+        self._layout = Layout(**self._arguments)
+        self._seed, self._rank, self._backend = int(seed), int(rank), backend
+        self._key = _mix_seed(self._seed, self._rank)
+        self._ops = select(self.device, backend)
+        layout = self._layout
+        self.num_envs, self.num_steps, self.capacity = layout.num_envs, layout.num_steps, layout.capacity
+        # Tensors made in inference mode cannot be trained on later.
+        with torch.inference_mode(False):
+            self._memory = {x.name: _allocate(x, self.device) for x in layout.allocations()}
+            self._views = {x.name: field_view(self._memory["rows"], x) for x in layout.fields.values()}
+            self._final_rows = self._views["final_row"].t() if layout.final_obs_rows else None
+        memory = self._memory
+        self._rows, self._codes = memory["rows"], memory["dones"]
+        self._pool, self._pool_count = memory.get("final_obs"), memory.get("final_obs_count")
+        self._cursor = memory["cursor"]
+        self._cursor[CURSOR_NUM_STEPS] = self.num_steps
+        self._sources = [field for name, field in self._layout.fields.items() if name != "final_row"]
+        self._offsets = [field.offset for field in self._sources]
+        self._dtypes = [SCALAR_TYPES[field.dtype] for field in self._sources]
+        pooled = self._layout.pool_fields.values()
+        self._pool_offsets = [field.offset for field in pooled]
+        self._pool_dtypes = [SCALAR_TYPES[field.dtype] for field in pooled]
+        self._appended = 0  # steps, ever
+        self._discarded = 0  # likewise; a multiple of num_steps
+        self._open: str | None = None  # the half of a step that has been begun: "begin" or "slot"
+        self._cursor_live = False  # whether the device's counters equal the host's
+        # What the rollout at [.., ..) % num_rollouts was given, as far as the host knows.
+        self._truncations = [False] * layout.num_rollouts
+        self._resets = [False] * layout.num_rollouts
+        # What captured calls were given holds for every replay.
+        self._captured_truncations = self._captured_resets = self._captured_gae = False
+        self._computed = False
+        self._epoch = 0
+        self._subset: Tensor | None = None
+        self._reused: dict[int, dict[str, Tensor]] = {}
+
+    def __len__(self) -> int:
+        """Steps stored and not discarded."""
+        return self._appended - self._discarded
+
+    @property
+    def full(self) -> bool:
+        """Whether the rollout being collected has T steps."""
+        return len(self) > 0 and len(self) % self.num_steps == 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of every tensor that the buffer holds; equals the plan of :mod:`pydrone.memory`."""
+        reused = (x for tensors in self._reused.values() for x in tensors.values())
+        return sum(x.numel() * x.element_size() for x in (*self._memory.values(), *reused))
+
+    def __repr__(self) -> str:
+        obs = {name: list(shape) for name, (shape, _) in self._layout.obs.items()}
+        obs = obs if self._layout.obs_is_mapping else next(iter(obs.values()))
+        extra = f", fields={list(self._layout.extra)}" if self._layout.extra else ""
+        ring = "" if self.capacity == self.num_steps else f", capacity={self.capacity}"
+        return (
+            f"RolloutBuffer(num_envs={self.num_envs}, num_steps={self.num_steps}, obs={obs}, "
+            f"actions={list(self._layout.fields['actions'].shape)}{extra}{ring}, device={str(self.device)!r}, "
+            f"backend={self._ops.name!r}, steps={len(self)}, {self.nbytes / 1e6:.1f} MB)"
+        )
+
+    def clear(self) -> None:
+        """Discards the oldest full rollout; in the middle of the only one, rewinds to its start."""
+        self._open = None
+        rollout = self._rollout % self._layout.num_rollouts
+        if self._capturing():
+            if self._layout.num_rollouts > 1:
+                raise RuntimeError("clear: in a captured graph it needs a ring of one rollout, capacity == num_steps")
+            self._cursor[CURSOR_DISCARDED] += self.num_steps
+        elif len(self) >= self.num_steps:
+            self._discarded += self.num_steps
+            if self._cursor_live:
+                self._cursor[CURSOR_DISCARDED] += self.num_steps
+        else:
+            self._appended = self._discarded
+            self._cursor_live = False
+        if self._pool_count is not None and (self._truncations[rollout] or self._captured_truncations):
+            self._pool_count[rollout].zero_()
+        if not self._capturing():
+            self._truncations[rollout] = self._resets[rollout] = False
+        self._computed, self._subset, self._epoch = False, None, 0
+
+    def advance(self, steps: int, rollouts: int = 0) -> None:
+        """Tells the host what a captured graph is about to do: ``steps`` appends, ``rollouts`` calls of clear().
+
+        Call it before each replay. Raises BufferFull, and changes nothing, if the appends would overwrite a rollout
+        that has not been discarded.
+        """
+        self._idle("advance")
+        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
+            raise ValueError(f"steps: expected an int of at least 0, got {steps!r}")
+        complete = (len(self) + steps) // self.num_steps
+        if isinstance(rollouts, bool) or not isinstance(rollouts, int) or not 0 <= rollouts <= complete:
+            raise ValueError(f"rollouts: expected an int from 0 to {complete}, the full ones then, got {rollouts!r}")
+        if len(self) + steps > self.capacity:
+            raise BufferFull(f"the ring of {self.capacity} steps holds {len(self)}; {steps} more would overwrite them")
+        if not self._cursor_live:
+            # The flag is not the host's to take back.
+            self._cursor[: CURSOR_DISCARDED + 1].copy_(torch.tensor([self._appended, self._discarded]))
+            self._cursor_live = True
+        self._appended += steps
+        if rollouts:
+            self._discarded += rollouts * self.num_steps
+            self._computed, self._subset, self._epoch = False, None, 0
+
+    def check(self) -> None:
+        """Reads the device's flags, one host sync, and raises what they say.
+
+        BufferFull: a captured append found the ring full and wrote nothing. RuntimeError: as :meth:`compute_gae`.
+        """
+        if int(self._cursor[CURSOR_FLAG]):
+            raise BufferFull(
+                "a captured append found the ring full; nothing was written: call advance() before replays"
+            )
+        rollout = self._rollout % self._layout.num_rollouts
+        if self._pool_count is not None and (self._truncations[rollout] or self._captured_truncations):
+            self._check_pool(*self._pool_count[rollout].tolist())
+
+    @property
+    def obs(self) -> Tensor | dict[str, Tensor]:
+        """[N, T, ...], or a dict of groups; in the dtype it is stored in."""
+        groups = {name: self[f"obs.{name}"] for name in self._layout.obs}
+        return groups if self._layout.obs_is_mapping else groups["obs"]
+
+    @property
+    def actions(self) -> Tensor:
+        """[N, T, ...]."""
+        return self["actions"]
+
+    @property
+    def log_probs(self) -> Tensor:
+        """[N, T] float32."""
+        return self["log_probs"]
+
+    @property
+    def rewards(self) -> Tensor:
+        """[N, T] float32."""
+        return self._plane(self._memory["rewards"])
+
+    @property
+    def values(self) -> Tensor:
+        """[N, T] float32, as appended. To be read: minibatches take their own copy."""
+        return self._plane(self._memory["values"])
+
+    @property
+    def dones(self) -> Tensor:
+        """[N, T] uint8 codes: 0 running, 1 terminated, 2 truncated, 3 no transition (NEXT_STEP's reset step)."""
+        return self._plane(self._codes)
+
+    @property
+    def truncated(self) -> Tensor:
+        """[N, T] bool, a copy."""
+        return self.dones == TRUNCATED
+
+    @property
+    def advantages(self) -> Tensor:
+        """[N, T] float32, not normalised."""
+        self._need_gae("advantages")
+        return self._memory["advantages"]
+
+    @property
+    def returns(self) -> Tensor:
+        """[N, T] float32: advantages + values."""
+        self._need_gae("returns")
+        return self._memory["returns"]
+
+    @property
+    def statistics(self) -> Tensor:
+        """float64 [3]: count, mean and M2 of the advantages of all valid samples.
+
+        Written to in place (by an all-reduce over several processes, say), it is what minibatches normalise with.
+        """
+        self._need_gae("statistics")
+        return self._memory["statistics"]
+
+    def __getitem__(self, name: str) -> Tensor:
+        """[N, T, ...] of a field by name; of the steps so far while the rollout is being collected.
+
+        A view, unless the rollout wraps around the ring's end: then a copy.
+        """
+        if name not in self._views or name == "final_row":
+            names = [name for name in self._views if name != "final_row"]
+            raise KeyError(f"{name}: not a field of this buffer; it has {', '.join(names)}")
+        return self._plane(self._views[name].transpose(0, 1))
+
+    def _plane(self, plane: Tensor) -> Tensor:
+        start, steps = self._start, min(len(self), self.num_steps)
+        if start + steps <= self.capacity:
+            return plane[:, start : start + steps]
+        return torch.cat([plane[:, start:], plane[:, : start + steps - self.capacity]], dim=1)
+
+    def _need_gae(self, name: str) -> None:
+        if not self._computed and not (self._captured_gae and len(self) >= self.num_steps):
+            raise RuntimeError(f"{name}: expected compute_gae() before it")
+
+    @property
+    def _rollout(self) -> int:
+        """Number of the oldest rollout, of all that were ever begun."""
+        return self._discarded // self.num_steps
+
+    @property
+    def _start(self) -> int:
+        """Slot of its first step."""
+        return self._discarded % self.capacity
+
+    def _capturing(self) -> bool:
+        return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+    def to(self, device: torch.device | str) -> Ring:
+        """This buffer if it lies on ``device``, else a new one there with the same contents."""
+        device = _indexed(torch.device(device))
+        if device == self.device:
+            return self
+        backend = self._backend if self._backend == "reference" else None
+        moved = type(self)(**self._arguments, device=device, seed=self._seed, rank=self._rank, backend=backend)
+        moved.load_state_dict(self.state_dict())
+        return moved
+
+    def state_dict(self) -> dict[str, object]:
+        """Everything that :meth:`load_state_dict` needs to go on as if nothing had happened; tensors are not copied."""
+        if self._open is not None:
+            raise RuntimeError(f"state_dict: expected end() first, {self._open}() has begun a step")
+        state: dict[str, object] = {f"memory.{name}": x for name, x in self._memory.items() if name not in _TRANSIENT}
+        state |= {name: getattr(self, f"_{name}") for name in _COUNTERS}
+        layout = [(x.name, tuple(x.shape), str(x.dtype), x.offset) for x in self._layout.fields.values()]
+        flags = {"truncations": list(self._truncations), "resets": list(self._resets)}
+        return state | flags | {"layout": [self.num_steps, *layout]}
+
+    def load_state_dict(self, state: Mapping[str, object]) -> None:
+        """Takes over the state of a buffer constructed with the same sizes, from any device.
+
+        Raises ValueError, and changes nothing, where a size or a key differs.
+        """
+        own = self.state_dict()
+        if state.keys() != own.keys():
+            raise ValueError(f"state_dict: expected the keys {sorted(own)}, got {sorted(state)}")
+        if state["layout"] != own["layout"]:
+            raise ValueError(f"state_dict: expected the fields {own['layout']}, got {state['layout']}")
+        for name, x in own.items():
+            if isinstance(x, Tensor) and (state[name].shape != x.shape or state[name].dtype != x.dtype):
+                raise ValueError(
+                    f"state_dict: {name}: expected {list(x.shape)} {x.dtype}, "
+                    f"got {list(state[name].shape)} {state[name].dtype}"
+                )
+        for name, x in own.items():
+            if isinstance(x, Tensor):
+                x.copy_(state[name])
+        for name in _COUNTERS:
+            setattr(self, f"_{name}", state[name])
+        self._truncations, self._resets = list(state["truncations"]), list(state["resets"])
+        self._key = _mix_seed(self._seed, self._rank)
+        self._open, self._subset, self._cursor_live = None, None, False
+
+
+# Rebuilt by the next launch, or by advance().
+_TRANSIENT = ("workspace", "cursor")
+_COUNTERS = ("appended", "discarded", "computed", "epoch", "seed", "rank")
+
+
+def _indexed(device: torch.device) -> torch.device:
+    """With its index: tensors say cuda:0 where a user says cuda."""
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
+def _allocate(x: Allocation, device: torch.device) -> Tensor:
+    """Zeros; planes, [N, T or C], lie as their device's scan wants them."""
+    transposed = x.name in ("rewards", "values", "dones", "advantages", "returns") and device.type != "cuda"
+    made = pages.empty(x.shape[::-1] if transposed else x.shape, x.dtype, device).zero_()
+    return made.t() if transposed else made
+
+
+def field_view(rows: Tensor, field: Field) -> Tensor:
+    """[..., *field.shape], typed, of rows [..., row_bytes]."""
+    view = rows[..., field.offset : field.offset + field.nbytes].view(field.dtype)
+    return view.unflatten(-1, field.shape) if field.shape else view[..., 0]
+
+
+def _mix_seed(seed: int, rank: int) -> int:
+    """A signed 64-bit key of (seed, rank): two rounds of splitmix64 (Steele, Lea and Flood, OOPSLA 2014)."""
+    mask = (1 << 64) - 1
+    x = seed & mask
+    for word in (rank, 0):
+        x = (x + 0x9E3779B97F4A7C15 * (2 * (word & mask) + 1)) & mask
+        x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & mask
+        x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & mask
+        x ^= x >> 31
+    return x - (1 << 64) if x >> 63 else x

@@ -1,0 +1,72 @@
+"""Trajectories for recurrent policies: a rollout cut at its ends, padded, with masks and initial states."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Sequences(NamedTuple):
+    """B trajectories of at most L steps, time first, as torch's recurrent layers take them.
+
+    fields: name to [L, B, ...]; beyond a trajectory's end its last step is repeated. obs: [L, B, ...], or a dict of
+    groups. mask: bool [L, B]: the steps that exist. learn: bool [L, B]: those a loss may be taken of (``mask`` less the
+    burn-in and transitions that are none). hidden: name to [B, ...], the state before each first step. envs, starts:
+    int64 [B], where each trajectory begins.
+    """
+
+    obs: Tensor | dict[str, Tensor]
+    fields: dict[str, Tensor]
+    mask: Tensor
+    learn: Tensor
+    hidden: dict[str, Tensor]
+    envs: Tensor
+    starts: Tensor
+
+
+def trajectories(ended: Tensor, envs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(env, first step, length) of each trajectory of ``envs``, int64 [B], in the order of the environments.
+
+    ended: bool [N, T], true at the last step of an episode. A trajectory begins at step 0 and after each end.
+    """
+    num_steps = ended.shape[1]
+    begins = torch.ones_like(ended[envs])
+    begins[:, 1:] = ended[envs, :-1]
+    rows, starts = begins.nonzero(as_tuple=True)
+    # A trajectory ends where the next one of its environment begins, or with the rollout.
+    following = torch.full_like(starts, num_steps)
+    same = rows[1:] == rows[:-1]
+    following[:-1] = torch.where(same, starts[1:], num_steps)
+    return envs[rows], starts, following - starts
+
+
+def pad(
+    views: Mapping[str, Tensor],
+    groups: tuple[str, ...],
+    grouped: bool,
+    codes: Tensor,
+    hidden: Mapping[str, Tensor],
+    envs: Tensor,
+    burn_in: int,
+) -> Sequences:
+    """The trajectories of ``envs`` from views [N, T, ...]; codes: uint8 [N, T]. One host sync, for the sizes."""
+    env, start, length = trajectories(codes != 0, envs)
+    offset = torch.arange(int(length.max()), device=codes.device).unsqueeze(1)
+    mask = offset < length
+    step = start + torch.minimum(offset, length - 1)
+    taken = {name: view[env, step] for name, view in views.items()}
+    # A trajectory that begins with the rollout goes on from an older policy's hidden state: its first steps renew it.
+    learn = mask & ((start > 0) | (offset >= burn_in)) & (codes[env, step] != 3)
+    obs = {name: taken.pop(f"obs.{name}") for name in groups}
+    return Sequences(
+        obs if grouped else obs[groups[0]],
+        taken,
+        mask,
+        learn,
+        {name: state[env, start] for name, state in hidden.items()},
+        env,
+        start,
+    )
