@@ -30,8 +30,8 @@ build: $(VENV)/.stamp-base ## Install the package editable and build its native 
 	$(NATIVE)
 	@touch $(VENV)/.stamp-native
 
-train: $(VENV)/.stamp-train $(VENV)/.stamp-native ## Train the hover task; ARGS="..." is passed to `pydrone train`
-	$(VENV)/bin/pydrone train $(ARGS)
+train: $(VENV)/.stamp-train $(VENV)/.stamp-native ## Train a drone to hover; ARGS="..." is passed to `pydrone train`
+	$(VENV)/bin/pydrone train --target-episode-length 1000 $(ARGS)
 
 test: $(VENV)/.stamp-test $(VENV)/.stamp-native ## Run the tests
 	$(PY) -m pytest -q $(ARGS)

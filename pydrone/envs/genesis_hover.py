@@ -9,6 +9,7 @@ and then.)
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -34,6 +35,9 @@ def init_genesis(device: torch.device, seed: int, performance_mode: bool = True,
         ImportError: genesis-world is not installed.
         ValueError: Genesis was initialised for another device.
     """
+    # Each brings an LLVM of its own, and the process crashes if Triton's is loaded second (Adam imports it).
+    if find_spec("triton") is not None:
+        import triton  # noqa: F401
     try:
         import genesis as gs
     except ImportError as error:

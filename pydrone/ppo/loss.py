@@ -1,0 +1,59 @@
+"""PPO's formulas, each written once. B = samples, A = action dimensions; all means are over B.
+
+The diagonal Gaussian's are spelled out instead of taken from torch.distributions: the standard deviation does not
+depend on the state, so its logarithm and the entropy are computed over A numbers and not over B * A.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
+
+
+def gaussian_log_prob(actions: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """Log-density [B] of ``actions`` [B, A] under a normal distribution of ``mean`` [B, A] and ``std`` [A]."""
+    z = (actions - mean) / std
+    return -0.5 * z.square().sum(-1) - log_normalizer(std)
+
+
+def log_normalizer(std: Tensor) -> Tensor:
+    """Scalar, what a Gaussian's log-density lacks at its mean: sum over A of log(std) + log(2 pi) / 2."""
+    return std.log().sum() + HALF_LOG_2PI * std.numel()
+
+
+def gaussian_entropy(std: Tensor) -> Tensor:
+    """Scalar, in nats: sum over A of 1/2 + log(2 pi) / 2 + log(std)."""
+    return log_normalizer(std) + 0.5 * std.numel()
+
+
+def gaussian_kl(old_mean: Tensor, old_std: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """KL(old || new), mean over B, a scalar in nats.
+
+    sum over A of log(s / s_old) + (s_old^2 + (m_old - m)^2) / (2 s^2) - 1/2. old_mean, mean: [B, A]; old_std: [B, A]
+    or [A]; std: [A].
+    """
+    second_moment = ((old_mean - mean).square() + old_std.square()).mean(0)
+    old_log = old_std.log().mean(0) if old_std.dim() > 1 else old_std.log()
+    return (std.log() - old_log + second_moment / (2 * std.square())).sum() - 0.5 * std.numel()
+
+
+def surrogate_loss(log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, clip: float) -> Tensor:
+    """The clipped surrogate, negated so that it is to be minimised: equation 7 of arXiv:1707.06347. All [B]."""
+    ratio = (log_probs - old_log_probs).exp()
+    return -torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages).mean()
+
+
+def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float | None) -> Tensor:
+    """Mean of the larger of two squared errors: of the value, and of the value held within ``clip`` of the old one.
+
+    As in OpenAI's baselines and rsl_rl, without the factor 1/2. ``clip`` None: the plain squared error. All [B].
+    """
+    error = values - returns
+    if clip is None:
+        return error.square().mean()
+    clipped_error = (values - old_values).clamp(-clip, clip) + (old_values - returns)
+    return torch.maximum(error.square(), clipped_error.square()).mean()

@@ -1,0 +1,93 @@
+"""What a run leaves behind: a line of JSON an iteration, TensorBoard events, a picture of the learning curve."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+PROGRESS = "progress.jsonl"
+CURVE = "learning_curve.png"
+
+# What the picture shows, top to bottom: key, label, logarithmic axis.
+PANELS = (
+    ("episode_length", "episode length [steps]", False),
+    ("episode_return", "reward of an episode", False),
+    ("value_loss", "value loss", True),
+    ("kl", "KL divergence [nats]", True),
+    ("learning_rate", "learning rate", True),
+    ("action_std", "action std", False),
+)
+
+
+class RunLog:
+    """Writes the figures of each iteration into a run's folder.
+
+    Args:
+        run_dir: the folder, made if need be. Lines are added to a log that is there already.
+        tensorboard: write event files too; needs tensorboard.
+    """
+
+    def __init__(self, run_dir: str | os.PathLike[str], tensorboard: bool = True) -> None:
+        self.run_dir = Path(run_dir)
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        self._events: Any = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._events = SummaryWriter(str(self.run_dir))
+        self._lines = open(self.run_dir / PROGRESS, "a", encoding="utf-8")  # noqa: SIM115
+
+    def write(self, figures: Mapping[str, float]) -> None:
+        """One iteration's figures; ``iteration`` among them numbers it. What is not finite is left out."""
+        finite = {name: value for name, value in figures.items() if math.isfinite(value)}
+        self._lines.write(json.dumps(finite) + "\n")
+        self._lines.flush()
+        if self._events is not None:
+            for name, value in finite.items():
+                if name != "iteration":
+                    self._events.add_scalar(name if "/" in name else f"train/{name}", value, int(figures["iteration"]))
+
+    def close(self) -> None:
+        """Closes the files."""
+        self._lines.close()
+        if self._events is not None:
+            self._events.close()
+
+
+def read(run_dir: str | os.PathLike[str]) -> list[dict[str, float]]:
+    """The figures of a run, iteration by iteration; of one that was done twice, as after a resume, the later."""
+    lines = (Path(run_dir) / PROGRESS).read_text(encoding="utf-8").splitlines()
+    rows = {}
+    for line in lines:
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue  # a process that was killed while it wrote
+        rows[row["iteration"]] = row
+    return [rows[iteration] for iteration in sorted(rows)]
+
+
+def plot(run_dir: str | os.PathLike[str]) -> Path:
+    """Draws the learning curve of a run into its folder and returns the picture's path. Needs matplotlib."""
+    # Not through pyplot, which would look for a display.
+    from matplotlib.figure import Figure
+
+    rows = read(run_dir)
+    figure = Figure(figsize=(10, 9), layout="constrained")
+    panels = figure.subplots(math.ceil(len(PANELS) / 2), 2, sharex=True)
+    for panel, (key, label, logarithmic) in zip(panels.flat, PANELS):
+        points = [(row["iteration"], row[key]) for row in rows if key in row]
+        panel.plot([x for x, _ in points], [y for _, y in points], linewidth=1.2)
+        panel.set_ylabel(label)
+        panel.grid(alpha=0.3)
+        if logarithmic and any(y > 0 for _, y in points):
+            panel.set_yscale("log")
+    for panel in panels[-1]:
+        panel.set_xlabel("iteration")
+    path = Path(run_dir) / CURVE
+    figure.savefig(path, dpi=120)
+    return path
