@@ -82,9 +82,32 @@ inline void check_range(const char* name, int64_t value, int64_t low, int64_t hi
   STD_TORCH_CHECK(value >= low && value < high, name, ": expected ", low, " <= ", name, " < ", high, ", got ", value);
 }
 
+// Flags are nonzero or not: every real dtype has them.
+inline void check_flags(const char* name, const Tensor& x) {
+  const ScalarType type = x.scalar_type();
+  const bool whole = type == ScalarType::Bool || type == ScalarType::Byte || type == ScalarType::Char ||
+                     type == ScalarType::Short || type == ScalarType::Int || type == ScalarType::Long ||
+                     type == ScalarType::UInt16 || type == ScalarType::UInt32 || type == ScalarType::UInt64;
+  STD_TORCH_CHECK(whole || is_real(type), name, ": expected a bool, integer or floating dtype, got ",
+                  torch::headeronly::toString(type));
+}
+
+// The counters of a captured graph: int64 [5], dense.
+inline void check_cursor(const Tensor& cursor) {
+  check_shape("cursor", cursor, {5});
+  check_dtype("cursor", cursor, ScalarType::Long);
+  check_contiguous("cursor", cursor);
+}
+
+// `bytes` at `offset` lie in a row; written so that no sum can overflow.
+inline void check_offset(const char* name, int64_t offset, int64_t bytes, int64_t row_bytes) {
+  STD_TORCH_CHECK(offset >= 0 && bytes <= row_bytes && offset <= row_bytes - bytes, name, ": byte offset ", offset,
+                  " and ", bytes, " bytes do not lie in a row of ", row_bytes);
+}
+
 // Bytes of one element of a stored dtype; an error for what cannot be stored.
 inline int64_t item_size(const char* name, int64_t dtype) {
-  switch (static_cast<ScalarType>(dtype)) {
+  switch (dtype < 0 || dtype > 127 ? ScalarType::Undefined : static_cast<ScalarType>(dtype)) {
     case ScalarType::Byte:
     case ScalarType::Char:
     case ScalarType::Bool:

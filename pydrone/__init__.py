@@ -6,9 +6,33 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+from typing import TYPE_CHECKING
+
 from ._version import __version__
-from .buffer import BufferFull, Minibatch, RolloutBuffer
-from .estimators import gae
-from .ops.dispatch import backends
+
+if TYPE_CHECKING:
+    from .buffer import BufferFull, Minibatch, RolloutBuffer
+    from .estimators import gae
+    from .ops.dispatch import backends
 
 __all__ = ["BufferFull", "Minibatch", "RolloutBuffer", "__version__", "backends", "gae"]
+
+_HOMES = {
+    "BufferFull": "buffer",
+    "Minibatch": "buffer",
+    "RolloutBuffer": "buffer",
+    "backends": "ops.dispatch",
+    "gae": "estimators",
+}
+
+
+def __getattr__(name: str) -> object:
+    # Imported at first use: the command line sets up the threads before torch is imported.
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

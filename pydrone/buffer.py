@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,6 +29,19 @@ from .sequences import Sequences, pad
 from .sources import Sources
 
 __all__ = ["BufferFull", "Minibatch", "RolloutBuffer"]
+
+
+class _Ends(NamedTuple):
+    """How a step ended, checked. ``final``: the final observations by group, none if there are none."""
+
+    rewards: Tensor
+    dones: Tensor
+    truncated: Tensor | None
+    valid: Tensor | None
+    final: list[Tensor]
+
+
+_NO_ENDS = (None, None, None, None, [])
 
 
 class RolloutBuffer(Ring):
@@ -205,15 +219,16 @@ class RolloutBuffer(Ring):
         sources = [self._checked.field(field, given[field.name], field.name) for field in self._sources]
         return sources, sources[self._sources.index(self._layout.fields["values"])]
 
-    def _ends(self, rewards, dones, truncated, final_obs, valid) -> dict:
+    def _ends(self, rewards, dones, truncated, final_obs, valid) -> _Ends:
         self._check_room()
-        ends = {
-            "rewards": self._checked.scalar("rewards", rewards, True),
-            "dones": self._checked.scalar("dones", dones, False),
-            "truncated": None if truncated is None else self._checked.scalar("truncated", truncated, False),
-            "valid": None if valid is None else self._checked.scalar("valid", valid, False),
-            "final": [],
-        }
+        scalar = self._checked.scalar
+        ends = _Ends(
+            scalar("rewards", rewards, True),
+            scalar("dones", dones, False),
+            None if truncated is None else scalar("truncated", truncated, False),
+            None if valid is None else scalar("valid", valid, False),
+            [],
+        )
         if final_obs is not None:
             if truncated is None:
                 raise ValueError("final_obs: expected truncated with it, got None")
@@ -222,17 +237,18 @@ class RolloutBuffer(Ring):
             groups = self._checked.groups("final_obs", final_obs)
             for field in self._layout.pool_fields.values():
                 name = "final_" + field.name
-                ends["final"].append(self._checked.field(field, groups[field.name], name))
+                ends.final.append(self._checked.field(field, groups[field.name], name))
         return ends
 
-    def _write(self, sources: list[Tensor], planes: list[Tensor], plane_sources: list, ends: dict | None, commit: bool):
+    def _write(
+        self, sources: list[Tensor], planes: list[Tensor], plane_sources: list, ends: _Ends | None, commit: bool
+    ) -> None:
         captured = self._capturing()
         rollout = self._appended // self.num_steps % self._layout.num_rollouts
-        memory = self._memory
+        rewards, dones, truncated, valid, final = ends or _NO_ENDS
         if ends is not None:
-            planes, plane_sources = [*planes, memory["rewards"]], [*plane_sources, ends["rewards"]]
-        pooled = ends is not None and ends["truncated"] is not None and self._pool is not None
-        final = ends["final"] if pooled else []
+            planes, plane_sources = [*planes, self._memory["rewards"]], [*plane_sources, rewards]
+        pooled = truncated is not None and self._pool is not None
         self._ops.append(
             self._rows,
             sources,
@@ -241,9 +257,9 @@ class RolloutBuffer(Ring):
             planes,
             plane_sources,
             None if ends is None else self._codes,
-            None if ends is None else ends["dones"],
-            None if ends is None else ends["truncated"],
-            None if ends is None else ends["valid"],
+            dones,
+            truncated,
+            valid,
             self._pool if pooled else None,
             final,
             self._pool_offsets if final else [],
@@ -256,12 +272,12 @@ class RolloutBuffer(Ring):
             commit,
         )
         written(self._rows, *planes, None if ends is None else self._codes, self._pool if pooled else None)
-        if ends is not None and captured:
-            self._captured_truncations |= ends["truncated"] is not None
-            self._captured_resets |= ends["valid"] is not None
-        elif ends is not None:
-            self._truncations[rollout] |= ends["truncated"] is not None
-            self._resets[rollout] |= ends["valid"] is not None
+        if captured:
+            self._captured_truncations |= truncated is not None
+            self._captured_resets |= valid is not None
+        else:
+            self._truncations[rollout] |= truncated is not None
+            self._resets[rollout] |= valid is not None
         if commit and not captured:
             self._appended += 1
             self._cursor_live = False
@@ -382,7 +398,7 @@ class RolloutBuffer(Ring):
             expected = [self.num_envs, self.num_steps]
             raise ValueError(f"final_values: expected shape {expected}, got {list(final_values.shape)}")
         if self.capacity == self.num_steps:
-            return final_values
+            return final_values.detach()
         start = self._cursor[CURSOR_DISCARDED] if self._capturing() else self._discarded
         slots = (torch.arange(self.num_steps, device=self.device) + start) % self.capacity
         return final_values.new_zeros(self.num_envs, self.capacity).index_copy_(1, slots, final_values.detach())

@@ -105,7 +105,9 @@ def gae(
         advantages = torch.empty_like(planes["rewards"], dtype=dtype)
         returns = torch.empty_like(advantages)
     else:
-        advantages, returns = _check_out(out, shape, dtype, [*floats, planes["dones"]])
+        advantages, returns = _check_out(
+            out, shape, dtype, [last_values, *(x for x in planes.values() if x is not None)]
+        )
         advantages, returns = (plane(f"out[{i}]", x, True) for i, x in enumerate((advantages, returns)))
     moments = torch.empty(3, dtype=torch.float64, device=rewards.device) if stats else None
     workspace = moments.new_zeros(workspace_size(num_envs)) if stats else None

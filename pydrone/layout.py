@@ -88,7 +88,10 @@ def parse_obs(obs: object, obs_dtype: torch.dtype) -> tuple[dict[str, Spec], boo
         return {"obs": parse_spec("obs", obs, obs_dtype)}, False
     if not obs:
         raise ValueError("obs: expected at least one group, got an empty mapping")
-    return {str(key): parse_spec(f"obs[{key!r}]", spec, obs_dtype) for key, spec in obs.items()}, True
+    for key in obs:
+        if not isinstance(key, str):
+            raise TypeError(f"obs: expected names of groups as str, got {key!r}")
+    return {key: parse_spec(f"obs[{key!r}]", spec, obs_dtype) for key, spec in obs.items()}, True
 
 
 def positive(name: str, x: object) -> int:

@@ -247,6 +247,10 @@ class Ring:
         moved.load_state_dict(self.state_dict())
         return moved
 
+    def __reduce__(self) -> tuple:
+        arguments = (self._arguments, str(self.device), self._seed, self._rank, self._backend)
+        return _rebuild, (type(self), arguments, self.state_dict())
+
     def state_dict(self) -> dict[str, object]:
         """Everything that :meth:`load_state_dict` needs to go on as if nothing had happened; tensors are not copied."""
         if self._open is not None:
@@ -283,9 +287,17 @@ class Ring:
         self._open, self._subset, self._cursor_live = None, None, False
 
 
+def _rebuild(kind: type[Ring], arguments: tuple, state: dict[str, object]) -> Ring:
+    """A pickled or copied buffer."""
+    sizes, device, seed, rank, backend = arguments
+    made = kind(**sizes, device=device, seed=seed, rank=rank, backend=backend)
+    made.load_state_dict(state)
+    return made
+
+
 # Rebuilt by the next launch, or by advance().
 _TRANSIENT = ("workspace", "cursor")
-_COUNTERS = ("appended", "discarded", "computed", "epoch", "seed", "rank")
+_COUNTERS = ("appended", "discarded", "computed", "epoch", "seed")
 
 
 def _indexed(device: torch.device) -> torch.device:

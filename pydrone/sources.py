@@ -26,6 +26,9 @@ class Sources:
         return {f"obs.{group}": obs[group] for group in self.layout.obs}
 
     def field(self, field: Field, x: object, name: str) -> Tensor:
+        """``x`` as the source of ``field``: [N, *shape], or [N, 1] for a scalar; floating or of the field's dtype."""
+        if self._plain(x, field.dtype, (self.num_envs, *field.shape)):
+            return x
         name = name.removesuffix(".obs") if not self.layout.obs_is_mapping else name
         self.check(name, x)
         if field.shape == ():
@@ -38,6 +41,17 @@ class Sources:
             raise TypeError(f"{name}: expected dtype {field.dtype}, got {x.dtype}")
         return x.detach() if x.requires_grad else x
 
+    def _plain(self, x: object, dtype: torch.dtype, shape: tuple[int, ...]) -> bool:
+        """The usual case, that needs no further look: this runs for every argument of every step."""
+        return (
+            x.__class__ is Tensor
+            and x.dtype is dtype
+            and x.shape == shape
+            and x.device == self.device
+            and x.layout is torch.strided
+            and not x.requires_grad
+        )
+
     def check(self, name: str, x: object) -> None:
         if not isinstance(x, Tensor):
             raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
@@ -47,6 +61,9 @@ class Sources:
             raise TypeError(f"{name}: expected a strided tensor, got {x.layout}")
 
     def scalar(self, name: str, x: object, floating: bool) -> Tensor:
+        """``x`` [N] or [N, 1], of any real dtype or of a floating one."""
+        if self._plain(x, torch.float32 if floating else torch.bool, (self.num_envs,)):
+            return x
         self.check(name, x)
         if x.shape[:1] != (self.num_envs,) or x.numel() != self.num_envs:
             raise ValueError(f"{name}: expected shape [{self.num_envs}] or [{self.num_envs}, 1], got {list(x.shape)}")

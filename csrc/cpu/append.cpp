@@ -27,8 +27,9 @@ struct Field {
   int64_t bytes() const { return width * to_size; }
 };
 
-Field describe(const char* name, const Tensor& source, int64_t offset, int64_t dtype, int64_t num_envs,
+Field describe(const char* name, const Tensor& source, int64_t offset, int64_t dtype, const Tensor& rows,
                int64_t row_bytes) {
+  const int64_t num_envs = rows.size(1);
   STD_TORCH_CHECK(source.dim() >= 1 && source.size(0) == num_envs, name, ": expected a first dimension of ", num_envs,
                   ", got shape ", shape_of(source));
   Field field{};
@@ -41,8 +42,11 @@ Field describe(const char* name, const Tensor& source, int64_t offset, int64_t d
   field.offset = offset;
   field.width = 1;
   for (int64_t i = 1; i < source.dim(); ++i) field.width *= source.size(i);
-  STD_TORCH_CHECK(offset >= 0 && offset % field.to_size == 0 && offset + field.bytes() <= row_bytes, name,
-                  ": byte offset ", offset, " and ", field.bytes(), " bytes do not lie in a row of ", row_bytes);
+  check_offset(name, offset, field.bytes(), row_bytes);
+  STD_TORCH_CHECK(offset % field.to_size == 0, name, ": byte offset ", offset, " is no multiple of ", field.to_size);
+  STD_TORCH_CHECK(field.from == field.to || (is_real(field.from) && is_real(field.to)), name, ": expected dtype ",
+                  torch::headeronly::toString(field.to), ", got ", torch::headeronly::toString(field.from));
+  check_device(name, source, rows);
   // Merge inner dimensions from the last one up; none left over means the environment's elements are dense.
   int64_t dense = 1;
   bool is_dense = true;
@@ -150,13 +154,13 @@ void copy_field(const Field& field, char* to, int64_t row_bytes, int64_t n0, int
 
 std::vector<Field> describe_all(const char* name, const std::vector<Tensor>& sources,
                                 const std::vector<int64_t>& offsets, const std::vector<int64_t>& dtypes,
-                                int64_t num_envs, int64_t row_bytes) {
+                                const Tensor& rows, int64_t row_bytes) {
   STD_TORCH_CHECK(sources.size() == offsets.size() && sources.size() == dtypes.size(), name,
                   ": expected as many tensors as offsets and dtypes");
   std::vector<Field> fields;
   fields.reserve(sources.size());
   for (size_t i = 0; i < sources.size(); ++i)
-    fields.push_back(describe(name, sources[i], offsets[i], dtypes[i], num_envs, row_bytes));
+    fields.push_back(describe(name, sources[i], offsets[i], dtypes[i], rows, row_bytes));
   std::sort(fields.begin(), fields.end(), [](const Field& x, const Field& y) { return x.offset < y.offset; });
   return fields;
 }
@@ -191,7 +195,7 @@ void copy_plane(To* to, int64_t stride, const Tensor& source, int64_t num_envs) 
 // codes[i] = value where the flag of environment n0 + i, as a truth, equals `when`.
 void mark(uint8_t* codes, const char* name, const Tensor& flags, int64_t n0, int64_t envs, bool when, uint8_t value) {
   const int64_t step = flags.stride(0);
-  for_type(name, flags.scalar_type(), [&](auto kind) {
+  for_flag(name, flags.scalar_type(), [&](auto kind) {
     using From = decltype(kind);
     auto* from = static_cast<const From*>(flags.data_ptr()) + n0 * step;
     if (step == 1)
@@ -234,20 +238,27 @@ void append(const Tensor& rows, const std::vector<Tensor>& sources, const std::v
   check_dtype("rows", rows, ScalarType::Byte);
   check_contiguous("rows", rows);
   const int64_t capacity = rows.size(0), num_envs = rows.size(1), row_bytes = rows.size(2);
-  const std::vector<Field> fields = describe_all("sources", sources, offsets, dtypes, num_envs, row_bytes);
+  const std::vector<Field> fields = describe_all("sources", sources, offsets, dtypes, rows, row_bytes);
   STD_TORCH_CHECK(planes.size() == plane_sources.size(), "planes: expected as many planes as plane_sources");
   for (size_t i = 0; i < planes.size(); ++i) {
     check_shape("planes", planes[i], {num_envs, capacity});
     check_dtype("planes", planes[i], ScalarType::Float);
     check_scalars("plane_sources", plane_sources[i], num_envs);
+    check_real("plane_sources", plane_sources[i]);
+    check_device("planes", planes[i], rows);
+    check_device("plane_sources", plane_sources[i], rows);
   }
   if (codes) {
     check_shape("codes", *codes, {num_envs, capacity});
     check_dtype("codes", *codes, ScalarType::Byte);
     STD_TORCH_CHECK(dones.has_value(), "dones: expected a tensor with codes, got None");
-    check_scalars("dones", *dones, num_envs);
-    if (truncated) check_scalars("truncated", *truncated, num_envs);
-    if (valid) check_scalars("valid", *valid, num_envs);
+    check_device("codes", *codes, rows);
+    for (const auto& [name, flags] : {std::pair{"dones", &dones}, {"truncated", &truncated}, {"valid", &valid}}) {
+      if (!flags->has_value()) continue;
+      check_scalars(name, **flags, num_envs);
+      check_flags(name, **flags);
+      check_device(name, **flags, rows);
+    }
   }
   std::vector<Field> finals;
   const bool pooled = codes && truncated && pool_count;
@@ -259,14 +270,22 @@ void append(const Tensor& rows, const std::vector<Tensor>& sources, const std::v
     check_shape("pool_count", *pool_count, {pool->size(0), 2});
     check_dtype("pool_count", *pool_count, ScalarType::Int);
     check_contiguous("pool_count", *pool_count);
+    const auto* counts = static_cast<const int32_t*>(pool_count->data_ptr());
+    for (int64_t i = 0; i < pool_count->numel(); ++i)
+      STD_TORCH_CHECK(counts[i] >= 0, "pool_count: expected counts of at least 0, got ", counts[i]);
     check_shape("final_rows", *final_rows, {num_envs, capacity});
     check_dtype("final_rows", *final_rows, ScalarType::Int);
-    finals = describe_all("final_sources", final_sources, final_offsets, final_dtypes, num_envs, pool->size(2));
+    check_device("pool", *pool, rows);
+    check_device("pool_count", *pool_count, rows);
+    check_device("final_rows", *final_rows, rows);
+    finals = describe_all("final_sources", final_sources, final_offsets, final_dtypes, rows, pool->size(2));
   }
   int64_t* state = nullptr;
   if (cursor) {
-    check_shape("cursor", *cursor, {5});
-    check_dtype("cursor", *cursor, ScalarType::Long);
+    check_cursor(*cursor);
+    check_device("cursor", *cursor, rows);
+    STD_TORCH_CHECK(capacity > 0, "rows: expected a capacity of at least 1, got 0");
+    if (pooled) STD_TORCH_CHECK(pool->size(0) > 0, "pool: expected a first dimension of at least 1, got 0");
     state = static_cast<int64_t*>(cursor->data_ptr());
     if (state[0] - state[1] >= capacity) {
       state[2] = 1;
@@ -278,7 +297,7 @@ void append(const Tensor& rows, const std::vector<Tensor>& sources, const std::v
   check_range("slot", slot, 0, capacity);
   if (pooled) check_range("pool_slot", pool_slot, 0, pool->size(0));
 
-  if (num_envs && !fields.empty())
+  if (num_envs && row_bytes && !fields.empty())
     append_rows(static_cast<char*>(rows.data_ptr()) + slot * num_envs * row_bytes, row_bytes, fields, num_envs);
   for (size_t i = 0; i < planes.size(); ++i)
     copy_plane(static_cast<float*>(planes[i].data_ptr()) + slot * planes[i].stride(1), planes[i].stride(0),

@@ -77,15 +77,18 @@ inline void stream_fence() {
 #endif
 }
 
-// Calls f with a value of the C++ type that `type` names.
+// Calls f with a value of the C++ type that a flag's `type` names.
 template <class F>
-inline void for_type(const char* name, ScalarType type, const F& f) {
+inline void for_flag(const char* name, ScalarType type, const F& f) {
   switch (type) {
     case ScalarType::Byte: return f(uint8_t{});
     case ScalarType::Char: return f(int8_t{});
     case ScalarType::Short: return f(int16_t{});
     case ScalarType::Int: return f(int32_t{});
     case ScalarType::Long: return f(int64_t{});
+    case ScalarType::UInt16: return f(uint16_t{});
+    case ScalarType::UInt32: return f(uint32_t{});
+    case ScalarType::UInt64: return f(uint64_t{});
     case ScalarType::Half: return f(torch::headeronly::Half{});
     case ScalarType::Float: return f(float{});
     case ScalarType::Double: return f(double{});

@@ -69,7 +69,7 @@ void read_reals(const char* name, T* dst, int64_t ld, const Plane& src, int64_t 
 
 void read_flags(const char* name, uint8_t* dst, int64_t ld, const Plane& src, int64_t n0, int64_t envs, int64_t t0,
                 int64_t steps) {
-  for_type(name, src.type, [&](auto kind) {
+  for_flag(name, src.type, [&](auto kind) {
     using From = decltype(kind);
     read_tile<uint8_t, From>(dst, ld, src, n0, envs, t0, steps, [](From x) -> uint8_t { return nonzero(x); });
   });
@@ -328,13 +328,24 @@ void gae(const Tensor& rewards, const Tensor& values, const Tensor& dones, const
   check_real("rewards", rewards);
   check_real("values", values);
   check_real("last_values", last_values);
+  check_device("values", values, rewards);
+  check_device("dones", dones, rewards);
+  check_device("last_values", last_values, rewards);
+  check_device("advantages", advantages, rewards);
   if (coded) check_dtype("dones", dones, ScalarType::Byte);
-  if (truncated) check_shape("truncated", *truncated, {num_envs, capacity});
-  if (valid) check_shape("valid", *valid, {num_envs, capacity});
+  check_flags("dones", dones);
+  for (const auto& [name, flags] : {std::pair{"truncated", &truncated}, {"valid", &valid}}) {
+    if (!flags->has_value()) continue;
+    check_shape(name, **flags, {num_envs, capacity});
+    check_flags(name, **flags);
+    check_device(name, **flags, rewards);
+  }
   check_range("bootstrap", bootstrap, 0, 4);
   if (bootstrap == 1) {
     STD_TORCH_CHECK(final_values.has_value(), "final_values: expected a tensor with bootstrap 1, got None");
     check_real("final_values", *final_values);
+    check_device("final_values", *final_values, rewards);
+    if (final_rows) check_device("final_rows", *final_rows, rewards);
     if (final_rows) {
       check_shape("final_values", *final_values, {-1});
       check_shape("final_rows", *final_rows, {num_envs, capacity});
@@ -349,20 +360,23 @@ void gae(const Tensor& rewards, const Tensor& values, const Tensor& dones, const
   if (returns) {
     check_shape("returns", *returns, {num_envs, num_steps});
     check_dtype("returns", *returns, type);
+    check_device("returns", *returns, rewards);
   }
   if (stats) {
     check_shape("stats", *stats, {3});
     check_dtype("stats", *stats, ScalarType::Double);
     check_contiguous("stats", *stats);
+    check_device("stats", *stats, rewards);
     STD_TORCH_CHECK(workspace.has_value(), "workspace: expected a tensor with stats, got None");
     check_dtype("workspace", *workspace, ScalarType::Double);
     check_contiguous("workspace", *workspace);
+    check_device("workspace", *workspace, rewards);
     STD_TORCH_CHECK(workspace->numel() >= 3 * ((num_envs + 3) / 4) + 1, "workspace: expected at least ",
                     3 * ((num_envs + 3) / 4) + 1, " elements, got ", workspace->numel());
   }
   if (cursor) {
-    check_shape("cursor", *cursor, {5});
-    check_dtype("cursor", *cursor, ScalarType::Long);
+    check_cursor(*cursor);
+    check_device("cursor", *cursor, rewards);
     if (capacity) start = static_cast<const int64_t*>(cursor->data_ptr())[1] % capacity;
   }
   if (num_steps) check_range("start", start, 0, capacity);

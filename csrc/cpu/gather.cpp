@@ -247,6 +247,7 @@ void gather(const Tensor& rows, const std::vector<int64_t>& offsets, const std::
     STD_TORCH_CHECK(x.dim() >= 1 && (job.count < 0 || x.size(0) == job.count), name, ": expected a first dimension of ",
                     job.count, ", got shape ", shape_of(x));
     check_contiguous(name, x);
+    check_device(name, x, rows);
     job.count = x.size(0);
   };
   for (size_t i = 0; i < outputs.size(); ++i) {
@@ -262,8 +263,7 @@ void gather(const Tensor& rows, const std::vector<int64_t>& offsets, const std::
     STD_TORCH_CHECK(output.from == output.to || (output.to == ScalarType::Float && is_real(output.from)),
                     "outputs: expected dtype ", torch::headeronly::toString(output.from), " or Float, got ",
                     torch::headeronly::toString(output.to));
-    STD_TORCH_CHECK(output.offset >= 0 && output.offset + output.bytes <= job.row_bytes, "offsets: ", output.offset,
-                    " and ", output.bytes, " bytes do not lie in a row of ", job.row_bytes);
+    check_offset("offsets", output.offset, output.bytes, job.row_bytes);
     if (output.width) job.outputs.push_back(output);
   }
   if (indices_out) {
@@ -274,6 +274,7 @@ void gather(const Tensor& rows, const std::vector<int64_t>& offsets, const std::
   if (advantages) {
     check_shape("advantages", *advantages, {job.num_envs, num_steps});
     check_dtype("advantages", *advantages, ScalarType::Float);
+    check_device("advantages", *advantages, rows);
     job.advantages = static_cast<const float*>(advantages->data_ptr());
     job.advantage_env = advantages->stride(0);
     job.advantage_step = advantages->stride(1);
@@ -297,6 +298,7 @@ void gather(const Tensor& rows, const std::vector<int64_t>& offsets, const std::
     check_shape("stats", *stats, {3});
     check_dtype("stats", *stats, ScalarType::Double);
     check_contiguous("stats", *stats);
+    check_device("stats", *stats, rows);
     const auto* moments = static_cast<const double*>(stats->data_ptr());
     const double std = moments[0] > 1 ? std::sqrt(moments[2] / (moments[0] - 1)) : 0.0;
     job.mean = static_cast<float>(moments[1]);
@@ -308,16 +310,19 @@ void gather(const Tensor& rows, const std::vector<int64_t>& offsets, const std::
     check_shape("subset", *subset, {num_samples});
     check_dtype("subset", *subset, ScalarType::Long);
     check_contiguous("subset", *subset);
+    check_device("subset", *subset, rows);
     job.subset = static_cast<const int64_t*>(subset->data_ptr());
   } else {
     STD_TORCH_CHECK(num_samples == total, "num_samples: expected ", total, ", got ", num_samples);
   }
   if (job.count <= 0) return;
-  STD_TORCH_CHECK(first >= 0 && first + job.count <= num_samples, "first: expected first + ", job.count, " <= ",
-                  num_samples, ", got ", first);
+  STD_TORCH_CHECK(total > 0, "rows: expected at least one sample, got shape ", shape_of(rows), " and ", num_steps,
+                  " steps");
+  STD_TORCH_CHECK(first >= 0 && job.count <= num_samples && first <= num_samples - job.count, "first: expected first + ",
+                  job.count, " <= ", num_samples, ", got ", first);
   if (cursor) {
-    check_shape("cursor", *cursor, {5});
-    check_dtype("cursor", *cursor, ScalarType::Long);
+    check_cursor(*cursor);
+    check_device("cursor", *cursor, rows);
     const int64_t discarded = static_cast<const int64_t*>(cursor->data_ptr())[1];
     start = discarded % job.capacity;
     rollout = discarded / num_steps;

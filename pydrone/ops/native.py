@@ -11,6 +11,7 @@ import json
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from . import reference
 from .schema import SCHEMAS
@@ -21,7 +22,14 @@ _library = torch.library.Library("pydrone", "DEF")
 
 
 def _fake(*args) -> None:
-    """The operations write into given outputs: a trace needs nothing computed."""
+    """The operations write into given outputs: a trace needs nothing computed.
+
+    A tensor on "meta" among others ends up here too, and must not be taken for done.
+    """
+    tensors = [x for arg in args for x in (arg if isinstance(arg, (list, tuple)) else (arg,)) if isinstance(x, Tensor)]
+    devices = {x.device for x in tensors}
+    if len(devices) > 1:
+        raise RuntimeError(f"expected all tensors on one device, got {', '.join(sorted(map(str, devices)))}")
 
 
 def _triton(name: str):
@@ -34,7 +42,7 @@ def _triton(name: str):
 
 
 def build_info() -> dict:
-    """What the build recorded about itself: ``{"native": None or the reason it is missing, "cuda": likewise, ...}``."""
+    """What the build recorded about itself: ``native_cpu`` and ``native_cuda``, None or the reason it is missing."""
     path = PACKAGE / "_build_info.json"
     return json.loads(path.read_text()) if path.is_file() else {}
 
