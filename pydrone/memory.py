@@ -103,7 +103,7 @@ def render(made: MemoryPlan) -> str:
     lines = ["One rollout, the task's four fields:", "", *_table(made.rollout, made.rollout_nbytes), ""]
     lines += [
         f"Kept over {made.iterations} iterations that would be {_size(made.kept_nbytes)}. It is not kept: PPO is",
-    lines += [f"  {name:<{width}}  {size / 1e6:>8.1f} MB  {size / 2**20:>8.1f} MiB" for name, size in made.savings]
+        "on-policy. A rollout tells of the policy that collected it; once the policy has been updated, the data",
         "follows another distribution than the one the next gradient is of. So: collect - learn for a few epochs -",
         "discard, and the next rollout overwrites this one. Memory does not depend on the number of iterations.",
         "",
