@@ -174,8 +174,12 @@ void append_rows(char* rows, int64_t row_bytes, const std::vector<Field>& fields
   alignas(64) char staged[kBlockBytes + kSlack];
   std::memset(staged, 0, sizeof(staged));
   for (int64_t n0 = 0; n0 < num_envs; n0 += block) {
-    const int64_t envs = std::min(block, num_envs - n0);
-    for (const Field& field : fields) copy_field(field, staged, row_bytes, n0, envs, num_envs);
+    const int64_t envs = std::min(block, num_envs - n0), ahead = std::clamp<int64_t>(num_envs - n0 - envs, 0, block);
+    for (const Field& field : fields) {
+      // Each field is a short run of memory, over before the processor's own prefetcher has noticed it.
+      if (field.env > 0) fetch(field.data + (n0 + envs) * field.env, ahead * field.env);
+      copy_field(field, staged, row_bytes, n0, envs, num_envs);
+    }
     stream(rows + n0 * row_bytes, staged, envs * row_bytes);
   }
 }

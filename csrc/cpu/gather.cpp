@@ -70,18 +70,6 @@ PYDRONE_CLONES void locate(int32_t num_steps, int64_t n, Batch& batch) {
   }
 }
 
-// Into the second-level cache. In assembly: gcc 12 takes a function that only prefetches for one without effect, and
-// leaves its calls out.
-inline void fetch(const char* row, int64_t bytes) {
-#if defined(__GNUC__) && defined(__x86_64__)
-  for (int64_t i = 0; i < bytes; i += 64) asm volatile("prefetcht1 %0" : : "m"(row[i]));
-#elif defined(__GNUC__) && defined(__aarch64__)
-  for (int64_t i = 0; i < bytes; i += 64) asm volatile("prfm pldl2keep, %0" : : "Q"(row[i]));
-#else
-  (void)row, (void)bytes;
-#endif
-}
-
 template <int Pieces>
 void pick_pieces(const char* const* row, int64_t offset, int64_t bytes, int64_t n, char* to) {
   for (int64_t i = 0; i < n; ++i, to += bytes) std::memcpy(to, row[i] + offset, Pieces * 16);
