@@ -92,11 +92,13 @@ inline void check_flags(const char* name, const Tensor& x) {
                   torch::headeronly::toString(type));
 }
 
-// The counters of a captured graph: int64 [5], dense.
-inline void check_cursor(const Tensor& cursor) {
-  check_shape("cursor", cursor, {5});
-  check_dtype("cursor", cursor, ScalarType::Long);
-  check_contiguous("cursor", cursor);
+// The counters of a captured graph, if any: int64 [5], dense.
+inline void check_cursor(const Optional& cursor, const Tensor& like) {
+  if (!cursor) return;
+  check_device("cursor", *cursor, like);
+  check_shape("cursor", *cursor, {5});
+  check_dtype("cursor", *cursor, ScalarType::Long);
+  check_contiguous("cursor", *cursor);
 }
 
 // `bytes` at `offset` lie in a row; written so that no sum can overflow.

@@ -286,8 +286,7 @@ void append(const Tensor& rows, const std::vector<Tensor>& sources, const std::v
   }
   int64_t* state = nullptr;
   if (cursor) {
-    check_cursor(*cursor);
-    check_device("cursor", *cursor, rows);
+    check_cursor(cursor, rows);
     STD_TORCH_CHECK(capacity > 0, "rows: expected a capacity of at least 1, got 0");
     if (pooled) STD_TORCH_CHECK(pool->size(0) > 0, "pool: expected a first dimension of at least 1, got 0");
     state = static_cast<int64_t*>(cursor->data_ptr());

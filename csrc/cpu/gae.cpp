@@ -375,8 +375,7 @@ void gae(const Tensor& rewards, const Tensor& values, const Tensor& dones, const
                     3 * ((num_envs + 3) / 4) + 1, " elements, got ", workspace->numel());
   }
   if (cursor) {
-    check_cursor(*cursor);
-    check_device("cursor", *cursor, rewards);
+    check_cursor(cursor, rewards);
     if (capacity) start = static_cast<const int64_t*>(cursor->data_ptr())[1] % capacity;
   }
   if (num_steps) check_range("start", start, 0, capacity);

@@ -309,8 +309,7 @@ void gather(const Tensor& rows, const std::vector<int64_t>& offsets, const std::
   STD_TORCH_CHECK(first >= 0 && job.count <= num_samples && first <= num_samples - job.count, "first: expected first + ",
                   job.count, " <= ", num_samples, ", got ", first);
   if (cursor) {
-    check_cursor(*cursor);
-    check_device("cursor", *cursor, rows);
+    check_cursor(cursor, rows);
     const int64_t discarded = static_cast<const int64_t*>(cursor->data_ptr())[1];
     start = discarded % job.capacity;
     rollout = discarded / num_steps;

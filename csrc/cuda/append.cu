@@ -1,0 +1,364 @@
+// One step of all environments into the ring, in one launch.
+//
+// Blocks are laid out in two dimensions: along x over the environments, along y over the jobs, one for each field, each
+// plane, and the end flags with their pool. All jobs' loads are then in flight together; one after the other, each
+// would wait for memory in turn.
+#include "common.cuh"
+
+#include "../recurrence.h"
+
+#include <algorithm>
+
+namespace pydrone {
+namespace {
+
+// What fits the 4 KiB of a kernel's arguments.
+constexpr int kMaxFields = 28, kMaxFinals = 12, kMaxPlanes = 8, kDims = 3;
+constexpr int kThreads = 256, kUnroll = 4;
+
+// A source and its place in a row. Same dtypes: `word` bytes are copied at a time; otherwise word is 0, and floating
+// numbers are converted.
+struct Field {
+  const char* data;
+  int64_t env, strides[kDims];  // in words or elements
+  int32_t sizes[kDims];         // of the inner dimensions, the last first
+  int32_t offset, width;        // bytes into the row; words or elements
+  int8_t from, to, word, dims;  // dims 0: dense
+};
+
+struct PlaneJob {
+  float* to;
+  int64_t env;
+  Plane source;
+};
+
+struct Args {
+  char* rows;
+  int64_t row_bytes, num_envs, capacity, slot;
+  int64_t* cursor;
+  uint8_t* codes;
+  int64_t codes_env, codes_step;
+  Plane dones, truncated, valid;
+  char* pool;
+  int32_t *pool_count, *final_rows;
+  int64_t pool_rows, pool_row_bytes, num_pools, pool_slot, final_rows_env, final_rows_step;
+  int64_t plane_step[kMaxPlanes];
+  int32_t num_fields, num_planes, num_finals;
+  bool commit;
+  PlaneJob planes[kMaxPlanes];
+  Field fields[kMaxFields], finals[kMaxFinals];
+};
+static_assert(sizeof(Args) <= 4096, "a kernel's arguments");
+
+__device__ int64_t inner(const Field& field, uint32_t i) {
+  if (field.dims == 0) return i;
+  int64_t at = 0;
+#pragma unroll 1
+  for (int d = 0; d < field.dims; ++d) {
+    const uint32_t size = field.sizes[d];
+    at += i % size * field.strides[d];
+    i /= size;
+  }
+  return at;
+}
+
+template <typename Word>
+__device__ void copy_words(const Field& field, char* rows, int64_t row_bytes, int64_t total, int64_t first,
+                           int64_t step) {
+  const uint32_t width = field.width;
+  for (int64_t i0 = first; i0 < total; i0 += kUnroll * step) {
+    Word words[kUnroll];
+    Word* to[kUnroll];
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      const auto i = static_cast<uint32_t>(i0 + u * step < total ? i0 + u * step : first);
+      const int64_t n = i / width;
+      const uint32_t k = i % width;
+      words[u] = reinterpret_cast<const Word*>(field.data)[n * field.env + inner(field, k)];
+      to[u] = reinterpret_cast<Word*>(rows + n * row_bytes + field.offset) + k;
+    }
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u)
+      if (i0 + u * step < total) *to[u] = words[u];
+  }
+}
+
+__device__ void convert_one(const Field& field, char* row, int64_t n, uint32_t k) {
+  write_real(row + field.offset, field.to, k,
+             read_real<double>(field.data, field.from, n * field.env + inner(field, k)));
+}
+
+__device__ void copy_field(const Field& field, char* rows, int64_t row_bytes, int64_t num_envs) {
+  const int64_t total = num_envs * field.width;  // below 2^32, as the host has checked
+  const int64_t first = blockIdx.x * kThreads + threadIdx.x, step = static_cast<int64_t>(gridDim.x) * kThreads;
+  switch (field.word) {
+    case 1: return copy_words<uint8_t>(field, rows, row_bytes, total, first, step);
+    case 2: return copy_words<uint16_t>(field, rows, row_bytes, total, first, step);
+    case 4: return copy_words<uint32_t>(field, rows, row_bytes, total, first, step);
+    case 8: return copy_words<uint2>(field, rows, row_bytes, total, first, step);
+    case 16: return copy_words<uint4>(field, rows, row_bytes, total, first, step);
+  }
+  const uint32_t width = field.width;
+  for (int64_t i = first; i < total; i += step) {
+    const int64_t n = static_cast<uint32_t>(i) / width;
+    convert_one(field, rows + n * row_bytes, n, static_cast<uint32_t>(i) % width);
+  }
+}
+
+template <typename Word>
+__device__ void copy_final_words(const Field& field, char* row, int64_t n) {
+#pragma unroll 1
+  for (uint32_t k = threadIdx.x % 32; k < static_cast<uint32_t>(field.width); k += 32)
+    reinterpret_cast<Word*>(row + field.offset)[k] =
+        reinterpret_cast<const Word*>(field.data)[n * field.env + inner(field, k)];
+}
+
+// One environment's final observation, by a whole warp.
+__device__ void copy_final(const Field& field, char* row, int64_t n) {
+  switch (field.word) {
+    case 1: return copy_final_words<uint8_t>(field, row, n);
+    case 2: return copy_final_words<uint16_t>(field, row, n);
+    case 4: return copy_final_words<uint32_t>(field, row, n);
+    case 8: return copy_final_words<uint2>(field, row, n);
+    case 16: return copy_final_words<uint4>(field, row, n);
+  }
+#pragma unroll 1
+  for (uint32_t k = threadIdx.x % 32; k < static_cast<uint32_t>(field.width); k += 32) convert_one(field, row, n, k);
+}
+
+// Codes of the ends, and places in the pool for final observations.
+__device__ void store_ends(const Args& args, int64_t slot, int64_t pool_slot) {
+  const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x / 32 * 32;
+  for (int64_t n0 = first; n0 < args.num_envs; n0 += step) {
+    const int64_t n = n0 + threadIdx.x % 32;
+    const int64_t source = n < args.num_envs ? n : n0;
+    auto flag = [&](const Plane& plane) { return read_flag(plane, source * plane.env); };
+    int32_t code = encode(flag(args.dones), args.truncated.data && flag(args.truncated),
+                          !args.valid.data || flag(args.valid));
+    code = n < args.num_envs ? code : kRunning;
+    if (n < args.num_envs) args.codes[n * args.codes_env + slot * args.codes_step] = static_cast<uint8_t>(code);
+    const unsigned wanted = __ballot_sync(0xFFFFFFFFu, code == kTruncated);
+    if (!args.pool_count || !wanted) continue;
+    const unsigned lane = threadIdx.x % 32;
+    int32_t* count = args.pool_count + 2 * pool_slot;
+    int32_t place = 0;
+    if (lane == 0) place = atomicAdd(count + (args.num_finals ? 0 : 1), __popc(wanted));
+    place = __shfl_sync(0xFFFFFFFFu, place, 0) + __popc(wanted & ((1u << lane) - 1));
+    // A count that has run over its 32 bits is no place either.
+    const bool fits = args.num_finals && place >= 0 && place < args.pool_rows;
+    if (code == kTruncated) args.final_rows[n * args.final_rows_env + slot * args.final_rows_step] = fits ? place : -1;
+    for (unsigned left = __ballot_sync(0xFFFFFFFFu, fits && code == kTruncated); left; left &= left - 1) {
+      const int source = __ffs(left) - 1;
+      const int64_t row = pool_slot * args.pool_rows + __shfl_sync(0xFFFFFFFFu, place, source);
+      for (int i = 0; i < args.num_finals; ++i)
+        copy_final(args.finals[i], args.pool + row * args.pool_row_bytes, n0 + source);
+    }
+  }
+}
+
+__global__ void __launch_bounds__(kThreads) append_step(const __grid_constant__ Args args) {
+  int64_t slot = args.slot, pool_slot = args.pool_slot;
+  if (args.cursor) {
+    const int64_t appended = args.cursor[kAppended];
+    if (appended - args.cursor[kDiscarded] >= args.capacity) {
+      if (threadIdx.x == 0 && blockIdx.x == 0 && blockIdx.y == 0) args.cursor[kFlag] = 1;
+      return;
+    }
+    slot = ring_slot(appended, args.capacity);
+    if (args.pool_count) {
+      const int64_t num_steps = args.cursor[kNumSteps] > 0 ? args.cursor[kNumSteps] : 1;
+      pool_slot = ring_slot(static_cast<int64_t>(static_cast<uint64_t>(appended) / num_steps), args.num_pools);
+    }
+  }
+  int job = blockIdx.y;
+  if (job < args.num_fields) {
+    copy_field(args.fields[job], args.rows + slot * args.num_envs * args.row_bytes, args.row_bytes, args.num_envs);
+  } else if ((job -= args.num_fields) < args.num_planes) {
+    const PlaneJob& plane = args.planes[job];
+    for (int64_t n = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; n < args.num_envs;
+         n += static_cast<int64_t>(gridDim.x) * kThreads)
+      plane.to[n * plane.env + slot * args.plane_step[job]] =
+          read_real<float>(plane.source.data, plane.source.type, n * plane.source.env);
+  } else if (args.codes) {
+    store_ends(args, slot, pool_slot);
+  }
+  if (!args.cursor || !args.commit) return;
+  // The last block moves the head: all the others have read it by then.
+  auto* ticket = reinterpret_cast<unsigned long long*>(args.cursor + kTicket);
+  if (last_block(ticket, static_cast<unsigned long long>(gridDim.x) * gridDim.y) && threadIdx.x == 0) {
+    ++args.cursor[kAppended];
+    *ticket = 0;
+  }
+}
+
+// `words`: the most words of a field, for the grid.
+int32_t describe(Field* fields, int most, const char* name, const std::vector<Tensor>& sources,
+                 const std::vector<int64_t>& offsets, const std::vector<int64_t>& dtypes, const Tensor& rows,
+                 int64_t num_envs, int64_t& words) {
+  STD_TORCH_CHECK(sources.size() == offsets.size() && sources.size() == dtypes.size(), name,
+                  ": expected as many tensors as offsets and dtypes");
+  STD_TORCH_CHECK(static_cast<int>(sources.size()) <= most, name, ": expected at most ", most, " tensors, got ",
+                  sources.size());
+  const int64_t row_bytes = rows.size(2);
+  int32_t count = 0;
+  for (size_t i = 0; i < sources.size(); ++i) {
+    const Tensor& source = sources[i];
+    const auto from = source.scalar_type();
+    check_device(name, source, rows);
+    STD_TORCH_CHECK(source.dim() >= 1 && source.size(0) == num_envs, name, ": expected a first dimension of ", num_envs,
+                    ", got shape ", shape_of(source));
+    const int64_t size = item_size(name, dtypes[i]);
+    check_element(name, source);
+    Field field{};
+    field.data = static_cast<const char*>(source.data_ptr());
+    field.env = source.stride(0);
+    field.from = static_cast<int8_t>(from);
+    field.to = static_cast<int8_t>(dtypes[i]);
+    int64_t width = 1;
+    int dims = 0;
+    for (int64_t d = source.dim() - 1; d >= 1; --d) {
+      const int64_t n = source.size(d), stride = source.stride(d);
+      width *= n;
+      STD_TORCH_CHECK(n < (int64_t{1} << 30) && width < (int64_t{1} << 30) && width * num_envs < (int64_t{1} << 32),
+                      name, ": expected fewer than 2^32 elements a step, got shape ", shape_of(source));
+      if (n == 1) continue;
+      if (dims && stride == field.strides[dims - 1] * field.sizes[dims - 1]) {
+        field.sizes[dims - 1] *= static_cast<int32_t>(n);
+        continue;
+      }
+      STD_TORCH_CHECK(dims < kDims, name, ": expected at most ", kDims,
+                      " inner dimensions of unrelated strides, got more; pass .contiguous()");
+      field.sizes[dims] = static_cast<int32_t>(n);
+      field.strides[dims++] = stride;
+    }
+    STD_TORCH_CHECK(offsets[i] >= 0 && offsets[i] % size == 0 && offsets[i] <= row_bytes - width * size &&
+                        row_bytes % size == 0, name, ": byte offset ", offsets[i], " and ", width * size,
+                    " bytes do not lie aligned in a row of ", row_bytes);
+    if (width == 0) continue;
+    const bool dense = dims == 0 || (dims == 1 && field.strides[0] == 1);
+    field.dims = static_cast<int8_t>(dense ? 0 : dims);
+    field.offset = static_cast<int32_t>(offsets[i]);
+    field.width = static_cast<int32_t>(width);
+    if (static_cast<int64_t>(from) == dtypes[i]) {
+      field.word = static_cast<int8_t>(size);
+      // Dense sources go in words as long as sizes and alignments allow.
+      for (int64_t word = 16; dense && word > size; word /= 2) {
+        const int64_t per_word = word / size;
+        if (width % per_word || field.env % per_word || field.offset % word || row_bytes % word ||
+            reinterpret_cast<uintptr_t>(field.data) % word || reinterpret_cast<uintptr_t>(rows.data_ptr()) % word)
+          continue;
+        field.word = static_cast<int8_t>(word);
+        field.width = static_cast<int32_t>(width / per_word);
+        field.env /= per_word;
+        break;
+      }
+    } else {
+      STD_TORCH_CHECK(is_real(from) && is_real(static_cast<ScalarType>(dtypes[i])), name, ": expected dtype number ",
+                      dtypes[i], " or floating dtypes, got ", torch::headeronly::toString(from));
+    }
+    words = std::max<int64_t>(words, field.width);
+    fields[count++] = field;
+  }
+  return count;
+}
+
+void append(const Tensor& rows, const std::vector<Tensor>& sources, const std::vector<int64_t>& offsets,
+            const std::vector<int64_t>& dtypes, const std::vector<Tensor>& planes,
+            const std::vector<Tensor>& plane_sources, const Optional& codes, const Optional& dones,
+            const Optional& truncated, const Optional& valid, const Optional& pool,
+            const std::vector<Tensor>& final_sources, const std::vector<int64_t>& final_offsets,
+            const std::vector<int64_t>& final_dtypes, const Optional& pool_count, const Optional& final_rows,
+            int64_t slot, int64_t pool_slot, const Optional& cursor, bool commit) {
+  check_shape("rows", rows, {-1, -1, -1});
+  check_dtype("rows", rows, ScalarType::Byte);
+  check_contiguous("rows", rows);
+  Args args{};
+  args.rows = static_cast<char*>(rows.data_ptr());
+  args.capacity = rows.size(0);
+  args.num_envs = rows.size(1);
+  args.row_bytes = rows.size(2);
+  const int64_t capacity = args.capacity, num_envs = args.num_envs;
+  int64_t words = 1, final_words = 1;
+  args.num_fields = describe(args.fields, kMaxFields, "sources", sources, offsets, dtypes, rows, num_envs, words);
+
+  STD_TORCH_CHECK(planes.size() == plane_sources.size(), "planes: expected as many planes as plane_sources");
+  STD_TORCH_CHECK(planes.size() <= kMaxPlanes, "planes: expected at most ", kMaxPlanes, " planes, got ", planes.size());
+  args.num_planes = static_cast<int32_t>(planes.size());
+  for (size_t i = 0; i < planes.size(); ++i) {
+    check_device("planes", planes[i], rows);
+    check_shape("planes", planes[i], {num_envs, capacity});
+    check_dtype("planes", planes[i], ScalarType::Float);
+    check_device("plane_sources", plane_sources[i], rows);
+    check_scalars("plane_sources", plane_sources[i], num_envs);
+    check_real("plane_sources", plane_sources[i]);
+    args.planes[i] = {static_cast<float*>(planes[i].data_ptr()), planes[i].stride(0), Plane(plane_sources[i])};
+    args.plane_step[i] = planes[i].stride(1);
+  }
+
+  if (codes) {
+    check_device("codes", *codes, rows);
+    check_shape("codes", *codes, {num_envs, capacity});
+    check_dtype("codes", *codes, ScalarType::Byte);
+    STD_TORCH_CHECK(dones.has_value(), "dones: expected a tensor with codes, got None");
+    args.codes = static_cast<uint8_t*>(codes->data_ptr());
+    args.codes_env = codes->stride(0);
+    args.codes_step = codes->stride(1);
+    auto flag = [&](const char* name, const Optional& x) {
+      if (!x) return Plane();
+      check_device(name, *x, rows);
+      check_scalars(name, *x, num_envs);
+      check_flags(name, *x);
+      return Plane(*x);
+    };
+    args.dones = flag("dones", dones);
+    args.truncated = flag("truncated", truncated);
+    args.valid = flag("valid", valid);
+  }
+  if (codes && truncated && pool_count) {
+    STD_TORCH_CHECK(pool && final_rows, "pool: expected pool and final_rows with pool_count, got None");
+    check_device("pool", *pool, rows);
+    check_shape("pool", *pool, {-1, -1, -1});
+    check_dtype("pool", *pool, ScalarType::Byte);
+    check_contiguous("pool", *pool);
+    check_device("pool_count", *pool_count, rows);
+    check_shape("pool_count", *pool_count, {pool->size(0), 2});
+    check_dtype("pool_count", *pool_count, ScalarType::Int);
+    check_contiguous("pool_count", *pool_count);
+    check_device("final_rows", *final_rows, rows);
+    check_shape("final_rows", *final_rows, {num_envs, capacity});
+    check_dtype("final_rows", *final_rows, ScalarType::Int);
+    args.num_finals = describe(args.finals, kMaxFinals, "final_sources", final_sources, final_offsets, final_dtypes,
+                               *pool, num_envs, final_words);
+    args.pool = static_cast<char*>(pool->data_ptr());
+    args.num_pools = pool->size(0);
+    args.pool_rows = pool->size(1);
+    args.pool_row_bytes = pool->size(2);
+    args.pool_count = static_cast<int32_t*>(pool_count->data_ptr());
+    args.final_rows = static_cast<int32_t*>(final_rows->data_ptr());
+    args.final_rows_env = final_rows->stride(0);
+    args.final_rows_step = final_rows->stride(1);
+    if (!cursor) check_range("pool_slot", pool_slot, 0, args.num_pools);
+    STD_TORCH_CHECK(args.num_pools > 0, "pool: expected at least one pool, got shape ", shape_of(*pool));
+  }
+  check_cursor(cursor, rows);
+  if (cursor) args.cursor = static_cast<int64_t*>(cursor->data_ptr());
+  if (!cursor) check_range("slot", slot, 0, capacity);
+  args.slot = slot;
+  args.pool_slot = pool_slot;
+  args.commit = commit;
+
+  const int jobs = args.num_fields + args.num_planes + (args.codes ? 1 : 0);
+  if (num_envs == 0 || capacity == 0 || (jobs == 0 && !(cursor && commit))) return;
+  const int64_t per_block = kThreads * kUnroll;
+  const int64_t wanted = std::max((num_envs * words + per_block - 1) / per_block, (num_envs + kThreads - 1) / kThreads);
+  const dim3 grid(static_cast<unsigned>(std::clamp<int64_t>(wanted, 1, 4096)), std::max(jobs, 1));
+  const Launch context(rows);
+  append_step<<<grid, kThreads, 0, context.stream>>>(args);
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+}  // namespace
+}  // namespace pydrone
+
+STABLE_TORCH_LIBRARY_IMPL(pydrone, CUDA, m) { m.impl("append", TORCH_BOX(&pydrone::append)); }

@@ -1,0 +1,116 @@
+// Shared by the CUDA kernels: launch context, reading elements of any dtype and stride, the blocks' ticket.
+#pragma once
+
+#include "../checks.h"
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/macros.h>
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <vector>
+
+namespace pydrone {
+
+// Slots of the cursor, as in pydrone/ops/schema.py.
+enum Cursor : int { kAppended = 0, kDiscarded = 1, kFlag = 2, kTicket = 3, kNumSteps = 4 };
+
+// The tensor's device made current, and its current stream.
+class Launch {
+ public:
+  explicit Launch(const Tensor& tensor) : guard_(tensor.get_device_index()) {
+    void* stream = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+    this->stream = static_cast<cudaStream_t>(stream);
+  }
+
+  cudaStream_t stream;
+
+ private:
+  torch::stable::accelerator::DeviceGuard guard_;
+};
+
+inline void check_element(const char* name, const Tensor& x) { item_size(name, static_cast<int64_t>(x.scalar_type())); }
+
+// Elements of a tensor [N, C] or [N] of any strides, counted in elements, and any dtype.
+struct Plane {
+  const char* data = nullptr;
+  int64_t env = 0, step = 0;
+  int32_t type = 0;
+  int8_t size = 0;  // bytes an element
+  bool real = false;
+
+  Plane() = default;
+  explicit Plane(const Tensor& x)
+      : data(static_cast<const char*>(x.data_ptr())),
+        env(x.stride(0)),
+        step(x.dim() > 1 ? x.stride(1) : 0),
+        type(static_cast<int32_t>(x.scalar_type())),
+        size(static_cast<int8_t>(x.element_size())),
+        real(is_real(x.scalar_type())) {}
+
+  __device__ int64_t at(int64_t n, int64_t slot) const { return n * env + slot * step; }
+};
+
+// Floating types; the host has checked that it is one of them. Branches are few: a deep nest of them costs registers.
+template <typename T>
+__device__ inline T read_real(const char* data, int32_t type, int64_t i) {
+  if (type == static_cast<int32_t>(ScalarType::Float)) return static_cast<T>(reinterpret_cast<const float*>(data)[i]);
+  if (type == static_cast<int32_t>(ScalarType::Double)) return static_cast<T>(reinterpret_cast<const double*>(data)[i]);
+  const uint16_t bits = reinterpret_cast<const uint16_t*>(data)[i];
+  const float half = __half2float(__ushort_as_half(bits)), brain = __uint_as_float(static_cast<uint32_t>(bits) << 16);
+  return static_cast<T>(type == static_cast<int32_t>(ScalarType::Half) ? half : brain);
+}
+
+// x != 0 of any dtype, by its bits: all of them, less the sign of floating types. NaN is true.
+__device__ inline bool read_flag(const Plane& plane, int64_t i) {
+  uint64_t bits;
+  if (plane.size == 1)
+    bits = reinterpret_cast<const uint8_t*>(plane.data)[i];
+  else if (plane.size == 2)
+    bits = static_cast<uint64_t>(reinterpret_cast<const uint16_t*>(plane.data)[i]) << 48;
+  else if (plane.size == 4)
+    bits = static_cast<uint64_t>(reinterpret_cast<const uint32_t*>(plane.data)[i]) << 32;
+  else
+    bits = reinterpret_cast<const uint64_t*>(plane.data)[i];
+  return (plane.real ? bits << 1 : bits) != 0;
+}
+
+// Writes one floating number as `type`; double goes to the 16-bit types by way of float, as in torch.
+__device__ inline void write_real(char* data, int32_t type, int64_t i, double x) {
+  const auto narrow = static_cast<float>(x);
+  if (type == static_cast<int32_t>(ScalarType::Float))
+    reinterpret_cast<float*>(data)[i] = narrow;
+  else if (type == static_cast<int32_t>(ScalarType::Double))
+    reinterpret_cast<double*>(data)[i] = x;
+  else
+    reinterpret_cast<uint16_t*>(data)[i] = type == static_cast<int32_t>(ScalarType::Half)
+                                               ? __half_as_ushort(__float2half(narrow))
+                                               : __bfloat16_as_ushort(__float2bfloat16(narrow));
+}
+
+// The slot of the ring that counter `k` falls into; of any bits, so that a broken cursor stays within bounds.
+__device__ inline int64_t ring_slot(int64_t k, int64_t capacity) {
+  return static_cast<int64_t>(static_cast<uint64_t>(k) % static_cast<uint64_t>(capacity));
+}
+
+// True in every thread of the block that comes last of `blocks`; it sees what all the others wrote, and they have read
+// all that they ever will. The counter is left to that block to reset.
+template <typename Counter>
+__device__ inline bool last_block(Counter* ticket, Counter blocks) {
+  __shared__ bool last;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    __threadfence();
+    last = atomicAdd(ticket, Counter{1}) == blocks - 1;
+    __threadfence();
+  }
+  __syncthreads();
+  return last;
+}
+
+}  // namespace pydrone

@@ -1,0 +1,41 @@
+"""The Triton kernels against the reference: the cases of triton_cases.py, in a process of their own.
+
+Triton decides when it is imported whether kernels are interpreted, for the whole process, and other tests may have
+imported it already. On a machine with a GPU the cases run compiled. One by one, and with their output:
+``TRITON_INTERPRET=1 pytest tests/ops/triton_cases.py``.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+CASES = Path(__file__).with_name("triton_cases.py")
+
+
+def run(expression: str, marker: str) -> None:
+    environment = dict(os.environ)
+    environment.pop("TRITON_INTERPRET", None)
+    if not torch.cuda.is_available():
+        environment["TRITON_INTERPRET"] = "1"
+    command = [sys.executable, "-m", "pytest", "-q", "-x", str(CASES), "-k", expression, "-m", marker]
+    done = subprocess.run(command, env=environment, cwd=CASES.parents[2], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " passed" in done.stdout and "skipped" not in done.stdout, done.stdout
+
+
+@pytest.mark.parametrize("operation", ["gae", "append", "gather"])
+def test_cases(operation):
+    run(f"test_{operation}", "not slow")
+
+
+@pytest.mark.slow
+def test_the_whole_size():
+    run("test_gae", "slow")

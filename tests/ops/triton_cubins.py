@@ -1,0 +1,129 @@
+"""Compiles the Triton kernels for a GPU that need not be there, and prints what the machine code holds as JSON.
+
+test_triton_compile.py runs it in a process without TRITON_INTERPRET. The launchers are called as they are; in place of
+a launch, the kernel is compiled for the compute capability given as the argument (80, 90).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import JITFunction, create_function_from_signature
+
+from pydrone._triton.append import append
+from pydrone._triton.gae import gae
+from pydrone._triton.gather import gather
+from pydrone.ops.schema import SCALAR_TYPES, workspace_size
+
+OPCODE = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)", re.MULTILINE)
+TARGET = GPUTarget("cuda", int(sys.argv[1]), 32)
+F32 = SCALAR_TYPES[torch.float32]
+
+
+def compile_only(kernel: JITFunction, *args, grid, warmup, **options) -> None:
+    backend = make_backend(TARGET)
+    options |= {"debug": False, "instrumentation_mode": ""}
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    bound, specialization, options = bind(*args, **options)
+    options, signature, constants, attributes = kernel._pack_args(backend, options, bound, specialization, options)
+    source = ASTSource(kernel, signature, constants, attributes)
+    compiled.append(triton.compile(source, target=TARGET, options=options.__dict__))
+
+
+compiled: list = []
+JITFunction.run = compile_only
+
+
+def tool(name: str, *arguments: str) -> str:
+    path = os.path.join(triton.__path__[0], "backends", "nvidia", "bin", name)
+    return subprocess.run([path, *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def report(name: str, launch: Callable[[], None]) -> dict:
+    launch()
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled[-1].asm["cubin"])
+        file.flush()
+        usage = tool("cuobjdump", "--dump-resource-usage", file.name)
+        opcodes = Counter(OPCODE.findall(tool("cuobjdump", "-sass", file.name)))
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
+    return {"name": name, "registers": int(registers), "stack": int(stack), "opcodes": opcodes}
+
+
+def column(num_envs: int, steps: int, time_major: bool, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.empty(steps, num_envs, dtype=dtype).t() if time_major else torch.empty(num_envs, steps, dtype=dtype)
+
+
+def launch_gae(
+    num_envs=8192, num_steps=100, capacity=100, start=0, time_major=False, stats=True, pool=False, cursor=False,
+    dtype=torch.float32,
+) -> None:  # fmt: skip
+    make = partial(column, num_envs, capacity, time_major)
+    gae(
+        make(), make(), make(torch.uint8), None, None, torch.empty(num_envs), torch.empty(64) if pool else None,
+        make(torch.int32) if pool else None, 0.99, 0.95, start, True, int(pool),
+        torch.zeros(5, dtype=torch.int64) if cursor else None, column(num_envs, num_steps, time_major, dtype),
+        column(num_envs, num_steps, time_major, dtype), torch.empty(3, dtype=torch.float64) if stats else None,
+        torch.empty(workspace_size(num_envs), dtype=torch.float64),
+    )  # fmt: skip
+
+
+WIDTHS, OFFSETS = (17, 4, 1, 1, 4, 4), (0, 68, 84, 88, 92, 108)
+
+
+def launch_append(cursor: bool, num_envs: int = 8192, capacity: int = 4) -> None:
+    sources = [torch.empty(num_envs, width) for width in WIDTHS]
+    flag, plane = torch.empty(num_envs, dtype=torch.bool), column(num_envs, capacity, False)
+    append(
+        torch.empty(capacity, num_envs, 128, dtype=torch.uint8), sources, list(OFFSETS), [F32] * 6, [plane, plane],
+        [sources[2], sources[3]], plane.to(torch.uint8), flag, flag, None,
+        torch.empty(2, num_envs, 96, dtype=torch.uint8), sources[:1], [0], [F32], torch.zeros(2, 2, dtype=torch.int32),
+        plane.int(), 1, 1, torch.zeros(5, dtype=torch.int64) if cursor else None, True,
+    )  # fmt: skip
+
+
+def launch_gather(cursor: bool, num_envs: int = 8192, num_steps: int = 4) -> None:
+    batch = num_envs * num_steps // 4
+    scalar = torch.empty(batch)
+    gather(
+        torch.empty(num_steps, num_envs, 128, dtype=torch.uint8), list(OFFSETS), [F32] * 6,
+        [torch.empty(batch, width) for width in WIDTHS], 84, torch.empty(num_envs, num_steps),
+        torch.empty(3, dtype=torch.float64), None, num_steps, 0, num_envs * num_steps, 1, 2, 3, True, 0,
+        torch.zeros(5, dtype=torch.int64) if cursor else None, scalar, scalar, torch.empty(batch, dtype=torch.int64),
+    )  # fmt: skip
+
+
+def reports() -> Iterator[dict]:
+    yield report("gae rows", launch_gae)
+    yield report("gae rows, no statistics", partial(launch_gae, stats=False))
+    yield report("gae rows, second rollout", partial(launch_gae, capacity=200, start=100))
+    yield report("gae rows, few", partial(launch_gae, num_envs=1024))
+    yield report("gae rows, pool", partial(launch_gae, pool=True))
+    yield report("gae rows, cursor", partial(launch_gae, cursor=True))
+    yield report("gae rows, wrapped", partial(launch_gae, capacity=120, start=40))
+    yield report("gae rows, odd", partial(launch_gae, num_steps=101, capacity=101))
+    yield report("gae rows, long", partial(launch_gae, num_steps=2048, capacity=2048, num_envs=64))
+    yield report("gae rows, float64", partial(launch_gae, dtype=torch.float64))
+    yield report("gae columns", partial(launch_gae, time_major=True))
+    yield report("gae columns, pool", partial(launch_gae, time_major=True, pool=True))
+    yield report("append", partial(launch_append, False))
+    yield report("append, cursor", partial(launch_append, True))
+    yield report("gather", partial(launch_gather, False))
+    yield report("gather, cursor", partial(launch_gather, True))
+
+
+if __name__ == "__main__":
+    for line in reports():
+        print(json.dumps(line), flush=True)

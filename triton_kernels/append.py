@@ -1,0 +1,236 @@
+"""One step of all environments into the ring, in one launch: packed rows, planes, codes, and the pool of final
+observations.
+
+A program takes a block of environments. It loads everything it stores before the first store: loads are not moved over
+stores that might alias, and each field would otherwise pay the memory's latency in turn.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from pydrone.ops.schema import DTYPES
+
+from .launch import (
+    CURSOR_APPENDED,
+    CURSOR_DISCARDED,
+    CURSOR_FLAG,
+    CURSOR_NUM_STEPS,
+    CURSOR_TICKET,
+    TRITON_TYPES,
+    TRUNCATED,
+    encode,
+    on_device_of,
+    power_of_2,
+    take_ticket,
+)
+
+# Environments of a program at most; elements of a tile at most; fields no wider than NARROW are all held at once.
+ENVS, MAX_TILE, NARROW = 32, 2048, 64
+
+# A field is described by so many constants, all fields by one flat tuple (nested ones do not reach a kernel): byte
+# offset, stored type, width, tile's width, stride of environments, then three inner (size, stride)s, the last first.
+OFFSET, KIND, WIDTH, TILE, STRIDE, DIMS, LENGTH = (tl.constexpr(i) for i in (0, 1, 2, 3, 4, 5, 11))
+
+
+@triton.jit
+def load_field(source, env, mask, first, FIELDS: tl.constexpr, AT: tl.constexpr):
+    column = first + tl.arange(0, FIELDS[AT + TILE])[None, :]
+    mask = mask[:, None] & (column < FIELDS[AT + WIDTH])
+    offset = env[:, None] * FIELDS[AT + STRIDE]
+    for j in tl.static_range(DIMS, LENGTH, 2):
+        if FIELDS[AT + j] > 1:
+            offset += (column % FIELDS[AT + j]).to(tl.int64) * FIELDS[AT + j + 1]
+            column = column // FIELDS[AT + j]
+    return tl.load(source + offset, mask=mask, other=0)
+
+
+@triton.jit
+def store_field(rows, row, mask, first, x, ROW_BYTES: tl.constexpr, FIELDS: tl.constexpr, AT: tl.constexpr):
+    """A tile of the field described at AT to the rows numbered ``row``."""
+    column = first + tl.arange(0, FIELDS[AT + TILE])[None, :]
+    mask = mask[:, None] & (column < FIELDS[AT + WIDTH])
+    kind: tl.constexpr = FIELDS[AT + KIND]
+    if kind == tl.int1:
+        item: tl.constexpr = 1
+        elements = rows.to(tl.pointer_type(tl.int8), bitcast=True)
+        x = (x != 0).to(tl.int8)
+    else:
+        item: tl.constexpr = kind.primitive_bitwidth // 8
+        elements = rows.to(tl.pointer_type(kind), bitcast=True)
+        if (x.dtype == tl.float64) and (item == 2):
+            x = x.to(tl.float32)  # as torch does
+        x = x.to(kind)
+    tl.store(elements + row[:, None] * (ROW_BYTES // item) + FIELDS[AT + OFFSET] // item + column, x, mask=mask)
+
+
+@triton.jit
+def copy_fields(rows, row, sources, env, mask, ROW_BYTES: tl.constexpr, FIELDS: tl.constexpr, NARROW: tl.constexpr):
+    held = ()
+    for i in tl.static_range(len(FIELDS) // LENGTH):
+        if FIELDS[i * LENGTH + WIDTH] <= min(FIELDS[i * LENGTH + TILE], NARROW):
+            held = held + (load_field(sources[i], env, mask, 0, FIELDS, i * LENGTH),)
+        else:
+            held = held + (0,)
+    for i in tl.static_range(len(FIELDS) // LENGTH):
+        if FIELDS[i * LENGTH + WIDTH] <= min(FIELDS[i * LENGTH + TILE], NARROW):
+            store_field(rows, row, mask, 0, held[i], ROW_BYTES, FIELDS, i * LENGTH)
+        else:
+            for first in range(0, FIELDS[i * LENGTH + WIDTH], FIELDS[i * LENGTH + TILE]):
+                x = load_field(sources[i], env, mask, first, FIELDS, i * LENGTH)
+                store_field(rows, row, mask, first, x, ROW_BYTES, FIELDS, i * LENGTH)
+
+
+@triton.jit
+def store_step(
+    rows, sources, planes, plane_sources, codes, flags, pool, final_sources, pool_count, final_rows, strides, env,
+    exists, num_envs, slot, pool_slot, pool_rows, ROW_BYTES: tl.constexpr, FIELDS: tl.constexpr,
+    POOL_ROW_BYTES: tl.constexpr, FINAL_FIELDS: tl.constexpr, NARROW: tl.constexpr,
+):  # fmt: skip
+    # All of the flags and scalars are loaded before the fields are stored.
+    if codes is not None:
+        done = tl.load(flags[0] + env * strides[0][0], mask=exists, other=0) != 0
+        truncated = None
+        if flags[1] is not None:
+            truncated = tl.load(flags[1] + env * strides[0][1], mask=exists, other=0) != 0
+        valid = None
+        if flags[2] is not None:
+            valid = tl.load(flags[2] + env * strides[0][2], mask=exists, other=0) != 0
+        code = encode(done, truncated, valid)
+    held = ()
+    for i in tl.static_range(len(planes)):
+        held = held + (tl.load(plane_sources[i] + env * strides[2][i], mask=exists, other=0),)
+
+    if len(FIELDS) > 0:
+        copy_fields(rows, slot.to(tl.int64) * num_envs + env, sources, env, exists, ROW_BYTES, FIELDS, NARROW)
+    for i in tl.static_range(len(planes)):
+        plane = planes[i] + env * strides[1][i][0] + slot.to(tl.int64) * strides[1][i][1]
+        tl.store(plane, held[i].to(planes[i].dtype.element_ty), mask=exists)
+    if codes is not None:
+        tl.store(codes + env * strides[3][0] + slot.to(tl.int64) * strides[3][1], code.to(tl.uint8), mask=exists)
+        if (pool_count is not None) and (flags[1] is not None):
+            wanted = exists & (code == TRUNCATED)
+            number = tl.sum(wanted.to(tl.int32))
+            final_row = final_rows + env * strides[4][0] + slot.to(tl.int64) * strides[4][1]
+            count = pool_count + pool_slot.to(tl.int64) * strides[5][0]
+            if len(FINAL_FIELDS) > 0:
+                # Places in the pool: one atomic of a program, of the few programs that have a truncation at all.
+                place = tl.atomic_add(count, number, mask=number > 0, sem="relaxed")
+                place = place + tl.cumsum(wanted.to(tl.int32)) - 1
+                fits = wanted & (place >= 0) & (place < pool_rows)
+                tl.store(final_row, tl.where(fits, place, -1), mask=wanted)
+                if number > 0:
+                    row = pool_slot.to(tl.int64) * pool_rows + place
+                    copy_fields(pool, row, final_sources, env, fits, POOL_ROW_BYTES, FINAL_FIELDS, NARROW)
+            else:
+                tl.atomic_add(count + strides[5][1], number, mask=number > 0, sem="relaxed")
+                tl.store(final_row, tl.full(env.shape, -1, tl.int32), mask=wanted)
+
+
+@triton.jit(do_not_specialize=["num_envs", "capacity", "slot", "pool_slot", "num_pools", "pool_rows"])
+def append_kernel(
+    rows, sources, planes, plane_sources, codes, flags, pool, final_sources, pool_count, final_rows, cursor, strides,
+    num_envs, capacity, slot, pool_slot, num_pools, pool_rows, ROW_BYTES: tl.constexpr, FIELDS: tl.constexpr,
+    POOL_ROW_BYTES: tl.constexpr, FINAL_FIELDS: tl.constexpr, COMMIT: tl.constexpr, ENVS: tl.constexpr,
+    NARROW: tl.constexpr,
+):  # fmt: skip
+    """``flags``: dones, truncated, valid. ``strides``: of the flags, the planes, their sources, codes, final_rows and
+    pool_count."""
+    env = (tl.program_id(0) * ENVS + tl.arange(0, ENVS)).to(tl.int64)
+    exists = env < num_envs
+    if cursor is None:
+        store_step(
+            rows, sources, planes, plane_sources, codes, flags, pool, final_sources, pool_count, final_rows, strides,
+            env, exists, num_envs, slot, pool_slot, pool_rows, ROW_BYTES, FIELDS, POOL_ROW_BYTES, FINAL_FIELDS, NARROW,
+        )  # fmt: skip
+    else:
+        appended = tl.load(cursor + CURSOR_APPENDED)
+        if appended - tl.load(cursor + CURSOR_DISCARDED) < capacity:
+            slot = (appended.to(tl.uint64) % capacity.to(tl.uint64)).to(tl.int32)
+            if pool_count is not None:
+                num_steps = tl.maximum(tl.load(cursor + CURSOR_NUM_STEPS), 1)
+                pool_slot = (appended.to(tl.uint64) // num_steps.to(tl.uint64) % num_pools.to(tl.uint64)).to(tl.int32)
+            store_step(
+                rows, sources, planes, plane_sources, codes, flags, pool, final_sources, pool_count, final_rows,
+                strides, env, exists, num_envs, slot, pool_slot, pool_rows, ROW_BYTES, FIELDS, POOL_ROW_BYTES,
+                FINAL_FIELDS, NARROW,
+            )  # fmt: skip
+            if COMMIT:  # noqa: SIM102, known when the kernel is compiled
+                # The last program moves the head: all the others have read it by then.
+                if take_ticket(cursor + CURSOR_TICKET) == tl.num_programs(0) - 1:
+                    tl.store(cursor + CURSOR_APPENDED, appended + 1)
+                    tl.store(cursor + CURSOR_TICKET, 0)
+        else:
+            tl.store(cursor + CURSOR_FLAG, 1)
+
+
+def append(
+    rows,
+    sources,
+    offsets,
+    dtypes,
+    planes,
+    plane_sources,
+    codes,
+    dones,
+    truncated,
+    valid,
+    pool,
+    final_sources,
+    final_offsets,
+    final_dtypes,
+    pool_count,
+    final_rows,
+    slot,
+    pool_slot,
+    cursor,
+    commit,
+) -> None:
+    """Stores one step of all environments, see :mod:`pydrone.ops.schema`."""
+    capacity, num_envs, row_bytes = rows.shape
+    if num_envs == 0:
+        return
+    pool_bytes = pool.shape[2] if final_sources else 1
+    widest = max((source[0].numel() for source in (*sources, *final_sources)), default=1)
+    envs = power_of_2(MAX_TILE // max(widest, 1), 1, ENVS)
+    fields = _fields("sources", sources, offsets, dtypes, row_bytes, MAX_TILE // envs)
+    final_fields = _fields("final_sources", final_sources, final_offsets, final_dtypes, pool_bytes, MAX_TILE // envs)
+    strides = (
+        tuple(0 if flag is None else flag.stride(0) for flag in (dones, truncated, valid)),
+        tuple(plane.stride() for plane in planes),
+        tuple(source.stride(0) for source in plane_sources),
+        (0, 0) if codes is None else codes.stride(),
+        (0, 0) if final_rows is None else final_rows.stride(),
+        (0, 0) if pool_count is None else pool_count.stride(),
+    )
+    with on_device_of(rows):
+        append_kernel[(triton.cdiv(num_envs, envs),)](
+            rows, tuple(sources), tuple(planes), tuple(plane_sources), codes, (dones, truncated, valid), pool,
+            tuple(final_sources), pool_count, final_rows, cursor, strides, num_envs, capacity, slot, pool_slot,
+            1 if pool_count is None else pool_count.shape[0], pool.shape[1] if final_sources else 0,
+            ROW_BYTES=row_bytes, FIELDS=fields, POOL_ROW_BYTES=pool_bytes,
+            FINAL_FIELDS=final_fields, COMMIT=commit, ENVS=envs, NARROW=NARROW, num_warps=4, enable_fp_fusion=True,
+        )  # fmt: skip
+
+
+def _fields(name: str, sources, offsets, dtypes, row_bytes: int, widest_tile: int) -> tuple:
+    """The flat description of all fields that a kernel takes."""
+    fields = []
+    for i, (source, offset, dtype) in enumerate(zip(sources, offsets, dtypes, strict=True)):
+        kind = DTYPES[dtype]
+        width, dims = 1, []
+        for size, stride in zip(source.shape[:0:-1], source.stride()[:0:-1], strict=True):
+            width *= size
+            if dims and stride == dims[-2] * dims[-1]:
+                dims[-2] *= size
+            elif size != 1:
+                dims += [size, stride]
+        if len(dims) > 6:
+            raise ValueError(f"{name}[{i}]: expected at most 3 unrelated inner strides, got {source.stride()}")
+        if offset % kind.itemsize or row_bytes % kind.itemsize or offset + width * kind.itemsize > row_bytes:
+            size = width * kind.itemsize
+            raise ValueError(f"{name}[{i}]: expected {size} aligned bytes in a row of {row_bytes}, got offset {offset}")
+        tile = power_of_2(width, 1, widest_tile)
+        fields += [offset, TRITON_TYPES[kind], width, tile, source.stride(0), *dims, *[1, 0] * (3 - len(dims) // 2)]
+    return tuple(fields)

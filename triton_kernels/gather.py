@@ -1,0 +1,229 @@
+"""One minibatch in one launch: indices by a keyed permutation, fields out of the packed rows, normalised advantages.
+
+A program takes a block of samples; their indices are computed where they are used, so that there is no index tensor,
+no sort, and a fresh permutation for each epoch.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from pydrone.ops import reference, schema
+from pydrone.ops.schema import DTYPES
+
+from .launch import CURSOR_DISCARDED, TRITON_TYPES, on_device_of, power_of_2
+
+STD_EPSILON = tl.constexpr(schema.STD_EPSILON)
+ROUNDS = tl.constexpr(reference.ROUNDS)
+
+# Samples of a program at most; elements of a tile at most; fields no wider than NARROW are all held at once.
+SAMPLES, MAX_TILE, NARROW = 128, 4096, 64
+
+# A field is described by so many constants, all fields by one flat tuple (nested ones do not reach a kernel): byte
+# offset, stored type, width, tile's width.
+OFFSET, KIND, WIDTH, TILE, LENGTH = (tl.constexpr(i) for i in (0, 1, 2, 3, 4))
+
+
+@triton.jit
+def mix32(x):
+    """A 32-bit bijection with low bias (C. Wellons, hash-prospector, "lowbias32")."""
+    x = x ^ (x >> 16)
+    x = x * 0x7FEB352D
+    x = x ^ (x >> 15)
+    x = x * 0x846CA68B
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def feistel_round(x, key):
+    h = (x ^ key) * 0x9E3779B1
+    h = h ^ (h >> 15)
+    return h * 0x85EBCA77
+
+
+@triton.jit
+def round_keys(key_low, key_high, rollout_low, rollout_high, epoch):
+    """The keys of (key, rollout, epoch): two 32-bit lanes that absorb word by word."""
+    words = (key_low, key_high, rollout_low, rollout_high, epoch)
+    k0 = tl.full((), 0x243F6A88, tl.uint32)
+    k1 = tl.full((), 0x85A308D3, tl.uint32)
+    for i in tl.static_range(5):
+        word = words[i].to(tl.uint32)
+        k0 = mix32(k0 ^ word)
+        k1 = mix32(k1 + word + k0)
+    keys = ()
+    for i in tl.static_range(ROUNDS):
+        step = tl.full((), ((i + 1) * 0x9E3779B9) & 0xFFFFFFFF, tl.uint32)
+        if i % 2 == 0:
+            keys = keys + (mix32(k0 + step),)
+        else:
+            keys = keys + (mix32(k1 + step),)
+    return keys
+
+
+@triton.jit
+def feistel(x, keys, a, b):
+    """One application of the network over Z_a x Z_b."""
+    left = x // b
+    right = x % b
+    for i in tl.static_range(ROUNDS):
+        if i % 2 == 0:
+            left = left + tl.umulhi(feistel_round(right, keys[i]), a)
+            left = tl.where(left >= a, left - a, left)
+        else:
+            right = right + tl.umulhi(feistel_round(left, keys[i]), b)
+            right = tl.where(right >= b, right - b, right)
+    return left * b + right
+
+
+@triton.jit
+def permute(x, keys, a, b, size):
+    """Where ``x`` (uint32, below ``size``) goes; the few that leave [0, size) are walked back in."""
+    x = feistel(x, keys, a, b)
+    outside = tl.max((x >= size).to(tl.int32))
+    while outside > 0:
+        x = tl.where(x >= size, feistel(x, keys, a, b), x)
+        outside = tl.max((x >= size).to(tl.int32))
+    return x
+
+
+@triton.jit
+def load_field(rows, row, found, first, ROW_BYTES: tl.constexpr, FIELDS: tl.constexpr, AT: tl.constexpr):
+    """A tile of the field described at AT, of the rows numbered ``row``."""
+    column = first + tl.arange(0, FIELDS[AT + TILE])[None, :]
+    mask = found[:, None] & (column < FIELDS[AT + WIDTH])
+    kind: tl.constexpr = FIELDS[AT + KIND]
+    if kind == tl.int1:
+        item: tl.constexpr = 1
+        elements = rows.to(tl.pointer_type(tl.int8), bitcast=True)
+    else:
+        item: tl.constexpr = kind.primitive_bitwidth // 8
+        elements = rows.to(tl.pointer_type(kind), bitcast=True)
+    source = elements + row[:, None] * (ROW_BYTES // item) + FIELDS[AT + OFFSET] // item + column
+    x = tl.load(source, mask=mask, other=0)
+    if kind == tl.int1:
+        x = x != 0
+    return x
+
+
+@triton.jit
+def store_field(output, sample, inside, first, x, FIELDS: tl.constexpr, AT: tl.constexpr):
+    column = first + tl.arange(0, FIELDS[AT + TILE])[None, :]
+    target = output + sample[:, None] * FIELDS[AT + WIDTH] + column
+    mask = inside[:, None] & (column < FIELDS[AT + WIDTH])
+    tl.store(target, x.to(output.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["key_low", "key_high", "rollout_low", "rollout_high", "epoch", "num_envs", "capacity",
+                               "start", "first", "batch", "num_samples", "a", "b"])  # fmt: skip
+def gather_kernel(
+    rows, outputs, advantages, stats, subset, cursor, advantages_out, returns_out, indices_out, advantage_strides,
+    key_low, key_high, rollout_low, rollout_high, epoch, num_envs, capacity, start, first, batch, num_samples, a, b,
+    NUM_STEPS: tl.constexpr, SHUFFLE: tl.constexpr, ROW_BYTES: tl.constexpr, FIELDS: tl.constexpr,
+    VALUE: tl.constexpr, SAMPLES: tl.constexpr, NARROW: tl.constexpr,
+):  # fmt: skip
+    if cursor is not None:
+        discarded = tl.load(cursor + CURSOR_DISCARDED).to(tl.uint64)
+        start = (discarded % capacity.to(tl.uint64)).to(tl.int32)
+        rollout = discarded // NUM_STEPS
+        rollout_low = rollout.to(tl.uint32)
+        rollout_high = (rollout >> 32).to(tl.uint32)
+    sample = tl.program_id(0).to(tl.int64) * SAMPLES + tl.arange(0, SAMPLES)
+    inside = sample < batch
+    position = tl.where(inside, first + sample, first).to(tl.uint32)
+    if SHUFFLE:
+        keys = round_keys(key_low, key_high, rollout_low, rollout_high, epoch)
+        position = permute(position, keys, a.to(tl.uint32), b.to(tl.uint32), num_samples.to(tl.uint32))
+    index = position.to(tl.int64)
+    if subset is not None:
+        index = tl.load(subset + index, mask=inside, other=0)
+    # A number out of range in ``subset`` reads nothing, and yields zeros.
+    found = inside & (index >= 0) & (index < num_envs.to(tl.int64) * NUM_STEPS)
+    env = tl.where(found, index, 0).to(tl.uint32) // NUM_STEPS
+    step = (tl.where(found, index, 0).to(tl.uint32) - env * NUM_STEPS).to(tl.int32)
+    slot = start + step
+    slot = tl.where(slot >= capacity, slot - capacity, slot)
+    row = slot.to(tl.int64) * num_envs + env.to(tl.int64)
+
+    # Loads are not moved over stores that might alias: all narrow fields are loaded before the first is stored.
+    held = ()
+    for i in tl.static_range(len(FIELDS) // LENGTH):
+        if FIELDS[i * LENGTH + WIDTH] <= min(FIELDS[i * LENGTH + TILE], NARROW):
+            held = held + (load_field(rows, row, found, 0, ROW_BYTES, FIELDS, i * LENGTH),)
+        else:
+            held = held + (0,)
+    for i in tl.static_range(len(FIELDS) // LENGTH):
+        if FIELDS[i * LENGTH + WIDTH] <= min(FIELDS[i * LENGTH + TILE], NARROW):
+            store_field(outputs[i], sample, inside, 0, held[i], FIELDS, i * LENGTH)
+        else:
+            for column in range(0, FIELDS[i * LENGTH + WIDTH], FIELDS[i * LENGTH + TILE]):
+                x = load_field(rows, row, found, column, ROW_BYTES, FIELDS, i * LENGTH)
+                store_field(outputs[i], sample, inside, column, x, FIELDS, i * LENGTH)
+    if indices_out is not None:
+        tl.store(indices_out + sample, index, mask=inside)
+    if advantages is not None:
+        source = advantages + env.to(tl.int64) * advantage_strides[0] + step.to(tl.int64) * advantage_strides[1]
+        advantage = tl.load(source, mask=found, other=0.0)
+        if returns_out is not None:
+            values = rows.to(tl.pointer_type(tl.float32), bitcast=True) + row * (ROW_BYTES // 4) + VALUE // 4
+            total = advantage + tl.load(values, mask=found, other=0.0).to(advantage.dtype)
+            tl.store(returns_out + sample, total.to(returns_out.dtype.element_ty), mask=inside)
+        if advantages_out is not None:
+            if stats is not None:
+                count = tl.load(stats)
+                variance = tl.where(count > 1, tl.load(stats + 2) / tl.maximum(count - 1, 1.0), 0.0)
+                scale = (1.0 / (tl.sqrt(variance) + STD_EPSILON)).to(tl.float32).to(advantage.dtype)
+                mean = tl.load(stats + 1).to(tl.float32).to(advantage.dtype)
+                advantage = (advantage - mean) * scale
+            tl.store(advantages_out + sample, advantage.to(advantages_out.dtype.element_ty), mask=inside)
+
+
+def gather(
+    rows,
+    offsets,
+    dtypes,
+    outputs,
+    value_offset,
+    advantages,
+    stats,
+    subset,
+    num_steps,
+    start,
+    num_samples,
+    key,
+    rollout,
+    epoch,
+    shuffle,
+    first,
+    cursor,
+    advantages_out,
+    returns_out,
+    indices_out,
+) -> None:
+    """One minibatch, see :mod:`pydrone.ops.schema`."""
+    written = (*outputs, *(x for x in (advantages_out, returns_out, indices_out) if x is not None))
+    batch = written[0].shape[0] if written else 0
+    if batch == 0:
+        return
+    capacity, num_envs, row_bytes = rows.shape
+    widths = [output.numel() // batch for output in outputs]
+    samples = power_of_2(MAX_TILE // max(*widths, 1, 1), 1, SAMPLES)
+    fields = []
+    for width, offset, dtype in zip(widths, offsets, dtypes, strict=True):
+        fields += [offset, TRITON_TYPES[DTYPES[dtype]], width, power_of_2(width, 1, MAX_TILE // samples)]
+    a, b = reference.feistel_sides(num_samples)
+    with on_device_of(rows):
+        gather_kernel[(triton.cdiv(batch, samples),)](
+            rows, tuple(outputs), advantages, stats, subset, cursor, advantages_out, returns_out, indices_out,
+            (0, 0) if advantages is None else advantages.stride(),
+            *_words(key), *_words(rollout), _words(epoch)[0], num_envs, capacity, start, first, batch, num_samples,
+            a, b, NUM_STEPS=num_steps, SHUFFLE=shuffle, ROW_BYTES=row_bytes, FIELDS=tuple(fields), VALUE=value_offset,
+            SAMPLES=samples, NARROW=NARROW, num_warps=4, enable_fp_fusion=True,
+        )  # fmt: skip
+
+
+def _words(number: int) -> tuple[int, int]:
+    """The low and the high 32 bits, as signed numbers: a kernel's integer argument is then always an int32."""
+    low, high = number & 0xFFFFFFFF, (number >> 32) & 0xFFFFFFFF
+    return low - ((low >> 31) << 32), high - ((high >> 31) << 32)

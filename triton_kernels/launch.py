@@ -1,0 +1,70 @@
+"""What the three launchers share: the codes as constants of kernels, element types, and the current device."""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from pydrone.ops import schema
+
+RUNNING = tl.constexpr(schema.RUNNING)
+TERMINATED = tl.constexpr(schema.TERMINATED)
+TRUNCATED = tl.constexpr(schema.TRUNCATED)
+INVALID = tl.constexpr(schema.INVALID)
+
+CURSOR_APPENDED = tl.constexpr(schema.CURSOR_APPENDED)
+CURSOR_DISCARDED = tl.constexpr(schema.CURSOR_DISCARDED)
+CURSOR_FLAG = tl.constexpr(schema.CURSOR_FLAG)
+CURSOR_TICKET = tl.constexpr(schema.CURSOR_TICKET)
+CURSOR_NUM_STEPS = tl.constexpr(schema.CURSOR_NUM_STEPS)
+
+# Bytes of a bool are stored by the kernels themselves, as 0 and 1.
+TRITON_TYPES = {
+    torch.uint8: tl.uint8,
+    torch.int8: tl.int8,
+    torch.int16: tl.int16,
+    torch.int32: tl.int32,
+    torch.int64: tl.int64,
+    torch.float16: tl.float16,
+    torch.float32: tl.float32,
+    torch.float64: tl.float64,
+    torch.bool: tl.int1,
+    torch.bfloat16: tl.bfloat16,
+}
+
+
+def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager:
+    """Triton launches on the current device: makes it the tensor's, which mostly it is."""
+    if not tensor.is_cuda or tensor.get_device() == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(tensor.device)
+
+
+def power_of_2(number: int, least: int, most: int) -> int:
+    """The next power of two, kept in [least, most]."""
+    return min(max(triton.next_power_of_2(number), least), most)
+
+
+@triton.jit
+def encode(done, truncated, valid):
+    """Flags (booleans; the last two may be None) to codes."""
+    code = tl.where(done, TERMINATED, RUNNING)
+    if truncated is not None:
+        code = tl.where(truncated, TRUNCATED, code)
+    if valid is not None:
+        code = tl.where(valid, code, INVALID)
+    return code
+
+
+@triton.jit
+def take_ticket(ticket):
+    """Adds one and returns the old value. What every thread of the program read and wrote before is done by then,
+    and what the programs with smaller tickets wrote can be read."""
+    tl.debug_barrier()
+    old = tl.atomic_add(ticket, 1, sem="acq_rel", scope="gpu")
+    tl.debug_barrier()
+    return old
