@@ -18,7 +18,7 @@ BUDGET = {"gae rows": 64, "gae columns": 255, "append": 80, "gather": 128}
 WIDE = ["gae rows", "gae rows, no statistics", "gae rows, second rollout", "gae rows, few", "gae rows, pool"]
 
 
-@pytest.fixture(scope="module", params=[pytest.param(80, marks=pytest.mark.slow), 90])
+@pytest.fixture(scope="module", params=[80, 90])
 def kernels(request, tmp_path_factory) -> dict[str, dict]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
