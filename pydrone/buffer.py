@@ -316,19 +316,24 @@ class RolloutBuffer(Ring):
         if len(self) < self.num_steps and not captured:
             raise RuntimeError(f"compute_gae: expected a rollout of {self.num_steps} steps, {len(self)} are stored")
         gamma, lam = unit_interval("gamma", gamma), unit_interval("lam", lam)
+        if isinstance(last_values, Tensor):
+            last_values = last_values.detach()
         last_values = env_scalars("last_values", last_values, self.num_envs, self.device)
+        if value_fn is not None and not callable(value_fn):
+            raise TypeError(f"value_fn: expected a function of observations, got {type(value_fn).__name__}")
         rollout = self._rollout % self._layout.num_rollouts
         truncations = self._truncations[rollout] or self._captured_truncations
         bootstrap = pick_bootstrap(
             truncations, final_values=final_values, value_fn=value_fn, timeout_bootstrap=timeout_bootstrap
         )
-        final_rows = None
+        if final_values is not None:
+            final_values = self._in_ring(final_values)
+        final_rows, self._pool_valued = None, truncations and value_fn is not None
+        self._captured_pool_valued |= captured and self._pool_valued
         if not truncations:
             bootstrap, final_values = 0, None
         elif value_fn is not None:
             final_values, final_rows = self._evaluate(value_fn, rollout, check), self._final_rows
-        elif final_values is not None:
-            final_values = self._in_ring(final_values)
         memory = self._memory
         self._ops.gae(
             memory["rewards"],
@@ -376,18 +381,6 @@ class RolloutBuffer(Ring):
         with torch.no_grad():
             values = value_fn(groups if self._layout.obs_is_mapping else groups["obs"])
         return env_scalars("value_fn's result", values, rows.shape[0], self.device)
-
-    def _check_pool(self, used: int, missing: int) -> None:
-        if missing:
-            raise RuntimeError(
-                f"final_obs: {missing} truncations of this rollout came without a final observation: "
-                "pass final_obs with truncated, or timeout_bootstrap to compute_gae"
-            )
-        if used > self._layout.final_obs_rows:
-            raise RuntimeError(
-                f"final_obs: {used} truncations in this rollout, the pool has room for {self._layout.final_obs_rows}: "
-                "construct the buffer with a larger final_obs_rows, or with max_episode_length"
-            )
 
     def _in_ring(self, final_values: Tensor) -> Tensor:
         """Values [N, T] of the rollout as [N, C] at the ring's slots."""
@@ -442,6 +435,8 @@ class RolloutBuffer(Ring):
         self._need_gae("minibatches")
         subset = self._valid_samples()
         samples = self.num_envs * self.num_steps if subset is None else subset.shape[0]
+        if samples == 0:
+            raise ValueError("minibatches: expected valid samples in the rollout, none is")
         if count > samples:
             raise ValueError(f"num_minibatches: expected at most one a sample, {samples}, got {count}")
         plan = Plan(samples, count, shuffle == "full", normalize, drop_last, reuse, subset)
@@ -478,6 +473,8 @@ class RolloutBuffer(Ring):
         self._need_gae("sequences")
         states = {}
         for name, state in (hidden or {}).items():
+            if not isinstance(state, (str, Tensor)):
+                raise TypeError(f"hidden[{name!r}]: expected a field's name or a tensor, got {type(state).__name__}")
             states[name] = self[state] if isinstance(state, str) else state
             if states[name].shape[:2] != (self.num_envs, self.num_steps):
                 expected = f"[{self.num_envs}, {self.num_steps}, ...]"
@@ -487,16 +484,18 @@ class RolloutBuffer(Ring):
     def _trajectories(
         self, states: dict[str, Tensor], burn_in: int, count: int, epochs: int, normalize: bool
     ) -> Iterator[Sequences]:
-        views = {field.name: self[field.name] for field in self._sources}
+        views = {field.name: self._field(field.name) for field in self._sources}
         views["advantages"], views["returns"] = self.advantages, self.returns
         if normalize:
             mean, scale = normalization(self.statistics)
             views["advantages"] = (views["advantages"] - mean) * scale
-        position = torch.arange(self.num_envs, device=self.device)
+        position, rollout = torch.arange(self.num_envs, device=self.device), self._rollout
         for _ in range(epochs):
             epoch, self._epoch = self._epoch, self._epoch + 1
             order = permute(position, self.num_envs, self._key, self._rollout, epoch)
             for i in range(count):
+                if rollout != self._rollout or not self._computed:
+                    raise RuntimeError("sequences: the rollout was discarded while they were being read")
                 envs = order[i * self.num_envs // count : (i + 1) * self.num_envs // count]
                 yield pad(
                     views, tuple(self._layout.obs), self._layout.obs_is_mapping, self.dones, states, envs, burn_in
@@ -531,14 +530,14 @@ class RolloutBuffer(Ring):
         return Minibatch(tensors, tuple(self._layout.obs), self._layout.obs_is_mapping, indices)
 
     def _outputs(self, size: int, largest: int, reuse: bool) -> dict[str, Tensor]:
+        @torch.inference_mode(False)
         def fresh(n: int) -> dict[str, Tensor]:
             return {x.name: pages.empty(x.shape, x.dtype, self.device) for x in self._layout.minibatch(n)}
 
         if not reuse:
             return fresh(size)
         if largest not in self._reused:
-            with torch.inference_mode(False):
-                self._reused[largest] = fresh(largest)
+            self._reused[largest] = fresh(largest)
         kept = self._reused[largest]
         return kept if size == largest else {name: x[:size] for name, x in kept.items()}
 

@@ -140,6 +140,8 @@ class Layout:
         if num_envs * num_steps > MAX_SAMPLES:
             raise ValueError(f"num_envs: expected num_envs * num_steps < 2**31, got {num_envs * num_steps}")
         self.obs, self.obs_is_mapping = parse_obs(obs, obs_dtype)
+        if fields is not None and not isinstance(fields, Mapping):
+            raise TypeError(f"fields: expected a mapping of names to shapes, got {type(fields).__name__}")
         extra = {name: parse_spec(f"fields[{name!r}]", spec) for name, spec in (fields or {}).items()}
         for name in extra:
             if not isinstance(name, str) or not name.isidentifier() or name in RESERVED:

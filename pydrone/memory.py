@@ -146,6 +146,13 @@ def _size(nbytes: int) -> str:
     return f"{nbytes:,} bytes = {nbytes / 1e9:.1f} GB ({nbytes / 2**30:.1f} GiB)"
 
 
+def _field(text: str) -> tuple[str, int]:
+    name, _, width = text.partition("=")
+    if not width.isdecimal():
+        raise ValueError(f"--field: expected NAME=WIDTH, like mu=4, got {text!r}")
+    return name, int(width)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """``pydrone memory``."""
     parser = argparse.ArgumentParser(
@@ -166,15 +173,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--max-episode-length", type=int, default=None, help="steps; sizes the final observations' pool"
     )
     parser.add_argument("--field", action="append", default=[], metavar="NAME=WIDTH", help="a further field, like mu=4")
+    parser.add_argument("--reused-minibatch", type=int, default=None, help="samples of a minibatch that is kept")
     args = parser.parse_args(argv)
     try:
-        fields = {name: int(width) for name, _, width in (field.partition("=") for field in args.field)}
+        fields = dict(map(_field, args.field))
         made = plan(
             args.num_envs,
             args.num_steps,
             args.num_obs,
             args.num_actions,
             args.iterations,
+            args.reused_minibatch,
             capacity=args.capacity,
             obs_dtype=getattr(torch, args.obs_dtype),
             max_episode_length=args.max_episode_length,

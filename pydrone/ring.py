@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -26,10 +26,13 @@ class Ring:
     def __init__(
         self, arguments: dict[str, object], device: torch.device | str, seed: int, rank: int, backend: str | None
     ) -> None:
-        self.device = _indexed(torch.device(device))
+        self.device = _indexed(device)
         self._arguments = arguments
         self._layout = Layout(**self._arguments)
-        self._seed, self._rank, self._backend = int(seed), int(rank), backend
+        for name, x in (("seed", seed), ("rank", rank)):
+            if isinstance(x, bool) or not isinstance(x, int):
+                raise TypeError(f"{name}: expected an int, got {type(x).__name__}")
+        self._seed, self._rank, self._backend = seed, rank, backend
         self._key = _mix_seed(self._seed, self._rank)
         self._ops = select(self.device, backend)
         layout = self._layout
@@ -60,6 +63,7 @@ class Ring:
         # What captured calls were given holds for every replay.
         self._captured_truncations = self._captured_resets = self._captured_gae = False
         self._computed = False
+        self._pool_valued = self._captured_pool_valued = False  # whether compute_gae read the pool
         self._epoch = 0
         self._subset: Tensor | None = None
         self._reused: dict[int, dict[str, Tensor]] = {}
@@ -91,7 +95,10 @@ class Ring:
         )
 
     def clear(self) -> None:
-        """Discards the oldest full rollout; in the middle of the only one, rewinds to its start."""
+        """Discards the oldest full rollout; in the middle of the only one, rewinds to its start.
+
+        A step that was begun is forgotten.
+        """
         self._open = None
         rollout = self._rollout % self._layout.num_rollouts
         if self._capturing():
@@ -109,7 +116,7 @@ class Ring:
             self._pool_count[rollout].zero_()
         if not self._capturing():
             self._truncations[rollout] = self._resets[rollout] = False
-        self._computed, self._subset, self._epoch = False, None, 0
+        self._computed, self._pool_valued, self._subset, self._epoch = False, False, None, 0
 
     def advance(self, steps: int, rollouts: int = 0) -> None:
         """Tells the host what a captured graph is about to do: ``steps`` appends, ``rollouts`` calls of clear().
@@ -134,23 +141,45 @@ class Ring:
             self._discarded += rollouts * self.num_steps
             self._computed, self._subset, self._epoch = False, None, 0
 
-    def check(self) -> None:
-        """Reads the device's flags, one host sync, and raises what they say.
+    def flags(self) -> Tensor:
+        """float64 [3] on the device, for :meth:`check`, to be read along with other figures.
+
+        Whether a captured append found the ring full; of the oldest rollout, if :meth:`compute_gae` valued its final
+        observations: how many there are, and the truncations that came without one.
+        """
+        full = self._cursor[CURSOR_FLAG : CURSOR_FLAG + 1].double()
+        if self._pool_count is None or not (self._pool_valued or self._captured_pool_valued):
+            return torch.cat((full, full.new_zeros(2)))
+        return torch.cat((full, self._pool_count[self._rollout % self._layout.num_rollouts].double()))
+
+    def check(self, flags: Sequence[float] | None = None) -> None:
+        """Raises what :meth:`flags` say; None reads them, one host sync.
 
         BufferFull: a captured append found the ring full and wrote nothing. RuntimeError: as :meth:`compute_gae`.
         """
-        if int(self._cursor[CURSOR_FLAG]):
+        full, used, missing = self.flags().tolist() if flags is None else flags
+        if full:
             raise BufferFull(
                 "a captured append found the ring full; nothing was written: call advance() before replays"
             )
-        rollout = self._rollout % self._layout.num_rollouts
-        if self._pool_count is not None and (self._truncations[rollout] or self._captured_truncations):
-            self._check_pool(*self._pool_count[rollout].tolist())
+        self._check_pool(int(used), int(missing))
+
+    def _check_pool(self, used: int, missing: int) -> None:
+        if missing:
+            raise RuntimeError(
+                f"final_obs: {missing} truncations of this rollout came without a final observation: "
+                "pass final_obs with truncated, or timeout_bootstrap to compute_gae"
+            )
+        if used > self._layout.final_obs_rows:
+            raise RuntimeError(
+                f"final_obs: {used} truncations in this rollout, the pool has room for {self._layout.final_obs_rows}: "
+                "construct the buffer with a larger final_obs_rows, or with max_episode_length"
+            )
 
     @property
     def obs(self) -> Tensor | dict[str, Tensor]:
         """[N, T, ...], or a dict of groups; in the dtype it is stored in."""
-        groups = {name: self[f"obs.{name}"] for name in self._layout.obs}
+        groups = {name: self._field(f"obs.{name}") for name in self._layout.obs}
         return groups if self._layout.obs_is_mapping else groups["obs"]
 
     @property
@@ -209,9 +238,15 @@ class Ring:
 
         A view, unless the rollout wraps around the ring's end: then a copy.
         """
+        if name in _NAMES or (name == "obs" and not self._layout.obs_is_mapping):
+            return getattr(self, name)
         if name not in self._views or name == "final_row":
-            names = [name for name in self._views if name != "final_row"]
-            raise KeyError(f"{name}: not a field of this buffer; it has {', '.join(names)}")
+            names = [x for x in self._views if x not in ("final_row", "obs.obs")]
+            names = names if self._layout.obs_is_mapping else ["obs", *names]
+            raise KeyError(f"{name}: not a field of this buffer; it has {', '.join([*names, *_NAMES])}")
+        return self._field(name)
+
+    def _field(self, name: str) -> Tensor:
         return self._plane(self._views[name].transpose(0, 1))
 
     def _plane(self, plane: Tensor) -> Tensor:
@@ -239,7 +274,7 @@ class Ring:
 
     def to(self, device: torch.device | str) -> Ring:
         """This buffer if it lies on ``device``, else a new one there with the same contents."""
-        device = _indexed(torch.device(device))
+        device = _indexed(device)
         if device == self.device:
             return self
         backend = self._backend if self._backend == "reference" else None
@@ -297,11 +332,20 @@ def _rebuild(kind: type[Ring], arguments: tuple, state: dict[str, object]) -> Ri
 
 # Rebuilt by the next launch, or by advance().
 _TRANSIENT = ("workspace", "cursor")
+_NAMES = ("rewards", "dones", "truncated", "advantages", "returns")  # what buf[...] knows beside the fields
 _COUNTERS = ("appended", "discarded", "computed", "epoch", "seed")
 
 
-def _indexed(device: torch.device) -> torch.device:
+def _indexed(device: torch.device | str) -> torch.device:
     """With its index: tensors say cuda:0 where a user says cuda."""
+    try:
+        device = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"device: expected a device that PyTorch knows, got {device!r}") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            f"device: expected one that this PyTorch can use, got {str(device)!r}, and it finds no CUDA device"
+        )
     if device.type == "cuda" and device.index is None:
         return torch.device("cuda", torch.cuda.current_device())
     return device

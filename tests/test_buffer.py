@@ -259,7 +259,7 @@ def test_missing_arguments():
         RolloutBuffer(4, 2, obs={"a": 1, "b": 2}, actions=1).begin(
             obs={"a": torch.zeros(4, 1)}, actions=torch.zeros(4, 1), values=torch.zeros(4), log_probs=torch.zeros(4)
         )
-    with pytest.raises(KeyError, match=r"sigma: not a field of this buffer; it has obs.obs, .*mu"):
+    with pytest.raises(KeyError, match=r"sigma: not a field of this buffer; it has obs, .*mu"):
         buf["sigma"]
     with pytest.raises(KeyError):
         buf["final_row"]
@@ -330,3 +330,42 @@ def test_compute_gae_errors(backend):
         buf.minibatches()
     buf.compute_gae(last, timeout_bootstrap="next_value")
     assert buf.statistics[0] == 8
+
+
+def test_every_public_name_works_as_an_item(backend):
+    buf = RolloutBuffer(2, 1, obs=3, actions=2, fields={"mu": 2}, backend=backend)
+    ones = torch.ones(2)
+    buf.append(
+        obs=torch.ones(2, 3),
+        actions=torch.ones(2, 2),
+        rewards=ones,
+        dones=ones,
+        values=ones,
+        log_probs=ones,
+        mu=torch.ones(2, 2),
+    )
+    buf.compute_gae(ones.requires_grad_())  # a value with a graph is taken as the number that it is
+    for name in ("obs", "actions", "log_probs", "values", "rewards", "dones", "truncated", "advantages", "returns"):
+        assert torch.equal(buf[name], getattr(buf, name))
+    assert torch.equal(buf["mu"], torch.ones(2, 1, 2))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"device": "foo"}, ValueError, "^device: expected a device that PyTorch knows, got 'foo'"),
+        ({"seed": 1.5}, TypeError, "^seed: expected an int, got float"),
+        ({"rank": None}, TypeError, "^rank: expected an int, got NoneType"),
+        ({"fields": ["a"]}, TypeError, "^fields: expected a mapping"),
+        ({"obs": {0: 3}}, TypeError, "^obs: expected names of groups as str, got 0"),
+        pytest.param(
+            {"device": "cuda"},
+            ValueError,
+            "^device: expected one that this PyTorch can use, got 'cuda'",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device"),
+        ),
+    ],
+)
+def test_more_constructor_errors(arguments, error, message):
+    with pytest.raises(error, match=message):
+        RolloutBuffer(**{"num_envs": 2, "num_steps": 1, "obs": 3, "actions": 2, **arguments})

@@ -8,7 +8,7 @@ import pytest
 import torch
 from rollout_model import assert_close, gae_loop, memory_bytes, random_step, stacked
 
-from pydrone import RolloutBuffer
+from pydrone import BufferFull, RolloutBuffer
 
 
 def step_of(obs: list[float], rewards: list[float], values: list[float], dones: list[int], **more) -> dict:
@@ -290,3 +290,24 @@ def test_rewinding_empties_the_pool(backend):
     for made in steps:
         buf.append(**made)
     check(buf, steps)
+
+
+def test_check_asks_of_the_pool_only_if_it_was_used(backend):
+    """Time-outs without final observations are fine with another bootstrap, then and later."""
+    buf = RolloutBuffer(3, 2, obs=1, actions=1, backend=backend)
+    ones, step = torch.ones(3), {"obs": torch.ones(3, 1), "actions": torch.ones(3, 1)}
+    for _ in range(2):
+        buf.append(rewards=ones, dones=ones, values=ones, log_probs=ones, truncated=ones, **step)
+    buf.compute_gae(ones, timeout_bootstrap="stored_value")
+    buf.check()
+    assert buf.flags().tolist() == [0, 0, 0]
+    with pytest.raises(RuntimeError, match="6 truncations of this rollout came without"):
+        buf.compute_gae(ones, value_fn=lambda obs: obs.squeeze(1))
+    assert buf.flags().tolist() == [0, 0, 6]
+    with pytest.raises(RuntimeError, match="6 truncations of this rollout came without"):
+        buf.check()
+    buf.check([0, 3, 0])
+    with pytest.raises(RuntimeError, match="4 truncations in this rollout, the pool has room for 3"):
+        buf.check([0, 4, 0])
+    with pytest.raises(BufferFull):
+        buf.check([1, 0, 0])

@@ -95,3 +95,12 @@ def test_errors():
     buf.clear()
     with pytest.raises(RuntimeError, match=r"sequences: expected compute_gae\(\) before it"):
         buf.sequences()
+
+
+def test_a_rollout_discarded_meanwhile_is_an_error():
+    buf = filled(4, 3, [])
+    batches = buf.sequences(num_minibatches=2)
+    next(batches)
+    buf.clear()
+    with pytest.raises(RuntimeError, match="sequences: the rollout was discarded"):
+        next(batches)

@@ -156,20 +156,26 @@ class LogMeter:
             self._sums[key] = self._sums.get(key, 0.0) + value.detach().to(torch.float32)
             self._steps[key] = self._steps.get(key, 0) + 1
 
-    def means(self, clear: bool = True) -> dict[str, float]:
+    def totals(self) -> list[Tensor]:
+        """The sums, scalars on the device, to be read along with other figures and handed to ``means``."""
+        return list(self._sums.values())
+
+    def means(self, totals: Sequence[float] | None = None, clear: bool = True) -> dict[str, float]:
         """Means since the last call: ``episode/...`` per ended episode (left out if none ended), others per step.
 
-        ``episode/count`` stays the number of ended episodes.
+        ``episode/count`` stays the number of ended episodes. ``totals``: the numbers of ``totals()``, if they have been
+        read already.
         """
         keys = list(self._sums)
         if not keys:
             return {}
-        device = self._sums[keys[0]].device
-        read: list[float] = torch.stack([self._sums[key].to(device) for key in keys]).tolist()
-        totals: dict[str, float] = dict(zip(keys, read, strict=True))
-        episodes = totals.get(COUNT, 0.0)
+        if totals is None:
+            device = self._sums[keys[0]].device
+            totals = torch.stack([x.to(device) for x in self.totals()]).tolist()
+        sums: dict[str, float] = dict(zip(keys, totals, strict=True))
+        episodes = sums.get(COUNT, 0.0)
         means: dict[str, float] = {}
-        for key, total in totals.items():
+        for key, total in sums.items():
             if key == COUNT:
                 means[key] = total
             elif key.startswith("episode/"):
