@@ -7,6 +7,9 @@ ARGS ?=
 # 1: a native library that cannot be built is an error. auto: go on without it. 0: do not build it. See setup.py.
 PYDRONE_NATIVE ?= 1
 
+# `make gpu` runs this Python, whose torch is a build for CUDA; nothing is installed into it.
+GPU_PYTHON ?= python3
+
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check --quiet
 # The editable install leaves the native code to the step of its own below, which compiles only what changed.
@@ -19,7 +22,7 @@ SOURCES := $(shell find csrc -type f 2>/dev/null)
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help venv build train test test-slow lint bench wheel clean
+.PHONY: help venv build train test test-slow lint bench gpu wheel clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -45,6 +48,18 @@ lint: $(VENV)/.stamp-lint ## Check style and formatting
 
 bench: $(VENV)/.stamp-bench $(VENV)/.stamp-native ## Run the benchmarks
 	$(PY) -m pytest benches/ --benchmark-only $(ARGS)
+
+# The package as it would be installed, in a folder of its own: what was built for .venv stays as it is.
+GPU_BUILD := build/gpu
+GPU_RUN := env -u TRITON_INTERPRET -u PYDRONE_BACKEND PYTHONSAFEPATH=1 PYTHONPATH=$(CURDIR)/$(GPU_BUILD) $(GPU_PYTHON)
+
+gpu: ## Build, test, sanitize and time on this machine's GPU, with the torch of GPU_PYTHON; needs no network
+	@$(GPU_PYTHON) benches/gpu_checks.py --machine
+	rm -rf $(GPU_BUILD)
+	TORCH_CUDA_ARCH_LIST=$$($(GPU_PYTHON) -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())') \
+	    PYDRONE_NATIVE=1 PYDRONE_CUDA=1 $(GPU_PYTHON) setup.py --quiet build --build-base $(GPU_BUILD)-objects --build-lib $(GPU_BUILD)
+	@$(GPU_RUN) benches/gpu_checks.py; checked=$$?; \
+	    $(GPU_RUN) benches/gpu.py --out benches/results $(ARGS) && exit $$checked
 
 wheel: $(VENV)/.stamp-tools ## Build a wheel in dist/
 	rm -rf build/lib* build/bdist*

@@ -372,9 +372,9 @@ class RolloutBuffer(Ring):
                     "value_fn: in a captured graph it needs a ring of one rollout, capacity == num_steps"
                 )
         elif check or self.device.type == "cpu":
-            self._check_pool(*self._pool_count[rollout].tolist())
-            if self.device.type == "cpu":
-                rows = rows[: int(self._pool_count[rollout, 0])]
+            used, missing = self._pool_count[rollout].tolist()
+            self._check_pool(used, missing)
+            rows = rows[:used]
         if rows.shape[0] == 0:
             return torch.empty(0, device=self.device)
         groups = {name: field_view(rows, self._layout.pool_fields[f"obs.{name}"]) for name in self._layout.obs}

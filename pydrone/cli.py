@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import importlib.util
 import os
@@ -10,9 +11,15 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 from pydrone._version import __version__
+
+if TYPE_CHECKING:
+    import torch
+
+    from pydrone.envs import Env
+    from pydrone.ppo.config import TrainConfig
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -30,7 +37,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     _calm_threads()
     # What follows the command is the command's own.
     command = parser.parse_args(argv[:1]).command
-    return COMMANDS[command][0](argv[1:])
+    try:
+        status = COMMANDS[command][0](argv[1:])
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        print("pydrone: interrupted", file=sys.stderr)
+        return 130  # 128 + SIGINT, as shells count
+    except BrokenPipeError:
+        # Whoever read along has gone. Python flushes once more at its exit, which must find something to write to.
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141  # 128 + SIGPIPE
+    return status
 
 
 def train(argv: list[str]) -> int:
@@ -41,46 +59,109 @@ def train(argv: list[str]) -> int:
         return _missing("tyro")
     from pydrone.ppo.config import TrainConfig, default_num_envs
 
-    config = tyro.cli(
-        tyro.conf.OmitArgPrefixes[_described(TrainConfig)],
-        args=argv,
-        prog="pydrone train",
-        description="Train a drone to hover with PPO. Ctrl-C ends after the iteration in hand, with a checkpoint.",
-    )
+    try:
+        config = tyro.cli(
+            tyro.conf.OmitArgPrefixes[_described(TrainConfig)],
+            args=argv,
+            prog="pydrone train",
+            description="Train a drone to hover with PPO. Ctrl-C ends after the iteration in hand, with a checkpoint.",
+        )
+    except ValueError as error:
+        return _fail(error)
     needed = {"matplotlib": True, "tensorboard": config.tensorboard, "genesis": config.env == "genesis-hover"}
     missing = [name for name, wanted in needed.items() if wanted and importlib.util.find_spec(name) is None]
     if missing:
         return _missing(*missing)
 
-    import torch
-
     from pydrone import report
-    from pydrone.envs import make
-    from pydrone.ppo.trainer import Trainer
+    from pydrone.ppo.trainer import Trainer, nothing_to_do, read_checkpoint
 
-    device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if device.type == "cuda" and not torch.cuda.is_available():
-        return _fail(f"--device {config.device}: this PyTorch finds no CUDA device")
-    if device.index is not None and device.type == "cuda":
-        torch.cuda.set_device(device)  # kernels and events go to the current one
-    if config.resume is not None and not Path(config.resume).is_file():
-        return _fail(f"--resume {config.resume}: no such file")
-    config.device, config.num_envs = str(device), config.num_envs or default_num_envs(device.type)
-    run_dir = Path(config.run_dir or Path("runs", config.env, time.strftime("%Y-%m-%d_%H-%M-%S")))
-    config.run_dir = str(run_dir)
-    print(f"{config.env}: {config.num_envs} environments on {device}, run folder {run_dir}", flush=True)
-    env = make(config.env, num_envs=config.num_envs, device=device, seed=config.seed)
+    env = None
     try:
-        trainer = Trainer(env, config, run_dir, echo=lambda line: print(line, flush=True))
-        print(trainer.buffer, flush=True)
-        outcome = trainer.train()
-    except FloatingPointError as error:
-        return _fail(str(error))
+        # All that can be told before a simulator is built, which takes its time, and before a folder is made.
+        try:
+            device = _device(config.device)
+            backend = _backend(device)
+            # Replaced as a whole, so that the sizes are checked with each other.
+            config = dataclasses.replace(
+                config,
+                device=str(device),
+                num_envs=config.num_envs or default_num_envs(device.type),
+                run_dir=config.run_dir or str(Path("runs", config.env, time.strftime("%Y-%m-%d_%H-%M-%S"))),
+            )
+            if config.resume is not None and not Path(config.resume).is_file():
+                raise ValueError(f"--resume {config.resume}: no such file")
+            iteration = 0 if config.resume is None else read_checkpoint(config.resume)["iteration"]
+            if iteration >= config.iterations:
+                print(nothing_to_do(iteration, config.iterations))
+                return 0
+            run_dir = _make_run_dir(config.run_dir)
+            print(f"{config.env}: {config.num_envs} environments on {device}, run folder {run_dir}", flush=True)
+            if backend is not None:
+                print(backend, flush=True)
+            env = _make_env(config, device, iteration)
+            trainer = Trainer(env, config, run_dir, echo=lambda line: print(line, flush=True))
+            print(trainer.buffer)
+            print(f"Memory of the rollout with a minibatch: {trainer.planned_nbytes / 1e6:.1f} MB", flush=True)
+        except BrokenPipeError:
+            raise
+        except (ValueError, OSError, RuntimeError) as error:
+            return _fail(error)
+        try:
+            outcome = trainer.train()
+        except FloatingPointError as error:
+            return _fail(error)
     finally:
-        env.close()
+        if env is not None:
+            env.close()
     if outcome.figures:
         print(f"Learning curve: {report.plot(run_dir)}")
     return 0
+
+
+def _device(name: str | None) -> torch.device:
+    """The device asked for, there to be used."""
+    import torch
+
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError:
+        raise ValueError(f"--device {name}: expected cpu, cuda, cuda:1, ...") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device {name}: this PyTorch finds no CUDA device")
+    if device.type == "cuda" and device.index is not None:
+        if device.index >= torch.cuda.device_count():
+            raise ValueError(f"--device {name}: expected one of {torch.cuda.device_count()} CUDA devices, from cuda:0")
+        torch.cuda.set_device(device)  # kernels and events go to the current one
+    return device
+
+
+def _backend(device: torch.device) -> str | None:
+    """A line on why the slow backend runs without having been asked for; None where it does not."""
+    import pydrone
+    from pydrone.ops.dispatch import select
+
+    slow = select(device).name == "reference" and not os.environ.get("PYDRONE_BACKEND")
+    reason = pydrone.backends()["cpu"] if device.type == "cpu" else f"there is none for {device.type}"
+    return f"Backend reference, plain PyTorch and slower, for want of the native library: {reason}" if slow else None
+
+
+def _make_run_dir(path: str) -> Path:
+    run_dir = Path(path)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"--run-dir {path}: cannot be made: {error.strerror}") from error
+    if not os.access(run_dir, os.W_OK):
+        raise OSError(f"--run-dir {path}: cannot be written to")
+    return run_dir
+
+
+def _make_env(config: TrainConfig, device: torch.device, iteration: int) -> Env:
+    from pydrone.envs import make
+
+    # A resumed run meets other targets than the first one did.
+    return make(config.env, num_envs=config.num_envs, device=device, seed=config.seed + iteration)
 
 
 def memory(argv: list[str]) -> int:
@@ -129,7 +210,9 @@ def _missing(*modules: str) -> int:
     return _fail(f'{", ".join(modules)} not installed; `pip install "pydrone-rl[train]"` installs what training needs')
 
 
-def _fail(message: str) -> int:
+def _fail(error: Exception | str) -> int:
+    """One line on stderr, whatever line breaks the message has."""
+    message = " ".join(str(error).split()) or type(error).__name__
     print(f"pydrone: {message}", file=sys.stderr)
     return 1
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import signal
 import subprocess
 import sys
 import types
@@ -27,10 +29,12 @@ def run(*argv: str, blocked: tuple[str, ...] = ()) -> subprocess.CompletedProces
 
 
 @pytest.fixture
-def trained(monkeypatch):
+def trained(monkeypatch, tmp_path):
     """Runs ``pydrone train ARGV`` up to where an environment would be built, and returns its configuration."""
     pytest.importorskip("tyro")
     import pydrone.envs
+
+    monkeypatch.chdir(tmp_path)
 
     class Stop(Exception):
         pass
@@ -138,6 +142,8 @@ def test_train_from_beginning_to_end(tmp_path):
     assert json.loads((folder / "config.json").read_text())["num_envs"] == 16
     for path in ("model_2.pt", "learning_curve.png"):
         assert str(folder / path) in result.stdout
+    assert "Memory of the rollout with a minibatch: " in result.stdout
+    assert result.stdout.count("iterations are done") == 1
 
 
 @pytest.mark.genesis
@@ -186,6 +192,156 @@ def test_a_checkpoint_that_is_not_there(capsys):
     argv = ["train", "--env", "quadrotor", "--no-tensorboard", "--device", "cpu", "--resume", "gone.pt"]
     assert cli.main(argv) == 1
     assert "--resume gone.pt: no such file" in capsys.readouterr().err
+
+
+@pytest.fixture
+def here(monkeypatch, tmp_path):
+    """Runs ``pydrone train`` with two quadrotors, in this process and an empty folder."""
+    for name in ("tyro", "matplotlib"):
+        pytest.importorskip(name)
+    monkeypatch.chdir(tmp_path)
+    sizes = ("--num-envs", "2", "--num-steps", "4", "--num-minibatches", "2", "--iterations", "2")
+    fixed = ("--env", "quadrotor", "--no-tensorboard", "--device", "cpu", *sizes)
+    return lambda *argv: cli.main(["train", *fixed, *argv])
+
+
+@pytest.fixture
+def making(monkeypatch):
+    """Has an environment's construction raise what it is called with."""
+    import pydrone.envs
+
+    def set_error(error: BaseException) -> None:
+        def make(*_, **__):
+            raise error
+
+        monkeypatch.setattr(pydrone.envs, "make", make)
+
+    return set_error
+
+
+@pytest.mark.parametrize(
+    ("argv", "environ", "message"),
+    [
+        (("--device", "foo"), {}, "--device foo: expected cpu, cuda, cuda:1, ..."),
+        (("--run-dir", "file/run"), {}, "--run-dir file/run: cannot be made: Not a directory"),
+        (("--resume", "file"), {}, "file: expected a checkpoint, got a file that PyTorch cannot read"),
+        ((), {"PYDRONE_BACKEND": "nope"}, "PYDRONE_BACKEND: expected one of reference, cpu, triton, cuda, got 'nope'"),
+    ],
+)
+def test_a_set_up_that_fails_is_one_sentence(argv, environ, message, here, making, monkeypatch, tmp_path, capsys):
+    """Said before an environment is built or a folder made."""
+    making(AssertionError("an environment was built"))
+    (tmp_path / "file").write_bytes(b"no checkpoint")
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    assert here(*argv) == 1
+    assert capsys.readouterr().err == f"pydrone: {message}\n"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
+
+
+def test_more_minibatches_than_samples_by_the_default_size(here, making, monkeypatch, capsys):
+    """How many environments there are by default is known only after the arguments were read."""
+    from pydrone.ppo import config
+
+    making(AssertionError("an environment was built"))
+    monkeypatch.setattr(config, "default_num_envs", lambda device: 3)
+    assert here("--num-envs", "None", "--num-steps", "2", "--num-minibatches", "7") == 1
+    said = capsys.readouterr().err
+    assert said == "pydrone: num_minibatches: expected at most num_envs * num_steps, 6 samples, got 7\n"
+
+
+@pytest.mark.parametrize("error", [ValueError, OSError, RuntimeError])
+def test_an_environment_that_cannot_be_built_is_one_sentence(error, here, making, capsys):
+    making(error("the driver\n  is too old"))
+    assert here() == 1
+    assert capsys.readouterr().err == "pydrone: the driver is too old\n"
+
+
+def test_ctrl_c_while_starting_up(here, making, capsys):
+    making(KeyboardInterrupt())
+    assert here() == 130
+    assert capsys.readouterr().err == "pydrone: interrupted\n"
+
+
+def test_a_second_ctrl_c_stops_at_once(here, monkeypatch, capsys):
+    from pydrone.envs.quadrotor import Quadrotor
+
+    step = Quadrotor.step
+    monkeypatch.setattr(Quadrotor, "step", lambda *args: (signal.raise_signal(signal.SIGINT), step(*args))[1])
+    assert here() == 130
+    captured = capsys.readouterr()
+    assert captured.out.count("finishing this iteration and saving; Ctrl-C again stops now") == 1
+    assert captured.err == "pydrone: interrupted\n"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="pipes of POSIX")
+def test_a_closed_output_ends_quietly():
+    read, write = os.pipe()
+    os.close(read)
+    code = "import sys; from pydrone.cli import main; sys.exit(main(['memory']))"
+    result = subprocess.run([sys.executable, "-c", code], stdout=write, stderr=subprocess.PIPE, text=True, timeout=300)
+    os.close(write)
+    assert (result.returncode, result.stderr) == (141, "")
+
+
+def test_resuming(here, trained, tmp_path, capsys):
+    """Other targets than the first run had; at the end nothing is done, and nothing written."""
+    assert here("--run-dir", "first") == 0
+    path = str(tmp_path / "first" / "model_2.pt")
+    capsys.readouterr()
+    assert here("--resume", path, "--run-dir", "second") == 0
+    assert capsys.readouterr().out == "Nothing to do: the checkpoint stands at iteration 2 of 2.\n"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["first"]
+    assert here("--resume", path, "--iterations", "3", "--hidden-dims", "32", "--run-dir", "third") == 1
+    said = capsys.readouterr().err
+    assert "hidden_dims: expected (128, 128)" in said and "got (32,)" in said and said.count("\n") == 1
+    assert trained("--resume", path, "--seed", "5", "--iterations", "3").env["seed"] == 5 + 2
+
+
+def test_says_why_the_slow_backend_runs(here, monkeypatch, capsys):
+    from pydrone.ops import dispatch, native
+
+    monkeypatch.setattr(dispatch, "_cache", {})
+    monkeypatch.delenv("PYDRONE_BACKEND", raising=False)
+    monkeypatch.setattr(native, "CPU_MISSING", "no C++ compiler was found")
+    assert here() == 0
+    said = [line for line in capsys.readouterr().out.splitlines() if "no C++ compiler was found" in line]
+    assert len(said) == 1 and said[0].startswith("Backend reference, plain PyTorch and slower")
+    monkeypatch.setattr(dispatch, "_cache", {})
+    monkeypatch.setenv("PYDRONE_BACKEND", "reference")
+    assert here("--run-dir", "asked-for") == 0
+    assert "Backend reference" not in capsys.readouterr().out
+
+
+def test_learning_curve(tmp_path, monkeypatch):
+    """Integer ticks, a title of the settings, marked points in a short run, the target as a line."""
+    pytest.importorskip("matplotlib")
+    from matplotlib.figure import Figure
+
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, path, **_: figures.append(self))
+
+    def draw(iterations: int, **settings) -> Figure:
+        (tmp_path / report.CONFIG).write_text(json.dumps(settings))
+        (tmp_path / report.PROGRESS).unlink(missing_ok=True)
+        log = report.RunLog(tmp_path, tensorboard=False)
+        for i in range(iterations):
+            log.write({"iteration": i + 1, "episode_length": 10.0 * i})
+        log.close()
+        report.plot(tmp_path)
+        return figures[-1]
+
+    short = draw(3, env="quadrotor", num_envs=16, seed=4, target_episode_length=900.0)
+    assert short.get_suptitle() == "quadrotor, 16 environments, seed 4"
+    length = short.axes[0]
+    assert length.lines[0].get_marker() == "." and list(length.lines[1].get_ydata()) == [900, 900]
+    assert all(float(x).is_integer() for x in short.axes[-1].get_xticks())
+    long = draw(200, env="quadrotor")
+    assert long.get_suptitle() == "quadrotor"
+    assert long.axes[0].lines[0].get_marker() == "None" and len(long.axes[0].lines) == 1
+    (tmp_path / report.CONFIG).unlink()
+    report.plot(tmp_path)
+    assert figures[-1].get_suptitle() == ""
 
 
 def test_figures_of_a_run_read_back(tmp_path):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import pickle
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,19 +31,28 @@ def save(path: str | os.PathLike[str], state: dict[str, Any]) -> Path:
     return path
 
 
-def load(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> dict[str, Any]:
+def load(
+    path: str | os.PathLike[str], device: torch.device | str = "cpu", required: Sequence[str] = ()
+) -> dict[str, Any]:
     """Reads a checkpoint, its tensors onto ``device``. Runs no code from the file (``weights_only``).
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is not a checkpoint.
+        OSError: the file is not there, or cannot be read.
+        ValueError: the file is not a checkpoint, or lacks a key of ``required``.
     """
+    name = os.fspath(path)
     try:
         state = torch.load(path, map_location=device, weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(f"{os.fspath(path)}: expected a checkpoint, got a file that PyTorch cannot read") from error
+    except (OSError, MemoryError, torch.OutOfMemoryError):
+        raise  # says nothing of the file's contents
+    except Exception as error:
+        # Whatever the bytes happen to spell: the unpickler pops from empty lists, looks up missing keys, decodes text.
+        raise ValueError(f"{name}: expected a checkpoint, got a file that PyTorch cannot read") from error
     if not isinstance(state, dict):
-        raise ValueError(f"{os.fspath(path)}: expected a checkpoint, got a {type(state).__name__}")
+        raise ValueError(f"{name}: expected a checkpoint, got a {type(state).__name__}")
+    missing = [key for key in required if key not in state]
+    if missing:
+        raise ValueError(f"{name}: expected a checkpoint of a training, got one without {', '.join(missing)}")
     return state
 
 

@@ -6,8 +6,12 @@ of None is one that depends on the device or the environment; its help text says
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
+
+ENVS = ("genesis-hover", "quadrotor")
 
 
 def option(default: Any, help: str, *aliases: str) -> Any:
@@ -46,17 +50,22 @@ class PPOConfig:
 
     def __post_init__(self) -> None:
         for name in ("num_epochs", "num_minibatches"):
-            _at_least(self, name, 1)
+            _count(name, getattr(self, name))
+        if self.chunk_size is not None:
+            _count("chunk_size", self.chunk_size)
         for name in ("learning_rate", "desired_kl", "clip", "max_grad_norm", "init_std"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}: expected a number above 0, got {getattr(self, name)!r}")
+            _number(name, getattr(self, name), "above 0", lambda x: x > 0)
+        for name in ("entropy_coef", "value_loss_coef"):
+            _number(name, getattr(self, name), "of at least 0", lambda x: x >= 0)
         for name in ("gamma", "lam"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}: expected a number from 0 to 1, got {getattr(self, name)!r}")
+            _number(name, getattr(self, name), "from 0 to 1", lambda x: 0 <= x <= 1)
         if self.schedule not in ("adaptive", "fixed"):
             raise ValueError(f"schedule: expected 'adaptive' or 'fixed', got {self.schedule!r}")
-        if self.chunk_size is not None:
-            _at_least(self, "chunk_size", 1)
+        if not isinstance(self.hidden_dims, (tuple, list)):
+            raise ValueError(f"hidden_dims: expected a tuple of ints, got {self.hidden_dims!r}")
+        for i, width in enumerate(self.hidden_dims):
+            _count(f"hidden_dims[{i}]", width)
+        self.hidden_dims = tuple(self.hidden_dims)
 
 
 @dataclass
@@ -76,16 +85,27 @@ class TrainConfig:
     )
     random_episode_starts: bool = option(True, "Start episodes at random ages, so that they do not time out together.")
     run_dir: str | None = option(None, "Folder of the run. None: runs/ENV/DATE-TIME.")
-    resume: str | None = option(None, "Checkpoint to go on from.")
+    resume: str | None = option(
+        None,
+        "Checkpoint to go on from: its networks, Adam's state, its iteration and, with the adaptive schedule, its "
+        "learning rate. All other settings are the command line's.",
+    )
     save_interval: int = option(50, "Iterations from one checkpoint to the next.")
     tensorboard: bool = option(True, "Write TensorBoard event files.")
     ppo: PPOConfig = field(default_factory=PPOConfig, metadata={"help": "The algorithm.", "aliases": ()})
 
     def __post_init__(self) -> None:
         for name in ("num_steps", "iterations", "save_interval"):
-            _at_least(self, name, 1)
+            _count(name, getattr(self, name))
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+            raise ValueError(f"seed: expected an int, got {self.seed!r}")
+        if self.env not in ENVS:
+            raise ValueError(f"env: expected one of {', '.join(ENVS)}, got {self.env!r}")
+        if self.target_episode_length is not None:
+            _number("target_episode_length", self.target_episode_length, "above 0", lambda x: x > 0)
         if self.num_envs is not None:
-            _at_least(self, "num_envs", 1)
+            _count("num_envs", self.num_envs)
+            check_minibatches(self.ppo.num_minibatches, self.num_envs * self.num_steps)
 
 
 def default_num_envs(device_type: str) -> int:
@@ -93,6 +113,20 @@ def default_num_envs(device_type: str) -> int:
     return 8192 if device_type == "cuda" else 1024
 
 
-def _at_least(config: Any, name: str, least: int) -> None:
-    if getattr(config, name) < least:
-        raise ValueError(f"{name}: expected at least {least}, got {getattr(config, name)!r}")
+def check_minibatches(num_minibatches: int, samples: int) -> None:
+    """Raises ValueError where a rollout of ``samples`` = num_envs * num_steps makes fewer minibatches."""
+    if num_minibatches > samples:
+        raise ValueError(
+            f"num_minibatches: expected at most num_envs * num_steps, {samples} samples, got {num_minibatches}"
+        )
+
+
+def _count(name: str, x: Any) -> None:
+    if isinstance(x, bool) or not isinstance(x, int) or x < 1:
+        raise ValueError(f"{name}: expected an int of at least 1, got {x!r}")
+
+
+def _number(name: str, x: Any, what: str, fits: Callable[[float], bool]) -> None:
+    number = isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x)
+    if not (number and fits(x)):
+        raise ValueError(f"{name}: expected a number {what}, got {x!r}")

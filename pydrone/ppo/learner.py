@@ -121,11 +121,12 @@ class Learner:
         return self.optimizer.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes over what ``state_dict`` returned."""
+        """Takes over what ``state_dict`` returned; the learning rate only with the adaptive schedule."""
         self.optimizer.load_state_dict(state)
         # Adam must go on reading the tensor that the schedule writes.
         for group in self.optimizer.param_groups:
-            self.learning_rate.copy_(torch.as_tensor(group["lr"]))
+            if self.config.schedule == "adaptive":
+                self.learning_rate.copy_(torch.as_tensor(group["lr"]))
             group["lr"] = self.learning_rate
 
 

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from pydrone.layout import Spec, parse_obs
 from pydrone.ppo.loss import gaussian_log_prob, log_normalizer
 
 # rsl_rl's lower bound: the standard deviation is a plain parameter, and a gradient step could take it below zero.
@@ -53,8 +54,8 @@ class ActorCritic(nn.Module):
     """Actor and critic, apart from each other; ``state_dict`` is theirs and ``std_param`` [A].
 
     Args:
-        obs: width of the observation; or the widths by name, where the actor sees "policy" and the critic "critic",
-            or "policy" too where there is none.
+        obs: as the rollout buffer's, an int, a shape, or a mapping of group names to shapes or (shape, dtype); each a
+            vector. Of groups the actor sees "policy" and the critic "critic", or "policy" too where there is none.
         actions: action dimensions A.
         hidden_dims: widths of the hidden layers.
         init_std: first standard deviation, of every dimension.
@@ -62,14 +63,16 @@ class ActorCritic(nn.Module):
 
     def __init__(
         self,
-        obs: int | Sequence[int] | Mapping[str, int | Sequence[int]],
+        obs: object,
         actions: int,
         hidden_dims: Sequence[int] = (128, 128),
         init_std: float = 1.0,
     ) -> None:
         super().__init__()
         self.obs = obs
-        groups = obs if isinstance(obs, Mapping) else {"policy": obs}
+        groups, named = parse_obs(obs, torch.float32)
+        if not named:
+            groups = {"policy": groups["obs"]}
         if "policy" not in groups:
             raise ValueError(f"obs: expected a group named 'policy', got {sorted(groups)}")
         self.actor = mlp(_width(groups["policy"]), actions, hidden_dims)
@@ -98,13 +101,17 @@ class ActorCritic(nn.Module):
 
     def mean(self, obs: Tensor | Mapping[str, Tensor]) -> Tensor:
         """[B, A]: the action without noise."""
-        return self.actor(obs["policy"] if isinstance(obs, Mapping) else obs)
+        return self.actor(self._input(obs["policy"] if isinstance(obs, Mapping) else obs))
 
     def value(self, obs: Tensor | Mapping[str, Tensor]) -> Tensor:
         """[B]: the critic's estimate of the return."""
         if isinstance(obs, Mapping):
             obs = obs["critic"] if "critic" in obs else obs["policy"]
-        return self.critic(obs).squeeze(-1)
+        return self.critic(self._input(obs)).squeeze(-1)
+
+    def _input(self, obs: Tensor) -> Tensor:
+        """Observations of half precision, or of bytes, as the networks' dtype; others as they are."""
+        return obs.to(self.std_param.dtype)
 
     forward = mean
 
@@ -117,8 +124,8 @@ class ActorCritic(nn.Module):
         return list(self.critic.parameters())
 
 
-def _width(shape: int | Sequence[int]) -> int:
-    shape = (shape,) if isinstance(shape, int) else tuple(shape)
+def _width(spec: Spec) -> int:
+    shape, _ = spec
     if len(shape) != 1:
         raise ValueError(f"obs: expected a vector for the perceptrons, got shape {list(shape)}")
     return shape[0]

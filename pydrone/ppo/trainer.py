@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import dataclasses
 import json
 import math
@@ -19,96 +21,27 @@ from torch import Tensor
 
 from pydrone.buffer import RolloutBuffer
 from pydrone.envs.base import Env, LogMeter
-from pydrone.ops.schema import INVALID, RUNNING
+from pydrone.memory import plan
+from pydrone.ops.schema import INVALID
 from pydrone.ppo import checkpoint
-from pydrone.ppo.config import TrainConfig
+from pydrone.ppo.config import TrainConfig, check_minibatches
 from pydrone.ppo.learner import Learner
+from pydrone.ppo.meters import STAGES, EpisodeMeter, Stopwatch
 from pydrone.ppo.policy import ActorCritic
 
-# The parts of an iteration whose time is taken.
-STAGES = ("env", "policy", "storage", "gae", "update")
+# What a checkpoint holds, see Trainer.state_dict.
+CHECKPOINT_KEYS = ("iteration", "policy", "learner", "config")
 
 # `target_episode_length` looks at the mean over this many iterations.
 WINDOW = 10
 
 
-class Stopwatch:
-    """Seconds by stage. On CUDA by events in the stream, so that taking the time does not wait for the device."""
+class NotFinite(FloatingPointError):
+    """An iteration's loss is not finite; ``figures`` are the iteration's."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._cuda = device.type == "cuda"
-        self._spare: list[torch.cuda.Event] = []
-        self._laps: list[tuple[str | None, torch.cuda.Event]] = []
-        self._seconds = dict.fromkeys(STAGES, 0.0)
-        self._last = 0.0
-
-    def start(self) -> None:
-        """Begins an iteration at zero."""
-        self._seconds = dict.fromkeys(STAGES, 0.0)
-        self._last = time.perf_counter()
-        if self._cuda:
-            self._spare += [event for _, event in self._laps]
-            self._laps = []
-            self._record(None)
-
-    def lap(self, stage: str) -> None:
-        """The time since the last call went into ``stage``."""
-        if self._cuda:
-            self._record(stage)
-        else:
-            now = time.perf_counter()
-            self._seconds[stage] += now - self._last
-            self._last = now
-
-    def seconds(self) -> dict[str, float]:
-        """By stage, since :meth:`start`. On CUDA the device must have been waited for."""
-        for (_, before), (stage, after) in zip(self._laps, self._laps[1:]):
-            self._seconds[stage] += before.elapsed_time(after) * 1e-3
-        return dict(self._seconds)
-
-    def _record(self, stage: str | None) -> None:
-        event = self._spare.pop() if self._spare else torch.cuda.Event(enable_timing=True)
-        event.record()
-        self._laps.append((stage, event))
-
-
-class EpisodeMeter:
-    """Episodes that end within a rollout: how many, their lengths and rewards, in a dozen launches a rollout.
-
-    rsl_rl keeps the last 100 episodes in a deque on the host, which costs a synchronisation a step; this is the mean
-    over all episodes that ended in the iteration. An episode's reward is the plain sum, not discounted.
-    """
-
-    def __init__(self, num_envs: int, num_steps: int, device: torch.device) -> None:
-        self._steps = torch.arange(1, num_steps + 1, device=device)
-        # Of the running episodes, in rollouts that are gone.
-        self._length = torch.zeros(num_envs, device=device)
-        self._reward = torch.zeros(num_envs, device=device)
-
-    def update(self, rewards: Tensor, codes: Tensor) -> Tensor:
-        """[3]: count, summed length and summed reward of the episodes that ended.
-
-        rewards: [N, T]. codes: uint8 [N, T], the buffer's. Up to an environment's last end every step belongs to an
-        episode that ended, so nothing need be known of the ends before it.
-        """
-        counted = codes != INVALID
-        ends = counted & (codes != RUNNING)
-        last = torch.where(ends, self._steps, 0).amax(1, keepdim=True)  # steps up to the last end, 0 without one
-        ended = last.squeeze(1) > 0
-        before = self._steps <= last
-        rewards = torch.where(counted, rewards, 0)
-        reward_before, length_before = torch.where(before, rewards, 0).sum(1), (before & counted).sum(1)
-        reward_after, length_after = torch.where(before, 0, rewards).sum(1), (counted & ~before).sum(1)
-        totals = torch.stack(
-            (
-                ends.sum(),
-                (length_before + torch.where(ended, self._length, 0)).sum(),
-                (reward_before + torch.where(ended, self._reward, 0)).sum(),
-            )
-        )
-        self._length = length_after + torch.where(ended, 0, self._length)
-        self._reward = reward_after + torch.where(ended, 0, self._reward)
-        return totals
+    def __init__(self, message: str, figures: dict[str, float]) -> None:
+        super().__init__(message)
+        self.figures = figures
 
 
 class Outcome(NamedTuple):
@@ -131,6 +64,9 @@ class Trainer:
 
     Raises:
         TypeError: the environment's actions are not continuous.
+        ValueError: the observations are no vectors, there are more minibatches than samples, or ``config.resume`` is
+            no checkpoint of a training like this one.
+        OSError: ``config.resume`` cannot be read.
     """
 
     def __init__(
@@ -146,30 +82,33 @@ class Trainer:
             raise TypeError(f"env.actions: expected an int, for continuous actions, got {env.actions!r}")
         self.device = torch.device(env.device)
         self.run_dir = None if run_dir is None else Path(run_dir)
+        samples = env.num_envs * config.num_steps
+        check_minibatches(config.ppo.num_minibatches, samples)
         self.iteration = 0
-        state = None if config.resume is None else checkpoint.load(config.resume, self.device)
-        if state is not None:
-            self.iteration = int(state["iteration"])
+        state = None
+        if config.resume is not None:
+            state = read_checkpoint(config.resume, self.device)
+            self.iteration = state["iteration"]
+        self._first = self.iteration
         # A resumed run draws other numbers than the first one did.
         torch.manual_seed(config.seed + self.iteration)
         ppo = config.ppo
         self.policy = ActorCritic(env.obs, env.actions, ppo.hidden_dims, ppo.init_std).to(self.device)
         self.learner = Learner(self.policy, ppo)
         if state is not None:
-            self.policy.load_state_dict(state["policy"])
-            self.learner.load_state_dict(state["learner"])
-        self.buffer = RolloutBuffer(
-            env.num_envs,
-            config.num_steps,
-            obs=env.obs,
-            actions=env.actions,
-            device=self.device,
-            fields={"mu": env.actions, "sigma": env.actions},
-            max_episode_length=env.max_episode_length,
-            # With NEXT_STEP autoreset the final observation is stored as the next one.
-            final_obs_rows=0 if env.autoreset == "next_step" else None,
-            seed=config.seed + self.iteration,
-        )
+            self._restore(state)
+        sizes = {
+            "num_envs": env.num_envs,
+            "num_steps": config.num_steps,
+            "obs": env.obs,
+            "actions": env.actions,
+            "fields": {"mu": env.actions, "sigma": env.actions},
+            "max_episode_length": env.max_episode_length,
+            "final_obs_rows": _final_obs_rows(env, config.num_steps),
+        }
+        self.buffer = RolloutBuffer(**sizes, device=self.device, seed=config.seed + self.iteration)
+        #: bytes of the buffer once it holds the minibatch that is handed out again and again
+        self.planned_nbytes = plan(**sizes, reused_minibatch=math.ceil(samples / ppo.num_minibatches)).nbytes
         self._episodes = EpisodeMeter(env.num_envs, config.num_steps, self.device)
         self._env_log = LogMeter()
         self._watch = Stopwatch(self.device)
@@ -178,11 +117,20 @@ class Trainer:
         self._episode_figures = {"episode_length": math.nan, "episode_return": math.nan}
         self._lengths: deque[float] = deque(maxlen=WINDOW)
         self._log: Any = None
+        # The state before an update that is under way.
+        self._before_update: dict[str, Any] | None = None
 
     # ------------------------------------------------------------------------------------------------ one iteration
 
     def iterate(self) -> dict[str, float]:
-        """One iteration; returns its figures. The host waits for the device once, at the end of it."""
+        """One iteration; returns its figures.
+
+        The host waits for the device once, at the end of it, for the figures, the environment's log and the buffer's
+        flags together.
+
+        Raises:
+            NotFinite: the loss is not, or rewards, values or advantages are not. A FloatingPointError.
+        """
         began = time.perf_counter()
         if self._obs is None:
             self._start()
@@ -192,20 +140,22 @@ class Trainer:
         # On CUDA the pool's counts are read below, with the figures.
         buffer.compute_gae(last_values, ppo.gamma, ppo.lam, check=self.device.type == "cpu", **bootstrap)
         self._watch.lap("gae")
+        self._before_update = copy.deepcopy(self.state_dict())
         learnt = self.learner.update(buffer)
         self._watch.lap("update")
-        figures = self._read(learnt)
-        buffer.check()
+        figures, culprit = self._read(learnt)
         buffer.clear()
         self.iteration += 1
+        self._before_update = None
         seconds = time.perf_counter() - began
         figures["iteration"] = self.iteration
         figures["steps_per_second"] = buffer.num_envs * buffer.num_steps / seconds
         figures["time/iteration"] = seconds
-        if not math.isfinite(figures["surrogate_loss"] + figures["value_loss"]):
-            raise FloatingPointError(
+        if culprit is not None:
+            raise NotFinite(
                 f"iteration {self.iteration}: the loss is not finite (surrogate {figures['surrogate_loss']}, value "
-                f"{figures['value_loss']}); an observation or a reward of the environment may not be, either"
+                f"{figures['value_loss']}): {culprit}",
+                figures,
             )
         return figures
 
@@ -255,60 +205,112 @@ class Trainer:
             self.env.randomize_episode_lengths()
 
     @torch.no_grad()
-    def _read(self, learnt: dict[str, Tensor]) -> dict[str, float]:
-        """The figures on the host: the one place where it waits for the device."""
-        episodes = self._episodes.update(self.buffer.rewards, self.buffer.dones)
-        scalars = [*learnt.values(), self.policy.std.mean(), self.buffer.rewards.mean(), *episodes.unbind()]
-        *losses, std, reward, count, length, total = torch.stack(scalars).tolist()
+    def _read(self, learnt: dict[str, Tensor]) -> tuple[dict[str, float], str | None]:
+        """The figures on the host, and what is not finite. Raises what the buffer's flags say."""
+        buffer = self.buffer
+        rewards, codes = buffer.rewards, buffer.dones
+        episodes = self._episodes.update(rewards, codes)
+        # A reset step's reward is anything, and counts for nothing.
+        skipped = codes == INVALID
+        finite = [(x.isfinite() | skipped).all() for x in (rewards, buffer.values, buffer.advantages)]
+        scalars = [*learnt.values(), self.policy.std.mean(), rewards.mean(), *episodes.unbind(), *finite]
+        log = [x.to(self.device).double() for x in self._env_log.totals()]
+        read = torch.cat((torch.stack(scalars + log).double(), buffer.flags())).tolist()
+        buffer.check(read[-3:])
+        read, logged = read[: len(scalars)], read[len(scalars) : -3]
+        *losses, std, reward, count, length, total, good_rewards, good_values, good_advantages = read
         figures = dict(zip(learnt, losses))
         if count:
             self._episode_figures = {"episode_length": length / count, "episode_return": total / count}
         figures |= {"action_std": std, "reward": reward, "episodes": count, **self._episode_figures}
-        figures |= {f"env/{name}": value for name, value in self._env_log.means().items()}
+        figures |= {f"env/{name}": value for name, value in self._env_log.means(logged).items()}
         figures |= {f"time/{stage}": seconds for stage, seconds in self._watch.seconds().items()}
-        return figures
+        culprit = None
+        if not good_rewards:
+            culprit = "the rewards of the environment are not finite"
+        elif not good_values:
+            culprit = "the values of the critic are not finite; an observation of the environment may not be, either"
+        elif not good_advantages:
+            culprit = "the advantages are not finite"
+        elif not math.isfinite(figures["surrogate_loss"] + figures["value_loss"]):
+            culprit = "rewards, values and advantages are; the update diverged"
+        return figures, culprit
 
     # ------------------------------------------------------------------------------------------------ all of them
 
     def train(self) -> Outcome:
-        """Iterates until the last iteration, the target, or an interrupt, which ends the iteration in hand."""
+        """Iterates until the last iteration, the target, or an interrupt, which ends the iteration in hand.
+
+        Where an iteration fails, the state after the last whole one is saved before the error goes on; not where the
+        loss is not finite. With no iteration left to do, nothing is written.
+        """
         config = self.config
-        figures: dict[str, float] = {}
-        reason = f"all {config.iterations} iterations are done"
-        times: deque[float] = deque(maxlen=WINDOW)
+        done = f"all {config.iterations} iterations are done"
+        if self.iteration >= config.iterations:
+            self.echo(nothing_to_do(self.iteration, config.iterations))
+            return Outcome(done, self.iteration, {}, None)
         self._open_run()
-        saved = None
         try:
-            with _Interrupt() as interrupt:
-                while self.iteration < config.iterations:
-                    figures = self.iterate()
-                    times.append(figures["time/iteration"])
-                    left = (config.iterations - self.iteration) * sum(times) / len(times)
-                    self.echo(progress_line(figures, config.iterations, left))
-                    if self._log is not None:
-                        self._log.write(figures)
-                    if self._target_reached(figures["episode_length"]):
-                        reason = f"the mean episode length reached {config.target_episode_length:g} steps"
-                        break
-                    if interrupt.raised:
-                        reason = "interrupted"
-                        break
-                    if self.iteration % config.save_interval == 0:
-                        self.save()
+            with _Interrupt(self.echo) as interrupt:
+                reason, figures = self._iterate_all(interrupt)
             saved = self.save()
+        except NotFinite:
+            raise
+        except Exception:
+            self._save_after_failure()
+            raise
         finally:
             if self._log is not None:
                 self._log.close()
-        self.echo(f"{reason[0].upper()}{reason[1:]}, after {self.iteration} iterations.")
+        reason = reason or done
+        after = "" if reason == done else f", after {self.iteration} iterations"
+        self.echo(f"{reason[0].upper()}{reason[1:]}{after}.")
         if saved is not None:
             self.echo(f"Checkpoint: {saved}")
         return Outcome(reason, self.iteration, figures, saved)
 
+    def _iterate_all(self, interrupt: _Interrupt) -> tuple[str | None, dict[str, float]]:
+        """Why it ended before the last iteration, None if it did not, and the last figures."""
+        config, times = self.config, deque(maxlen=WINDOW)
+        figures: dict[str, float] = {}
+        while self.iteration < config.iterations:
+            try:
+                figures = self.iterate()
+            except NotFinite as error:
+                self._report(error.figures, times)
+                raise
+            self._report(figures, times)
+            if self._target_reached(figures["episode_length"]):
+                return f"the mean episode length reached {config.target_episode_length:g} steps", figures
+            if interrupt.raised:
+                return "interrupted", figures
+            if self.iteration % config.save_interval == 0:
+                self.save()
+        return None, figures
+
+    def _report(self, figures: dict[str, float], times: deque[float]) -> None:
+        if self._log is not None:
+            self._log.write(figures)
+        times.append(figures["time/iteration"])
+        left = (self.config.iterations - self.iteration) * sum(times) / len(times)
+        self.echo(progress_line(figures, self.config.iterations, left))
+
+    def _save_after_failure(self) -> None:
+        """Keeps what was learnt in this run, as far as its weights are finite; silent where that fails too."""
+        # A device that has failed, a full disk, a closed output: the error that led here is the one to see.
+        with contextlib.suppress(Exception):
+            state = self._before_update or self.state_dict()
+            if state["iteration"] > self._first and all(x.isfinite().all() for x in state["policy"].values()):
+                saved = self._save(state)
+                if saved is not None:
+                    self.echo(f"Failed in iteration {state['iteration'] + 1}. Checkpoint of the one before: {saved}")
+
     def save(self) -> Path | None:
         """Writes the checkpoint ``model_ITERATION.pt`` into the run's folder; returns its path."""
-        if self.run_dir is None:
-            return None
-        return checkpoint.save(self.run_dir / f"model_{self.iteration}.pt", self.state_dict())
+        return self._save(self.state_dict())
+
+    def _save(self, state: dict[str, Any]) -> Path | None:
+        return None if self.run_dir is None else checkpoint.save(self.run_dir / f"model_{state['iteration']}.pt", state)
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint holds: plain containers and tensors."""
@@ -319,14 +321,36 @@ class Trainer:
             "config": dataclasses.asdict(self.config),
         }
 
+    def _restore(self, state: dict[str, Any]) -> None:
+        """Takes over a checkpoint's networks and optimiser, or says in a sentence why they do not fit."""
+        path = self.config.resume
+        own = {name: tuple(x.shape) for name, x in self.policy.state_dict().items()}
+        try:
+            theirs = {name: tuple(x.shape) for name, x in state["policy"].items()}
+        except AttributeError:
+            raise ValueError(f"{path}: expected the weights of a policy, got something else") from None
+        hidden, given = _hidden_dims(theirs), tuple(self.config.ppo.hidden_dims)
+        if hidden and hidden != given:
+            raise ValueError(f"hidden_dims: expected {hidden}, those of the checkpoint {path}, got {given}")
+        for name in sorted(own.keys() | theirs.keys()):
+            if own.get(name) != theirs.get(name):
+                raise ValueError(
+                    f"{path}: {name}: expected shape {own.get(name)} for this environment, got {theirs.get(name)}"
+                )
+        self.policy.load_state_dict(state["policy"])
+        try:
+            self.learner.load_state_dict(state["learner"])
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"{path}: expected the state of Adam for these networks, got something else") from error
+
     def _open_run(self) -> None:
         if self.run_dir is None:
             return
-        from pydrone.report import RunLog
+        from pydrone.report import CONFIG, RunLog
 
         self._log = RunLog(self.run_dir, self.config.tensorboard)
         settings = json.dumps(dataclasses.asdict(self.config), indent=2)
-        (self.run_dir / "config.json").write_text(settings + "\n", encoding="utf-8")
+        (self.run_dir / CONFIG).write_text(settings + "\n", encoding="utf-8")
 
     def _target_reached(self, episode_length: float) -> bool:
         target = self.config.target_episode_length
@@ -340,17 +364,51 @@ def progress_line(figures: dict[str, float], iterations: int, seconds_left: floa
     number = f"{int(figures['iteration']):>{len(str(iterations))}}/{iterations}"
     stages = " ".join(f"{stage} {figures[f'time/{stage}']:.2f}" for stage in STAGES)
     minutes, seconds = divmod(round(seconds_left), 60)
+    reward, length = figures["episode_return"], figures["episode_length"]
+    # Unknown until an episode has ended.
+    reward, length = ["-" if math.isnan(x) else f"{x:.{digits}f}" for x, digits in ((reward, 3), (length, 1))]
     return (
-        f"{number}  reward {figures['episode_return']:8.3f}  length {figures['episode_length']:7.1f}  "
+        f"{number}  reward {reward:>8}  length {length:>7}  "
         f"{figures['steps_per_second']:10,.0f} steps/s  {stages} s  left {minutes // 60}:{minutes % 60:02}:{seconds:02}"
     )
 
 
-class _Interrupt:
-    """Ctrl-C sets ``raised``; a second one interrupts at once. Signals reach the main thread only."""
+def read_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dict[str, Any]:
+    """The checkpoint of a training, see :meth:`Trainer.state_dict`; raises as :func:`pydrone.ppo.checkpoint.load`."""
+    state = checkpoint.load(path, device, CHECKPOINT_KEYS)
+    if type(state["iteration"]) is not int or state["iteration"] < 0:
+        raise ValueError(f"{path}: iteration: expected an int of at least 0, got {state['iteration']!r}")
+    return state
 
-    def __init__(self) -> None:
+
+def nothing_to_do(iteration: int, iterations: int) -> str:
+    """What is said instead of a training whose checkpoint stands at its end."""
+    return f"Nothing to do: the checkpoint stands at iteration {iteration} of {iterations}."
+
+
+def _final_obs_rows(env: Env, num_steps: int) -> int | None:
+    """Size of the buffer's pool of final observations."""
+    if env.autoreset == "next_step":
+        return 0  # the final observation is stored as the next one
+    if env.max_episode_length is None:
+        # Any step may truncate: room for all of them, as much memory as the observations take, so that no training
+        # ends with a full pool.
+        return env.num_envs * num_steps
+    return None
+
+
+def _hidden_dims(shapes: dict[str, tuple[int, ...]]) -> tuple[int, ...]:
+    """Widths of the hidden layers of a policy whose ``state_dict`` has these shapes."""
+    weights = [shape for name, shape in shapes.items() if name.startswith("actor.") and name.endswith(".weight")]
+    return tuple(shape[0] for shape in weights[:-1])
+
+
+class _Interrupt:
+    """Ctrl-C sets ``raised`` and says so; a second one interrupts at once. Signals reach the main thread only."""
+
+    def __init__(self, echo: Callable[[str], None]) -> None:
         self.raised = False
+        self._echo = echo
         self._previous: Any = None
 
     def __enter__(self) -> _Interrupt:
@@ -366,3 +424,6 @@ class _Interrupt:
         if self.raised:
             raise KeyboardInterrupt
         self.raised = True
+        # A signal that comes in the middle of a print cannot print; one whose terminal is gone need not.
+        with contextlib.suppress(RuntimeError, OSError):
+            self._echo("finishing this iteration and saving; Ctrl-C again stops now")

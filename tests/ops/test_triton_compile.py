@@ -13,12 +13,42 @@ import pytest
 pytest.importorskip("triton")
 
 CUBINS = Path(__file__).with_name("triton_cubins.py")
-# Registers of a thread. 64 let 8192 environments' GAE be one wave of programs on 132 multiprocessors.
-BUDGET = {"gae rows": 64, "gae columns": 255, "append": 80, "gather": 128}
+ARCHITECTURES = [80, 90, *(pytest.param(number, marks=pytest.mark.slow) for number in (86, 89, 100, 120))]
+
+# Kernel, and what it is compiled for: registers of a thread, bytes of shared memory. A multiprocessor has 65,536
+# registers. Rows have programs of 256 threads; with 64 registers four fit, and 8192 environments in programs of 16 are
+# one wave on 132 multiprocessors.
+BUDGET = {
+    "gae rows": (64, 128),  # shared memory: the statistics of 8 warps
+    "gae rows, no statistics": (64, 0),
+    "gae rows, second rollout": (64, 128),
+    "gae rows, few": (64, 64),
+    # Triton 3.6 turns tiles around in shared memory where loads are not all wide, 3.7 does not.
+    "gae rows, pool": (80, 8192),  # final values besides; three programs
+    "gae rows, cursor": (64, 8192),
+    "gae rows, wrapped": (64, 8192),
+    # Rows that do not begin on 16 bytes turn tiles around in shared memory. Right, not fast.
+    "gae rows, odd": (80, 8192),
+    "gae rows, long": (64, 64),
+    "gae rows, float64": (80, 8192),
+    # Programs of 64 threads, 128 of them: registers do not bound them. Twenty steps are in flight.
+    "gae columns": (128, 16),
+    "gae columns, pool": (168, 16),
+    # 256 programs of 128 threads for 8192 environments, two to a multiprocessor; all fields of 32 are in registers.
+    # Shared memory: Triton 3.6's.
+    "append": (80, 4096),
+    "append, cursor": (80, 4096),
+    # Four programs of 128 threads to a multiprocessor hide the latency of rows read out of order.
+    "gather": (128, 2048),
+    "gather, cursor": (128, 2048),
+}
+# ptxas keeps to 48 registers, five programs to a multiprocessor, by sparing one or two for a while: bytes of stack that
+# may be used for it, off the path of the loads. Nothing else may have any.
+SPARED = {"gae rows": 8, "gae rows, second rollout": 8, "gae rows, wrapped": 8}
 WIDE = ["gae rows", "gae rows, no statistics", "gae rows, second rollout", "gae rows, few", "gae rows, pool"]
 
 
-@pytest.fixture(scope="module", params=[80, 90])
+@pytest.fixture(scope="module", params=ARCHITECTURES)
 def kernels(request, tmp_path_factory) -> dict[str, dict]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
@@ -33,18 +63,17 @@ def count(kernel: dict, prefix: str) -> int:
 
 
 def test_nothing_is_spilled(kernels):
-    assert len(kernels) == 16
+    assert kernels.keys() == BUDGET.keys()
     for name, kernel in kernels.items():
-        # With a wrap ptxas keeps to 48 registers, five programs to a multiprocessor, by sparing one for a while.
-        allowed = 8 if name == "gae rows, wrapped" else 0
-        assert kernel["stack"] <= allowed, name
-        assert count(kernel, "LDL") + count(kernel, "STL") <= allowed // 4, name
+        assert kernel["stack"] <= SPARED.get(name, 0), name
+        assert count(kernel, "LDL") + count(kernel, "STL") <= SPARED.get(name, 0) // 4, name
 
 
-def test_registers_are_within_budget(kernels):
+def test_registers_and_shared_memory_are_within_budget(kernels):
     for name, kernel in kernels.items():
-        if name not in ("gae rows, float64", "gae rows, odd"):
-            assert kernel["registers"] <= BUDGET[name.split(",")[0]], name
+        registers, shared = BUDGET[name]
+        assert kernel["registers"] <= registers, name
+        assert kernel["shared"] <= shared, name
 
 
 @pytest.mark.parametrize("name", WIDE)
@@ -65,6 +94,14 @@ def test_gae_rows_scan_without_barrier_or_shared_memory(kernels):
     assert count(kernel, "SHFL") == 2 * (4 + 10)
 
 
+def test_statistics_cost_a_few_barriers_and_shuffles(kernels):
+    """Three sums of a row, over its four registers and 32 lanes; three of the program's 16 rows and of the partials'
+    program, in float64; the ticket."""
+    own, without = kernels["gae rows"], kernels["gae rows, no statistics"]
+    assert count(own, "BAR") <= 16
+    assert count(own, "SHFL") - count(without, "SHFL") <= 103
+
+
 def test_gae_columns_need_no_shuffle_to_scan(kernels):
     kernel = kernels["gae columns"]
     assert count(kernel, "SHFL.UP") == 0
@@ -74,3 +111,10 @@ def test_gae_columns_need_no_shuffle_to_scan(kernels):
 def test_a_cursor_keeps_the_wide_accesses(kernels):
     assert count(kernels["gae rows, cursor"], "LDG.E.128") >= 4
     assert count(kernels["gae rows, cursor"], "STG.E.128") >= 4
+
+
+def test_fields_are_loaded_before_the_first_is_stored(kernels):
+    """Loads are not moved over stores: only what few programs need, a pool's or the statistics, is loaded later."""
+    for name, later in {"append": 8, "append, cursor": 8, "gather": 5, "gather, cursor": 5}.items():
+        kernel = kernels[name]
+        assert count(kernel, "LDG") - kernel["loads before the first store"] <= later, name

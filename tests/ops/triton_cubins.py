@@ -1,7 +1,7 @@
 """Compiles the Triton kernels for a GPU that need not be there, and prints what the machine code holds as JSON.
 
 test_triton_compile.py runs it in a process without TRITON_INTERPRET. The launchers are called as they are; in place of
-a launch, the kernel is compiled for the compute capability given as the argument (80, 90).
+a launch, the kernel is compiled for the compute capability given as the argument (80, 90, 120).
 """
 
 from __future__ import annotations
@@ -57,9 +57,17 @@ def report(name: str, launch: Callable[[], None]) -> dict:
         file.write(compiled[-1].asm["cubin"])
         file.flush()
         usage = tool("cuobjdump", "--dump-resource-usage", file.name)
-        opcodes = Counter(OPCODE.findall(tool("cuobjdump", "-sass", file.name)))
+        opcodes = OPCODE.findall(tool("cuobjdump", "-sass", file.name))
     registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
-    return {"name": name, "registers": int(registers), "stack": int(stack), "opcodes": opcodes}
+    first_store = next(i for i, opcode in enumerate(opcodes) if opcode.startswith("STG"))
+    return {
+        "name": name,
+        "registers": int(registers),
+        "stack": int(stack),
+        "shared": compiled[-1].metadata.shared,
+        "opcodes": Counter(opcodes),
+        "loads before the first store": sum(opcode.startswith("LDG") for opcode in opcodes[:first_store]),
+    }
 
 
 def column(num_envs: int, steps: int, time_major: bool, dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -54,7 +54,13 @@ def test_no_code_runs_from_a_checkpoint(tmp_path):
         checkpoint.load(tmp_path / "model.pt")
 
 
-@pytest.mark.parametrize("content", [b"", b"not a checkpoint", pickle.dumps([1, 2], protocol=2)])
+# What the unpickler makes of them: nothing, no opcode, a list, an empty stack (IndexError), a memo that is not there
+# (KeyError), text that is no UTF-8 (UnicodeDecodeError).
+NO_CHECKPOINTS = [b"", b"not a checkpoint", pickle.dumps([1, 2], protocol=2)]
+NO_CHECKPOINTS += [b"\x80\x02R.", b"\x80\x02h\x05.", b"\x80\x02X\x02\x00\x00\x00\xff\xfe.", b"\x80\x02}"]
+
+
+@pytest.mark.parametrize("content", NO_CHECKPOINTS)
 def test_files_that_are_no_checkpoints(tmp_path, content):
     path = tmp_path / "model.pt"
     path.write_bytes(content)
@@ -65,3 +71,15 @@ def test_files_that_are_no_checkpoints(tmp_path, content):
 def test_a_file_that_is_not_there(tmp_path):
     with pytest.raises(FileNotFoundError):
         checkpoint.load(tmp_path / "model.pt")
+
+
+def test_keys_that_are_required(tmp_path):
+    path = checkpoint.save(tmp_path / "model.pt", {"iteration": 7, "policy": {}})
+    assert checkpoint.load(path, required=("iteration", "policy"))["iteration"] == 7
+    with pytest.raises(ValueError, match=r"model\.pt: expected a checkpoint of a training, got one without learner"):
+        checkpoint.load(path, required=("iteration", "learner"))
+
+
+def test_a_folder_is_told_from_a_bad_file(tmp_path):
+    with pytest.raises(OSError):
+        checkpoint.load(tmp_path)

@@ -12,6 +12,7 @@ import torch
 from torch.distributions import Normal
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import pydrone
 from pydrone.buffer import RolloutBuffer
 from pydrone.ppo.config import PPOConfig
 from pydrone.ppo.learner import Learner
@@ -149,6 +150,16 @@ def test_state_dict_round_trip_goes_on_identically():
     assert torch.equal(first.learning_rate, second.learning_rate)
 
 
+def test_the_fixed_schedule_keeps_the_rate_it_is_given():
+    first = Learner(make_policy(), PPOConfig(learning_rate=3e-4, schedule="fixed"))
+    first.step(random_batch())
+    for schedule, rate in (("fixed", 1e-3), ("adaptive", 3e-4)):
+        second = Learner(make_policy(), PPOConfig(learning_rate=1e-3, schedule=schedule))
+        second.load_state_dict(copy.deepcopy(first.state_dict()))
+        assert second.learning_rate.item() == pytest.approx(rate), schedule
+        assert second.optimizer.param_groups[0]["lr"] is second.learning_rate
+
+
 def fill(buffer: RolloutBuffer, policy: ActorCritic, seed: int = 0) -> torch.Tensor:
     torch.manual_seed(seed)
     for _ in range(buffer.num_steps):
@@ -222,6 +233,10 @@ BOOKKEEPING = {
 }
 
 
+native = pytest.mark.skipif(pydrone.backends()["cpu"] is not None, reason="the reference backend is plain PyTorch")
+
+
+@native
 def test_storage_gae_and_minibatches_run_no_tensor_op_of_torch():
     policy, buffer = make_policy(), make_buffer()
     obs = torch.randn(N, OBS)
@@ -248,6 +263,7 @@ def test_storage_gae_and_minibatches_run_no_tensor_op_of_torch():
         assert kernels.count("pydrone::gae") == 1 and kernels.count("pydrone::gather") == 20
 
 
+@native
 def test_update_reads_nothing_back_from_the_device():
     """No .item(), no .tolist(), no bool() of a tensor: each would be a local_scalar_dense."""
     policy, buffer = make_policy(), make_buffer()

@@ -105,10 +105,27 @@ def test_observations_by_group():
 
 
 @pytest.mark.parametrize(
+    "obs",
+    [
+        {"policy": ((3,), torch.float32), "critic": ((5,), torch.float32)},  # as the adapters give them
+        {"policy": (3, torch.uint8), "critic": ((5,), torch.float16)},
+    ],
+)
+def test_groups_with_dtypes_have_the_width_of_their_shape(obs):
+    policy = make(obs=obs, actions=2)
+    assert policy.actor[0].weight.shape == (128, 3) and policy.critic[0].weight.shape == (128, 5)
+    step = policy.act(
+        {name: torch.ones(4, width, dtype=obs[name][1]) for name, width in (("policy", 3), ("critic", 5))}
+    )
+    assert step.mean.shape == (4, 2) and step.values.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
     ("obs", "message"),
     [
         ({"state": 3}, r"obs: expected a group named 'policy', got \['state'\]"),
         ((3, 64, 64), r"got shape \[3, 64, 64\]"),
+        ({"policy": ((8, 8), torch.uint8)}, r"got shape \[8, 8\]"),
     ],
 )
 def test_observations_that_do_not_fit(obs, message):

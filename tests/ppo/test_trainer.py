@@ -6,14 +6,15 @@ import json
 import math
 import os
 import signal
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
 
-from pydrone.envs import make
+from pydrone.envs import ENVIRONMENTS, make
 from pydrone.envs.base import StepResult
 from pydrone.ppo import checkpoint
-from pydrone.ppo.config import PPOConfig, TrainConfig
+from pydrone.ppo.config import ENVS, PPOConfig, TrainConfig
 from pydrone.ppo.trainer import EpisodeMeter, Trainer, progress_line
 
 
@@ -271,7 +272,7 @@ def test_a_loss_that_is_not_finite_is_an_error():
         def step(self, actions):
             return super().step(actions)._replace(rewards=torch.full((8,), math.nan))
 
-    with pytest.raises(FloatingPointError, match="iteration 1: the loss is not finite"):
+    with pytest.raises(FloatingPointError, match=r"iteration 1: the loss is not finite .*: the rewards of the env"):
         Trainer(Broken(8), config()).iterate()
 
 
@@ -285,16 +286,42 @@ def test_discrete_actions_are_refused_by_name():
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"num_steps": 0}, "num_steps: expected at least 1, got 0"),
-        ({"num_envs": 0}, "num_envs: expected at least 1, got 0"),
+        ({"num_steps": 0}, "num_steps: expected an int of at least 1, got 0"),
+        ({"num_steps": 4.0}, "num_steps: expected an int of at least 1, got 4.0"),
+        ({"iterations": True}, "iterations: expected an int of at least 1, got True"),
+        ({"num_envs": 0}, "num_envs: expected an int of at least 1, got 0"),
+        ({"num_envs": 1, "ppo": {"num_minibatches": 5}}, "num_minibatches: expected at most .* 4 samples, got 5"),
+        ({"env": "hover"}, "env: expected one of genesis-hover, quadrotor, got 'hover'"),
+        ({"seed": 1.5}, "seed: expected an int, got 1.5"),
+        ({"target_episode_length": 0.0}, "target_episode_length: expected a number above 0, got 0.0"),
         ({"ppo": {"gamma": 1.5}}, "gamma: expected a number from 0 to 1, got 1.5"),
+        ({"ppo": {"lam": -0.1}}, "lam: expected a number from 0 to 1, got -0.1"),
         ({"ppo": {"schedule": "linear"}}, "schedule: expected 'adaptive' or 'fixed', got 'linear'"),
         ({"ppo": {"learning_rate": 0.0}}, "learning_rate: expected a number above 0, got 0.0"),
+        ({"ppo": {"learning_rate": math.inf}}, "learning_rate: expected a number above 0, got inf"),
+        ({"ppo": {"desired_kl": math.nan}}, "desired_kl: expected a number above 0, got nan"),
+        ({"ppo": {"clip": -0.2}}, "clip: expected a number above 0, got -0.2"),
+        ({"ppo": {"max_grad_norm": 0}}, "max_grad_norm: expected a number above 0, got 0"),
+        ({"ppo": {"init_std": "1"}}, "init_std: expected a number above 0, got '1'"),
+        ({"ppo": {"entropy_coef": -1}}, "entropy_coef: expected a number of at least 0, got -1"),
+        ({"ppo": {"value_loss_coef": -1.0}}, "value_loss_coef: expected a number of at least 0, got -1.0"),
+        ({"ppo": {"num_epochs": 0}}, "num_epochs: expected an int of at least 1, got 0"),
+        ({"ppo": {"hidden_dims": (64, 0)}}, r"hidden_dims\[1\]: expected an int of at least 1, got 0"),
+        ({"ppo": {"hidden_dims": 64}}, "hidden_dims: expected a tuple of ints, got 64"),
     ],
 )
 def test_settings_that_cannot_be(kwargs, message):
     with pytest.raises(ValueError, match=message):
         config(**kwargs)
+
+
+def test_the_known_environments():
+    assert set(ENVS) == set(ENVIRONMENTS) == set(get_args(get_type_hints(TrainConfig)["env"]))
+
+
+def test_more_minibatches_than_samples_are_refused_before_anything_is_built():
+    with pytest.raises(ValueError, match=r"num_minibatches: expected at most .* 8 samples, got 9"):
+        Trainer(Scripted([[0, 0]]), config(ppo={"num_minibatches": 9}))
 
 
 def test_progress_line():
@@ -305,6 +332,13 @@ def test_progress_line():
         " 12/301  reward   -1.250  length    86.2      35,412 steps/s  "
         "env 0.50 policy 0.50 storage 0.50 gae 0.50 update 0.50 s  left 1:02:05"
     )
+
+
+def test_progress_line_before_the_first_episode_has_ended():
+    figures = {"iteration": 1, "episode_return": math.nan, "episode_length": math.nan, "steps_per_second": 1.0}
+    figures |= {f"time/{name}": 0.5 for name in ("env", "policy", "storage", "gae", "update")}
+    line = progress_line(figures, 3, 0.0)
+    assert "reward        -  length       -  " in line and "nan" not in line
 
 
 def test_learns_to_drive_a_point_mass_to_the_origin():

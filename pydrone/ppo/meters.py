@@ -1,0 +1,92 @@
+"""What an iteration is measured by: the seconds of its stages, and the episodes that ended in it."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from torch import Tensor
+
+from pydrone.ops.schema import INVALID, RUNNING
+
+# The parts of an iteration whose time is taken.
+STAGES = ("env", "policy", "storage", "gae", "update")
+
+
+class Stopwatch:
+    """Seconds by stage. On CUDA by events in the stream, so that taking the time does not wait for the device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._spare: list[torch.cuda.Event] = []
+        self._laps: list[tuple[str | None, torch.cuda.Event]] = []
+        self._seconds = dict.fromkeys(STAGES, 0.0)
+        self._last = 0.0
+
+    def start(self) -> None:
+        """Begins an iteration at zero."""
+        self._seconds = dict.fromkeys(STAGES, 0.0)
+        self._last = time.perf_counter()
+        if self._cuda:
+            self._spare += [event for _, event in self._laps]
+            self._laps = []
+            self._record(None)
+
+    def lap(self, stage: str) -> None:
+        """The time since the last call went into ``stage``."""
+        if self._cuda:
+            self._record(stage)
+        else:
+            now = time.perf_counter()
+            self._seconds[stage] += now - self._last
+            self._last = now
+
+    def seconds(self) -> dict[str, float]:
+        """By stage, since :meth:`start`. On CUDA the device must have been waited for."""
+        for (_, before), (stage, after) in zip(self._laps, self._laps[1:]):
+            self._seconds[stage] += before.elapsed_time(after) * 1e-3
+        return dict(self._seconds)
+
+    def _record(self, stage: str | None) -> None:
+        event = self._spare.pop() if self._spare else torch.cuda.Event(enable_timing=True)
+        event.record()
+        self._laps.append((stage, event))
+
+
+class EpisodeMeter:
+    """Episodes that end within a rollout: how many, their lengths and rewards, in a dozen launches a rollout.
+
+    rsl_rl keeps the last 100 episodes in a deque on the host, which costs a synchronisation a step; this is the mean
+    over all episodes that ended in the iteration. An episode's reward is the plain sum, not discounted.
+    """
+
+    def __init__(self, num_envs: int, num_steps: int, device: torch.device) -> None:
+        self._steps = torch.arange(1, num_steps + 1, device=device)
+        # Of the running episodes, in rollouts that are gone.
+        self._length = torch.zeros(num_envs, device=device)
+        self._reward = torch.zeros(num_envs, device=device)
+
+    def update(self, rewards: Tensor, codes: Tensor) -> Tensor:
+        """[3]: count, summed length and summed reward of the episodes that ended.
+
+        rewards: [N, T]. codes: uint8 [N, T], the buffer's. Up to an environment's last end every step belongs to an
+        episode that ended, so nothing need be known of the ends before it.
+        """
+        counted = codes != INVALID
+        ends = counted & (codes != RUNNING)
+        last = torch.where(ends, self._steps, 0).amax(1, keepdim=True)  # steps up to the last end, 0 without one
+        ended = last.squeeze(1) > 0
+        before = self._steps <= last
+        rewards = torch.where(counted, rewards, 0)
+        reward_before, length_before = torch.where(before, rewards, 0).sum(1), (before & counted).sum(1)
+        reward_after, length_after = torch.where(before, 0, rewards).sum(1), (counted & ~before).sum(1)
+        totals = torch.stack(
+            (
+                ends.sum(),
+                (length_before + torch.where(ended, self._length, 0)).sum(),
+                (reward_before + torch.where(ended, self._reward, 0)).sum(),
+            )
+        )
+        self._length = length_after + torch.where(ended, 0, self._length)
+        self._reward = reward_after + torch.where(ended, 0, self._reward)
+        return totals

@@ -1,0 +1,195 @@
+"""CUDA graphs: append, GAE and minibatches captured once and replayed over rollouts, as an eager buffer does it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from rollout_model import assert_close, memory_bytes, random_step
+
+from pydrone import BufferFull, RolloutBuffer
+
+if not torch.cuda.is_available():
+    pytest.skip("no CUDA device", allow_module_level=True)
+
+pytestmark = pytest.mark.gpu
+
+N, T, ROLLOUTS = 300, 12, 5
+GAMMA, LAM = 0.97, 0.9
+
+
+def make(backend: str | None, device: str, **options) -> RolloutBuffer:
+    options = {"obs": {"state": 17, "camera": ((2, 5), torch.uint8)}, "actions": 4, "fields": {"mu": 4}} | options
+    return RolloutBuffer(N, T, device=device, backend=backend, seed=3, **options)
+
+
+def captured(buf: RolloutBuffer, run: Callable[[], None]) -> torch.cuda.CUDAGraph:
+    """Captures twice: what a kernel's first launch loads may not be loaded in a capture of the default mode."""
+    for mode in ("relaxed", "global"):
+        buf.clear()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode=mode):
+            run()
+    return graph
+
+
+def refill(inputs: dict, step: dict) -> None:
+    """New numbers in a graph's input tensors."""
+    for name, x in inputs.items():
+        if isinstance(x, dict):
+            refill(x, step[name])
+        else:
+            x.copy_(step[name])
+
+
+def on_cpu(step: dict) -> dict:
+    return {name: on_cpu(x) if isinstance(x, dict) else x.cpu() for name, x in step.items()}
+
+
+def epochs(buf: RolloutBuffer) -> list[dict[str, torch.Tensor]]:
+    """Copies of all minibatches of two epochs."""
+    copies = []
+    for mb in buf.minibatches(3, num_epochs=2, reuse=True):
+        names = ("actions", "values", "log_probs", "advantages", "returns", "mu")
+        copies.append({name: mb[name].clone() for name in names} | {k: x.clone() for k, x in mb.obs.items()})
+        copies[-1]["indices"] = mb.indices
+    return copies
+
+
+def late_step(buf: RolloutBuffer) -> dict:
+    step = random_step(buf)
+    return step | {"truncated": step["dones"] & (torch.rand(N) < 0.5), "final_obs": random_step(buf)["obs"]}
+
+
+def value_fn(obs: dict[str, torch.Tensor]) -> torch.Tensor:
+    return obs["state"].sum(1) + obs["camera"].float().sum((1, 2))
+
+
+# Final observations and clear() in a graph need a ring of one rollout.
+@pytest.mark.parametrize(
+    ("capacity", "late", "clears"),
+    [*((T, late, clears) for late in (False, True) for clears in (False, True))]
+    + [(capacity, False, False) for capacity in (T + 5, 2 * T, 3 * T - 4)],
+)
+def test_a_rollout_replayed_is_a_rollout_run(capacity, late, clears, backend):
+    """Bit for bit what an eager buffer of the same backend holds; the CPU's to rounding."""
+    sizes = {"capacity": capacity, "final_obs_rows": N * T if late else 0}
+    buf, eager = make(backend, "cuda", **sizes), make(backend, "cuda", **sizes)
+    on_host = make(None, "cpu", **sizes)
+    new, how = (late_step, {"value_fn": value_fn}) if late else (random_step, {})
+    inputs, last, seen = [new(buf) for _ in range(T)], torch.zeros(N), []
+
+    def run() -> None:
+        for step in inputs:
+            buf.append(**step)
+        buf.compute_gae(last, GAMMA, LAM, check=False, **how)
+        seen[:] = epochs(buf)
+        if clears:
+            buf.clear()
+
+    graph = captured(buf, run)
+    buf.clear()
+    assert len(buf) == 0
+    orders = set()
+    for _ in range(ROLLOUTS):
+        steps = [new(buf) for _ in range(T)]
+        for step, static in zip(steps, inputs, strict=True):
+            refill(static, step)
+            eager.append(**step)
+            on_host.append(**on_cpu(step))
+        last.copy_(torch.randn(N))
+        buf.advance(T, rollouts=int(clears))
+        graph.replay()
+        eager.compute_gae(last, GAMMA, LAM, **how)
+        on_host.compute_gae(last.cpu(), GAMMA, LAM, **how)
+        for name in ("advantages", "returns", "statistics"):
+            assert torch.equal(buf._memory[name], eager._memory[name]), name
+        assert_close(buf._memory["advantages"], on_host.advantages)
+        for ours, theirs in zip(seen, epochs(eager), strict=True):
+            for name in ours:
+                assert torch.equal(ours[name], theirs[name]), name
+        for ours, theirs in zip(seen, epochs(on_host), strict=True):
+            assert torch.equal(ours["indices"].cpu(), theirs["indices"])
+            assert torch.equal(ours["state"].cpu(), theirs["state"])
+            assert_close(ours["advantages"], theirs["advantages"])
+        orders |= {tuple(copies["indices"].tolist()) for copies in seen}
+        buf.check()
+        for each in (eager, on_host) if clears else (buf, eager, on_host):
+            each.clear()
+        assert (buf._appended, buf._discarded) == (eager._appended, eager._discarded)
+        assert buf._cursor.tolist() == [buf._appended, buf._discarded, 0, 0, T]
+    assert len(orders) == 6 * ROLLOUTS  # no permutation twice
+
+
+@pytest.mark.parametrize("halves", [False, True], ids=["append", "begin and end"])
+def test_eager_steps_between_replays(halves, backend):
+    buf, eager = make(backend, "cuda", capacity=T + 2), make(backend, "cuda", capacity=T + 2)
+    inputs = random_step(buf)
+
+    def run() -> None:
+        early = {name: x for name, x in inputs.items() if name not in ("rewards", "dones")}
+        if not halves:
+            return buf.append(**inputs)
+        buf.begin(**early)
+        return buf.end(rewards=inputs["rewards"], dones=inputs["dones"])
+
+    graph = captured(buf, run)
+    for rollout in range(4):
+        for t in range(T):
+            step = random_step(buf)
+            eager.append(**step)
+            if (rollout + t) % 3 == 0:
+                buf.append(**step)
+            else:
+                refill(inputs, step)
+                buf.advance(1)
+                graph.replay()
+        assert memory_bytes(buf)["rows"] == memory_bytes(eager)["rows"]
+        assert torch.equal(buf.rewards, eager.rewards) and torch.equal(buf.dones, eager.dones)
+        buf.clear()
+        eager.clear()
+    buf.check()
+
+
+def test_a_full_ring_is_left_alone_and_flagged(backend):
+    buf = make(backend, "cuda")
+    inputs = random_step(buf)
+    graph = captured(buf, lambda: buf.append(**inputs))
+    buf.clear()
+    for _ in range(T):
+        buf.advance(1)
+        refill(inputs, random_step(buf))
+        graph.replay()
+    with pytest.raises(BufferFull, match=rf"^the ring of {T} steps holds {T}"):
+        buf.advance(1)
+    before = memory_bytes(buf)
+    refill(inputs, random_step(buf))
+    graph.replay()  # without advance()
+    after = memory_bytes(buf)
+    assert {name for name in before if before[name] != after[name]} == {"cursor"}
+    for _ in range(2):  # sticky
+        with pytest.raises(BufferFull, match=r"^a captured append found the ring full"):
+            buf.check()
+    assert buf._cursor.tolist() == [T, 0, 1, 0, T]
+
+
+def test_a_graph_outlives_many_rollouts(backend):
+    """The ticket of the statistics and that of the ring are back at 0 after each of hundreds of replays."""
+    buf = make(backend, "cuda")
+    inputs, last = random_step(buf), torch.randn(N)
+
+    def run() -> None:
+        for _ in range(T):
+            buf.append(**inputs)
+        buf.compute_gae(last, GAMMA, LAM)
+        buf.clear()
+
+    graph, results = captured(buf, run), set()
+    buf.clear()
+    for _ in range(200):
+        buf.advance(T, rollouts=1)
+        graph.replay()
+        results.add(tuple(buf._memory["statistics"].tolist()))
+    assert len(results) == 1
+    assert buf._cursor.tolist() == [200 * T, 200 * T, 0, 0, T] and buf._memory["workspace"][0].item() == 0
