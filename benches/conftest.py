@@ -1,7 +1,8 @@
-"""Shared by the benchmarks: thread settings, one rollout's data, and rsl_rl's own storage and loop on it.
+"""`pytest benches/ --benchmark-only`: options, thread settings, cases, and the report at the end.
 
-`pytest benches/ --benchmark-only` compares the two sides of each group on the same inputs, after their outputs have
-been compared. Figures of different machines, or of different runs, do not compare: read the ratios within a group.
+A case asks for its comparison, which the first of them measures (see harness.py), and hands the recorded times to
+pytest-benchmark, so that its own table, ``--benchmark-json`` and ``--benchmark-compare`` go on working. Figures of
+different machines, or of different runs, do not compare: read the ratios within a group.
 """
 
 from __future__ import annotations
@@ -11,118 +12,93 @@ import os
 # Before torch is imported: OpenMP threads that spin after their work take the cores from whatever is timed next.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-from types import SimpleNamespace
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
-
-NUM_OBS, NUM_ACTIONS = 17, 4
-GAMMA, LAM = 0.99, 0.95
-SIZES = [(8192, 100), (1024, 100)]
+from report import print_summary, write
+from suite import Case, Suite, cases, parse_size
 
 
-def pytest_make_parametrize_id(config, val, argname):
-    return f"{val[0]}x{val[1]}" if argname == "size" else None
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("pydrone")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    group.addoption("--pydrone-report", metavar="DIR", help="write JSON and a chart, named after the machine, to DIR")
+    group.addoption("--pydrone-device", default="cpu", help="cpu (the default), cuda, cuda:1, ...")
+    group.addoption("--pydrone-threads", type=int, default=cores, help=f"torch's threads (default: {cores})")
+    group.addoption("--pydrone-sizes", metavar="NxT,...", help="sizes instead of the five of workload.py")
+    group.addoption("--pydrone-time", type=float, default=1.0, metavar="FACTOR", help="measure so much longer")
 
 
-class Data:
-    """A rollout's steps in rsl_rl's time-major layout, [T, N, ...]; 2 % of the steps end an episode."""
-
-    def __init__(self, num_envs: int, num_steps: int) -> None:
-        generator = torch.Generator().manual_seed(1)
-
-        def normal(*shape: int) -> torch.Tensor:
-            return torch.randn(num_steps, num_envs, *shape, generator=generator)
-
-        self.num_envs, self.num_steps = num_envs, num_steps
-        self.obs, self.actions = normal(NUM_OBS), normal(NUM_ACTIONS)
-        self.mu, self.sigma = normal(NUM_ACTIONS), normal(NUM_ACTIONS).exp()
-        self.rewards, self.values, self.log_probs = normal(), normal(), normal()
-        self.dones = torch.rand(num_steps, num_envs, generator=generator) < 0.02
-        self.last_values = torch.randn(num_envs, generator=generator)
-
-    def step(self, t: int) -> dict[str, torch.Tensor]:
-        """The arguments of ``RolloutBuffer.append``."""
-        names = ("obs", "actions", "rewards", "dones", "values", "log_probs", "mu", "sigma")
-        return {name: getattr(self, name)[t] for name in names}
+def pytest_configure(config: pytest.Config) -> None:
+    torch.set_num_threads(config.getoption("--pydrone-threads"))
+    config.stash[SUITE] = Suite(config.getoption("--pydrone-device"), config.getoption("--pydrone-time"))
 
 
-@pytest.fixture(scope="module", params=SIZES)
-def size(request) -> tuple[int, int]:
-    return request.param
+SUITE = pytest.StashKey[Suite]()
 
 
-@pytest.fixture(scope="module")
-def data(size) -> Data:
-    return Data(*size)
+class Replay:
+    """A clock for pytest-benchmark that runs through recorded seconds: every second reading is one of them later."""
+
+    __name__ = "replay"
+
+    def __init__(self) -> None:
+        self.seconds: Iterator[float] = iter(())
+        self._started = False
+
+    def __call__(self) -> float:
+        self._started = not self._started
+        return 0.0 if self._started else next(self.seconds)
 
 
-@pytest.fixture
-def buffer(data):
-    """pydrone's buffer with the fields that rsl_rl stores."""
-    from pydrone.buffer import RolloutBuffer
-
-    fields = {"mu": NUM_ACTIONS, "sigma": NUM_ACTIONS}
-    return RolloutBuffer(
-        data.num_envs, data.num_steps, obs=NUM_OBS, actions=NUM_ACTIONS, fields=fields, final_obs_rows=0
-    )
-
-
-@pytest.fixture
-def filled(buffer, data):
-    """The buffer with a rollout in it and its advantages computed."""
-    for t in range(data.num_steps):
-        buffer.append(**data.step(t))
-    buffer.compute_gae(data.last_values, GAMMA, LAM)
-    return buffer
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A module's OPERATION makes the cases of its test."""
+    if "case" not in metafunc.fixturenames:
+        return
+    chosen = metafunc.config.getoption("--pydrone-sizes")
+    found: list[Case] = []
+    for operation in metafunc.module.OPERATIONS:
+        sizes = [parse_size(text) for text in chosen.split(",")] if chosen else None
+        found += cases(operation, metafunc.config.getoption("--pydrone-device"), sizes)
+    parameters = []
+    for case in found:
+        operation = case.operation.replace("sweep: ", "").replace(" ", "_")
+        name = f"{operation}-{case}" if len(metafunc.module.OPERATIONS) > 1 else str(case)
+        mark = pytest.mark.benchmark(group=case.group, timer=Replay())
+        parameters.append(pytest.param(case, id=name, marks=mark))
+    metafunc.parametrize("case", parameters)
 
 
 @pytest.fixture
-def rsl_rl_storage(data):
-    """(storage, transitions): rsl_rl's own, and its input for every step."""
-    pytest.importorskip("rsl_rl", reason="rsl-rl-lib is not installed")
-    from rsl_rl.storage import RolloutStorage
-    from tensordict import TensorDict
+def replay(request: pytest.FixtureRequest, case: Case, benchmark) -> Callable[[], None]:  # type: ignore[no-untyped-def]
+    """Measures the case's comparison if that has not been done, and gives the case's times to ``benchmark``."""
 
-    example = TensorDict({"policy": data.obs[0]}, batch_size=[data.num_envs])
-    storage = RolloutStorage("rl", data.num_envs, data.num_steps, example, (NUM_ACTIONS,))
-    transitions = []
-    for t in range(data.num_steps):
-        transition = RolloutStorage.Transition()
-        transition.observations = TensorDict({"policy": data.obs[t]}, batch_size=[data.num_envs])
-        transition.actions, transition.rewards, transition.dones = data.actions[t], data.rewards[t], data.dones[t]
-        transition.values = data.values[t].unsqueeze(1)
-        transition.actions_log_prob = data.log_probs[t]
-        transition.distribution_params = (data.mu[t], data.sigma[t])
-        transitions.append(transition)
-    return storage, transitions
+    def run() -> None:
+        comparison = request.config.stash[SUITE].comparison(case.operation, case.size)
+        result = comparison.results[case.contender]
+        if result.absent:
+            pytest.skip(f"{case.contender}: {result.absent}")
+        if result.wrong:
+            pytest.fail(f"{case.contender}, {case.size}: {result.wrong}", pytrace=False)
+        if case.cache not in result.seconds:
+            pytest.skip(comparison.hot)
+        seconds = result.seconds[case.cache]
+        benchmark.extra_info = {"contender": case.contender, "launches": result.launches}
+        request.node.get_closest_marker("benchmark").kwargs["timer"].seconds = iter(seconds)
+        benchmark.pedantic(lambda: None, rounds=len(seconds))
 
-
-@pytest.fixture
-def rsl_rl_filled(rsl_rl_storage):
-    storage, transitions = rsl_rl_storage
-    for transition in transitions:
-        storage.add_transition(transition)
-    return storage
+    return run
 
 
-def rsl_rl_returns(storage, last_values: torch.Tensor) -> None:
-    """rsl_rl's own PPO.compute_returns, normalisation included, on a storage alone."""
-    from rsl_rl.algorithms import PPO
-
-    class Critic:
-        get_hidden_state = staticmethod(lambda: None)
-        reset = staticmethod(lambda hidden_state: None)
-
-        def __call__(self, obs: object) -> torch.Tensor:
-            return last_values.unsqueeze(1)
-
-    algorithm = SimpleNamespace(
-        storage=storage, critic=Critic(), gamma=GAMMA, lam=LAM, normalize_advantage_per_mini_batch=False
-    )
-    PPO.compute_returns(algorithm, None)
-
-
-def close(ours: torch.Tensor, theirs: torch.Tensor, bound: float = 1e-5) -> bool:
-    """Whether the largest difference is within ``bound`` of the largest value."""
-    return bool((ours - theirs).abs().max() <= bound * theirs.abs().max())
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    suite = config.stash[SUITE]
+    comparisons = list(suite.comparisons.values())
+    if not comparisons:
+        return
+    print_summary(terminalreporter.write_line, comparisons)
+    folder = config.getoption("--pydrone-report")
+    if folder:
+        for path in write(Path(folder), comparisons, suite.device):
+            terminalreporter.write_line(f"written: {path}")

@@ -13,7 +13,7 @@ from contextlib import suppress
 import torch
 from torch import Tensor
 
-_LARGE = 4 << 20  # bytes: two huge pages
+_LARGE = 8 << 20  # bytes; below that malloc keeps what is freed, and hands it out again without a page fault
 
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

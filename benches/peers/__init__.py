@@ -1,0 +1,60 @@
+"""The contenders: pydrone, what is written by hand, and the real packages, each run through its own code.
+
+Each module has some of ``gae``, ``append``, ``epoch`` and ``iteration``: functions that take a ``Rollout``, allocate,
+and return a ``Run``. Their docstrings say what is timed. Inputs are given in the form in which the package's own
+collector would have them (shapes, dtypes, containers), made before the clock starts.
+"""
+
+from __future__ import annotations
+
+import importlib
+import time
+from collections.abc import Callable, Iterable
+from types import ModuleType
+
+import torch
+from harness import Absent, Run
+from torch import Tensor
+
+
+def need(name: str) -> ModuleType:
+    """Imports a peer, or says why it is not there."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise Absent(f"cannot be imported ({error})") from None
+
+
+def exhaust(batches: Iterable[object]) -> None:
+    """What an epoch's clock sees: the minibatches are made and dropped, as by a learner that takes no time."""
+    for _ in batches:
+        pass
+
+
+def epoch_run(batches: Callable[[], Iterable], fields: Callable[[object], dict[str, Tensor]]) -> Run:
+    """A Run of one pass over ``batches()``. ``fields`` names a batch's tensors as ``Truth.check`` does."""
+
+    def outputs() -> dict[str, Tensor]:
+        parts = [{name: x.clone() for name, x in fields(batch).items()} for batch in batches()]
+        return {"shuffled": True, **{name: torch.cat([part[name] for part in parts]) for name in parts[0]}}
+
+    return Run(lambda: exhaust(batches()), outputs)
+
+
+class Lap:
+    """``with lap:`` appends the seconds that the block took; on CUDA the device is waited for on both sides."""
+
+    def __init__(self, device: str) -> None:
+        self.seconds: list[float] = []
+        self._cuda = torch.device(device).type == "cuda"
+
+    def __enter__(self) -> None:
+        self._start = self._now()
+
+    def __exit__(self, *error: object) -> None:
+        self.seconds.append(self._now() - self._start)
+
+    def _now(self) -> float:
+        if self._cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter()

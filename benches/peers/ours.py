@@ -1,0 +1,166 @@
+"""pydrone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from harness import Run
+from torch import Tensor
+from workload import GAMMA, LAM, NUM_ACTIONS, NUM_EPOCHS, NUM_MINIBATCHES, NUM_OBS, Rollout
+
+import pydrone
+from pydrone.buffer import RolloutBuffer
+
+from . import Lap, epoch_run
+
+
+def buffer(rollout: Rollout, policy: bool = True) -> RolloutBuffer:
+    """With the old mean and std, as rsl_rl and rl_games have them, or without, as the others."""
+    fields = {"mu": NUM_ACTIONS, "sigma": NUM_ACTIONS} if policy else None
+    return RolloutBuffer(
+        rollout.num_envs,
+        rollout.num_steps,
+        obs=NUM_OBS,
+        actions=NUM_ACTIONS,
+        device=rollout.device,
+        fields=fields,
+        final_obs_rows=0,
+    )
+
+
+def filled(rollout: Rollout, policy: bool = True) -> RolloutBuffer:
+    buf = buffer(rollout, policy)
+    for t in range(rollout.num_steps):
+        buf.append(**rollout.step(t, policy))
+    buf.compute_gae(rollout.last_values, GAMMA, LAM)
+    return buf
+
+
+def _statistics(statistics: Tensor) -> dict[str, Tensor]:
+    count, mean, m2 = statistics.unbind()
+    return {"mean": mean, "std": (m2 / (count - 1)).sqrt()}
+
+
+def gae_steps(rollout: Rollout) -> Run:
+    """``pydrone.gae(out=, stats=True)`` on the caller's [T, N] tensors: advantages, returns, statistics."""
+    out = rollout.rewards.new_empty(2, *rollout.rewards.shape).unbind()
+    results: list[Tensor] = []
+
+    def call() -> None:
+        results[:] = pydrone.gae(
+            rollout.rewards,
+            rollout.values,
+            rollout.dones,
+            rollout.last_values,
+            GAMMA,
+            LAM,
+            time_dim=0,
+            out=out,
+            stats=True,
+        )
+
+    return Run(call, lambda: {"advantages": results[0], "returns": results[1], **_statistics(results[2])})
+
+
+def gae_rows(rollout: Rollout) -> Run:
+    """The same on contiguous [N, T] tensors."""
+    rewards, values, dones = (x.t().contiguous() for x in (rollout.rewards, rollout.values, rollout.dones))
+    out = rewards.new_empty(2, *rewards.shape).unbind()
+    results: list[Tensor] = []
+
+    def call() -> None:
+        results[:] = pydrone.gae(rewards, values, dones, rollout.last_values, GAMMA, LAM, out=out, stats=True)
+
+    return Run(call, lambda: {"advantages": results[0].t(), "returns": results[1].t(), **_statistics(results[2])})
+
+
+def gae(rollout: Rollout) -> Run:
+    """``RolloutBuffer.compute_gae`` in the buffer's own memory. (Observations are one number wide: it reads none.)"""
+    buf = RolloutBuffer(rollout.num_envs, rollout.num_steps, obs=1, actions=1, device=rollout.device, final_obs_rows=0)
+    for t in range(rollout.num_steps):
+        x = rollout.values[t]
+        buf.append(
+            obs=x[:, None],
+            actions=x[:, None],
+            rewards=rollout.rewards[t],
+            dones=rollout.dones[t],
+            values=x,
+            log_probs=x,
+        )
+
+    def outputs() -> dict[str, Tensor]:
+        return {"advantages": buf.advantages.t(), "returns": buf.returns.t(), **_statistics(buf.statistics)}
+
+    return Run(lambda: buf.compute_gae(rollout.last_values, GAMMA, LAM), outputs)
+
+
+def append(rollout: Rollout, policy: bool = True) -> Run:
+    """``clear`` and T times ``append``."""
+    buf = buffer(rollout, policy)
+    steps = [rollout.step(t, policy) for t in range(rollout.num_steps)]
+
+    def call() -> None:
+        buf.clear()
+        for step in steps:
+            buf.append(**step)
+
+    return Run(call, lambda: _stored(buf, steps[0]))
+
+
+def _stored(buf: RolloutBuffer, names: Iterable[str]) -> dict[str, Tensor]:
+    found = {name: getattr(buf, name) for name in ("obs", "rewards", "dones")}
+    found |= {name: buf[name] for name in names if name not in found}
+    return {name: x.transpose(0, 1) for name, x in found.items()}
+
+
+def append_split(rollout: Rollout) -> Run:
+    """``clear`` and T times ``begin`` and ``end``, as around an environment that writes over its observations."""
+    buf = buffer(rollout)
+    ends = ("rewards", "dones")
+    steps = [rollout.step(t) for t in range(rollout.num_steps)]
+    halves = [[{k: x for k, x in step.items() if (k in ends) == end} for end in (False, True)] for step in steps]
+
+    def call() -> None:
+        buf.clear()
+        for first, second in halves:
+            buf.begin(**first)
+            buf.end(**second)
+
+    return Run(call, lambda: _stored(buf, steps[0]))
+
+
+def _fields(mb) -> dict[str, Tensor]:  # type: ignore[no-untyped-def]
+    names = ("actions", "values", "log_probs", "returns")
+    return {"obs": mb.obs, "normalized": mb.advantages, **{name: getattr(mb, name) for name in names}}
+
+
+def _policy_fields(mb) -> dict[str, Tensor]:  # type: ignore[no-untyped-def]
+    return {**_fields(mb), "mu": mb["mu"], "sigma": mb["sigma"]}
+
+
+def epoch(rollout: Rollout, policy: bool = True, reuse: bool = False) -> Run:
+    """One epoch of ``minibatches``: a permutation of its own, advantages normalised on the way.
+
+    ``reuse=False``: new tensors for every minibatch, as all peers give. ``reuse=True``: the same ones again.
+    """
+    buf = filled(rollout, policy)
+    return epoch_run(lambda: buf.minibatches(NUM_MINIBATCHES, reuse=reuse), _policy_fields if policy else _fields)
+
+
+def iteration(rollout: Rollout, policy: bool = True) -> Run:
+    """T times ``append``, ``compute_gae``, all epochs of ``minibatches(reuse=True)``, as ``pydrone train`` does it."""
+    buf = buffer(rollout, policy)
+    steps, lap = [rollout.step(t, policy) for t in range(rollout.num_steps)], Lap(rollout.device)
+    fields = _policy_fields if policy else _fields
+
+    def call() -> None:
+        buf.clear()
+        for step in steps:
+            buf.append(**step)
+        with lap:
+            buf.compute_gae(rollout.last_values, GAMMA, LAM)
+        for _ in buf.minibatches(NUM_MINIBATCHES, NUM_EPOCHS, reuse=True):
+            pass
+
+    last = epoch_run(lambda: buf.minibatches(NUM_MINIBATCHES), fields)
+    return Run(call, last.outputs, lap.seconds)

@@ -1,0 +1,161 @@
+"""A whole training iteration on pydrone's quadrotor: pydrone's Trainer, and rsl_rl's OnPolicyRunner on the same drones.
+
+The settings are the same: TrainConfig's defaults. Neither writes files.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import math
+from typing import Any
+
+import torch
+from harness import Run
+from torch import Tensor
+from workload import Size
+
+import pydrone
+from pydrone.envs.quadrotor import Quadrotor
+
+from . import Lap, need
+
+
+class Setting:
+    """What stands in for the Rollout: a size and a device, nothing to copy."""
+
+    nbytes = 1
+
+    def __init__(self, size: Size, device: str) -> None:
+        self.size, self.device = size, device
+
+    def clone(self) -> Setting:
+        return self
+
+
+class Sound:
+    """What stands in for the Truth: two trainings with other random numbers have no common result."""
+
+    def check(self, outputs: dict[str, Any]) -> None:
+        """``figures``: finite numbers. ``parameters``: as many as the first contender's. ``returns``: ours, theirs."""
+        for name, x in outputs["figures"].items():
+            assert math.isfinite(x), f"{name} is {x}"
+        expected = self.__dict__.setdefault("parameters", outputs["parameters"])
+        assert outputs["parameters"] == expected, f"{outputs['parameters']} parameters, pydrone has {expected}"
+        for ours, theirs in outputs.get("returns", ()):
+            assert (ours - theirs).abs().max() <= 1e-5 * ours.abs().max(), "the returns differ"
+
+
+def _config(setting: Setting):  # type: ignore[no-untyped-def]
+    from pydrone.ppo.config import TrainConfig
+
+    return TrainConfig(env="quadrotor", num_steps=setting.size.num_steps, num_envs=setting.size.num_envs)
+
+
+def ours(setting: Setting) -> Run:
+    """``Trainer.iterate``. GAE's share includes the values of the final observations."""
+    from pydrone.ppo.trainer import Trainer
+
+    trainer = Trainer(Quadrotor(setting.size.num_envs, setting.device), _config(setting))
+    laps: list[float] = []
+    figures: dict[str, float] = {}
+
+    def call() -> None:
+        figures.update(trainer.iterate())
+        laps.append(figures["time/gae"])
+
+    def outputs() -> dict[str, Any]:
+        losses = {name: figures[name] for name in ("surrogate_loss", "value_loss")}
+        return {"figures": losses, "parameters": sum(x.numel() for x in trainer.policy.parameters())}
+
+    return Run(call, outputs, laps)
+
+
+def _vec_env(setting: Setting):  # type: ignore[no-untyped-def]
+    vec_env, tensordict = need("rsl_rl.env").VecEnv, need("tensordict").TensorDict
+
+    class DroneVecEnv(vec_env):  # type: ignore[misc, valid-type]
+        """The quadrotor behind rsl_rl's interface. Its log is left out, which saves rsl_rl time."""
+
+        def __init__(self) -> None:
+            self.env = Quadrotor(setting.size.num_envs, setting.device)
+            self.num_envs, self.num_actions = setting.size.num_envs, self.env.actions
+            self.max_episode_length, self.device, self.cfg = self.env.max_episode_length, self.env.device, {}
+            self.obs = self.env.reset()
+            self.env.randomize_episode_lengths()
+            self.episode_length_buf = torch.zeros(self.num_envs, dtype=torch.long, device=self.device)
+
+        def get_observations(self):  # type: ignore[no-untyped-def]
+            return tensordict({"policy": self.obs}, batch_size=[self.num_envs])
+
+        def step(self, actions: Tensor):  # type: ignore[no-untyped-def]
+            result = self.env.step(actions)
+            # rsl_rl stores an observation after the step that follows it, and the quadrotor may write over it.
+            self.obs = result.obs.clone()
+            return self.get_observations(), result.rewards, result.dones, {"time_outs": result.truncated}
+
+    return DroneVecEnv()
+
+
+def _runner_config(setting: Setting) -> dict[str, Any]:
+    config = _config(setting)
+    ppo = config.ppo
+    model = {"class_name": "MLPModel", "hidden_dims": list(ppo.hidden_dims), "activation": "tanh"}
+    gaussian = {"class_name": "GaussianDistribution", "init_std": ppo.init_std, "std_type": "scalar"}
+    return {
+        "num_steps_per_env": config.num_steps,
+        "save_interval": config.save_interval,
+        "obs_groups": {"actor": ["policy"], "critic": ["policy"]},
+        "actor": {**model, "distribution_cfg": gaussian},
+        "critic": dict(model),
+        "algorithm": {
+            "class_name": "PPO",
+            "num_learning_epochs": ppo.num_epochs,
+            "num_mini_batches": ppo.num_minibatches,
+            "learning_rate": ppo.learning_rate,
+            "schedule": ppo.schedule,
+            "desired_kl": ppo.desired_kl,
+            "clip_param": ppo.clip,
+            "entropy_coef": ppo.entropy_coef,
+            "value_loss_coef": ppo.value_loss_coef,
+            "use_clipped_value_loss": ppo.clipped_value_loss,
+            "max_grad_norm": ppo.max_grad_norm,
+            "gamma": ppo.gamma,
+            "lam": ppo.lam,
+            "rnd_cfg": None,
+            "symmetry_cfg": None,
+        },
+    }
+
+
+def rsl_rl(setting: Setting) -> Run:
+    """``OnPolicyRunner.learn(1)``. GAE's share is that of ``PPO.compute_returns``."""
+    runners = need("rsl_rl.runners")
+    env, lap = _vec_env(setting), Lap(setting.device)
+    with contextlib.redirect_stdout(io.StringIO()):
+        runner = runners.OnPolicyRunner(env, _runner_config(setting), log_dir=None, device=setting.device)
+    algorithm, compute_returns = runner.alg, runner.alg.compute_returns
+
+    def timed(obs: Any) -> None:
+        with lap:
+            compute_returns(obs)
+
+    algorithm.compute_returns = timed
+
+    def call() -> None:
+        with contextlib.redirect_stdout(io.StringIO()):
+            runner.learn(1)
+
+    def outputs() -> dict[str, Any]:
+        storage, obs = algorithm.storage, env.get_observations()
+        with torch.inference_mode():
+            compute_returns(obs)
+            last_values = algorithm.critic(obs)
+        names, config = ("rewards", "values", "dones"), _config(setting).ppo
+        planes = (getattr(storage, name) for name in names)
+        _, returns = pydrone.gae(*planes, last_values, config.gamma, config.lam, time_dim=0)
+        networks = (algorithm.actor, algorithm.critic)
+        count = sum(x.numel() for network in networks for x in network.parameters())
+        return {"figures": {}, "parameters": count, "returns": [(storage.returns, returns)]}
+
+    return Run(call, outputs, lap.seconds)
