@@ -23,6 +23,9 @@ constexpr int32_t kRunning = 0, kTerminated = 1, kTruncated = 2, kInvalid = 3;
 // What a truncated step bootstraps with, as in pydrone/ops/schema.py.
 constexpr int64_t kNone = 0, kFinalValues = 1, kStoredValue = 2, kNextValue = 3;
 
+// Added to the standard deviation that advantages are divided by, as in pydrone/ops/schema.py.
+constexpr double kStdEpsilon = 1e-8;
+
 // One code of three flags: invalid over truncated over terminated.
 PYDRONE_HD int32_t encode(bool done, bool truncated, bool valid) {
   int32_t code = done ? kTerminated : kRunning;

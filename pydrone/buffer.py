@@ -220,7 +220,6 @@ class RolloutBuffer(Ring):
         return sources, sources[self._sources.index(self._layout.fields["values"])]
 
     def _ends(self, rewards, dones, truncated, final_obs, valid) -> _Ends:
-        self._check_room()
         scalar = self._checked.scalar
         ends = _Ends(
             scalar("rewards", rewards, True),

@@ -14,7 +14,6 @@ constexpr int64_t kBatch = 256;     // positions turned into samples at a time
 constexpr int64_t kGroup = 64;      // samples of a field put together at a time: 64 x width x size is a multiple of 64
 constexpr int64_t kStage = 16384;   // bytes of a field put together at a time; wider ones are copied straight
 constexpr int64_t kSlack = 16;
-constexpr double kStdEpsilon = 1e-8;
 
 struct Output {
   char* data;
@@ -24,7 +23,7 @@ struct Output {
 
 struct Job {
   const char* rows;
-  int64_t row_bytes, num_envs, num_steps, capacity, start, count, first, num_samples;
+  int64_t row_bytes, num_envs, num_steps, capacity, start, count, first;
   const int64_t* subset;
   bool shuffle, streaming;
   Permutation permutation;
@@ -317,7 +316,6 @@ void gather(const Tensor& rows, const std::vector<int64_t>& offsets, const std::
   check_range("start", start, 0, job.capacity);
   job.start = start;
   job.first = first;
-  job.num_samples = num_samples;
   job.shuffle = shuffle;
   if (shuffle)
     job.permutation = make_permutation(num_samples, static_cast<uint64_t>(key), static_cast<uint64_t>(rollout),

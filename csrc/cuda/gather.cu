@@ -16,7 +16,6 @@ constexpr int kMaxFields = 60;  // what fits the 4 KiB of a kernel's arguments
 constexpr int kThreads = 256, kSamples = 128, kUnroll = 4;
 constexpr int64_t kStaged = 288;  // bytes of a row that are brought to shared memory at most, 36 KiB a block
 constexpr int kPad = 16;          // between rows in shared memory, against bank conflicts
-constexpr double kStdEpsilon = 1e-8;
 
 // A field: `word` bytes at a time, or 0 for a conversion between floating types.
 struct Field {
