@@ -40,9 +40,12 @@ def test_statistics(shape, masked, columns, backend):
     assert stats[2].item() == pytest.approx(m2, rel=1e-5)
 
 
+@pytest.mark.parametrize("mean", ["constant", "alternating"])
 @pytest.mark.parametrize("spread", [1e-3, 1.0])
-def test_statistics_of_a_mean_far_from_zero(spread, backend):
+def test_statistics_of_a_mean_far_from_zero(spread, mean, backend):
     rewards = 1e3 + spread * torch.randn(20, 1000).t()
+    if mean == "alternating":  # from step to step: what was seen of one step tells nothing of the next
+        rewards[:, ::2] *= -1
     zeros = torch.zeros(1000, 20)
     advantages, _, stats = gae(rewards, zeros, zeros, torch.zeros(1000), gamma=0, stats=True, backend=backend)
     count, mean, m2 = two_passes(advantages)

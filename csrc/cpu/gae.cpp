@@ -1,94 +1,26 @@
 // GAE on the CPU: rows of environments at a time, backwards through the steps, the carry in L1.
 //
-// Time-major planes of the computation's own type are read and written where they lie. Anything else (row-major
-// callers, other dtypes, separate flags) goes through tiles of kTileSteps x kTileEnvs, small enough for L1.
+// Time-major planes of the computation's own type are read and written where they lie, flags turned into codes a row at
+// a time. If one of the planes is anything else (row-major callers, other dtypes), the block goes through tiles.
 #include "../recurrence.h"
-#include "common.h"
+#include "tiles.h"
 
 #include <algorithm>
 #include <cmath>
 #include <limits>
-#include <vector>
 
 namespace pydrone {
 namespace {
 
 constexpr int64_t kRowEnvs = 1024;  // most environments of a direct block: carry, row and outputs fit L1
-constexpr int64_t kTileEnvs = 128;
-constexpr int64_t kTileSteps = 16;
-
-// A logical [N, C] argument, strides in bytes.
-struct Plane {
-  char* data = nullptr;
-  int64_t env = 0;
-  int64_t step = 0;
-  ScalarType type = ScalarType::Float;
-
-  Plane() = default;
-  explicit Plane(const Tensor& x)
-      : data(static_cast<char*>(x.data_ptr())),
-        env(x.stride(0) * static_cast<int64_t>(x.element_size())),
-        step(x.dim() > 1 ? x.stride(1) * static_cast<int64_t>(x.element_size()) : 0),
-        type(x.scalar_type()) {}
-
-  char* at(int64_t n, int64_t t) const { return data + n * env + t * step; }
-  bool direct(ScalarType wanted, int64_t size) const { return type == wanted && env == size; }
-};
+constexpr int64_t kAhead = 2;       // rows that are fetched ahead
 
 struct Job {
   Plane rewards, values, dones, truncated, valid, last_values, final_values, final_rows, advantages, returns;
-  bool has_truncated, has_valid, has_pool, has_returns, has_stats, coded, streaming;
-  int64_t num_envs, num_steps, capacity, start, pool_size, bootstrap, block;
+  bool has_truncated, has_valid, has_pool, has_returns, coded, streaming;
+  int64_t num_envs, num_steps, capacity, start, pool_size, bootstrap, block, blocks;
   double gamma, gamma_lam;
   double* partials;  // [blocks, 3]
-};
-
-// dst[t * ld + n] = f(src(n, t)); the inner loop runs along whichever of the source's dimensions is dense.
-template <class To, class From, class F>
-inline void read_tile(To* dst, int64_t ld, const Plane& src, int64_t n0, int64_t envs, int64_t t0, int64_t steps,
-                      const F& f) {
-  if (src.env <= src.step || steps == 1) {
-    for (int64_t t = 0; t < steps; ++t)
-      for (int64_t n = 0; n < envs; ++n)
-        dst[t * ld + n] = f(*reinterpret_cast<const From*>(src.at(n0 + n, t0 + t)));
-  } else {
-    for (int64_t n = 0; n < envs; ++n)
-      for (int64_t t = 0; t < steps; ++t)
-        dst[t * ld + n] = f(*reinterpret_cast<const From*>(src.at(n0 + n, t0 + t)));
-  }
-}
-
-template <class T>
-void read_reals(const char* name, T* dst, int64_t ld, const Plane& src, int64_t n0, int64_t envs, int64_t t0,
-                int64_t steps) {
-  for_real(name, src.type, [&](auto kind) {
-    using From = decltype(kind);
-    read_tile<T, From>(dst, ld, src, n0, envs, t0, steps, [](From x) { return convert<T>(x); });
-  });
-}
-
-void read_flags(const char* name, uint8_t* dst, int64_t ld, const Plane& src, int64_t n0, int64_t envs, int64_t t0,
-                int64_t steps) {
-  for_flag(name, src.type, [&](auto kind) {
-    using From = decltype(kind);
-    read_tile<uint8_t, From>(dst, ld, src, n0, envs, t0, steps, [](From x) -> uint8_t { return nonzero(x); });
-  });
-}
-
-template <class T>
-void write_tile(const Plane& dst, const T* src, int64_t ld, int64_t n0, int64_t envs, int64_t t0, int64_t steps) {
-  if (dst.env <= dst.step) {
-    for (int64_t t = 0; t < steps; ++t)
-      for (int64_t n = 0; n < envs; ++n) *reinterpret_cast<T*>(dst.at(n0 + n, t0 + t)) = src[t * ld + n];
-  } else {
-    for (int64_t n = 0; n < envs; ++n)
-      for (int64_t t = 0; t < steps; ++t) *reinterpret_cast<T*>(dst.at(n0 + n, t0 + t)) = src[t * ld + n];
-  }
-}
-
-template <class T>
-struct Moments {
-  T count, mean, m2;
 };
 
 // GCC does not turn the selects of a plain loop into vector code (it threads jumps through them first), so the loops
@@ -101,6 +33,7 @@ struct Vector<float> {
   typedef float Real __attribute__((vector_size(64)));
   typedef int32_t Code __attribute__((vector_size(64)));
   typedef uint8_t Byte __attribute__((vector_size(16)));
+  typedef uint16_t Wider __attribute__((vector_size(32)));
   static constexpr int64_t kSize = 16;
 };
 template <>
@@ -108,6 +41,7 @@ struct Vector<double> {
   typedef double Real __attribute__((vector_size(64)));
   typedef int64_t Code __attribute__((vector_size(64)));
   typedef uint8_t Byte __attribute__((vector_size(8)));
+  typedef uint16_t Wider __attribute__((vector_size(16)));
   static constexpr int64_t kSize = 8;
 };
 
@@ -118,31 +52,77 @@ PYDRONE_INLINE V load(const void* from) {
   return x;
 }
 
+// In two widenings: GCC 12 takes a single one apart into its elements.
 template <class T>
 PYDRONE_INLINE typename Vector<T>::Code load_codes(const uint8_t* codes) {
-  return __builtin_convertvector(load<typename Vector<T>::Byte>(codes), typename Vector<T>::Code);
+  using Wider = typename Vector<T>::Wider;
+  const Wider wider = __builtin_convertvector(load<typename Vector<T>::Byte>(codes), Wider);
+  return __builtin_convertvector(wider, typename Vector<T>::Code);
 }
 #endif
 
-// One step of a block of environments: carry becomes this step's advantages.
+constexpr int64_t kLanes = 16;  // sums run in so many, whatever the instruction set, so that they do not depend on it
+
+// Sums of a row of advantages about a pivot, in lanes.
 template <class T>
-PYDRONE_INLINE void step_body(T* carry, T* returns, const T* rewards, const T* values, const T* next,
-                              const T* at_truncation, const uint8_t* codes, int64_t n, T gamma, T gamma_lam) {
+struct Sums {
+  alignas(64) T first[kLanes], second[kLanes];
+};
+
+#if defined(__GNUC__)
+// A store that bypasses the cache, where the processor has one; `to` is a multiple of 16.
+template <class V>
+PYDRONE_INLINE void stream_vector(void* to, V x) {
+#if defined(__SSE2__)
+  __m128i parts[sizeof(V) / 16];
+  std::memcpy(parts, &x, sizeof(V));
+  for (size_t i = 0; i < sizeof(V) / 16; ++i) _mm_stream_si128(static_cast<__m128i*>(to) + i, parts[i]);
+#else
+  std::memcpy(to, &x, sizeof(V));
+#endif
+}
+#endif
+
+// One step of a block of environments. `after`: the advantages of the next step; `advantages`: room for this one's, in
+// the cache, which may be the same memory. Stream: they also go to `advantages_out`, and as `returns`, past the cache.
+template <bool Stream, class T>
+PYDRONE_INLINE void step_body(const T* after, T* advantages, T* advantages_out, T* returns, Sums<T>& sums, T pivot,
+                              const T* rewards, const T* values, const T* next, const T* at_truncation,
+                              const uint8_t* codes, int64_t n, T gamma, T gamma_lam) {
+  std::fill(sums.first, sums.first + kLanes, T{0});
+  std::fill(sums.second, sums.second + kLanes, T{0});
   int64_t i = 0;
 #if defined(__GNUC__)
   using V = typename Vector<T>::Real;
-  for (; i + Vector<T>::kSize <= n; i += Vector<T>::kSize) {
+  constexpr int64_t kSize = Vector<T>::kSize;
+  V first{}, second{};
+  for (; i + kSize <= n; i += kSize) {
     const V value = load<V>(values + i);
     const V advantage = gae_step(load_codes<T>(codes + i), load<V>(rewards + i), value, load<V>(next + i),
-                                 load<V>(at_truncation + i), gamma, gamma_lam, load<V>(carry + i));
-    const V sum = advantage + value;
-    std::memcpy(carry + i, &advantage, sizeof(V));
-    std::memcpy(returns + i, &sum, sizeof(V));
+                                 load<V>(at_truncation + i), gamma, gamma_lam, load<V>(after + i));
+    const V sum = advantage + value, difference = advantage - pivot;
+    first += difference;
+    second += difference * difference;
+    std::memcpy(advantages + i, &advantage, sizeof(V));
+    if constexpr (Stream) {
+      stream_vector(advantages_out + i, advantage);
+      stream_vector(returns + i, sum);
+    } else {
+      std::memcpy(returns + i, &sum, sizeof(V));
+    }
   }
+  std::memcpy(sums.first, &first, sizeof(V));
+  std::memcpy(sums.second, &second, sizeof(V));
 #endif
   for (; i < n; ++i) {
-    carry[i] = gae_step(int32_t{codes[i]}, rewards[i], values[i], next[i], at_truncation[i], gamma, gamma_lam, carry[i]);
-    returns[i] = carry[i] + values[i];
+    const T advantage = gae_step(int32_t{codes[i]}, rewards[i], values[i], next[i], at_truncation[i], gamma, gamma_lam,
+                                 after[i]);
+    const T difference = advantage - pivot;
+    advantages[i] = advantage;
+    if constexpr (Stream) advantages_out[i] = advantage;
+    returns[i] = advantage + values[i];
+    sums.first[i % kLanes] += difference;
+    sums.second[i % kLanes] += difference * difference;
   }
 }
 
@@ -156,8 +136,7 @@ inline void merge(double* into, double count, double mean, double m2) {
   into[0] = total;
 }
 
-// Joins the moments of a row of samples to `into`, in two passes over L1. The sums run in lanes whose number does not
-// depend on the instruction set, so that neither does the result.
+// Joins the moments of a row of samples to `into`, in two passes over L1.
 template <class T>
 PYDRONE_INLINE void moments_body(double* into, const T* x, int64_t n) {
   int64_t i = 0;
@@ -182,133 +161,228 @@ PYDRONE_INLINE void moments_body(double* into, const T* x, int64_t n) {
   for (; i < n; ++i) merge(into, 1, x[i], 0);
 }
 
-#define PYDRONE_INSTANCE(T)                                                                                       \
-  PYDRONE_CLONES void step(T* carry, T* returns, const T* rewards, const T* values, const T* next,                \
-                           const T* at_truncation, const uint8_t* codes, int64_t n, T gamma, T gamma_lam) {       \
-    step_body(carry, returns, rewards, values, next, at_truncation, codes, n, gamma, gamma_lam);                  \
-  }                                                                                                               \
+#define PYDRONE_STEP(name, stream, T)                                                                              \
+  PYDRONE_CLONES void name(const T* after, T* advantages, T* advantages_out, T* returns, Sums<T>& sums, T pivot,   \
+                           const T* rewards, const T* values, const T* next, const T* at_truncation,               \
+                           const uint8_t* codes, int64_t n, T gamma, T gamma_lam) {                                \
+    step_body<stream>(after, advantages, advantages_out, returns, sums, pivot, rewards, values, next,              \
+                      at_truncation, codes, n, gamma, gamma_lam);                                                  \
+  }
+#define PYDRONE_INSTANCE(T)                \
+  PYDRONE_STEP(step, false, T)             \
+  PYDRONE_STEP(step_streaming, true, T)    \
   PYDRONE_CLONES void moments(double* into, const T* x, int64_t n) { moments_body(into, x, n); }
 PYDRONE_INSTANCE(float)
 PYDRONE_INSTANCE(double)
 #undef PYDRONE_INSTANCE
+#undef PYDRONE_STEP
 
+// Joins a row's moments to `into` from its sums about `pivot`, and returns a pivot for the next row: this one's mean.
+// Where the mean lies so far off the pivot that the difference of the sums would lose digits, two passes take over.
 template <class T>
-void run_block(const Job& job, int64_t block) {
-  constexpr ScalarType kType = std::is_same_v<T, float> ? ScalarType::Float : ScalarType::Double;
-  const int64_t n0 = block * job.block;
-  const int64_t envs = std::min(job.block, job.num_envs - n0);
-  const T gamma = static_cast<T>(job.gamma), gamma_lam = static_cast<T>(job.gamma_lam);
-
-  const bool direct_rewards = job.rewards.direct(kType, sizeof(T));
-  const bool direct_values = job.values.direct(kType, sizeof(T));
-  const bool direct_codes = job.coded && job.dones.env == 1;
-  const bool direct_advantages = job.advantages.direct(kType, sizeof(T));
-  const bool direct_returns = job.has_returns && job.returns.direct(kType, sizeof(T));
-
-  // Rows that live through the whole block, then tiles; one block's worth, reused by the thread.
-  alignas(64) T carry[kRowEnvs], next[kRowEnvs], returns_row[kRowEnvs], spare[kRowEnvs];
-  alignas(64) T rewards_tile[kTileSteps * kTileEnvs], values_tile[kTileSteps * kTileEnvs];
-  alignas(64) T advantages_tile[kTileSteps * kTileEnvs], returns_tile[kTileSteps * kTileEnvs];
-  alignas(64) uint8_t codes_tile[kTileSteps * kTileEnvs], flags_tile[kTileSteps * kTileEnvs];
-
-  std::fill(carry, carry + envs, T{0});
-  read_reals<T>("last_values", next, 0, job.last_values, n0, envs, 0, 1);
-  const T* next_row = next;
-  double* partial = job.partials ? job.partials + 3 * block : nullptr;
-  if (partial) partial[0] = partial[1] = partial[2] = 0;
-
-  int64_t end = job.num_steps;
-  while (end > 0) {
-    // Steps [begin, end) lie at slots in a row: a chunk never crosses the end of the ring.
-    const int64_t last_slot = (job.start + end - 1) % job.capacity;
-    const int64_t steps = std::min({end, kTileSteps, last_slot + 1});
-    const int64_t begin = end - steps;
-    const int64_t slot0 = last_slot - steps + 1;
-    if (!direct_rewards) read_reals<T>("rewards", rewards_tile, kTileEnvs, job.rewards, n0, envs, slot0, steps);
-    // The row after this chunk's last one is the previous chunk's first, in a tile about to be overwritten.
-    if (!direct_values) {
-      if (next_row != next) std::copy(next_row, next_row + envs, next);
-      next_row = next;
-      read_reals<T>("values", values_tile, kTileEnvs, job.values, n0, envs, slot0, steps);
-    }
-    if (!direct_codes) {
-      if (job.coded) {
-        read_tile<uint8_t, uint8_t>(codes_tile, kTileEnvs, job.dones, n0, envs, slot0, steps,
-                                    [](uint8_t x) { return x; });
-      } else {
-        read_flags("dones", codes_tile, kTileEnvs, job.dones, n0, envs, slot0, steps);
-        if (job.has_truncated) {
-          read_flags("truncated", flags_tile, kTileEnvs, job.truncated, n0, envs, slot0, steps);
-          for (int64_t i = 0; i < steps * kTileEnvs; ++i)
-            codes_tile[i] = flags_tile[i] ? uint8_t{kTruncated} : codes_tile[i];
-        }
-        if (job.has_valid) {
-          read_flags("valid", flags_tile, kTileEnvs, job.valid, n0, envs, slot0, steps);
-          for (int64_t i = 0; i < steps * kTileEnvs; ++i)
-            codes_tile[i] = flags_tile[i] ? codes_tile[i] : uint8_t{kInvalid};
-        }
-      }
-    }
-    for (int64_t i = steps - 1; i >= 0; --i) {
-      const int64_t slot = slot0 + i, t = begin + i;
-      const T* rewards = direct_rewards ? reinterpret_cast<const T*>(job.rewards.at(n0, slot))
-                                        : rewards_tile + i * kTileEnvs;
-      const T* values = direct_values ? reinterpret_cast<const T*>(job.values.at(n0, slot)) : values_tile + i * kTileEnvs;
-      const uint8_t* codes = direct_codes ? reinterpret_cast<const uint8_t*>(job.dones.at(n0, slot))
-                                          : codes_tile + i * kTileEnvs;
-      const T* at_truncation = job.bootstrap == 2 ? values : next_row;
-      if (job.bootstrap == 1 && std::memchr(codes, kTruncated, envs)) {
-        std::copy(next_row, next_row + envs, spare);
-        for (int64_t n = 0; n < envs; ++n) {
-          if (codes[n] != kTruncated) continue;
-          if (job.has_pool) {
-            const int64_t row = *reinterpret_cast<const int32_t*>(job.final_rows.at(n0 + n, slot));
-            if (row < 0 || row >= job.pool_size)
-              spare[n] = std::numeric_limits<T>::quiet_NaN();
-            else
-              read_reals<T>("final_values", spare + n, 0, job.final_values, row, 1, 0, 1);
-          } else {
-            read_reals<T>("final_values", spare + n, 0, job.final_values, n0 + n, 1, slot, 1);
-          }
-        }
-        at_truncation = spare;
-      }
-      T* returns = direct_returns || !job.has_returns ? returns_row : returns_tile + i * kTileEnvs;
-      step(carry, returns, rewards, values, next_row, at_truncation, codes, envs, gamma, gamma_lam);
-      if (partial) {
-        if (!std::memchr(codes, kInvalid, envs)) {
-          moments(partial, carry, envs);
-        } else {
-          int64_t kept = 0;
-          for (int64_t n = 0; n < envs; ++n) {
-            spare[kept] = carry[n];
-            kept += codes[n] != kInvalid;
-          }
-          moments(partial, spare, kept);
-        }
-      }
-      if (direct_advantages)
-        put(job.advantages.at(n0, t), carry, envs * sizeof(T), job.streaming);
-      else
-        std::copy(carry, carry + envs, advantages_tile + i * kTileEnvs);
-      if (direct_returns) put(job.returns.at(n0, t), returns, envs * sizeof(T), job.streaming);
-      next_row = values;
-    }
-    if (!direct_advantages) write_tile(job.advantages, advantages_tile, kTileEnvs, n0, envs, begin, steps);
-    if (job.has_returns && !direct_returns)
-      write_tile(job.returns, returns_tile, kTileEnvs, n0, envs, begin, steps);
-    end = begin;
-  }
-  if (job.streaming) stream_fence();
+T join_sums(double* into, const Sums<T>& sums, T pivot, const T* row, int64_t n) {
+  double first = 0, second = 0;
+  for (int64_t j = 0; j < kLanes; ++j) first += sums.first[j], second += sums.second[j];
+  const double count = static_cast<double>(n), off = first / count, m2 = second - first * off;
+  if (m2 >= 0.25 * second)
+    merge(into, count, pivot + off, m2);
+  else
+    moments(into, row, n);
+  const T mean = static_cast<T>(pivot + off);
+  return std::isfinite(mean) ? mean : T{0};
 }
 
+// The codes of a row from its flags, nonzero bytes; none, null. They are ordered: the highest one holds.
+PYDRONE_CLONES void encode_row(uint8_t* codes, const uint8_t* dones, const uint8_t* truncated, const uint8_t* valid,
+                               int64_t n) {
+  for (int64_t i = 0; i < n; ++i) codes[i] = dones[i] ? uint8_t{kTerminated} : uint8_t{kRunning};
+  if (truncated)
+    for (int64_t i = 0; i < n; ++i) codes[i] = std::max(codes[i], truncated[i] ? uint8_t{kTruncated} : uint8_t{0});
+  if (valid)
+    for (int64_t i = 0; i < n; ++i) codes[i] = std::max(codes[i], valid[i] ? uint8_t{0} : uint8_t{kInvalid});
+}
+
+// What is directly used where it lies; a plane that is not is read or written in tiles.
+template <class T>
+struct Direct {
+  bool rewards, values, dones, truncated, valid, advantages, returns, all;
+
+  explicit Direct(const Job& job) {
+    auto is = [](const Plane& x) { return x.direct(kTypeOf<T>, sizeof(T)); };
+    auto is_flag = [](const Plane& x) { return x.env == 1; };  // a byte each, side by side
+    rewards = is(job.rewards), values = is(job.values), advantages = is(job.advantages);
+    returns = !job.has_returns || is(job.returns);
+    dones = is_flag(job.dones);
+    truncated = !job.has_truncated || is_flag(job.truncated);
+    valid = !job.has_valid || is_flag(job.valid);
+    all = rewards && values && dones && truncated && valid && advantages && returns;
+  }
+};
+
+// A block of environments, from the last step to the first. What it needs of memory is here, one to a thread.
+template <class T>
+class Block {
+ public:
+  Block(const Job& job, int64_t block)
+      : job_(job), direct_(job), n0_(block * job.block), envs_(std::min(job.block, job.num_envs - n0_)) {
+    if (job.partials) partial_ = job.partials + 3 * block;
+    if (partial_) partial_[0] = partial_[1] = partial_[2] = 0;
+    std::fill(advantages_row_, advantages_row_ + envs_, T{0});
+    read_reals<T>("last_values", next_row_, 0, job.last_values, n0_, envs_, 0, 1);
+    after_ = advantages_row_;
+    next_ = next_row_;
+  }
+
+  void run() {
+    for (int64_t end = job_.num_steps; end > 0;) {
+      // Steps [end - steps, end) lie at slots in a row: a chunk never crosses the end of the ring.
+      const int64_t last_slot = (job_.start + end - 1) % job_.capacity;
+      const int64_t steps = std::min({end, kTileSteps, last_slot + 1});
+      end -= steps;
+      read_chunk(last_slot - steps + 1, steps);
+      for (int64_t i = steps - 1; i >= 0; --i) run_step(i, last_slot - steps + 1 + i, end + i);
+      if (!direct_.advantages) write_tile(job_.advantages, advantages_tile_, kTileEnvs, n0_, envs_, end, steps);
+      if (!direct_.returns) write_tile(job_.returns, returns_tile_, kTileEnvs, n0_, envs_, end, steps);
+    }
+    if (job_.streaming) stream_fence();
+  }
+
+ private:
+  // A row is a short run of memory, over before the processor's own prefetcher has noticed it.
+  void fetch_row(const Plane& plane, int64_t slot) const {
+    if (slot >= kAhead) fetch(plane.at(n0_, slot - kAhead), envs_ * plane.env);
+  }
+
+  void fetch_chunk(const Plane& plane, int64_t slot, int64_t bytes) const {
+    if (slot >= kTileSteps && plane.step == bytes)
+      for (int64_t n = 0; n < envs_; ++n) fetch(plane.at(n0_ + n, slot - kTileSteps), kTileSteps * bytes);
+  }
+
+  void read_chunk(int64_t slot, int64_t steps) {
+    if (!direct_.rewards) {
+      fetch_chunk(job_.rewards, slot, sizeof(T));
+      read_reals<T>("rewards", rewards_tile_, kTileEnvs, job_.rewards, n0_, envs_, slot, steps);
+    }
+    if (!direct_.values) {
+      // The row after this chunk's last one is the previous chunk's first, in a tile about to be overwritten.
+      if (next_ != next_row_) std::copy(next_, next_ + envs_, next_row_);
+      next_ = next_row_;
+      fetch_chunk(job_.values, slot, sizeof(T));
+      read_reals<T>("values", values_tile_, kTileEnvs, job_.values, n0_, envs_, slot, steps);
+    }
+    if (!direct_.dones) {
+      if (job_.coded)
+        read_bytes(dones_tile_, kTileEnvs, job_.dones, n0_, envs_, slot, steps);
+      else
+        read_flags("dones", dones_tile_, kTileEnvs, job_.dones, n0_, envs_, slot, steps);
+    }
+    if (!direct_.truncated)
+      read_flags("truncated", truncated_tile_, kTileEnvs, job_.truncated, n0_, envs_, slot, steps);
+    if (!direct_.valid) read_flags("valid", valid_tile_, kTileEnvs, job_.valid, n0_, envs_, slot, steps);
+  }
+
+  template <class E>
+  E* row(bool direct, const Plane& plane, int64_t position, E* tile, int64_t i) const {
+    return direct ? reinterpret_cast<E*>(plane.at(n0_, position)) : tile + i * kTileEnvs;
+  }
+
+  const uint8_t* codes_of(int64_t i, int64_t slot) {
+    const uint8_t* dones = row(direct_.dones, job_.dones, slot, dones_tile_, i);
+    if (direct_.dones) fetch_row(job_.dones, slot);
+    if (job_.coded) return dones;
+    const uint8_t* truncated = job_.has_truncated ? row(direct_.truncated, job_.truncated, slot, truncated_tile_, i) : nullptr;
+    const uint8_t* valid = job_.has_valid ? row(direct_.valid, job_.valid, slot, valid_tile_, i) : nullptr;
+    encode_row(codes_row_, dones, truncated, valid, envs_);
+    return codes_row_;
+  }
+
+  // V of the true final observations where truncated; any number elsewhere.
+  const T* final_values(const uint8_t* codes, int64_t slot) {
+    if (!std::memchr(codes, kTruncated, envs_)) return next_;
+    std::copy(next_, next_ + envs_, spare_row_);
+    for (int64_t n = 0; n < envs_; ++n) {
+      if (codes[n] != kTruncated) continue;
+      if (!job_.has_pool) {
+        read_reals<T>("final_values", spare_row_ + n, 0, job_.final_values, n0_ + n, 1, slot, 1);
+        continue;
+      }
+      const int64_t row = *reinterpret_cast<const int32_t*>(job_.final_rows.at(n0_ + n, slot));
+      if (row < 0 || row >= job_.pool_size)
+        spare_row_[n] = std::numeric_limits<T>::quiet_NaN();
+      else
+        read_reals<T>("final_values", spare_row_ + n, 0, job_.final_values, row, 1, 0, 1);
+    }
+    return spare_row_;
+  }
+
+  void run_step(int64_t i, int64_t slot, int64_t t) {
+    const T* rewards = row(direct_.rewards, job_.rewards, slot, rewards_tile_, i);
+    const T* values = row(direct_.values, job_.values, slot, values_tile_, i);
+    if (direct_.rewards) fetch_row(job_.rewards, slot);
+    if (direct_.values) fetch_row(job_.values, slot);
+    const uint8_t* codes = codes_of(i, slot);
+    const T* at_truncation =
+        job_.bootstrap == kStoredValue ? values : (job_.bootstrap == kFinalValues ? final_values(codes, slot) : next_);
+    T* advantages = row(direct_.advantages, job_.advantages, t, advantages_tile_, i);
+    T* returns = job_.has_returns ? row(direct_.returns, job_.returns, t, returns_tile_, i) : returns_row_;
+    const T gamma = static_cast<T>(job_.gamma), gamma_lam = static_cast<T>(job_.gamma_lam);
+    if (job_.streaming && aligned(advantages) && aligned(returns)) {
+      step_streaming(after_, advantages_row_, advantages, returns, sums_, pivot_, rewards, values, next_, at_truncation,
+                     codes, envs_, gamma, gamma_lam);
+      after_ = advantages_row_;
+    } else {
+      step(after_, advantages, nullptr, returns, sums_, pivot_, rewards, values, next_, at_truncation, codes, envs_,
+           gamma, gamma_lam);
+      after_ = advantages;
+    }
+    next_ = values;
+    if (!partial_) return;
+    if (!std::memchr(codes, kInvalid, envs_)) {
+      pivot_ = join_sums(partial_, sums_, pivot_, after_, envs_);
+    } else {
+      int64_t kept = 0;
+      for (int64_t n = 0; n < envs_; ++n) {
+        spare_row_[kept] = after_[n];
+        kept += codes[n] != kInvalid;
+      }
+      moments(partial_, spare_row_, kept);
+    }
+  }
+
+  static bool aligned(const T* x) { return reinterpret_cast<uintptr_t>(x) % 16 == 0; }
+
+  const Job& job_;
+  const Direct<T> direct_;
+  const int64_t n0_, envs_;
+  double* partial_ = nullptr;
+  const T *after_, *next_;  // A and V of the step after
+  T pivot_{0};
+  Sums<T> sums_;
+  alignas(64) T advantages_row_[kRowEnvs], next_row_[kRowEnvs], returns_row_[kRowEnvs], spare_row_[kRowEnvs];
+  alignas(64) uint8_t codes_row_[kRowEnvs];
+  static constexpr int64_t kTile = kTileSteps * kTileEnvs;
+  alignas(64) T rewards_tile_[kTile], values_tile_[kTile], advantages_tile_[kTile], returns_tile_[kTile];
+  alignas(64) uint8_t dones_tile_[kTile], truncated_tile_[kTile], valid_tile_[kTile];
+};
+
 // Blocks depend on the sizes alone, never on the number of threads: the statistics are bit-equal from run to run.
-int64_t block_size(const Job& job, ScalarType type, int64_t size) {
-  const bool direct = job.rewards.direct(type, size) && job.values.direct(type, size) && job.coded &&
-                      job.dones.env == 1 && job.advantages.direct(type, size) &&
-                      (!job.has_returns || job.returns.direct(type, size));
+int64_t block_size(const Job& job, bool direct) {
   const int64_t quarter = (job.num_envs / 4 + 63) / 64 * 64;
   return std::clamp<int64_t>(quarter, 64, direct ? kRowEnvs : kTileEnvs);
+}
+
+template <class T>
+void run(Job& job) {
+  const Direct<T> direct(job);
+  job.block = block_size(job, direct.all);
+  // Tiles are read again by whoever writes them; rows are not.
+  job.streaming = direct.all && job.num_envs * job.num_steps * static_cast<int64_t>(sizeof(T)) >= kStreamBytes;
+  job.blocks = job.num_steps ? (job.num_envs + job.block - 1) / job.block : 0;
+  // A fork costs some microseconds: about 64 Ki samples a thread make up for it.
+  const int64_t grain = std::max<int64_t>(1, 65536 / std::max<int64_t>(1, job.block * job.num_steps));
+  torch::stable::parallel_for(0, job.blocks, grain, [&](int64_t first, int64_t last) {
+    for (int64_t block = first; block < last; ++block) Block<T>(job, block).run();
+  });
 }
 
 }  // namespace
@@ -404,20 +478,10 @@ void gae(const Tensor& rewards, const Tensor& values, const Tensor& dones, const
   job.gamma_lam = gamma * lam;
   // Element 0 of the workspace is the GPU backends' ticket.
   job.partials = stats ? static_cast<double*>(workspace->data_ptr()) + 1 : nullptr;
-  const int64_t size = type == ScalarType::Float ? 4 : 8;
-  job.streaming = num_envs * num_steps * size >= kStreamBytes;
-  job.block = block_size(job, type, size);
-
-  const int64_t blocks = num_steps ? (num_envs + job.block - 1) / job.block : 0;
-  // A fork costs some microseconds: about 64 Ki samples a thread make up for it.
-  const int64_t grain = std::max<int64_t>(1, 65536 / std::max<int64_t>(1, job.block * num_steps));
-  torch::stable::parallel_for(0, blocks, grain, [&](int64_t first, int64_t last) {
-    for (int64_t block = first; block < last; ++block)
-      type == ScalarType::Float ? run_block<float>(job, block) : run_block<double>(job, block);
-  });
+  type == ScalarType::Float ? run<float>(job) : run<double>(job);
   if (stats) {
     double total[3] = {};
-    for (int64_t block = 0; block < blocks; ++block)
+    for (int64_t block = 0; block < job.blocks; ++block)
       merge(total, job.partials[3 * block], job.partials[3 * block + 1], job.partials[3 * block + 2]);
     std::copy(total, total + 3, static_cast<double*>(stats->data_ptr()));
   }

@@ -1,0 +1,181 @@
+// Tiles of a logical [N, C] plane, read into [steps, envs] order and written back from it: kTileSteps x kTileEnvs, small
+// enough for L1. Planes whose steps lie together are transposed in vectors.
+#pragma once
+
+#include "common.h"
+
+#include <algorithm>
+
+namespace pydrone {
+namespace {
+
+constexpr int64_t kTileEnvs = 128;
+constexpr int64_t kTileSteps = 16;
+
+// A logical [N, C] argument, strides in bytes.
+struct Plane {
+  char* data = nullptr;
+  int64_t env = 0;
+  int64_t step = 0;
+  ScalarType type = ScalarType::Float;
+
+  Plane() = default;
+  explicit Plane(const Tensor& x)
+      : data(static_cast<char*>(x.data_ptr())),
+        env(x.stride(0) * static_cast<int64_t>(x.element_size())),
+        step(x.dim() > 1 ? x.stride(1) * static_cast<int64_t>(x.element_size()) : 0),
+        type(x.scalar_type()) {}
+
+  char* at(int64_t n, int64_t t) const { return data + n * env + t * step; }
+  // Whether environments lie side by side, as `wanted`; and whether steps do.
+  bool direct(ScalarType wanted, int64_t size) const { return type == wanted && env == size; }
+  bool row_major(ScalarType wanted, int64_t size) const { return type == wanted && step == size && env != size; }
+};
+
+// Rows of kSize elements.
+template <class T>
+struct Square;
+#if defined(__GNUC__)
+template <>
+struct Square<float> {
+  typedef float Row __attribute__((vector_size(32)));
+  typedef int32_t Mask __attribute__((vector_size(32)));
+  static constexpr int kSize = 8;
+};
+template <>
+struct Square<double> {
+  typedef double Row __attribute__((vector_size(32)));
+  typedef int64_t Mask __attribute__((vector_size(32)));
+  static constexpr int kSize = 4;
+};
+template <>
+struct Square<uint8_t> {
+  typedef uint8_t Row __attribute__((vector_size(16)));
+  typedef uint8_t Mask __attribute__((vector_size(16)));
+  static constexpr int kSize = 16;
+};
+
+// Swaps the off-diagonal quarters of each 2 D x 2 D square of the rows; D = size / 2 ... 1 together transpose them.
+template <class T, int D>
+PYDRONE_INLINE void swap_quarters(typename Square<T>::Row* rows) {
+  constexpr int kSize = Square<T>::kSize;
+  typename Square<T>::Mask low{}, high{};
+  for (int j = 0; j < kSize; ++j) {
+    low[j] = j & D ? kSize + j - D : j;
+    high[j] = j & D ? kSize + j : j + D;
+  }
+  for (int i = 0; i < kSize; ++i) {
+    if (i & D) continue;
+    const auto upper = rows[i], lower = rows[i + D];
+    rows[i] = __builtin_shuffle(upper, lower, low);
+    rows[i + D] = __builtin_shuffle(upper, lower, high);
+  }
+}
+
+template <class T>
+PYDRONE_INLINE void transpose_square(char* to, int64_t to_row, const char* from, int64_t from_row) {
+  constexpr int kSize = Square<T>::kSize;
+  typename Square<T>::Row rows[kSize];
+  for (int i = 0; i < kSize; ++i) std::memcpy(&rows[i], from + i * from_row, sizeof(rows[i]));
+  if constexpr (kSize > 8) swap_quarters<T, 8>(rows);
+  if constexpr (kSize > 4) swap_quarters<T, 4>(rows);
+  swap_quarters<T, 2>(rows);
+  swap_quarters<T, 1>(rows);
+  for (int i = 0; i < kSize; ++i) std::memcpy(to + i * to_row, &rows[i], sizeof(rows[i]));
+}
+#endif
+
+// to[c][r] = from[r][c]; rows are so many bytes apart.
+template <class T>
+PYDRONE_INLINE void transpose_body(char* to, int64_t to_row, const char* from, int64_t from_row, int64_t rows,
+                                   int64_t columns) {
+  int64_t whole_rows = 0, whole_columns = 0;
+#if defined(__GNUC__)
+  constexpr int kSize = Square<T>::kSize;
+  whole_rows = rows / kSize * kSize, whole_columns = columns / kSize * kSize;
+  for (int64_t r = 0; r < whole_rows; r += kSize)
+    for (int64_t c = 0; c < whole_columns; c += kSize)
+      transpose_square<T>(to + c * to_row + r * sizeof(T), to_row, from + r * from_row + c * sizeof(T), from_row);
+#endif
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t c = r < whole_rows ? whole_columns : 0; c < columns; ++c)
+      std::memcpy(to + c * to_row + r * sizeof(T), from + r * from_row + c * sizeof(T), sizeof(T));
+}
+
+#define PYDRONE_TRANSPOSE(T)                                                                                  \
+  [[maybe_unused]] PYDRONE_CLONES void transpose(T* to, int64_t to_row, const T* from, int64_t from_row,      \
+                                                 int64_t rows, int64_t columns) {                             \
+    transpose_body<T>(reinterpret_cast<char*>(to), to_row, reinterpret_cast<const char*>(from), from_row,     \
+                      rows, columns);                                                                         \
+  }
+PYDRONE_TRANSPOSE(float)
+PYDRONE_TRANSPOSE(double)
+PYDRONE_TRANSPOSE(uint8_t)
+#undef PYDRONE_TRANSPOSE
+
+// dst[t * ld + n] = f(src(n, t)); the inner loop runs along whichever of the source's dimensions is dense.
+template <class To, class From, class F>
+inline void read_tile(To* dst, int64_t ld, const Plane& src, int64_t n0, int64_t envs, int64_t t0, int64_t steps,
+                      const F& f) {
+  if (src.env == sizeof(From)) {
+    for (int64_t t = 0; t < steps; ++t) {
+      const auto* row = reinterpret_cast<const From*>(src.at(n0, t0 + t));
+      for (int64_t n = 0; n < envs; ++n) dst[t * ld + n] = f(row[n]);
+    }
+  } else if (src.env <= src.step || steps == 1) {
+    for (int64_t t = 0; t < steps; ++t)
+      for (int64_t n = 0; n < envs; ++n)
+        dst[t * ld + n] = f(*reinterpret_cast<const From*>(src.at(n0 + n, t0 + t)));
+  } else {
+    for (int64_t n = 0; n < envs; ++n)
+      for (int64_t t = 0; t < steps; ++t)
+        dst[t * ld + n] = f(*reinterpret_cast<const From*>(src.at(n0 + n, t0 + t)));
+  }
+}
+
+template <class T>
+constexpr ScalarType kTypeOf = std::is_same_v<T, float> ? ScalarType::Float : ScalarType::Double;
+
+template <class T>
+void read_reals(const char* name, T* dst, int64_t ld, const Plane& src, int64_t n0, int64_t envs, int64_t t0,
+                int64_t steps) {
+  if (steps > 1 && src.row_major(kTypeOf<T>, sizeof(T)))
+    return transpose(dst, ld * sizeof(T), reinterpret_cast<const T*>(src.at(n0, t0)), src.env, envs, steps);
+  for_real(name, src.type, [&](auto kind) {
+    using From = decltype(kind);
+    read_tile<T, From>(dst, ld, src, n0, envs, t0, steps, [](From x) { return convert<T>(x); });
+  });
+}
+
+// Bytes as they are, then other flags as 0 or 1.
+inline void read_bytes(uint8_t* dst, int64_t ld, const Plane& src, int64_t n0, int64_t envs, int64_t t0, int64_t steps) {
+  if (steps > 1 && src.step == 1 && src.env != 1)
+    return transpose(dst, ld, reinterpret_cast<const uint8_t*>(src.at(n0, t0)), src.env, envs, steps);
+  read_tile<uint8_t, uint8_t>(dst, ld, src, n0, envs, t0, steps, [](uint8_t x) { return x; });
+}
+
+inline void read_flags(const char* name, uint8_t* dst, int64_t ld, const Plane& src, int64_t n0, int64_t envs,
+                       int64_t t0, int64_t steps) {
+  if (src.type == ScalarType::Bool || src.type == ScalarType::Byte || src.type == ScalarType::Char)
+    return read_bytes(dst, ld, src, n0, envs, t0, steps);
+  for_flag(name, src.type, [&](auto kind) {
+    using From = decltype(kind);
+    read_tile<uint8_t, From>(dst, ld, src, n0, envs, t0, steps, [](From x) -> uint8_t { return nonzero(x); });
+  });
+}
+
+template <class T>
+void write_tile(const Plane& dst, const T* src, int64_t ld, int64_t n0, int64_t envs, int64_t t0, int64_t steps) {
+  if (steps > 1 && dst.row_major(kTypeOf<T>, sizeof(T)))
+    return transpose(reinterpret_cast<T*>(dst.at(n0, t0)), dst.env, src, ld * sizeof(T), steps, envs);
+  if (dst.env <= dst.step) {
+    for (int64_t t = 0; t < steps; ++t)
+      for (int64_t n = 0; n < envs; ++n) *reinterpret_cast<T*>(dst.at(n0 + n, t0 + t)) = src[t * ld + n];
+  } else {
+    for (int64_t n = 0; n < envs; ++n)
+      for (int64_t t = 0; t < steps; ++t) *reinterpret_cast<T*>(dst.at(n0 + n, t0 + t)) = src[t * ld + n];
+  }
+}
+
+}  // namespace
+}  // namespace pydrone
