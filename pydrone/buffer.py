@@ -11,7 +11,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -21,9 +21,9 @@ from .estimators import env_scalars, pick_bootstrap, unit_interval
 from .layout import positive
 from .minibatch import Minibatch, Plan
 from .ops import pages
-from .ops.dispatch import written
+from .ops.dispatch import bump, written
 from .ops.reference import normalization, permute
-from .ops.schema import CURSOR_DISCARDED, INVALID
+from .ops.schema import CURSOR_DISCARDED, INVALID, SCALAR_TYPES
 from .ring import BufferFull, Ring, field_view
 from .sequences import Sequences, pad
 from .sources import Sources
@@ -101,6 +101,23 @@ class RolloutBuffer(Ring):
             backend,
         )
         self._checked = Sources(self._layout, self.device)
+        self._values_at = self._sources.index(self._layout.fields["values"])
+        rows, values, rewards = self._rows, self._memory["values"], self._memory["rewards"]
+        # The operation's ``ring`` with or without values and ends, its ``layout`` with or without a row and final
+        # observations, and what a step writes to.
+        self._rings = {
+            (has_values, has_ends): [rows, self._codes, *[values] * has_values, *[rewards] * has_ends]
+            for has_values in (False, True)
+            for has_ends in (False, True)
+        }
+        row = [number for field in self._sources for number in (field.offset, SCALAR_TYPES[field.dtype])]
+        pool = [x for field in self._layout.pool_fields.values() for x in (field.offset, SCALAR_TYPES[field.dtype])]
+        self._layouts = {
+            (has_row, has_final): [*row * has_row, *pool * has_final]
+            for has_row in (False, True)
+            for has_final in (False, True)
+        }
+        self._step_memory = [rows, values, rewards, self._codes, *self._pool[:2]]
 
     def append(
         self,
@@ -139,9 +156,20 @@ class RolloutBuffer(Ring):
             TypeError, ValueError: an argument is missing, unknown, or of the wrong shape, dtype or device.
         """
         self._idle("append")
-        sources, values = self._collect(obs, actions, values, log_probs, fields)
+        self._check_room()
+        given = self._checked.given(obs, actions, values, log_probs, fields)
+        if self._ops.checks and (final_obs is None or (truncated is not None and self._pool)):
+            final = [] if final_obs is None else list(self._checked.groups("final_obs", final_obs).values())
+            sources = self._checked.usual(given, final)
+            if sources is not None:
+                try:
+                    self._write(sources, values, _Ends(rewards, dones, truncated, valid, final), commit=True)
+                    return
+                except (RuntimeError, TypeError):
+                    pass  # the operation has written nothing; the checks below say what is wrong in the caller's words
+        sources = self._checked.row(given)
         ends = self._ends(rewards, dones, truncated, final_obs, valid)
-        self._write(sources, [self._memory["values"]], [values], ends, commit=True)
+        self._write(sources, sources[self._values_at], ends, commit=True)
 
     def begin(
         self,
@@ -154,8 +182,9 @@ class RolloutBuffer(Ring):
     ) -> None:
         """The first half of :meth:`append`, for environments that write over their observation in ``step()``."""
         self._idle("begin")
-        sources, values = self._collect(obs, actions, values, log_probs, fields)
-        self._write(sources, [self._memory["values"]], [values], None, commit=False)
+        self._check_room()
+        sources = self._checked.row(self._checked.given(obs, actions, values, log_probs, fields))
+        self._write(sources, sources[self._values_at], None, commit=False)
         self._open = "begin"
 
     def slot(self) -> dict[str, Tensor | dict[str, Tensor]]:
@@ -187,10 +216,8 @@ class RolloutBuffer(Ring):
         if self._open is None:
             raise RuntimeError("end: expected begin() or slot() before it")
         ends = self._ends(rewards, dones, truncated, final_obs, valid)
-        planes, sources = [], []
-        if self._open == "slot":
-            planes, sources = [self._memory["values"]], [self._views["values"][self._appended % self.capacity]]
-        self._write([], planes, sources, ends, commit=True)
+        values = self._views["values"][self._appended % self.capacity] if self._open == "slot" else None
+        self._write((), values, ends, commit=True)
         self._open = None
 
     def _idle(self, call: str) -> None:
@@ -204,21 +231,6 @@ class RolloutBuffer(Ring):
                 "learn from the rollout and call clear() first"
             )
 
-    def _collect(self, obs, actions, values, log_probs, fields: dict[str, Tensor]) -> tuple[list[Tensor], Tensor]:
-        """The sources of a row in the layout's order, checked."""
-        self._check_room()
-        given = self._checked.groups("obs", obs)
-        given["actions"], given["log_probs"], given["values"] = actions, log_probs, values
-        if fields.keys() != set(self._layout.extra):
-            for name in self._layout.extra:
-                if name not in fields:
-                    raise TypeError(f"{name}: expected a tensor for this field, got none")
-            name = next(name for name in fields if name not in self._layout.extra)
-            raise TypeError(f"{name}: not a field of this buffer; it has {', '.join(self._layout.extra) or 'none'}")
-        given.update(fields)
-        sources = [self._checked.field(field, given[field.name], field.name) for field in self._sources]
-        return sources, sources[self._sources.index(self._layout.fields["values"])]
-
     def _ends(self, rewards, dones, truncated, final_obs, valid) -> _Ends:
         scalar = self._checked.scalar
         ends = _Ends(
@@ -231,7 +243,7 @@ class RolloutBuffer(Ring):
         if final_obs is not None:
             if truncated is None:
                 raise ValueError("final_obs: expected truncated with it, got None")
-            if self._pool is None:
+            if not self._pool:
                 raise ValueError("final_obs: this buffer has no pool for them; construct it with final_obs_rows > 0")
             groups = self._checked.groups("final_obs", final_obs)
             for field in self._layout.pool_fields.values():
@@ -239,47 +251,36 @@ class RolloutBuffer(Ring):
                 ends.final.append(self._checked.field(field, groups[field.name], name))
         return ends
 
-    def _write(
-        self, sources: list[Tensor], planes: list[Tensor], plane_sources: list, ends: _Ends | None, commit: bool
-    ) -> None:
+    def _write(self, sources: Sequence[Tensor], values: Tensor | None, ends: _Ends | None, commit: bool) -> None:
+        """A step or its half: a row of ``sources`` or none, ``values`` into their plane if given, ``ends`` likewise."""
         captured = self._capturing()
         rollout = self._appended // self.num_steps % self._layout.num_rollouts
         rewards, dones, truncated, valid, final = ends or _NO_ENDS
-        if ends is not None:
-            planes, plane_sources = [*planes, self._memory["rewards"]], [*plane_sources, rewards]
-        pooled = truncated is not None and self._pool is not None
         self._ops.append(
-            self._rows,
+            self._rings[values is not None, ends is not None],
             sources,
-            self._offsets if sources else [],
-            self._dtypes if sources else [],
-            planes,
-            plane_sources,
-            None if ends is None else self._codes,
+            self._layouts[bool(sources), bool(final)],
+            [x for x in (values, rewards) if x is not None],
             dones,
             truncated,
             valid,
-            self._pool if pooled else None,
+            [] if truncated is None else self._pool,
             final,
-            self._pool_offsets if final else [],
-            self._pool_dtypes if final else [],
-            self._pool_count if pooled else None,
-            self._final_rows if pooled else None,
             self._appended % self.capacity,
             rollout,
             self._cursor if captured else None,
             commit,
         )
-        written(self._rows, *planes, None if ends is None else self._codes, self._pool if pooled else None)
+        bump(self._step_memory)
         if captured:
             self._captured_truncations |= truncated is not None
             self._captured_resets |= valid is not None
         else:
             self._truncations[rollout] |= truncated is not None
             self._resets[rollout] |= valid is not None
-        if commit and not captured:
-            self._appended += 1
-            self._cursor_live = False
+            if commit:
+                self._appended += 1
+                self._cursor_live = False
 
     def compute_gae(
         self,
@@ -360,11 +361,11 @@ class RolloutBuffer(Ring):
 
     def _evaluate(self, value_fn: Callable, rollout: int, check: bool) -> Tensor:
         """The values of the rollout's pool of final observations: of the rows in use where their number is known."""
-        if self._pool is None:
+        if not self._pool:
             raise ValueError(
                 "value_fn: this buffer has no pool of final observations; construct it with final_obs_rows"
             )
-        rows = self._pool[rollout]
+        rows = self._final_obs[rollout]
         if self._capturing():
             if self._layout.num_rollouts > 1:
                 raise RuntimeError(

@@ -27,6 +27,7 @@ class Ring:
         self, arguments: dict[str, object], device: torch.device | str, seed: int, rank: int, backend: str | None
     ) -> None:
         self.device = _indexed(device)
+        self._on_cuda = self.device.type == "cuda"
         self._arguments = arguments
         self._layout = Layout(**self._arguments)
         for name, x in (("seed", seed), ("rank", rank)):
@@ -44,15 +45,13 @@ class Ring:
             self._final_rows = self._views["final_row"].t() if layout.final_obs_rows else None
         memory = self._memory
         self._rows, self._codes = memory["rows"], memory["dones"]
-        self._pool, self._pool_count = memory.get("final_obs"), memory.get("final_obs_count")
+        self._final_obs, self._pool_count = memory.get("final_obs"), memory.get("final_obs_count")
+        self._pool = [] if self._final_obs is None else [self._final_obs, self._pool_count, self._final_rows]
         self._cursor = memory["cursor"]
         self._cursor[CURSOR_NUM_STEPS] = self.num_steps
         self._sources = [field for name, field in self._layout.fields.items() if name != "final_row"]
         self._offsets = [field.offset for field in self._sources]
         self._dtypes = [SCALAR_TYPES[field.dtype] for field in self._sources]
-        pooled = self._layout.pool_fields.values()
-        self._pool_offsets = [field.offset for field in pooled]
-        self._pool_dtypes = [SCALAR_TYPES[field.dtype] for field in pooled]
         self._appended = 0  # steps, ever
         self._discarded = 0  # likewise; a multiple of num_steps
         self._open: str | None = None  # the half of a step that has been begun: "begin" or "slot"
@@ -270,7 +269,7 @@ class Ring:
         return self._discarded % self.capacity
 
     def _capturing(self) -> bool:
-        return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        return self._on_cuda and torch.cuda.is_current_stream_capturing()
 
     def to(self, device: torch.device | str) -> Ring:
         """This buffer if it lies on ``device``, else a new one there with the same contents."""

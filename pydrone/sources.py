@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from operator import itemgetter
+
 import torch
 from torch import Tensor
 
@@ -13,6 +16,44 @@ class Sources:
 
     def __init__(self, layout: Layout, device: torch.device) -> None:
         self.layout, self.device, self.num_envs = layout, device, layout.num_envs
+        self.fields = [field for name, field in layout.fields.items() if name != "final_row"]
+        self._in_order = itemgetter(*(field.name for field in self.fields))
+        self._shapes = [(layout.num_envs, *field.shape) for field in self.fields]
+        self._final_shapes = [(layout.num_envs, *field.shape) for field in layout.pool_fields.values()]
+
+    def given(self, obs: object, actions: object, values: object, log_probs: object, fields: dict) -> dict[str, object]:
+        """What a step was given for a row, by the names of the layout's fields."""
+        row = self.groups("obs", obs)
+        row["actions"], row["values"], row["log_probs"] = actions, values, log_probs
+        row.update(fields)
+        return row
+
+    def row(self, given: Mapping[str, object]) -> tuple[Tensor, ...]:
+        """The sources of a row in the layout's order, each checked."""
+        if given.keys() != self.layout.fields.keys() - {"final_row"}:
+            for name in self.layout.extra:
+                if name not in given:
+                    raise TypeError(f"{name}: expected a tensor for this field, got none")
+            name = next(name for name in given if name not in self.layout.fields or name == "final_row")
+            raise TypeError(f"{name}: not a field of this buffer; it has {', '.join(self.layout.extra) or 'none'}")
+        return tuple(self.field(field, given[field.name], field.name) for field in self.fields)
+
+    def usual(self, given: Mapping[str, object], final: Sequence[object]) -> tuple[Tensor, ...] | None:
+        """The sources of a row, and nothing looked at but their shapes: all that an operation cannot check by itself.
+
+        None if anything is out of the ordinary. This runs every step, and Python is most of a small step's time.
+        """
+        try:
+            sources = self._in_order(given)
+            if len(given) != len(sources) or [x.shape for x in sources] != self._shapes:
+                return None
+            if final and [x.shape for x in final] != self._final_shapes:
+                return None
+            if torch.is_grad_enabled() and any([x.requires_grad for x in sources]):
+                return None
+        except (KeyError, AttributeError):
+            return None
+        return sources
 
     def groups(self, name: str, obs: object) -> dict[str, object]:
         """``obs`` by the names of the layout's fields."""
@@ -27,8 +68,6 @@ class Sources:
 
     def field(self, field: Field, x: object, name: str) -> Tensor:
         """``x`` as the source of ``field``: [N, *shape], or [N, 1] for a scalar; floating or of the field's dtype."""
-        if self._plain(x, field.dtype, (self.num_envs, *field.shape)):
-            return x
         name = name.removesuffix(".obs") if not self.layout.obs_is_mapping else name
         self.check(name, x)
         if field.shape == ():
@@ -41,17 +80,6 @@ class Sources:
             raise TypeError(f"{name}: expected dtype {field.dtype}, got {x.dtype}")
         return x.detach() if x.requires_grad else x
 
-    def _plain(self, x: object, dtype: torch.dtype, shape: tuple[int, ...]) -> bool:
-        """The usual case, that needs no further look: this runs for every argument of every step."""
-        return (
-            x.__class__ is Tensor
-            and x.dtype is dtype
-            and x.shape == shape
-            and x.device == self.device
-            and x.layout is torch.strided
-            and not x.requires_grad
-        )
-
     def check(self, name: str, x: object) -> None:
         if not isinstance(x, Tensor):
             raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
@@ -62,8 +90,6 @@ class Sources:
 
     def scalar(self, name: str, x: object, floating: bool) -> Tensor:
         """``x`` [N] or [N, 1], of any real dtype or of a floating one."""
-        if self._plain(x, torch.float32 if floating else torch.bool, (self.num_envs,)):
-            return x
         self.check(name, x)
         if x.shape[:1] != (self.num_envs,) or x.numel() != self.num_envs:
             raise ValueError(f"{name}: expected shape [{self.num_envs}] or [{self.num_envs}, 1], got {list(x.shape)}")

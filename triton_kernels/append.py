@@ -166,58 +166,55 @@ def append_kernel(
 
 
 def append(
-    rows,
+    ring,
     sources,
-    offsets,
-    dtypes,
-    planes,
+    layout,
     plane_sources,
-    codes,
     dones,
     truncated,
     valid,
     pool,
     final_sources,
-    final_offsets,
-    final_dtypes,
-    pool_count,
-    final_rows,
     slot,
     pool_slot,
     cursor,
     commit,
 ) -> None:
     """Stores one step of all environments, see :mod:`pydrone.ops.schema`."""
+    rows, codes, *planes = ring
     capacity, num_envs, row_bytes = rows.shape
     if num_envs == 0:
         return
-    pool_bytes = pool.shape[2] if final_sources else 1
+    codes = None if dones is None else codes
+    final_obs, count, final_rows = pool or (None, None, None)
+    pool_bytes = final_obs.shape[2] if final_sources else 1
     widest = max((source[0].numel() for source in (*sources, *final_sources)), default=1)
     envs = power_of_2(MAX_TILE // max(widest, 1), 1, ENVS)
-    fields = _fields("sources", sources, offsets, dtypes, row_bytes, MAX_TILE // envs)
-    final_fields = _fields("final_sources", final_sources, final_offsets, final_dtypes, pool_bytes, MAX_TILE // envs)
+    described = 2 * len(sources)
+    fields = _fields("sources", sources, layout[:described], row_bytes, MAX_TILE // envs)
+    final_fields = _fields("final_sources", final_sources, layout[described:], pool_bytes, MAX_TILE // envs)
     strides = (
         tuple(0 if flag is None else flag.stride(0) for flag in (dones, truncated, valid)),
         tuple(plane.stride() for plane in planes),
         tuple(source.stride(0) for source in plane_sources),
         (0, 0) if codes is None else codes.stride(),
         (0, 0) if final_rows is None else final_rows.stride(),
-        (0, 0) if pool_count is None else pool_count.stride(),
+        (0, 0) if count is None else count.stride(),
     )
     with on_device_of(rows):
         append_kernel[(triton.cdiv(num_envs, envs),)](
-            rows, tuple(sources), tuple(planes), tuple(plane_sources), codes, (dones, truncated, valid), pool,
-            tuple(final_sources), pool_count, final_rows, cursor, strides, num_envs, capacity, slot, pool_slot,
-            1 if pool_count is None else pool_count.shape[0], pool.shape[1] if final_sources else 0,
+            rows, tuple(sources), tuple(planes), tuple(plane_sources), codes, (dones, truncated, valid), final_obs,
+            tuple(final_sources), count, final_rows, cursor, strides, num_envs, capacity, slot, pool_slot,
+            1 if count is None else count.shape[0], final_obs.shape[1] if final_sources else 0,
             ROW_BYTES=row_bytes, FIELDS=fields, POOL_ROW_BYTES=pool_bytes,
             FINAL_FIELDS=final_fields, COMMIT=commit, ENVS=envs, NARROW=NARROW, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
 
 
-def _fields(name: str, sources, offsets, dtypes, row_bytes: int, widest_tile: int) -> tuple:
+def _fields(name: str, sources, layout, row_bytes: int, widest_tile: int) -> tuple:
     """The flat description of all fields that a kernel takes."""
     fields = []
-    for i, (source, offset, dtype) in enumerate(zip(sources, offsets, dtypes, strict=True)):
+    for i, (source, offset, dtype) in enumerate(zip(sources, layout[::2], layout[1::2], strict=True)):
         kind = DTYPES[dtype]
         width, dims = 1, []
         for size, stride in zip(source.shape[:0:-1], source.stride()[:0:-1], strict=True):

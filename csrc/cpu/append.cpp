@@ -1,6 +1,7 @@
-// Storing one step on the CPU: rows are put together in L1, a block of environments at a time, and leave it in
-// streaming stores. One thread: a core saturates the write bandwidth, and a fork costs as much as the step of a
+// Storing one step on the CPU: narrow fields are put together in L1, a block of environments at a time, wide ones go
+// straight; rows leave in streaming stores. One thread: a core saturates the write bandwidth, and a fork costs as much as the step of a
 // small ring.
+#include "../recurrence.h"
 #include "common.h"
 
 #include <algorithm>
@@ -11,7 +12,7 @@ namespace pydrone {
 namespace {
 
 constexpr int64_t kInner = 6;         // most inner dimensions of a source, after merging what is dense
-constexpr int64_t kBlockBytes = 16384;  // of rows put together at a time
+constexpr int64_t kBlockBytes = 4096;   // of rows put together at a time: few, for reads and writes to take turns
 constexpr int64_t kSlack = 16;        // a copy in 16-byte pieces may run over a field's end by so much
 
 // A source [N, ...] and where it goes in a row.
@@ -28,8 +29,7 @@ struct Field {
 };
 
 Field describe(const char* name, const Tensor& source, int64_t offset, int64_t dtype, const Tensor& rows,
-               int64_t row_bytes) {
-  const int64_t num_envs = rows.size(1);
+               int64_t num_envs, int64_t row_bytes) {
   STD_TORCH_CHECK(source.dim() >= 1 && source.size(0) == num_envs, name, ": expected a first dimension of ", num_envs,
                   ", got shape ", shape_of(source));
   Field field{};
@@ -116,6 +116,7 @@ template <int Pieces>
 void copy_pieces(const Field& field, char* to, int64_t row_bytes, int64_t n0, int64_t envs) {
   to += field.offset;
   const char* from = field.data + n0 * field.env;
+#pragma GCC unroll 8
   for (int64_t n = 0; n < envs; ++n, to += row_bytes, from += field.env) std::memcpy(to, from, Pieces * 16);
 }
 
@@ -123,6 +124,7 @@ template <class Word>
 void copy_word(const Field& field, char* to, int64_t row_bytes, int64_t n0, int64_t envs) {
   to += field.offset;
   const char* from = field.data + n0 * field.env;
+#pragma GCC unroll 8
   for (int64_t n = 0; n < envs; ++n, to += row_bytes, from += field.env) std::memcpy(to, from, sizeof(Word));
 }
 
@@ -152,17 +154,63 @@ void copy_field(const Field& field, char* to, int64_t row_bytes, int64_t n0, int
     std::memcpy(to + n * row_bytes + field.offset, field.data + (n0 + n) * field.env, bytes);
 }
 
+// The `sources`, described by `layout` from its element `at` on, in ascending order of their offsets.
 std::vector<Field> describe_all(const char* name, const std::vector<Tensor>& sources,
-                                const std::vector<int64_t>& offsets, const std::vector<int64_t>& dtypes,
-                                const Tensor& rows, int64_t row_bytes) {
-  STD_TORCH_CHECK(sources.size() == offsets.size() && sources.size() == dtypes.size(), name,
-                  ": expected as many tensors as offsets and dtypes");
+                                const std::vector<int64_t>& layout, size_t at, const Tensor& rows, int64_t num_envs) {
   std::vector<Field> fields;
   fields.reserve(sources.size());
+  const int64_t row_bytes = rows.size(2);
   for (size_t i = 0; i < sources.size(); ++i)
-    fields.push_back(describe(name, sources[i], offsets[i], dtypes[i], rows, row_bytes));
-  std::sort(fields.begin(), fields.end(), [](const Field& x, const Field& y) { return x.offset < y.offset; });
+    fields.push_back(describe(name, sources[i], layout[at + 2 * i], layout[at + 2 * i + 1], rows, num_envs, row_bytes));
+  auto before = [](const Field& x, const Field& y) { return x.offset < y.offset; };
+  if (!std::is_sorted(fields.begin(), fields.end(), before)) std::sort(fields.begin(), fields.end(), before);
   return fields;
+}
+
+// A stretch of a row and where it is copied from: straight from a source, or from what was put together.
+struct Run {
+  const char* from;  // that of environment 0
+  int64_t stride, offset, bytes;  // bytes from one environment to the next; the place in the row, multiples of kUnit
+};
+
+constexpr int64_t kUnit = 32;  // rows are multiples of it
+constexpr int64_t kMaxRuns = 8;
+constexpr int64_t kNarrow = 256;
+
+// Environments [0, envs): the runs of each, in order and past the cache, so that whole lines leave the core.
+#define PYDRONE_STREAM_ROWS(version, Word, load, store)                                                        \
+  version void stream_rows(char* to, int64_t row_bytes, const Run* runs, int64_t num_runs, int64_t envs) {     \
+    for (int64_t n = 0; n < envs; ++n, to += row_bytes)                                                        \
+      for (int64_t r = 0; r < num_runs; ++r) {                                                                 \
+        const char* from = runs[r].from + n * runs[r].stride;                                                  \
+        for (int64_t i = 0; i < runs[r].bytes; i += sizeof(Word))                                              \
+          store(reinterpret_cast<Word*>(to + runs[r].offset + i), load(reinterpret_cast<const Word*>(from + i))); \
+      }                                                                                                        \
+  }
+#if defined(PYDRONE_VERSIONS)  // 64 bytes at a time are no faster
+PYDRONE_STREAM_ROWS(__attribute__((target("arch=x86-64-v3"))), __m256i, _mm256_loadu_si256, _mm256_stream_si256)
+#endif
+#if defined(__SSE2__)
+PYDRONE_STREAM_ROWS(PYDRONE_DEFAULT, __m128i, _mm_loadu_si128, _mm_stream_si128)
+#else
+struct Word {
+  char bytes[16];
+};
+inline Word load_word(const Word* from) { return *from; }
+inline void store_word(Word* to, Word x) { *to = x; }
+PYDRONE_STREAM_ROWS(PYDRONE_DEFAULT, Word, load_word, store_word)
+#endif
+#undef PYDRONE_STREAM_ROWS
+
+// Bytes [begin, end) of a row that a field has there: what does not fill whole units, and is put together in L1.
+Field part(const Field& field, int64_t begin, int64_t end) {
+  Field x = field;
+  x.data += begin - field.offset;
+  x.offset = begin;
+  x.width = end - begin;
+  x.from = x.to = ScalarType::Byte;
+  x.from_size = x.to_size = 1;
+  return x;
 }
 
 void append_rows(char* rows, int64_t row_bytes, const std::vector<Field>& fields, int64_t num_envs) {
@@ -170,17 +218,41 @@ void append_rows(char* rows, int64_t row_bytes, const std::vector<Field>& fields
     for (const Field& field : fields) copy_general(field, rows, row_bytes, 0, num_envs);
     return;
   }
-  const int64_t block = kBlockBytes / row_bytes;
   alignas(64) char staged[kBlockBytes + kSlack];
   std::memset(staged, 0, sizeof(staged));
+  Run runs[kMaxRuns];
+  int64_t num_runs = 0, covered = 0;
+  std::vector<Field> parts;
+  parts.reserve(2 * fields.size());
+  auto run = [&](const char* from, int64_t stride, int64_t end) {
+    if (end > covered) runs[num_runs++] = {from, stride, covered, end - covered};
+    covered = std::max(covered, end);
+  };
+  for (const Field& field : fields) {
+    const int64_t end = field.offset + field.bytes();
+    const int64_t first = (field.offset + kUnit - 1) / kUnit * kUnit, last = end / kUnit * kUnit;
+    if (!field.plain() || last - first < 2 * kUnit || num_runs + 3 > kMaxRuns) {
+      parts.push_back(field);
+      continue;
+    }
+    run(staged + covered, row_bytes, first);
+    run(field.data + (first - field.offset), field.env, last);
+    if (first > field.offset) parts.push_back(part(field, field.offset, first));
+    if (end > last) parts.push_back(part(field, last, end));
+  }
+  run(staged + covered, row_bytes, row_bytes);
+
+  const int64_t block = kBlockBytes / row_bytes;
   for (int64_t n0 = 0; n0 < num_envs; n0 += block) {
     const int64_t envs = std::min(block, num_envs - n0), ahead = std::clamp<int64_t>(num_envs - n0 - envs, 0, block);
-    for (const Field& field : fields) {
-      // Each field is a short run of memory, over before the processor's own prefetcher has noticed it.
-      if (field.env > 0) fetch(field.data + (n0 + envs) * field.env, ahead * field.env);
-      copy_field(field, staged, row_bytes, n0, envs, num_envs);
-    }
-    stream(rows + n0 * row_bytes, staged, envs * row_bytes);
+    // The processor's own prefetcher follows what is narrow.
+    for (const Field& field : fields)
+      if (field.plain() && field.bytes() > kNarrow && field.env > 0)
+        fetch(field.data + (n0 + envs) * field.env, ahead * field.env);
+    for (const Field& field : parts) copy_field(field, staged, row_bytes, n0, envs, num_envs);
+    stream_rows(rows + n0 * row_bytes, row_bytes, runs, num_runs, envs);
+    for (int64_t r = 0; r < num_runs; ++r)
+      if (runs[r].from < staged || runs[r].from >= staged + kBlockBytes) runs[r].from += envs * runs[r].stride;
   }
 }
 
@@ -209,126 +281,126 @@ void mark(uint8_t* codes, const char* name, const Tensor& flags, int64_t n0, int
   });
 }
 
-// The final observations of one environment to the pool of its rollout, if there is a place left.
+// Where the final observations of a rollout go.
 struct Pool {
   char* rows;
   int64_t size, row_bytes;
-  int32_t* count;  // rows wanted, truncations that came without a final observation
-  const std::vector<Field>& fields;
+  int32_t* count;    // rows wanted, truncations that came without a final observation
+  int32_t* numbers;  // of this step: an environment's row
+  int64_t numbers_env;
+  std::vector<Field> fields;
 
-  int32_t take(int64_t env) const {
+  // That of one environment, if there is a place left.
+  void take(int64_t env) const {
+    int32_t& number = numbers[env * numbers_env];
+    number = -1;
     if (fields.empty()) {
       ++count[1];
-      return -1;
+      return;
     }
-    const int64_t place = count[0];
+    const int32_t place = count[0];
     if (count[0] < std::numeric_limits<int32_t>::max()) ++count[0];
-    if (place >= size) return -1;
+    if (place >= size) return;
     for (const Field& field : fields) copy_general(field, rows + place * row_bytes, row_bytes, env, 1);
-    return static_cast<int32_t>(place);
+    number = place;
   }
 };
 
+void store_ends(uint8_t* to, int64_t stride, int64_t num_envs, const Tensor& dones, const Optional& truncated,
+                const Optional& valid, const Pool* pool) {
+  constexpr int64_t kBatch = 1024;
+  alignas(64) uint8_t batch[kBatch];
+  for (int64_t n0 = 0; n0 < num_envs; n0 += kBatch) {
+    const int64_t envs = std::min(kBatch, num_envs - n0);
+    std::memset(batch, kRunning, envs);
+    mark(batch, "dones", dones, n0, envs, true, kTerminated);
+    if (truncated) mark(batch, "truncated", *truncated, n0, envs, true, kTruncated);
+    if (valid) mark(batch, "valid", *valid, n0, envs, false, kInvalid);
+    if (stride == 1)
+      std::memcpy(to + n0, batch, envs);
+    else
+      for (int64_t i = 0; i < envs; ++i) to[(n0 + i) * stride] = batch[i];
+    if (!pool || !std::memchr(batch, kTruncated, envs)) continue;
+    for (int64_t i = 0; i < envs; ++i)
+      if (batch[i] == kTruncated) pool->take(n0 + i);
+  }
+}
+
 }  // namespace
 
-void append(const Tensor& rows, const std::vector<Tensor>& sources, const std::vector<int64_t>& offsets,
-            const std::vector<int64_t>& dtypes, const std::vector<Tensor>& planes,
-            const std::vector<Tensor>& plane_sources, const Optional& codes, const Optional& dones,
-            const Optional& truncated, const Optional& valid, const Optional& pool,
-            const std::vector<Tensor>& final_sources, const std::vector<int64_t>& final_offsets,
-            const std::vector<int64_t>& final_dtypes, const Optional& pool_count, const Optional& final_rows,
+void append(const std::vector<Tensor>& ring, const std::vector<Tensor>& sources, const std::vector<int64_t>& layout,
+            const std::vector<Tensor>& plane_sources, const Optional& dones, const Optional& truncated,
+            const Optional& valid, const std::vector<Tensor>& pool, const std::vector<Tensor>& final_sources,
             int64_t slot, int64_t pool_slot, const Optional& cursor, bool commit) {
+  STD_TORCH_CHECK(ring.size() >= 2, "ring: expected rows, codes and planes, got ", ring.size(), " tensors");
+  const Tensor &rows = ring[0], &codes = ring[1];
   check_shape("rows", rows, {-1, -1, -1});
   check_dtype("rows", rows, ScalarType::Byte);
   check_contiguous("rows", rows);
   const int64_t capacity = rows.size(0), num_envs = rows.size(1), row_bytes = rows.size(2);
-  const std::vector<Field> fields = describe_all("sources", sources, offsets, dtypes, rows, row_bytes);
-  STD_TORCH_CHECK(planes.size() == plane_sources.size(), "planes: expected as many planes as plane_sources");
-  for (size_t i = 0; i < planes.size(); ++i) {
-    check_shape("planes", planes[i], {num_envs, capacity});
-    check_dtype("planes", planes[i], ScalarType::Float);
+  check_layout(layout, sources, final_sources);
+  const std::vector<Field> fields = describe_all("sources", sources, layout, 0, rows, num_envs);
+  STD_TORCH_CHECK(plane_sources.size() == ring.size() - 2, "plane_sources: expected a tensor for each of ",
+                  ring.size() - 2, " planes, got ", plane_sources.size());
+  for (size_t i = 0; i < plane_sources.size(); ++i) {
+    const Tensor& plane = ring[2 + i];
+    check_shape("planes", plane, {num_envs, capacity});
+    check_dtype("planes", plane, ScalarType::Float);
     check_scalars("plane_sources", plane_sources[i], num_envs);
     check_real("plane_sources", plane_sources[i]);
-    check_device("planes", planes[i], rows);
+    check_device("planes", plane, rows);
     check_device("plane_sources", plane_sources[i], rows);
   }
-  if (codes) {
-    check_shape("codes", *codes, {num_envs, capacity});
-    check_dtype("codes", *codes, ScalarType::Byte);
-    STD_TORCH_CHECK(dones.has_value(), "dones: expected a tensor with codes, got None");
-    check_device("codes", *codes, rows);
-    for (const auto& [name, flags] : {std::pair{"dones", &dones}, {"truncated", &truncated}, {"valid", &valid}}) {
-      if (!flags->has_value()) continue;
-      check_scalars(name, **flags, num_envs);
-      check_flags(name, **flags);
-      check_device(name, **flags, rows);
-    }
+  check_shape("codes", codes, {num_envs, capacity});
+  check_dtype("codes", codes, ScalarType::Byte);
+  check_device("codes", codes, rows);
+  for (const auto& [name, flags] : {std::pair{"dones", &dones}, {"truncated", &truncated}, {"valid", &valid}}) {
+    if (!flags->has_value()) continue;
+    check_scalars(name, **flags, num_envs);
+    check_flags(name, **flags);
+    check_device(name, **flags, rows);
   }
-  std::vector<Field> finals;
-  const bool pooled = codes && truncated && pool_count;
+  const bool pooled = dones && truncated && check_pool(pool, rows);
+  Pool target{};
   if (pooled) {
-    STD_TORCH_CHECK(pool && final_rows, "pool: expected pool and final_rows with pool_count, got None");
-    check_shape("pool", *pool, {-1, -1, -1});
-    check_dtype("pool", *pool, ScalarType::Byte);
-    check_contiguous("pool", *pool);
-    check_shape("pool_count", *pool_count, {pool->size(0), 2});
-    check_dtype("pool_count", *pool_count, ScalarType::Int);
-    check_contiguous("pool_count", *pool_count);
-    const auto* counts = static_cast<const int32_t*>(pool_count->data_ptr());
-    for (int64_t i = 0; i < pool_count->numel(); ++i)
-      STD_TORCH_CHECK(counts[i] >= 0, "pool_count: expected counts of at least 0, got ", counts[i]);
-    check_shape("final_rows", *final_rows, {num_envs, capacity});
-    check_dtype("final_rows", *final_rows, ScalarType::Int);
-    check_device("pool", *pool, rows);
-    check_device("pool_count", *pool_count, rows);
-    check_device("final_rows", *final_rows, rows);
-    finals = describe_all("final_sources", final_sources, final_offsets, final_dtypes, rows, pool->size(2));
+    const auto* counts = static_cast<const int32_t*>(pool[1].data_ptr());
+    for (int64_t i = 0; i < pool[1].numel(); ++i)
+      STD_TORCH_CHECK(counts[i] >= 0, "pool's count: expected counts of at least 0, got ", counts[i]);
+    target.fields = describe_all("final_sources", final_sources, layout, 2 * sources.size(), pool[0], num_envs);
   }
   int64_t* state = nullptr;
   if (cursor) {
     check_cursor(cursor, rows);
     STD_TORCH_CHECK(capacity > 0, "rows: expected a capacity of at least 1, got 0");
-    if (pooled) STD_TORCH_CHECK(pool->size(0) > 0, "pool: expected a first dimension of at least 1, got 0");
     state = static_cast<int64_t*>(cursor->data_ptr());
     if (state[0] - state[1] >= capacity) {
       state[2] = 1;
       return;
     }
     slot = state[0] % capacity;
-    if (pooled) pool_slot = state[0] / std::max<int64_t>(state[4], 1) % pool->size(0);
+    if (pooled) pool_slot = state[0] / std::max<int64_t>(state[4], 1) % pool[0].size(0);
   }
   check_range("slot", slot, 0, capacity);
-  if (pooled) check_range("pool_slot", pool_slot, 0, pool->size(0));
+  if (pooled) {
+    check_range("pool_slot", pool_slot, 0, pool[0].size(0));
+    target.size = pool[0].size(1);
+    target.row_bytes = pool[0].size(2);
+    target.rows = static_cast<char*>(pool[0].data_ptr()) + pool_slot * target.size * target.row_bytes;
+    target.count = static_cast<int32_t*>(pool[1].data_ptr()) + 2 * pool_slot;
+    target.numbers = static_cast<int32_t*>(pool[2].data_ptr()) + slot * pool[2].stride(1);
+    target.numbers_env = pool[2].stride(0);
+  }
 
   if (num_envs && row_bytes && !fields.empty())
     append_rows(static_cast<char*>(rows.data_ptr()) + slot * num_envs * row_bytes, row_bytes, fields, num_envs);
-  for (size_t i = 0; i < planes.size(); ++i)
-    copy_plane(static_cast<float*>(planes[i].data_ptr()) + slot * planes[i].stride(1), planes[i].stride(0),
-               plane_sources[i], num_envs);
-  if (codes) {
-    stream_fence();
-    auto* to = static_cast<uint8_t*>(codes->data_ptr()) + slot * codes->stride(1);
-    int32_t* row_numbers = pooled ? static_cast<int32_t*>(final_rows->data_ptr()) + slot * final_rows->stride(1) : nullptr;
-    constexpr int64_t kBatch = 1024;
-    alignas(64) uint8_t batch[kBatch];
-    const int64_t stride = codes->stride(0);
-    for (int64_t n0 = 0; n0 < num_envs; n0 += kBatch) {
-      const int64_t envs = std::min(kBatch, num_envs - n0);
-      std::memset(batch, 0, envs);
-      mark(batch, "dones", *dones, n0, envs, true, 1);
-      if (truncated) mark(batch, "truncated", *truncated, n0, envs, true, 2);
-      if (valid) mark(batch, "valid", *valid, n0, envs, false, 3);
-      if (stride == 1)
-        std::memcpy(to + n0, batch, envs);
-      else
-        for (int64_t i = 0; i < envs; ++i) to[(n0 + i) * stride] = batch[i];
-      if (!pooled || !std::memchr(batch, 2, envs)) continue;
-      const Pool target{static_cast<char*>(pool->data_ptr()) + pool_slot * pool->size(1) * pool->size(2), pool->size(1),
-                        pool->size(2), static_cast<int32_t*>(pool_count->data_ptr()) + 2 * pool_slot, finals};
-      for (int64_t i = 0; i < envs; ++i)
-        if (batch[i] == 2) row_numbers[(n0 + i) * final_rows->stride(0)] = target.take(n0 + i);
-    }
+  for (size_t i = 0; i < plane_sources.size(); ++i) {
+    const Tensor& plane = ring[2 + i];
+    copy_plane(static_cast<float*>(plane.data_ptr()) + slot * plane.stride(1), plane.stride(0), plane_sources[i],
+               num_envs);
   }
+  if (dones)
+    store_ends(static_cast<uint8_t*>(codes.data_ptr()) + slot * codes.stride(1), codes.stride(0), num_envs, *dones,
+               truncated, valid, pooled ? &target : nullptr);
   stream_fence();
   if (state && commit) ++state[0];
 }

@@ -12,8 +12,12 @@
 // musl has no ifunc, other compilers and processors no such attribute: there the baseline serves.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__GLIBC__)
 #define PYDRONE_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+// For those whose versions are written out, in the instructions of each.
+#define PYDRONE_VERSIONS
+#define PYDRONE_DEFAULT __attribute__((target("default")))
 #else
 #define PYDRONE_CLONES
+#define PYDRONE_DEFAULT
 #endif
 
 #if defined(__GNUC__)
@@ -28,7 +32,7 @@
 #endif
 
 #if defined(__SSE2__)
-#include <emmintrin.h>
+#include <immintrin.h>
 #endif
 
 namespace pydrone {

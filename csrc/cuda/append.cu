@@ -193,28 +193,26 @@ __global__ void __launch_bounds__(kThreads) append_step(const __grid_constant__ 
 }
 
 // `words`: the most words of a field, for the grid.
-int32_t describe(Field* fields, int most, const char* name, const std::vector<Tensor>& sources,
-                 const std::vector<int64_t>& offsets, const std::vector<int64_t>& dtypes, const Tensor& rows,
-                 int64_t num_envs, int64_t& words) {
-  STD_TORCH_CHECK(sources.size() == offsets.size() && sources.size() == dtypes.size(), name,
-                  ": expected as many tensors as offsets and dtypes");
+int32_t describe(Field* fields, int most, const char* name, const std::vector<Tensor>& sources, const int64_t* layout,
+                 const Tensor& rows, int64_t num_envs, int64_t& words) {
   STD_TORCH_CHECK(static_cast<int>(sources.size()) <= most, name, ": expected at most ", most, " tensors, got ",
                   sources.size());
   const int64_t row_bytes = rows.size(2);
   int32_t count = 0;
   for (size_t i = 0; i < sources.size(); ++i) {
     const Tensor& source = sources[i];
+    const int64_t offset = layout[2 * i], dtype = layout[2 * i + 1];
     const auto from = source.scalar_type();
     check_device(name, source, rows);
     STD_TORCH_CHECK(source.dim() >= 1 && source.size(0) == num_envs, name, ": expected a first dimension of ", num_envs,
                     ", got shape ", shape_of(source));
-    const int64_t size = item_size(name, dtypes[i]);
+    const int64_t size = item_size(name, dtype);
     check_element(name, source);
     Field field{};
     field.data = static_cast<const char*>(source.data_ptr());
     field.env = source.stride(0);
     field.from = static_cast<int8_t>(from);
-    field.to = static_cast<int8_t>(dtypes[i]);
+    field.to = static_cast<int8_t>(dtype);
     int64_t width = 1;
     int dims = 0;
     for (int64_t d = source.dim() - 1; d >= 1; --d) {
@@ -232,15 +230,15 @@ int32_t describe(Field* fields, int most, const char* name, const std::vector<Te
       field.sizes[dims] = static_cast<int32_t>(n);
       field.strides[dims++] = stride;
     }
-    STD_TORCH_CHECK(offsets[i] >= 0 && offsets[i] % size == 0 && offsets[i] <= row_bytes - width * size &&
-                        row_bytes % size == 0, name, ": byte offset ", offsets[i], " and ", width * size,
+    STD_TORCH_CHECK(offset >= 0 && offset % size == 0 && offset <= row_bytes - width * size &&
+                        row_bytes % size == 0, name, ": byte offset ", offset, " and ", width * size,
                     " bytes do not lie aligned in a row of ", row_bytes);
     if (width == 0) continue;
     const bool dense = dims == 0 || (dims == 1 && field.strides[0] == 1);
     field.dims = static_cast<int8_t>(dense ? 0 : dims);
-    field.offset = static_cast<int32_t>(offsets[i]);
+    field.offset = static_cast<int32_t>(offset);
     field.width = static_cast<int32_t>(width);
-    if (static_cast<int64_t>(from) == dtypes[i]) {
+    if (static_cast<int64_t>(from) == dtype) {
       field.word = static_cast<int8_t>(size);
       // Dense sources go in words as long as sizes and alignments allow.
       for (int64_t word = 16; dense && word > size; word /= 2) {
@@ -254,8 +252,8 @@ int32_t describe(Field* fields, int most, const char* name, const std::vector<Te
         break;
       }
     } else {
-      STD_TORCH_CHECK(is_real(from) && is_real(static_cast<ScalarType>(dtypes[i])), name, ": expected dtype number ",
-                      dtypes[i], " or floating dtypes, got ", torch::headeronly::toString(from));
+      STD_TORCH_CHECK(is_real(from) && is_real(static_cast<ScalarType>(dtype)), name, ": expected dtype number ",
+                      dtype, " or floating dtypes, got ", torch::headeronly::toString(from));
     }
     words = std::max<int64_t>(words, field.width);
     fields[count++] = field;
@@ -263,13 +261,12 @@ int32_t describe(Field* fields, int most, const char* name, const std::vector<Te
   return count;
 }
 
-void append(const Tensor& rows, const std::vector<Tensor>& sources, const std::vector<int64_t>& offsets,
-            const std::vector<int64_t>& dtypes, const std::vector<Tensor>& planes,
-            const std::vector<Tensor>& plane_sources, const Optional& codes, const Optional& dones,
-            const Optional& truncated, const Optional& valid, const Optional& pool,
-            const std::vector<Tensor>& final_sources, const std::vector<int64_t>& final_offsets,
-            const std::vector<int64_t>& final_dtypes, const Optional& pool_count, const Optional& final_rows,
+void append(const std::vector<Tensor>& ring, const std::vector<Tensor>& sources, const std::vector<int64_t>& layout,
+            const std::vector<Tensor>& plane_sources, const Optional& dones, const Optional& truncated,
+            const Optional& valid, const std::vector<Tensor>& pool, const std::vector<Tensor>& final_sources,
             int64_t slot, int64_t pool_slot, const Optional& cursor, bool commit) {
+  STD_TORCH_CHECK(ring.size() >= 2, "ring: expected rows, codes and planes, got ", ring.size(), " tensors");
+  const Tensor &rows = ring[0], &codes = ring[1];
   check_shape("rows", rows, {-1, -1, -1});
   check_dtype("rows", rows, ScalarType::Byte);
   check_contiguous("rows", rows);
@@ -280,66 +277,56 @@ void append(const Tensor& rows, const std::vector<Tensor>& sources, const std::v
   args.row_bytes = rows.size(2);
   const int64_t capacity = args.capacity, num_envs = args.num_envs;
   int64_t words = 1, final_words = 1;
-  args.num_fields = describe(args.fields, kMaxFields, "sources", sources, offsets, dtypes, rows, num_envs, words);
+  check_layout(layout, sources, final_sources);
+  args.num_fields = describe(args.fields, kMaxFields, "sources", sources, layout.data(), rows, num_envs, words);
 
-  STD_TORCH_CHECK(planes.size() == plane_sources.size(), "planes: expected as many planes as plane_sources");
-  STD_TORCH_CHECK(planes.size() <= kMaxPlanes, "planes: expected at most ", kMaxPlanes, " planes, got ", planes.size());
-  args.num_planes = static_cast<int32_t>(planes.size());
-  for (size_t i = 0; i < planes.size(); ++i) {
-    check_device("planes", planes[i], rows);
-    check_shape("planes", planes[i], {num_envs, capacity});
-    check_dtype("planes", planes[i], ScalarType::Float);
+  STD_TORCH_CHECK(plane_sources.size() == ring.size() - 2, "plane_sources: expected a tensor for each of ",
+                  ring.size() - 2, " planes, got ", plane_sources.size());
+  STD_TORCH_CHECK(plane_sources.size() <= kMaxPlanes, "ring: expected at most ", kMaxPlanes, " planes, got ",
+                  plane_sources.size());
+  args.num_planes = static_cast<int32_t>(plane_sources.size());
+  for (size_t i = 0; i < plane_sources.size(); ++i) {
+    const Tensor& plane = ring[2 + i];
+    check_device("planes", plane, rows);
+    check_shape("planes", plane, {num_envs, capacity});
+    check_dtype("planes", plane, ScalarType::Float);
     check_device("plane_sources", plane_sources[i], rows);
     check_scalars("plane_sources", plane_sources[i], num_envs);
     check_real("plane_sources", plane_sources[i]);
-    args.planes[i] = {static_cast<float*>(planes[i].data_ptr()), planes[i].stride(0), Plane(plane_sources[i])};
-    args.plane_step[i] = planes[i].stride(1);
+    args.planes[i] = {static_cast<float*>(plane.data_ptr()), plane.stride(0), Plane(plane_sources[i])};
+    args.plane_step[i] = plane.stride(1);
   }
 
-  if (codes) {
-    check_device("codes", *codes, rows);
-    check_shape("codes", *codes, {num_envs, capacity});
-    check_dtype("codes", *codes, ScalarType::Byte);
-    STD_TORCH_CHECK(dones.has_value(), "dones: expected a tensor with codes, got None");
-    args.codes = static_cast<uint8_t*>(codes->data_ptr());
-    args.codes_env = codes->stride(0);
-    args.codes_step = codes->stride(1);
-    auto flag = [&](const char* name, const Optional& x) {
-      if (!x) return Plane();
-      check_device(name, *x, rows);
-      check_scalars(name, *x, num_envs);
-      check_flags(name, *x);
-      return Plane(*x);
-    };
-    args.dones = flag("dones", dones);
-    args.truncated = flag("truncated", truncated);
-    args.valid = flag("valid", valid);
+  check_device("codes", codes, rows);
+  check_shape("codes", codes, {num_envs, capacity});
+  check_dtype("codes", codes, ScalarType::Byte);
+  auto flag = [&](const char* name, const Optional& x) {
+    if (!x) return Plane();
+    check_device(name, *x, rows);
+    check_scalars(name, *x, num_envs);
+    check_flags(name, *x);
+    return Plane(*x);
+  };
+  args.dones = flag("dones", dones);
+  args.truncated = flag("truncated", truncated);
+  args.valid = flag("valid", valid);
+  if (dones) {
+    args.codes = static_cast<uint8_t*>(codes.data_ptr());
+    args.codes_env = codes.stride(0);
+    args.codes_step = codes.stride(1);
   }
-  if (codes && truncated && pool_count) {
-    STD_TORCH_CHECK(pool && final_rows, "pool: expected pool and final_rows with pool_count, got None");
-    check_device("pool", *pool, rows);
-    check_shape("pool", *pool, {-1, -1, -1});
-    check_dtype("pool", *pool, ScalarType::Byte);
-    check_contiguous("pool", *pool);
-    check_device("pool_count", *pool_count, rows);
-    check_shape("pool_count", *pool_count, {pool->size(0), 2});
-    check_dtype("pool_count", *pool_count, ScalarType::Int);
-    check_contiguous("pool_count", *pool_count);
-    check_device("final_rows", *final_rows, rows);
-    check_shape("final_rows", *final_rows, {num_envs, capacity});
-    check_dtype("final_rows", *final_rows, ScalarType::Int);
-    args.num_finals = describe(args.finals, kMaxFinals, "final_sources", final_sources, final_offsets, final_dtypes,
-                               *pool, num_envs, final_words);
-    args.pool = static_cast<char*>(pool->data_ptr());
-    args.num_pools = pool->size(0);
-    args.pool_rows = pool->size(1);
-    args.pool_row_bytes = pool->size(2);
-    args.pool_count = static_cast<int32_t*>(pool_count->data_ptr());
-    args.final_rows = static_cast<int32_t*>(final_rows->data_ptr());
-    args.final_rows_env = final_rows->stride(0);
-    args.final_rows_step = final_rows->stride(1);
+  if (dones && truncated && check_pool(pool, rows)) {
+    args.num_finals = describe(args.finals, kMaxFinals, "final_sources", final_sources,
+                               layout.data() + 2 * sources.size(), pool[0], num_envs, final_words);
+    args.pool = static_cast<char*>(pool[0].data_ptr());
+    args.num_pools = pool[0].size(0);
+    args.pool_rows = pool[0].size(1);
+    args.pool_row_bytes = pool[0].size(2);
+    args.pool_count = static_cast<int32_t*>(pool[1].data_ptr());
+    args.final_rows = static_cast<int32_t*>(pool[2].data_ptr());
+    args.final_rows_env = pool[2].stride(0);
+    args.final_rows_step = pool[2].stride(1);
     if (!cursor) check_range("pool_slot", pool_slot, 0, args.num_pools);
-    STD_TORCH_CHECK(args.num_pools > 0, "pool: expected at least one pool, got shape ", shape_of(*pool));
   }
   check_cursor(cursor, rows);
   if (cursor) args.cursor = static_cast<int64_t*>(cursor->data_ptr());

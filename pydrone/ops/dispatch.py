@@ -19,9 +19,13 @@ NAMES = ("reference", "cpu", "triton", "cuda")
 
 
 class Backend(NamedTuple):
-    """One backend's operations, each with the signature of :mod:`pydrone.ops.schema`."""
+    """One backend's operations, each with the signature of :mod:`pydrone.ops.schema`.
+
+    ``checks``: whether they check their arguments, all of them before they write anything.
+    """
 
     name: str
+    checks: bool
     gae: Callable[..., None]
     append: Callable[..., None]
     gather: Callable[..., None]
@@ -73,19 +77,24 @@ def _pick(device: str, backend: str | None) -> Backend:
 
 def _operations(name: str) -> Backend:
     if name == "reference":
-        return Backend(name, reference.gae, reference.append, reference.gather)
+        return Backend(name, False, reference.gae, reference.append, reference.gather)
     if name == "triton" and native.CUDA_MISSING is None:
-        return Backend(name, triton.gae, triton.append, triton.gather)
+        return Backend(name, False, triton.gae, triton.append, triton.gather)
     if name == "triton" and triton.interpreted():
-        return Backend(name, triton.gae, triton.append, triton.gather)
+        return Backend(name, False, triton.gae, triton.append, triton.gather)
     ops = torch.ops.pydrone
-    return Backend(name, ops.gae.default, ops.append.default, ops.gather.default)
+    return Backend(name, name in ("cpu", "cuda"), ops.gae.default, ops.append.default, ops.gather.default)
 
 
-def written(*tensors: torch.Tensor | None) -> None:
+def written(*tensors: torch.Tensor) -> None:
     """Bumps the autograd version of what an operation wrote, so that autograd notices an overwritten saved tensor.
 
     The kernels write through raw pointers, which PyTorch does not see.
     """
+    bump([x for x in tensors if not x.is_inference()])
+
+
+def bump(tensors: list[torch.Tensor]) -> None:
+    """The same for tensors known not to be inference tensors."""
     if not torch.compiler.is_compiling():
-        torch.autograd.graph.increment_version([x for x in tensors if x is not None and not x.is_inference()])
+        torch.autograd.graph.increment_version(tensors)

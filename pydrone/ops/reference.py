@@ -100,61 +100,57 @@ def _final_value(final_values: Tensor, final_rows: Tensor | None, slot: int, dty
 
 
 def append(
-    rows,
+    ring,
     sources,
-    offsets,
-    dtypes,
-    planes,
+    layout,
     plane_sources,
-    codes,
     dones,
     truncated,
     valid,
     pool,
     final_sources,
-    final_offsets,
-    final_dtypes,
-    pool_count,
-    final_rows,
     slot,
     pool_slot,
     cursor,
     commit,
 ) -> None:
     """Stores one step: fields into packed rows, scalars into planes, flags as codes, final observations in the pool."""
+    rows, codes, *planes = ring
     capacity, num_envs = rows.shape[:2]
+    final_obs, count, final_rows = pool or (None, None, None)
     if cursor is not None:
         appended, discarded = int(cursor[CURSOR_APPENDED]), int(cursor[CURSOR_DISCARDED])
         if appended - discarded >= capacity:
             cursor[CURSOR_FLAG] = 1
             return
         slot = appended % capacity
-        if pool is not None:
-            pool_slot = appended // int(cursor[CURSOR_NUM_STEPS]) % pool.shape[0]
+        if pool:
+            pool_slot = appended // int(cursor[CURSOR_NUM_STEPS]) % final_obs.shape[0]
         cursor[CURSOR_APPENDED] += int(commit)
-    for source, offset, dtype in zip(sources, offsets, dtypes, strict=True):
+    fields = list(zip(layout[::2], layout[1::2], strict=True))
+    for source, (offset, dtype) in zip(sources, fields, strict=False):
         _field(rows[slot], offset, DTYPES[dtype], source.shape[1:].numel()).copy_(source.reshape(num_envs, -1))
     for plane, source in zip(planes, plane_sources, strict=True):
         plane[:, slot] = source.reshape(num_envs)
-    if codes is None:
+    if dones is None:
         return
     truncated = None if truncated is None else truncated.reshape(num_envs)
     valid = None if valid is None else valid.reshape(num_envs)
     codes[:, slot] = encode(dones.reshape(num_envs), truncated, valid)
-    if pool_count is None or truncated is None:
+    if not pool or truncated is None:
         return
     envs = (codes[:, slot] == TRUNCATED).nonzero().squeeze(1)
     if not final_sources:
         final_rows[envs, slot] = -1
-        pool_count[pool_slot, 1] += len(envs)
+        count[pool_slot, 1] += len(envs)
         return
-    places = int(pool_count[pool_slot, 0]) + torch.arange(len(envs), device=envs.device)
-    pool_count[pool_slot, 0] += len(envs)
-    fits = places < pool.shape[1]
+    places = int(count[pool_slot, 0]) + torch.arange(len(envs), device=envs.device)
+    count[pool_slot, 0] += len(envs)
+    fits = places < final_obs.shape[1]
     final_rows[envs, slot] = torch.where(fits, places, -1).int()
     envs, places = envs[fits], places[fits]
-    for source, offset, dtype in zip(final_sources, final_offsets, final_dtypes, strict=True):
-        field = _field(pool[pool_slot], offset, DTYPES[dtype], source.shape[1:].numel())
+    for source, (offset, dtype) in zip(final_sources, fields[len(sources) :], strict=True):
+        field = _field(final_obs[pool_slot], offset, DTYPES[dtype], source.shape[1:].numel())
         field[places] = source.reshape(num_envs, -1)[envs].to(field.dtype)
 
 

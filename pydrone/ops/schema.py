@@ -14,15 +14,16 @@ C = capacity of the ring in steps. All outputs are written in place; nothing is 
     stats: float64 [3] (count, mean, M2) of the advantages of valid samples.  workspace: float64 [workspace_size(N)],
     zero before the first launch, private to one stream.
 
-``append``  stores one step of N environments.
+``append``  stores one step of N environments. (An argument costs a tenth of a microsecond, a list three: hence lists.)
 
-    rows: uint8 [C, N, row_bytes]; sources[i], [N, ...] of any strides, goes to byte offsets[i] of each environment's
-    row as dtypes[i] (SCALAR_TYPES), contiguous; sources are all fields of a row, or none.
-    planes[i]: [N, C], takes plane_sources[i] ([N] or [N, 1]).
-    codes: uint8 [N, C], formed from the flags dones, truncated, valid ([N] or [N, 1], any dtype).
-    pool: uint8 [R, P, pool_row_bytes]: rows of ``final_sources`` where truncated is set, in no particular order;
-    pool_count: int32 [R, 2] (rows wanted, truncations that came without a final observation); final_rows: int32
-    [N, C], the row's index in the pool, -1 where it found no place.
+    ring: [rows, codes, *planes]: rows uint8 [C, N, row_bytes], codes uint8 [N, C], planes [N, C].
+    sources[i], [N, ...] of any strides, goes to byte layout[2 i] of each environment's row as dtype layout[2 i + 1]
+    (SCALAR_TYPES), contiguous; sources are all fields of a row, or none.
+    plane_sources[i], [N] or [N, 1], goes to planes[i].
+    dones, truncated, valid: flags, [N] or [N, 1], any dtype, that form the codes; dones None: there are none yet.
+    pool: [], or [final_obs, count, final_rows]: uint8 [R, P, pool_row_bytes], rows of ``final_sources`` where truncated
+    is set, in no particular order; int32 [R, 2] (rows wanted, truncations that came without a final observation); int32
+    [N, C], the row's index in the pool, -1 where it found no place. Their layout follows that of the sources.
 
 ``gather``  one minibatch: positions first .. first + B of the epoch's permutation, for all fields at once.
 
@@ -46,10 +47,9 @@ SCHEMAS = {
         "Tensor? cursor, Tensor(a!) advantages, Tensor(b!)? returns, Tensor(c!)? stats, Tensor(d!)? workspace) -> ()"
     ),
     "append": (
-        "(Tensor(a!) rows, Tensor[] sources, int[] offsets, int[] dtypes, Tensor(b!)[] planes, "
-        "Tensor[] plane_sources, Tensor(c!)? codes, Tensor? dones, Tensor? truncated, Tensor? valid, "
-        "Tensor(d!)? pool, Tensor[] final_sources, int[] final_offsets, int[] final_dtypes, Tensor(e!)? pool_count, "
-        "Tensor(f!)? final_rows, int slot, int pool_slot, Tensor(g!)? cursor, bool commit) -> ()"
+        "(Tensor(a!)[] ring, Tensor[] sources, int[] layout, Tensor[] plane_sources, Tensor? dones, "
+        "Tensor? truncated, Tensor? valid, Tensor(b!)[] pool, Tensor[] final_sources, int slot, int pool_slot, "
+        "Tensor(c!)? cursor, bool commit) -> ()"
     ),
     "gather": (
         "(Tensor rows, int[] offsets, int[] dtypes, Tensor(a!)[] outputs, int value_offset, Tensor? advantages, "

@@ -69,25 +69,32 @@ def gae_arguments() -> dict:
     }
 
 
+SHORT = SCALAR_TYPES[torch.int16]
+
+
+def ring(rows: Tensor | None = None, codes: Tensor | None = None, *planes: Tensor) -> list[Tensor]:
+    return [u8(C, N, 32) if rows is None else rows, u8(N, C) if codes is None else codes, *(planes or (zeros(N, C),))]
+
+
+def pool(
+    final_obs: Tensor | None = None, count: Tensor | None = None, final_rows: Tensor | None = None
+) -> list[Tensor]:
+    given = ((final_obs, u8(2, N, 32)), (count, i32(2, 2)), (final_rows, i32(N, C)))
+    return [usual if x is None else x for x, usual in given]
+
+
 def append_arguments() -> dict:
     """A row of 32 bytes: two floats at 0, an int16 at 8, a row number at 12."""
     return {
-        "rows": u8(C, N, 32),
+        "ring": ring(),
         "sources": [torch.randn(N, 2), torch.ones(N, dtype=torch.int16)],
-        "offsets": [0, 8],
-        "dtypes": [F32, SCALAR_TYPES[torch.int16]],
-        "planes": [zeros(N, C)],
+        "layout": [0, F32, 8, SHORT, 0, F32],
         "plane_sources": [torch.randn(N)],
-        "codes": u8(N, C),
         "dones": torch.ones(N),
         "truncated": torch.tensor([0, 1, 0, 1]),
         "valid": None,
-        "pool": u8(2, N, 32),
+        "pool": pool(),
         "final_sources": [torch.randn(N, 2)],
-        "final_offsets": [0],
-        "final_dtypes": [F32],
-        "pool_count": i32(2, 2),
-        "final_rows": i32(N, C),
         "slot": 1,
         "pool_slot": 1,
         "cursor": None,
@@ -144,21 +151,8 @@ VARIANTS = [
     ("gae", {"dones": u8(N, C), "coded": True, "start": 2, "advantages": zeros(N, 2), "returns": zeros(N, 2)}),
     ("gae", {"truncated": torch.ones(N, C), "final_values": torch.ones(N, C), "bootstrap": 1, "valid": zeros(N, C)}),
     ("append", {}),
-    ("append", {"sources": [], "offsets": [], "dtypes": []}),
-    (
-        "append",
-        {
-            "codes": None,
-            "dones": None,
-            "truncated": None,
-            "pool": None,
-            "pool_count": None,
-            "final_rows": None,
-            "final_sources": [],
-            "final_offsets": [],
-            "final_dtypes": [],
-        },
-    ),
+    ("append", {"sources": [], "layout": [0, F32]}),
+    ("append", {"dones": None, "truncated": None, "pool": [], "final_sources": [], "layout": [0, F32, 8, SHORT]}),
     ("append", {"cursor": cursor()}),
     ("gather", {}),
     ("gather", {"subset": torch.arange(12), "shuffle": False, "first": 7}),
@@ -260,48 +254,46 @@ BAD = [
     ("gae", {"cursor": i64(1).expand(5)}, "cursor: expected a contiguous"),
     ("gae", {"cursor": cursor(0, -1)}, "start: expected"),
     # append
-    ("append", {"rows": u8(C, N, 64)[..., :32]}, "rows: expected a contiguous"),
-    ("append", {"rows": zeros(C, N, 32)}, "rows: expected dtype"),
-    ("append", {"rows": u8(C, N * 32)}, "rows: expected shape"),
-    ("append", {"sources": [zeros(N, 2)]}, "sources: expected as many"),
+    ("append", {"ring": [u8(C, N, 32)]}, "ring: expected rows, codes and planes, got 1"),
+    ("append", {"ring": ring(u8(C, N, 64)[..., :32])}, "rows: expected a contiguous"),
+    ("append", {"ring": ring(zeros(C, N, 32))}, "rows: expected dtype"),
+    ("append", {"ring": ring(u8(C, N * 32))}, "rows: expected shape"),
+    ("append", {"sources": [zeros(N, 2)]}, "layout: expected 4 numbers for 1 sources and 1 final sources, got 6"),
     ("append", {"sources": [zeros(N - 1, 2), i32(N)]}, "sources: expected a first dimension of 4"),
     ("append", {"sources": [zeros(), i32(N)]}, "sources: expected a first dimension of 4"),
-    (
-        "append",
-        {"sources": [i32(N, 2), torch.ones(N, dtype=torch.int16)]},
-        "sources: expected dtype Short, got Int|sources: expected dtype Float, got Int",
-    ),
+    ("append", {"layout": [0, F32, 8]}, "layout: expected 6 numbers"),
     ("append", {"sources": [zeros(N, 2), zeros(N)]}, "sources: expected dtype Short, got Float"),
     ("append", {"sources": [zeros(N, 2, dtype=COMPLEX), torch.ones(N, dtype=torch.int16)]}, "sources: expected"),
     ("append", {"sources": [zeros(N, 9), torch.ones(N, dtype=torch.int16)]}, "sources: .*do not lie in a row of 32"),
-    ("append", {"offsets": [28, 8]}, "sources: byte offset 28 and 8 bytes do not lie in a row of 32"),
-    ("append", {"offsets": [2, 8]}, "sources: byte offset 2"),
-    ("append", {"offsets": [-4, 8]}, "sources: byte offset -4"),
-    ("append", {"dtypes": [9, 2]}, "sources: dtype number 9 cannot be stored"),
-    ("append", {"dtypes": [-1, 2]}, "sources: dtype number -1 cannot be stored"),
-    ("append", {"dtypes": [256 + F32, 2]}, "sources: dtype number 262 cannot be stored"),
-    ("append", {"planes": []}, "planes: expected as many"),
-    ("append", {"planes": [f64(N, C)]}, "planes: expected dtype"),
-    ("append", {"planes": [zeros(N, C + 1)]}, "planes: expected shape"),
+    (
+        "append",
+        {"layout": [28, F32, 8, SHORT, 0, F32]},
+        "sources: byte offset 28 and 8 bytes do not lie in a row of 32",
+    ),
+    ("append", {"layout": [2, F32, 8, SHORT, 0, F32]}, "sources: byte offset 2"),
+    ("append", {"layout": [-4, F32, 8, SHORT, 0, F32]}, "sources: byte offset -4"),
+    ("append", {"layout": [0, 9, 8, SHORT, 0, F32]}, "sources: dtype number 9 cannot be stored"),
+    ("append", {"layout": [0, -1, 8, SHORT, 0, F32]}, "sources: dtype number -1 cannot be stored"),
+    ("append", {"layout": [0, 256 + F32, 8, SHORT, 0, F32]}, "sources: dtype number 262 cannot be stored"),
+    ("append", {"ring": ring()[:2]}, "plane_sources: expected a tensor for each of 0 planes, got 1"),
+    ("append", {"ring": ring(None, None, f64(N, C))}, "planes: expected dtype"),
+    ("append", {"ring": ring(None, None, zeros(N, C + 1))}, "planes: expected shape"),
     ("append", {"plane_sources": [zeros(N, 2)]}, "plane_sources: expected shape"),
     ("append", {"plane_sources": [i64(N)]}, "plane_sources: expected a floating dtype"),
-    ("append", {"codes": i32(N, C)}, "codes: expected dtype"),
-    ("append", {"codes": u8(C, N)}, "codes: expected shape"),
-    ("append", {"dones": None}, "dones: expected a tensor"),
+    ("append", {"ring": ring(None, i32(N, C))}, "codes: expected dtype"),
+    ("append", {"ring": ring(None, u8(C, N))}, "codes: expected shape"),
     ("append", {"dones": zeros(N - 1)}, "dones: expected shape"),
     ("append", {"dones": zeros(N, dtype=COMPLEX)}, "dones: "),
     ("append", {"truncated": zeros(1)}, "truncated: expected shape"),
     ("append", {"valid": zeros(N, 2)}, "valid: expected shape"),
     ("append", {"valid": zeros(N, dtype=COMPLEX)}, "valid: "),
-    ("append", {"pool": None}, "pool: expected pool and final_rows"),
-    ("append", {"pool": zeros(2, N, 32)}, "pool: expected dtype"),
-    ("append", {"pool": u8(2, N, 4)}, "final_sources: .*do not lie in a row of 4"),
-    ("append", {"pool_count": i32(1, 2)}, "pool_count: expected shape"),
-    ("append", {"pool_count": i64(2, 2)}, "pool_count: expected dtype"),
-    ("append", {"final_rows": None}, "pool: expected pool and final_rows"),
-    ("append", {"final_rows": i64(N, C)}, "final_rows: expected dtype"),
+    ("append", {"pool": pool()[:2]}, "pool: expected final_obs, count and final_rows, got 2"),
+    ("append", {"pool": pool(zeros(2, N, 32))}, "pool's final_obs: expected dtype"),
+    ("append", {"pool": pool(u8(2, N, 4))}, "final_sources: .*do not lie in a row of 4"),
+    ("append", {"pool": pool(None, i32(1, 2))}, "pool's count: expected shape"),
+    ("append", {"pool": pool(None, i64(2, 2))}, "pool's count: expected dtype"),
+    ("append", {"pool": pool(None, None, i64(N, C))}, "pool's final_rows: expected dtype"),
     ("append", {"final_sources": [i64(N, 2)]}, "final_sources: expected dtype Float, got Long"),
-    ("append", {"final_dtypes": []}, "final_sources: expected as many"),
     ("append", {"slot": C}, "slot: expected 0 <= slot < 3, got 3"),
     ("append", {"slot": -1}, "slot: expected"),
     ("append", {"pool_slot": 2}, "pool_slot: expected 0 <= pool_slot < 2, got 2"),
@@ -378,29 +370,38 @@ HOSTILE = {
         "gather",
         {"rows": u8(0, N, 32), "num_steps": 0, "subset": i64(12), "advantages": zeros(N, 0), "cursor": cursor()},
     ),
-    "a source offset that overflows": lambda: call("append", {"offsets": [BIG - 7, 8]}),
-    "a pool offset that overflows": lambda: call("append", {"final_offsets": [BIG - 7]}),
+    "a source offset that overflows": lambda: call("append", {"layout": [BIG - 7, F32, 8, SHORT, 0, F32]}),
+    "a pool offset that overflows": lambda: call("append", {"layout": [0, F32, 8, SHORT, BIG - 7, F32]}),
     "no capacity, by the cursor": lambda: call(
         "append",
         {
-            "rows": u8(0, N, 32),
-            "planes": [zeros(N, 0)],
-            "codes": u8(N, 0),
-            "final_rows": i32(N, 0),
+            "ring": ring(u8(0, N, 32), u8(N, 0), zeros(N, 0)),
+            "pool": pool(None, None, i32(N, 0)),
             "cursor": cursor(-1),
         },
     ),
-    "no pool, by the cursor": lambda: call(
-        "append", {"pool": u8(0, N, 32), "pool_count": i32(0, 2), "cursor": cursor()}
-    ),
+    "no pool, by the cursor": lambda: call("append", {"pool": pool(u8(0, N, 32), i32(0, 2)), "cursor": cursor()}),
     "a pool's count below zero": lambda: call(
-        "append", {"pool_count": torch.full((2, 2), -(2**30), dtype=torch.int32)}
+        "append", {"pool": pool(None, torch.full((2, 2), -(2**30), dtype=torch.int32))}
     ),
 }
 # Unusual, but with a meaning: these must work.
 HARMLESS = {
     "rows of no bytes": lambda: call(
-        "append", {"rows": u8(C, N, 0), "sources": [zeros(N, 0), zeros(N, 0, dtype=torch.int16)], "offsets": [0, 0]}
+        "append",
+        {
+            "ring": ring(u8(C, N, 0)),
+            "sources": [zeros(N, 0), zeros(N, 0, dtype=torch.int16)],
+            "layout": [0, F32, 0, SHORT, 0, F32],
+        },
+    ),
+    "fields that overlap": lambda: call(
+        "append",
+        {
+            "ring": ring(u8(C, N, 256)),
+            "sources": [torch.ones(N, 64), torch.ones(N, 60), torch.ones(N, 63)],
+            "layout": [0, F32, 0, F32, 4, F32, 0, F32],
+        },
     ),
     "a subset that leads out": lambda: call("gather", {"subset": torch.tensor([BIG, -1, -BIG, 12] * 3)}),
     "unknown codes": lambda: call("gae", {"dones": torch.full((N, C), 200, dtype=torch.uint8), "coded": True}),
@@ -415,7 +416,7 @@ HARMLESS = {
         },
     ),
     "a cursor of no steps": lambda: call("append", {"cursor": cursor(0, 0, 0)}),
-    "a full pool": lambda: call("append", {"pool_count": torch.full((2, 2), 2**31 - 1, dtype=torch.int32)}),
+    "a full pool": lambda: call("append", {"pool": pool(None, torch.full((2, 2), 2**31 - 1, dtype=torch.int32))}),
     "keys of any size": lambda: call("gather", {"key": -(2**63), "rollout": BIG, "epoch": -1}),
 }
 

@@ -262,21 +262,15 @@ def append_state(num_envs: int) -> dict[str, Tensor | list[Tensor]]:
 
 
 def do_append(backend, state, fields, scalars, flags, final, by_cursor=False, commit=True, slot=3, pool_slot=1):
+    layout = [number for _, offset, dtype in fields for number in (offset, SCALAR_TYPES[dtype])]
     backend(
-        state["rows"],
+        [state["rows"], state["codes"], *(state["planes"] if scalars else [])],
         [source for source, _, _ in fields],
-        [offset for _, offset, _ in fields],
-        [SCALAR_TYPES[dtype] for _, _, dtype in fields],
-        state["planes"] if scalars else [],
+        layout if final is None else [*layout, 4, SCALAR_TYPES[torch.float32]],
         scalars,
-        state["codes"] if flags else None,
         *(flags or (None, None, None)),
-        state["pool"],
+        [state["pool"], state["pool_count"], state["final_rows"]],
         [] if final is None else [final],
-        [] if final is None else [4],
-        [] if final is None else [SCALAR_TYPES[torch.float32]],
-        state["pool_count"],
-        state["final_rows"],
         slot,
         pool_slot,
         state["cursor"] if by_cursor else None,

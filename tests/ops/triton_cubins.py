@@ -94,11 +94,12 @@ WIDTHS, OFFSETS = (17, 4, 1, 1, 4, 4), (0, 68, 84, 88, 92, 108)
 def launch_append(cursor: bool, num_envs: int = 8192, capacity: int = 4) -> None:
     sources = [torch.empty(num_envs, width) for width in WIDTHS]
     flag, plane = torch.empty(num_envs, dtype=torch.bool), column(num_envs, capacity, False)
+    pool = torch.empty(2, num_envs, 96, dtype=torch.uint8)
+    layout = [number for offset in (*OFFSETS, 0) for number in (offset, F32)]
     append(
-        torch.empty(capacity, num_envs, 128, dtype=torch.uint8), sources, list(OFFSETS), [F32] * 6, [plane, plane],
-        [sources[2], sources[3]], plane.to(torch.uint8), flag, flag, None,
-        torch.empty(2, num_envs, 96, dtype=torch.uint8), sources[:1], [0], [F32], torch.zeros(2, 2, dtype=torch.int32),
-        plane.int(), 1, 1, torch.zeros(5, dtype=torch.int64) if cursor else None, True,
+        [torch.empty(capacity, num_envs, 128, dtype=torch.uint8), plane.to(torch.uint8), plane, plane], sources, layout,
+        [sources[2], sources[3]], flag, flag, None, [pool, torch.zeros(2, 2, dtype=torch.int32), plane.int()],
+        sources[:1], 1, 1, torch.zeros(5, dtype=torch.int64) if cursor else None, True,
     )  # fmt: skip
 
 
