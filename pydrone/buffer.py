@@ -20,8 +20,8 @@ from torch import Tensor
 from .estimators import env_scalars, pick_bootstrap, unit_interval
 from .layout import positive
 from .minibatch import Minibatch, Plan
-from .ops import pages
 from .ops.dispatch import bump, written
+from .ops.pages import Recycler
 from .ops.reference import normalization, permute
 from .ops.schema import CURSOR_DISCARDED, INVALID, SCALAR_TYPES
 from .ring import BufferFull, Ring, field_view
@@ -101,6 +101,7 @@ class RolloutBuffer(Ring):
             backend,
         )
         self._checked = Sources(self._layout, self.device)
+        self._recycler = Recycler()
         self._values_at = self._sources.index(self._layout.fields["values"])
         rows, values, rewards = self._rows, self._memory["values"], self._memory["rewards"]
         # The operation's ``ring`` with or without values and ends, its ``layout`` with or without a row and final
@@ -532,7 +533,9 @@ class RolloutBuffer(Ring):
     def _outputs(self, size: int, largest: int, reuse: bool) -> dict[str, Tensor]:
         @torch.inference_mode(False)
         def fresh(n: int) -> dict[str, Tensor]:
-            return {x.name: pages.empty(x.shape, x.dtype, self.device) for x in self._layout.minibatch(n)}
+            wanted = self._layout.minibatch(n)
+            made = self._recycler.empty([(x.shape, x.dtype) for x in wanted], self.device)
+            return {x.name: tensor for x, tensor in zip(wanted, made, strict=True)}
 
         if not reuse:
             return fresh(size)

@@ -49,7 +49,7 @@ class Sources:
                 return None
             if final and [x.shape for x in final] != self._final_shapes:
                 return None
-            if torch.is_grad_enabled() and any([x.requires_grad for x in sources]):
+            if torch.is_grad_enabled() and any(x.requires_grad for x in sources):
                 return None
         except (KeyError, AttributeError):
             return None

@@ -10,7 +10,7 @@
 namespace pydrone {
 namespace {
 
-constexpr int64_t kBatch = 256;     // positions turned into samples at a time
+constexpr int64_t kBatch = 128;     // positions turned into samples at a time
 constexpr int64_t kGroup = 64;      // samples of a field put together at a time: 64 x width x size is a multiple of 64
 constexpr int64_t kStage = 16384;   // bytes of a field put together at a time; wider ones are copied straight
 constexpr int64_t kSlack = 16;
@@ -37,26 +37,35 @@ struct Job {
 
 struct Batch {
   int32_t left[kBatch], right[kBatch], sample[kBatch], env[kBatch], step[kBatch];
-  const char* row[kBatch];
-  const float* advantage[kBatch];
+  int64_t row[kBatch], advantage[kBatch];  // bytes from the first one
 };
 
 // Positions in a row split into the two sides without a division each.
 void split(const Permutation& p, uint32_t first, int64_t n, Batch& batch) {
   uint32_t left = first / p.b, right = first % p.b;
-  for (int64_t i = 0; i < n; ++i) {
-    batch.left[i] = static_cast<int32_t>(left);
-    batch.right[i] = static_cast<int32_t>(right);
-    if (++right == p.b) right = 0, ++left;
+  for (int64_t i = 0; i < n;) {
+    const int64_t end = std::min<int64_t>(n, i + p.b - right);
+    for (; i < end; ++i) {
+      batch.left[i] = static_cast<int32_t>(left);
+      batch.right[i] = static_cast<int32_t>(right++);
+    }
+    if (right == p.b) right = 0, ++left;
   }
 }
 
-PYDRONE_CLONES void permute(const Permutation& p, int64_t n, Batch& batch) {
-  for (int64_t i = 0; i < n; ++i) batch.sample[i] = static_cast<int32_t>(p.apply(batch.left[i], batch.right[i]));
+// The greatest sample: one beyond the last means that some are to be walked back in.
+PYDRONE_CLONES int32_t permute(const Permutation& p, int64_t n, Batch& batch) {
+  int32_t greatest = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    batch.sample[i] = static_cast<int32_t>(p.apply(batch.left[i], batch.right[i]));
+    greatest = std::max(greatest, batch.sample[i]);
+  }
+  return greatest;
 }
 
 // sample / num_steps by a double's reciprocal: exact after one correction, and there is no vector division.
-PYDRONE_CLONES void locate(int32_t num_steps, int64_t n, Batch& batch) {
+PYDRONE_CLONES void locate(const Job& job, int64_t n, Batch& batch) {
+  const int32_t num_steps = static_cast<int32_t>(job.num_steps);
   const double inverse = 1.0 / num_steps;
   for (int64_t i = 0; i < n; ++i) {
     const int32_t sample = batch.sample[i];
@@ -67,42 +76,54 @@ PYDRONE_CLONES void locate(int32_t num_steps, int64_t n, Batch& batch) {
     batch.env[i] = env;
     batch.step[i] = step;
   }
+  const int64_t start = job.start, capacity = job.capacity, row_env = job.row_bytes,
+                row_step = job.row_bytes * job.num_envs, advantage_env = 4 * job.advantage_env,
+                advantage_step = 4 * job.advantage_step;
+  for (int64_t i = 0; i < n; ++i) {
+    int64_t slot = start + batch.step[i];
+    slot -= slot >= capacity ? capacity : 0;
+    batch.row[i] = slot * row_step + batch.env[i] * row_env;
+    batch.advantage[i] = batch.env[i] * advantage_env + batch.step[i] * advantage_step;
+  }
 }
 
 template <int Pieces>
-void pick_pieces(const char* const* row, int64_t offset, int64_t bytes, int64_t n, char* to) {
-  for (int64_t i = 0; i < n; ++i, to += bytes) std::memcpy(to, row[i] + offset, Pieces * 16);
+void pick_pieces(const char* rows, const int64_t* row, int64_t bytes, int64_t n, char* to) {
+#pragma GCC unroll 8
+  for (int64_t i = 0; i < n; ++i, to += bytes) std::memcpy(to, rows + row[i], Pieces * 16);
 }
 
 // What a piece writes beyond its sample the next sample writes over; the buffer has room for the last one's. Reading
 // stays in the row where offset + 16 * pieces <= row_bytes.
-void pick(const Output& output, const Batch& batch, int64_t i0, int64_t n, int64_t row_bytes, char* to) {
-  const char* const* row = batch.row + i0;
+void pick(const Job& job, const Output& output, const Batch& batch, int64_t i0, int64_t n, char* to) {
+  const char* rows = job.rows + output.offset;
+  const int64_t* row = batch.row + i0;
   const int64_t bytes = output.bytes, pieces = (bytes + 15) / 16;
   if (bytes == 4) {
-    for (int64_t i = 0; i < n; ++i) std::memcpy(to + 4 * i, row[i] + output.offset, 4);
+#pragma GCC unroll 8
+    for (int64_t i = 0; i < n; ++i) std::memcpy(to + 4 * i, rows + row[i], 4);
     return;
   }
-  if (output.offset + pieces * 16 <= row_bytes) {
+  if (output.offset + pieces * 16 <= job.row_bytes) {
     switch (pieces) {
-      case 1: return pick_pieces<1>(row, output.offset, bytes, n, to);
-      case 2: return pick_pieces<2>(row, output.offset, bytes, n, to);
-      case 3: return pick_pieces<3>(row, output.offset, bytes, n, to);
-      case 4: return pick_pieces<4>(row, output.offset, bytes, n, to);
-      case 5: return pick_pieces<5>(row, output.offset, bytes, n, to);
-      case 6: return pick_pieces<6>(row, output.offset, bytes, n, to);
+      case 1: return pick_pieces<1>(rows, row, bytes, n, to);
+      case 2: return pick_pieces<2>(rows, row, bytes, n, to);
+      case 3: return pick_pieces<3>(rows, row, bytes, n, to);
+      case 4: return pick_pieces<4>(rows, row, bytes, n, to);
+      case 5: return pick_pieces<5>(rows, row, bytes, n, to);
+      case 6: return pick_pieces<6>(rows, row, bytes, n, to);
       default: break;
     }
   }
-  for (int64_t i = 0; i < n; ++i) std::memcpy(to + i * bytes, row[i] + output.offset, bytes);
+  for (int64_t i = 0; i < n; ++i) std::memcpy(to + i * bytes, rows + row[i], bytes);
 }
 
 // Half-precision storage comes out as float32.
-void pick_converted(const Output& output, const Batch& batch, int64_t i0, int64_t n, float* to) {
+void pick_converted(const Job& job, const Output& output, const Batch& batch, int64_t i0, int64_t n, float* to) {
   for_real("dtypes", output.from, [&](auto kind) {
     using From = decltype(kind);
     for (int64_t i = 0; i < n; ++i) {
-      const auto* from = reinterpret_cast<const From*>(batch.row[i0 + i] + output.offset);
+      const auto* from = reinterpret_cast<const From*>(job.rows + batch.row[i0 + i] + output.offset);
       for (int64_t k = 0; k < output.width; ++k) to[i * output.width + k] = convert<float>(from[k]);
     }
   });
@@ -115,26 +136,27 @@ void write_field(const Job& job, const Output& output, const Batch& batch, int64
   char* to = output.data + position * bytes;
   if (n * bytes > kStage) {  // a picture
     if (same)
-      for (int64_t i = 0; i < n; ++i) std::memcpy(to + i * bytes, batch.row[i0 + i] + output.offset, bytes);
+      for (int64_t i = 0; i < n; ++i) std::memcpy(to + i * bytes, job.rows + batch.row[i0 + i] + output.offset, bytes);
     else
-      pick_converted(output, batch, i0, n, reinterpret_cast<float*>(to));
+      pick_converted(job, output, batch, i0, n, reinterpret_cast<float*>(to));
     return;
   }
   alignas(64) char staged[kStage + kSlack];
   if (same)
-    pick(output, batch, i0, n, job.row_bytes, staged);
+    pick(job, output, batch, i0, n, staged);
   else
-    pick_converted(output, batch, i0, n, reinterpret_cast<float*>(staged));
+    pick_converted(job, output, batch, i0, n, reinterpret_cast<float*>(staged));
   put(to, staged, n * bytes, job.streaming);
 }
 
 void write_advantages(const Job& job, const Batch& batch, int64_t i0, int64_t n, int64_t position) {
   alignas(64) float advantage[kGroup], result[kGroup];
-  for (int64_t i = 0; i < n; ++i) advantage[i] = *batch.advantage[i0 + i];
+  const auto* bytes = reinterpret_cast<const char*>(job.advantages);
+  for (int64_t i = 0; i < n; ++i) std::memcpy(&advantage[i], bytes + batch.advantage[i0 + i], 4);
   if (job.returns_out) {
     for (int64_t i = 0; i < n; ++i) {
       float value;
-      std::memcpy(&value, batch.row[i0 + i] + job.value_offset, 4);
+      std::memcpy(&value, job.rows + batch.row[i0 + i] + job.value_offset, 4);
       result[i] = advantage[i] + value;
     }
     put(job.returns_out + position, result, n * 4, job.streaming);
@@ -150,10 +172,10 @@ void locate_batch(const Job& job, int64_t position, int64_t n, Batch& batch) {
   const int64_t first = job.first + position;
   if (job.shuffle) {
     split(job.permutation, static_cast<uint32_t>(first), n, batch);
-    permute(job.permutation, n, batch);
-    for (int64_t i = 0; i < n; ++i)
-      while (static_cast<uint32_t>(batch.sample[i]) >= job.permutation.size)
-        batch.sample[i] = static_cast<int32_t>(job.permutation(static_cast<uint32_t>(batch.sample[i])));
+    if (static_cast<uint32_t>(permute(job.permutation, n, batch)) >= job.permutation.size)
+      for (int64_t i = 0; i < n; ++i)
+        while (static_cast<uint32_t>(batch.sample[i]) >= job.permutation.size)
+          batch.sample[i] = static_cast<int32_t>(job.permutation(static_cast<uint32_t>(batch.sample[i])));
   } else {
     for (int64_t i = 0; i < n; ++i) batch.sample[i] = static_cast<int32_t>(first + i);
   }
@@ -163,22 +185,14 @@ void locate_batch(const Job& job, int64_t position, int64_t n, Batch& batch) {
       // A number of the caller's: clamped here, so that it can be wrong but never lead out of the rollout.
       batch.sample[i] = static_cast<int32_t>(std::clamp<int64_t>(sample, 0, job.num_envs * job.num_steps - 1));
     }
-  locate(static_cast<int32_t>(job.num_steps), n, batch);
-  for (int64_t i = 0; i < n; ++i) {
-    int64_t slot = job.start + batch.step[i];
-    slot -= slot >= job.capacity ? job.capacity : 0;
-    batch.row[i] = job.rows + (slot * job.num_envs + batch.env[i]) * job.row_bytes;
-  }
-  if (job.advantages)
-    for (int64_t i = 0; i < n; ++i)
-      batch.advantage[i] = job.advantages + batch.env[i] * job.advantage_env + batch.step[i] * job.advantage_step;
+  locate(job, n, batch);
 }
 
 void fetch_group(const Job& job, const Batch& batch, int64_t i0, int64_t n) {
   if (!job.outputs.empty())
-    for (int64_t i = 0; i < n; ++i) fetch(batch.row[i0 + i], job.row_bytes);
+    for (int64_t i = 0; i < n; ++i) fetch(job.rows + batch.row[i0 + i], job.row_bytes);
   if (job.advantages)
-    for (int64_t i = 0; i < n; ++i) fetch(reinterpret_cast<const char*>(batch.advantage[i0 + i]), 1);
+    for (int64_t i = 0; i < n; ++i) fetch(reinterpret_cast<const char*>(job.advantages) + batch.advantage[i0 + i], 1);
 }
 
 // Batches [begin, end): while a group of one is written out, the same group of the next is on its way to the cache. A
