@@ -56,7 +56,8 @@ inline void check_scalars(const char* name, const Tensor& x, int64_t num_envs) {
 }
 
 inline void check_device(const char* name, const Tensor& x, const Tensor& like) {
-  STD_TORCH_CHECK(x.is_cuda() == like.is_cuda() && x.get_device_index() == like.get_device_index(), name,
+  const bool cuda = x.is_cuda();
+  STD_TORCH_CHECK(cuda == like.is_cuda() && (!cuda || x.get_device_index() == like.get_device_index()), name,
                   ": expected the device of the other arguments");
 }
 

@@ -12,7 +12,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,19 +28,6 @@ from .sequences import Sequences, pad
 from .sources import Sources
 
 __all__ = ["BufferFull", "Minibatch", "RolloutBuffer"]
-
-
-class _Ends(NamedTuple):
-    """How a step ended, checked. ``final``: the final observations by group, none if there are none."""
-
-    rewards: Tensor
-    dones: Tensor
-    truncated: Tensor | None
-    valid: Tensor | None
-    final: list[Tensor]
-
-
-_NO_ENDS = (None, None, None, None, [])
 
 
 class RolloutBuffer(Ring):
@@ -102,22 +88,16 @@ class RolloutBuffer(Ring):
         )
         self._checked = Sources(self._layout, self.device)
         self._recycler = Recycler()
+        self._num_rollouts = self._layout.num_rollouts
         self._values_at = self._sources.index(self._layout.fields["values"])
         rows, values, rewards = self._rows, self._memory["values"], self._memory["rewards"]
-        # The operation's ``ring`` with or without values and ends, its ``layout`` with or without a row and final
-        # observations, and what a step writes to.
-        self._rings = {
-            (has_values, has_ends): [rows, self._codes, *[values] * has_values, *[rewards] * has_ends]
-            for has_values in (False, True)
-            for has_ends in (False, True)
-        }
+        # Arguments of the operation that are the same in every step: its ``ring`` for a whole step and for its halves,
+        # its ``layout`` with or without a row and final observations; and what a step writes to.
+        self._ring = [rows, self._codes, values, rewards]
+        self._ring_begin, self._ring_end = [rows, self._codes, values], [rows, self._codes, rewards]
         row = [number for field in self._sources for number in (field.offset, SCALAR_TYPES[field.dtype])]
         pool = [x for field in self._layout.pool_fields.values() for x in (field.offset, SCALAR_TYPES[field.dtype])]
-        self._layouts = {
-            (has_row, has_final): [*row * has_row, *pool * has_final]
-            for has_row in (False, True)
-            for has_final in (False, True)
-        }
+        self._layouts = {(True, False): row, (True, True): row + pool, (False, False): [], (False, True): pool}
         self._step_memory = [rows, values, rewards, self._codes, *self._pool[:2]]
 
     def append(
@@ -159,18 +139,17 @@ class RolloutBuffer(Ring):
         self._idle("append")
         self._check_room()
         given = self._checked.given(obs, actions, values, log_probs, fields)
-        if self._ops.checks and (final_obs is None or (truncated is not None and self._pool)):
-            final = [] if final_obs is None else list(self._checked.groups("final_obs", final_obs).values())
-            sources = self._checked.usual(given, final)
-            if sources is not None:
-                try:
-                    self._write(sources, values, _Ends(rewards, dones, truncated, valid, final), commit=True)
-                    return
-                except (RuntimeError, TypeError):
-                    pass  # the operation has written nothing; the checks below say what is wrong in the caller's words
+        final = self._usual_final(truncated, final_obs)
+        sources = None if final is None else self._checked.usual(given, final)
+        if sources is not None:
+            try:
+                self._write(self._ring, sources, [values, rewards], dones, truncated, valid, final, True)
+                return
+            except (RuntimeError, TypeError):
+                pass  # the operation has written nothing; the checks below say what is wrong in the caller's words
         sources = self._checked.row(given)
-        ends = self._ends(rewards, dones, truncated, final_obs, valid)
-        self._write(sources, sources[self._values_at], ends, commit=True)
+        rewards, *ends = self._ends(rewards, dones, truncated, final_obs, valid)
+        self._write(self._ring, sources, [sources[self._values_at], rewards], *ends, True)
 
     def begin(
         self,
@@ -184,8 +163,11 @@ class RolloutBuffer(Ring):
         """The first half of :meth:`append`, for environments that write over their observation in ``step()``."""
         self._idle("begin")
         self._check_room()
-        sources = self._checked.row(self._checked.given(obs, actions, values, log_probs, fields))
-        self._write(sources, sources[self._values_at], None, commit=False)
+        given = self._checked.given(obs, actions, values, log_probs, fields)
+        sources = self._checked.usual(given, ()) if self._ops.checks else None
+        if sources is None:
+            sources = self._checked.row(given)
+        self._write(self._ring_begin, sources, [sources[self._values_at]], None, None, None, [], False)
         self._open = "begin"
 
     def slot(self) -> dict[str, Tensor | dict[str, Tensor]]:
@@ -216,9 +198,12 @@ class RolloutBuffer(Ring):
         """The second half of a step begun by :meth:`begin` or :meth:`slot`; arguments as in :meth:`append`."""
         if self._open is None:
             raise RuntimeError("end: expected begin() or slot() before it")
-        ends = self._ends(rewards, dones, truncated, final_obs, valid)
-        values = self._views["values"][self._appended % self.capacity] if self._open == "slot" else None
-        self._write((), values, ends, commit=True)
+        rewards, *ends = self._ends(rewards, dones, truncated, final_obs, valid)
+        if self._open == "slot":
+            values = self._views["values"][self._appended % self.capacity]
+            self._write(self._ring, (), [values, rewards], *ends, True)
+        else:
+            self._write(self._ring_end, (), [rewards], *ends, True)
         self._open = None
 
     def _idle(self, call: str) -> None:
@@ -232,15 +217,22 @@ class RolloutBuffer(Ring):
                 "learn from the rollout and call clear() first"
             )
 
-    def _ends(self, rewards, dones, truncated, final_obs, valid) -> _Ends:
-        scalar = self._checked.scalar
-        ends = _Ends(
-            scalar("rewards", rewards, True),
-            scalar("dones", dones, False),
-            None if truncated is None else scalar("truncated", truncated, False),
-            None if valid is None else scalar("valid", valid, False),
-            [],
-        )
+    def _usual_final(self, truncated: Tensor | None, final_obs: object) -> list[object] | None:
+        """The final observations, unchecked; None where all is to be checked in Python."""
+        if not self._ops.checks:
+            return None
+        if final_obs is None:
+            return []
+        if truncated is None or not self._pool:
+            return None
+        return list(self._checked.groups("final_obs", final_obs).values())
+
+    def _ends(self, rewards, dones, truncated, final_obs, valid) -> tuple:
+        """How a step ended, checked: rewards, dones, truncated, valid, and the final observations' groups."""
+        scalar, final = self._checked.scalar, []
+        rewards, dones = scalar("rewards", rewards, True), scalar("dones", dones, False)
+        truncated = None if truncated is None else scalar("truncated", truncated, False)
+        valid = None if valid is None else scalar("valid", valid, False)
         if final_obs is not None:
             if truncated is None:
                 raise ValueError("final_obs: expected truncated with it, got None")
@@ -248,26 +240,35 @@ class RolloutBuffer(Ring):
                 raise ValueError("final_obs: this buffer has no pool for them; construct it with final_obs_rows > 0")
             groups = self._checked.groups("final_obs", final_obs)
             for field in self._layout.pool_fields.values():
-                name = "final_" + field.name
-                ends.final.append(self._checked.field(field, groups[field.name], name))
-        return ends
+                final.append(self._checked.field(field, groups[field.name], "final_" + field.name))
+        return rewards, dones, truncated, valid, final
 
-    def _write(self, sources: Sequence[Tensor], values: Tensor | None, ends: _Ends | None, commit: bool) -> None:
-        """A step or its half: a row of ``sources`` or none, ``values`` into their plane if given, ``ends`` likewise."""
+    def _write(
+        self,
+        ring: list[Tensor],
+        sources: Sequence[Tensor],
+        scalars: list[Tensor],
+        dones: Tensor | None,
+        truncated: Tensor | None,
+        valid: Tensor | None,
+        final: Sequence[Tensor],
+        commit: bool,
+    ) -> None:
+        """A step or its half: ``sources`` into a row, ``scalars`` into the planes of ``ring``, and how it ended."""
         captured = self._capturing()
-        rollout = self._appended // self.num_steps % self._layout.num_rollouts
-        rewards, dones, truncated, valid, final = ends or _NO_ENDS
+        appended = self._appended
+        rollout = appended // self.num_steps % self._num_rollouts
         self._ops.append(
-            self._rings[values is not None, ends is not None],
+            ring,
             sources,
             self._layouts[bool(sources), bool(final)],
-            [x for x in (values, rewards) if x is not None],
+            scalars,
             dones,
             truncated,
             valid,
             [] if truncated is None else self._pool,
             final,
-            self._appended % self.capacity,
+            appended % self.capacity,
             rollout,
             self._cursor if captured else None,
             commit,
@@ -276,12 +277,14 @@ class RolloutBuffer(Ring):
         if captured:
             self._captured_truncations |= truncated is not None
             self._captured_resets |= valid is not None
-        else:
-            self._truncations[rollout] |= truncated is not None
-            self._resets[rollout] |= valid is not None
-            if commit:
-                self._appended += 1
-                self._cursor_live = False
+            return
+        if truncated is not None:
+            self._truncations[rollout] = True
+        if valid is not None:
+            self._resets[rollout] = True
+        if commit:
+            self._appended = appended + 1
+            self._cursor_live = False
 
     def compute_gae(
         self,

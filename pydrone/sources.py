@@ -49,8 +49,10 @@ class Sources:
                 return None
             if final and [x.shape for x in final] != self._final_shapes:
                 return None
-            if torch.is_grad_enabled() and any(x.requires_grad for x in sources):
-                return None
+            if torch.is_grad_enabled():
+                for x in sources:
+                    if x.requires_grad:
+                        return None
         except (KeyError, AttributeError):
             return None
         return sources

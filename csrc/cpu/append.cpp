@@ -36,13 +36,11 @@ Field describe(const char* name, const Tensor& source, int64_t offset, int64_t d
   field.data = static_cast<const char*>(source.data_ptr());
   field.from = source.scalar_type();
   field.to = static_cast<ScalarType>(dtype);
-  field.from_size = static_cast<int64_t>(source.element_size());
   field.to_size = item_size(name, dtype);
+  field.from_size = field.from == field.to ? field.to_size : static_cast<int64_t>(source.element_size());
   field.env = source.stride(0) * field.from_size;
   field.offset = offset;
   field.width = 1;
-  for (int64_t i = 1; i < source.dim(); ++i) field.width *= source.size(i);
-  check_offset(name, offset, field.bytes(), row_bytes);
   STD_TORCH_CHECK(offset % field.to_size == 0, name, ": byte offset ", offset, " is no multiple of ", field.to_size);
   STD_TORCH_CHECK(field.from == field.to || (is_real(field.from) && is_real(field.to)), name, ": expected dtype ",
                   torch::headeronly::toString(field.to), ", got ", torch::headeronly::toString(field.from));
@@ -52,6 +50,7 @@ Field describe(const char* name, const Tensor& source, int64_t offset, int64_t d
   bool is_dense = true;
   for (int64_t i = source.dim() - 1; i >= 1; --i) {
     const int64_t size = source.size(i), stride = source.stride(i);
+    field.width *= size;
     if (size == 1) continue;
     is_dense = is_dense && stride == dense;
     dense *= size;
@@ -65,6 +64,7 @@ Field describe(const char* name, const Tensor& source, int64_t offset, int64_t d
     field.strides[field.dims++] = stride;
   }
   if (is_dense || field.width == 0) field.dims = 0;
+  check_offset(name, offset, field.bytes(), row_bytes);
   return field;
 }
 
