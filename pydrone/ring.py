@@ -40,7 +40,7 @@ class Ring:
         self.num_envs, self.num_steps, self.capacity = layout.num_envs, layout.num_steps, layout.capacity
         # Tensors made in inference mode cannot be trained on later.
         with torch.inference_mode(False):
-            self._memory = {x.name: _allocate(x, self.device) for x in layout.allocations()}
+            self._memory = _allocate(layout.allocations(), self.device)
             self._views = {x.name: field_view(self._memory["rows"], x) for x in layout.fields.values()}
             self._final_rows = self._views["final_row"].t() if layout.final_obs_rows else None
         memory = self._memory
@@ -350,11 +350,11 @@ def _indexed(device: torch.device | str) -> torch.device:
     return device
 
 
-def _allocate(x: Allocation, device: torch.device) -> Tensor:
+def _allocate(wanted: Sequence[Allocation], device: torch.device) -> dict[str, Tensor]:
     """Zeros; planes, [N, T or C], lie as their device's scan wants them."""
-    transposed = x.name in ("rewards", "values", "dones", "advantages", "returns") and device.type != "cuda"
-    made = pages.empty(x.shape[::-1] if transposed else x.shape, x.dtype, device).zero_()
-    return made.t() if transposed else made
+    planes = ("rewards", "values", "dones", "advantages", "returns") if device.type != "cuda" else ()
+    made = pages.together([(x.shape[::-1] if x.name in planes else x.shape, x.dtype) for x in wanted], device)
+    return {x.name: y.zero_().t() if x.name in planes else y.zero_() for x, y in zip(wanted, made, strict=True)}
 
 
 def field_view(rows: Tensor, field: Field) -> Tensor:
