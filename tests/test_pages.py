@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+import pickle
 
 import pytest
 import torch
@@ -64,6 +66,7 @@ def test_it_keeps_few_blocks_and_of_one_size():
     assert len(recycler._free) == Recycler.KEPT
     other = recycler.empty([((2 << 20,), torch.float32)], CPU)
     assert not recycler._free
+    assert not copy.deepcopy(recycler)._free and not pickle.loads(pickle.dumps(recycler))._free
     del recycler  # tensors outlive it
     assert other[0].fill_(1).sum() == 2 << 20
 

@@ -181,11 +181,11 @@ def append(
     commit,
 ) -> None:
     """Stores one step of all environments, see :mod:`pydrone.ops.schema`."""
-    rows, codes, *planes = ring
+    rows, planes = ring[0], ring[2:]
     capacity, num_envs, row_bytes = rows.shape
     if num_envs == 0:
         return
-    codes = None if dones is None else codes
+    codes = None if dones is None else ring[1]
     final_obs, count, final_rows = pool or (None, None, None)
     pool_bytes = final_obs.shape[2] if final_sources else 1
     widest = max((source[0].numel() for source in (*sources, *final_sources)), default=1)

@@ -332,16 +332,17 @@ void append(const std::vector<Tensor>& ring, const std::vector<Tensor>& sources,
             const std::vector<Tensor>& plane_sources, const Optional& dones, const Optional& truncated,
             const Optional& valid, const std::vector<Tensor>& pool, const std::vector<Tensor>& final_sources,
             int64_t slot, int64_t pool_slot, const Optional& cursor, bool commit) {
-  STD_TORCH_CHECK(ring.size() >= 2, "ring: expected rows, codes and planes, got ", ring.size(), " tensors");
-  const Tensor &rows = ring[0], &codes = ring[1];
+  STD_TORCH_CHECK(!ring.empty(), "ring: expected rows, codes and planes, got no tensor");
+  const Tensor& rows = ring[0];
+  const int64_t num_planes = std::max<int64_t>(0, static_cast<int64_t>(ring.size()) - 2);
   check_shape("rows", rows, {-1, -1, -1});
   check_dtype("rows", rows, ScalarType::Byte);
   check_contiguous("rows", rows);
   const int64_t capacity = rows.size(0), num_envs = rows.size(1), row_bytes = rows.size(2);
   check_layout(layout, sources, final_sources);
   const std::vector<Field> fields = describe_all("sources", sources, layout, 0, rows, num_envs);
-  STD_TORCH_CHECK(plane_sources.size() == ring.size() - 2, "plane_sources: expected a tensor for each of ",
-                  ring.size() - 2, " planes, got ", plane_sources.size());
+  STD_TORCH_CHECK(static_cast<int64_t>(plane_sources.size()) == num_planes,
+                  "plane_sources: expected a tensor for each of ", num_planes, " planes, got ", plane_sources.size());
   for (size_t i = 0; i < plane_sources.size(); ++i) {
     const Tensor& plane = ring[2 + i];
     check_shape("planes", plane, {num_envs, capacity});
@@ -351,9 +352,12 @@ void append(const std::vector<Tensor>& ring, const std::vector<Tensor>& sources,
     check_device("planes", plane, rows);
     check_device("plane_sources", plane_sources[i], rows);
   }
-  check_shape("codes", codes, {num_envs, capacity});
-  check_dtype("codes", codes, ScalarType::Byte);
-  check_device("codes", codes, rows);
+  STD_TORCH_CHECK(ring.size() > 1 || !dones, "ring: expected codes with dones, got rows alone");
+  if (ring.size() > 1) {
+    check_shape("codes", ring[1], {num_envs, capacity});
+    check_dtype("codes", ring[1], ScalarType::Byte);
+    check_device("codes", ring[1], rows);
+  }
   for (const auto& [name, flags] : {std::pair{"dones", &dones}, {"truncated", &truncated}, {"valid", &valid}}) {
     if (!flags->has_value()) continue;
     check_scalars(name, **flags, num_envs);
@@ -399,8 +403,8 @@ void append(const std::vector<Tensor>& ring, const std::vector<Tensor>& sources,
                num_envs);
   }
   if (dones)
-    store_ends(static_cast<uint8_t*>(codes.data_ptr()) + slot * codes.stride(1), codes.stride(0), num_envs, *dones,
-               truncated, valid, pooled ? &target : nullptr);
+    store_ends(static_cast<uint8_t*>(ring[1].data_ptr()) + slot * ring[1].stride(1), ring[1].stride(0), num_envs,
+               *dones, truncated, valid, pooled ? &target : nullptr);
   stream_fence();
   if (state && commit) ++state[0];
 }

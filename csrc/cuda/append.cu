@@ -265,8 +265,9 @@ void append(const std::vector<Tensor>& ring, const std::vector<Tensor>& sources,
             const std::vector<Tensor>& plane_sources, const Optional& dones, const Optional& truncated,
             const Optional& valid, const std::vector<Tensor>& pool, const std::vector<Tensor>& final_sources,
             int64_t slot, int64_t pool_slot, const Optional& cursor, bool commit) {
-  STD_TORCH_CHECK(ring.size() >= 2, "ring: expected rows, codes and planes, got ", ring.size(), " tensors");
-  const Tensor &rows = ring[0], &codes = ring[1];
+  STD_TORCH_CHECK(!ring.empty(), "ring: expected rows, codes and planes, got no tensor");
+  const Tensor& rows = ring[0];
+  const int64_t num_planes = std::max<int64_t>(0, static_cast<int64_t>(ring.size()) - 2);
   check_shape("rows", rows, {-1, -1, -1});
   check_dtype("rows", rows, ScalarType::Byte);
   check_contiguous("rows", rows);
@@ -280,8 +281,8 @@ void append(const std::vector<Tensor>& ring, const std::vector<Tensor>& sources,
   check_layout(layout, sources, final_sources);
   args.num_fields = describe(args.fields, kMaxFields, "sources", sources, layout.data(), rows, num_envs, words);
 
-  STD_TORCH_CHECK(plane_sources.size() == ring.size() - 2, "plane_sources: expected a tensor for each of ",
-                  ring.size() - 2, " planes, got ", plane_sources.size());
+  STD_TORCH_CHECK(static_cast<int64_t>(plane_sources.size()) == num_planes,
+                  "plane_sources: expected a tensor for each of ", num_planes, " planes, got ", plane_sources.size());
   STD_TORCH_CHECK(plane_sources.size() <= kMaxPlanes, "ring: expected at most ", kMaxPlanes, " planes, got ",
                   plane_sources.size());
   args.num_planes = static_cast<int32_t>(plane_sources.size());
@@ -297,9 +298,12 @@ void append(const std::vector<Tensor>& ring, const std::vector<Tensor>& sources,
     args.plane_step[i] = plane.stride(1);
   }
 
-  check_device("codes", codes, rows);
-  check_shape("codes", codes, {num_envs, capacity});
-  check_dtype("codes", codes, ScalarType::Byte);
+  STD_TORCH_CHECK(ring.size() > 1 || !dones, "ring: expected codes with dones, got rows alone");
+  if (ring.size() > 1) {
+    check_device("codes", ring[1], rows);
+    check_shape("codes", ring[1], {num_envs, capacity});
+    check_dtype("codes", ring[1], ScalarType::Byte);
+  }
   auto flag = [&](const char* name, const Optional& x) {
     if (!x) return Plane();
     check_device(name, *x, rows);
@@ -311,9 +315,9 @@ void append(const std::vector<Tensor>& ring, const std::vector<Tensor>& sources,
   args.truncated = flag("truncated", truncated);
   args.valid = flag("valid", valid);
   if (dones) {
-    args.codes = static_cast<uint8_t*>(codes.data_ptr());
-    args.codes_env = codes.stride(0);
-    args.codes_step = codes.stride(1);
+    args.codes = static_cast<uint8_t*>(ring[1].data_ptr());
+    args.codes_env = ring[1].stride(0);
+    args.codes_step = ring[1].stride(1);
   }
   if (dones && truncated && check_pool(pool, rows)) {
     args.num_finals = describe(args.finals, kMaxFinals, "final_sources", final_sources,

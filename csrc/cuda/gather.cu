@@ -83,8 +83,8 @@ __device__ void copy_field(const Field& field, int64_t begin, int samples, const
   }
 }
 
-// The row of a sample in memory; advantage, return and index on the way, unless another block writes those.
-__device__ const char* place(const Args& args, int64_t position, int64_t start, const Permutation& permutation) {
+// Where a sample's row begins, in bytes; advantage, return and index on the way, unless another block writes those.
+__device__ int64_t place(const Args& args, int64_t position, int64_t start, const Permutation& permutation) {
   const int64_t i = args.first + position;
   int64_t index = args.shuffle ? permutation(static_cast<uint32_t>(i)) : i;
   if (args.subset) index = args.subset[index];
@@ -94,13 +94,13 @@ __device__ const char* place(const Args& args, int64_t position, int64_t start, 
   const uint32_t env = sample / args.num_steps, step = sample - env * args.num_steps;
   int64_t slot = start + step;
   slot -= slot >= args.capacity ? args.capacity : 0;
-  const char* row = args.rows + (slot * args.num_envs + env) * args.row_bytes;
+  const int64_t row = (slot * args.num_envs + env) * args.row_bytes;
   if (args.advantages && blockIdx.y == 0) {
     const double advantage = read_real<double>(args.advantages, args.advantages_type,
                                                env * args.advantages_env + step * args.advantages_step);
     const bool wide = args.advantages_type == static_cast<int32_t>(ScalarType::Double);
     if (args.returns_out) {
-      const float value = *reinterpret_cast<const float*>(row + args.value_offset);
+      const float value = *reinterpret_cast<const float*>(args.rows + row + args.value_offset);
       write_real(args.returns_out, args.returns_out_type, position,
                  wide ? advantage + value : static_cast<float>(advantage) + value);
     }
@@ -120,7 +120,8 @@ __device__ const char* place(const Args& args, int64_t position, int64_t start, 
 template <bool Staged>
 __global__ void __launch_bounds__(kThreads) gather_rows(const __grid_constant__ Args args) {
   extern __shared__ uint4 staged[];
-  __shared__ const char* rows[kSamples];
+  // Not addresses: through shared memory the compiler would lose sight of their being global.
+  __shared__ int64_t rows[kSamples];
   const int64_t begin = static_cast<int64_t>(blockIdx.x) * kSamples;
   const int samples = static_cast<int>(min(static_cast<int64_t>(kSamples), args.count - begin));
   if (threadIdx.x < samples) {
@@ -142,7 +143,7 @@ __global__ void __launch_bounds__(kThreads) gather_rows(const __grid_constant__ 
 #pragma unroll
       for (int u = 0; u < kUnroll; ++u) {
         const uint32_t i = i0 + u * kThreads < total ? i0 + u * kThreads : 0;
-        x[u] = reinterpret_cast<const uint4*>(rows[i / words] + args.staged_offset)[i % words];
+        x[u] = reinterpret_cast<const uint4*>(args.rows + rows[i / words] + args.staged_offset)[i % words];
       }
 #pragma unroll
       for (int u = 0; u < kUnroll; ++u) {
@@ -156,7 +157,7 @@ __global__ void __launch_bounds__(kThreads) gather_rows(const __grid_constant__ 
       copy_field(args.fields[i], begin, samples, [=](uint32_t sample) { return base + sample * stride * 16; });
   } else {
     for (int i = 0; i < args.num_fields; ++i)
-      copy_field(args.fields[i], begin, samples, [&](uint32_t sample) { return rows[sample]; });
+      copy_field(args.fields[i], begin, samples, [&](uint32_t sample) { return args.rows + rows[sample]; });
   }
 }
 

@@ -68,6 +68,9 @@ class Recycler:
     def __init__(self) -> None:
         self._free: list[mmap.mmap] = []
 
+    def __reduce__(self) -> tuple:  # a copy has blocks of its own
+        return Recycler, ()
+
     def empty(self, specs: Sequence[Spec], device: torch.device) -> list[Tensor]:
         """As :func:`together`."""
         return together(specs, device, self._take)

@@ -115,7 +115,7 @@ def append(
     commit,
 ) -> None:
     """Stores one step: fields into packed rows, scalars into planes, flags as codes, final observations in the pool."""
-    rows, codes, *planes = ring
+    rows, codes, planes = ring[0], ring[1] if len(ring) > 1 else None, ring[2:]
     capacity, num_envs = rows.shape[:2]
     final_obs, count, final_rows = pool or (None, None, None)
     if cursor is not None:

@@ -16,7 +16,7 @@ C = capacity of the ring in steps. All outputs are written in place; nothing is 
 
 ``append``  stores one step of N environments. (An argument costs a tenth of a microsecond, a list three: hence lists.)
 
-    ring: [rows, codes, *planes]: rows uint8 [C, N, row_bytes], codes uint8 [N, C], planes [N, C].
+    ring: [rows, codes, *planes]: rows uint8 [C, N, row_bytes], codes uint8 [N, C], planes [N, C]; or [rows] alone.
     sources[i], [N, ...] of any strides, goes to byte layout[2 i] of each environment's row as dtype layout[2 i + 1]
     (SCALAR_TYPES), contiguous; sources are all fields of a row, or none.
     plane_sources[i], [N] or [N, 1], goes to planes[i].

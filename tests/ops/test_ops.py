@@ -153,6 +153,7 @@ VARIANTS = [
     ("append", {}),
     ("append", {"sources": [], "layout": [0, F32]}),
     ("append", {"dones": None, "truncated": None, "pool": [], "final_sources": [], "layout": [0, F32, 8, SHORT]}),
+    ("append", {"ring": [u8(C, N, 32)], "plane_sources": [], "dones": None, "truncated": None}),
     ("append", {"cursor": cursor()}),
     ("gather", {}),
     ("gather", {"subset": torch.arange(12), "shuffle": False, "first": 7}),
@@ -254,7 +255,8 @@ BAD = [
     ("gae", {"cursor": i64(1).expand(5)}, "cursor: expected a contiguous"),
     ("gae", {"cursor": cursor(0, -1)}, "start: expected"),
     # append
-    ("append", {"ring": [u8(C, N, 32)]}, "ring: expected rows, codes and planes, got 1"),
+    ("append", {"ring": []}, "ring: expected rows, codes and planes, got no tensor"),
+    ("append", {"ring": [u8(C, N, 32)], "plane_sources": []}, "ring: expected codes with dones, got rows alone"),
     ("append", {"ring": ring(u8(C, N, 64)[..., :32])}, "rows: expected a contiguous"),
     ("append", {"ring": ring(zeros(C, N, 32))}, "rows: expected dtype"),
     ("append", {"ring": ring(u8(C, N * 32))}, "rows: expected shape"),
