@@ -22,7 +22,7 @@ SOURCES := $(shell find csrc -type f 2>/dev/null)
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help venv build train test test-slow lint bench gpu wheel clean
+.PHONY: help venv build train test test-slow lint bench compare gpu wheel clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -47,7 +47,10 @@ lint: $(VENV)/.stamp-lint ## Check style and formatting
 	$(VENV)/bin/ruff format --check .
 
 bench: $(VENV)/.stamp-bench $(VENV)/.stamp-native ## Run the benchmarks
-	$(PY) -m pytest benches/ --benchmark-only $(ARGS)
+	$(PY) -m pytest benches/ --benchmark-only --pydrone-report benches/results $(ARGS)
+
+compare: $(VENV)/.stamp-test $(VENV)/.stamp-native ## Train the hover task with rsl_rl, with rsl_rl on pydrone, and with pydrone
+	$(PY) benches/hover.py $(ARGS)
 
 # The package as it would be installed, in a folder of its own: what was built for .venv stays as it is.
 GPU_BUILD := build/gpu
@@ -94,6 +97,9 @@ $(VENV)/.stamp-train: $(VENV)/.stamp-tools $(METADATA)
 
 $(VENV)/.stamp-test: $(VENV)/.stamp-tools $(METADATA)
 	$(INSTALL) ".[dev,train]"
+	@# Without what it asks for, which holds psutil back; its agents import no more than this.
+	$(PIP) install --constraint constraints.txt --no-deps rl-games
+	$(PIP) install --constraint constraints.txt tensorboardX
 	@touch $@
 
 $(VENV)/.stamp-bench: $(VENV)/.stamp-tools $(METADATA)

@@ -112,11 +112,10 @@ def cpu_name() -> str:
         return platform.processor() or platform.machine()
 
 
-def write(folder: Path, comparisons: list[Comparison], device: str) -> list[Path]:
-    """MACHINE.json and MACHINE.png in ``folder``; the chart only where matplotlib is."""
-    folder.mkdir(parents=True, exist_ok=True)
-    document = {
-        "command": " ".join(["pytest", *sys.argv[1:]]),
+def provenance(device: str) -> dict[str, Any]:
+    """What a figure was measured with: command, commit, machine, versions."""
+    return {
+        "command": " ".join([_program(), *sys.argv[1:]]),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": _commit(),
         "device": torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else cpu_name(),
@@ -128,6 +127,14 @@ def write(folder: Path, comparisons: list[Comparison], device: str) -> list[Path
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "packages": {name: version for name in PACKAGES if (version := _version(name))},
+    }
+
+
+def write(folder: Path, comparisons: list[Comparison], device: str) -> list[Path]:
+    """MACHINE.json and MACHINE.png in ``folder``; the chart only where matplotlib is."""
+    folder.mkdir(parents=True, exist_ok=True)
+    document = {
+        **provenance(device),
         "comparisons": [
             {
                 "operation": x.operation,
@@ -148,6 +155,11 @@ def write(folder: Path, comparisons: list[Comparison], device: str) -> list[Path
         return written
     draw(document, path.with_suffix(".png"))
     return [*written, path.with_suffix(".png")]
+
+
+def _program() -> str:
+    name = Path(sys.argv[0]).name
+    return "pytest" if name in ("__main__.py", "pytest", "py.test") else f"python benches/{name}"
 
 
 def _version(name: str) -> str | None:

@@ -103,7 +103,7 @@ def positive(name: str, x: object) -> int:
     return x
 
 
-def _pack(specs: dict[str, Spec]) -> tuple[dict[str, Field], int]:
+def pack(specs: dict[str, Spec]) -> tuple[dict[str, Field], int]:
     """Fields, widest dtype first, so that none needs padding before it; and the bytes of a row."""
     fields, offset = {}, 0
     for name in sorted(specs, key=lambda name: -specs[name][1].itemsize):
@@ -161,10 +161,10 @@ class Layout:
         specs |= extra
         if final_obs_rows:
             specs["final_row"] = ((), torch.int32)
-        self.fields, self.row_bytes = _pack(specs)
+        self.fields, self.row_bytes = pack(specs)
         # What a pool holds is evaluated, never gathered: as precise as minibatches are.
         pooled = {f"obs.{k}": (s, torch.float32 if d in HALVES else d) for k, (s, d) in self.obs.items()}
-        self.pool_fields, self.pool_row_bytes = _pack(pooled)
+        self.pool_fields, self.pool_row_bytes = pack(pooled)
         # Rollouts that can lie in the ring at once, in part at least.
         self.num_rollouts = -(-self.capacity // num_steps)
 

@@ -1,0 +1,81 @@
+"""What the integrations share: the versions of a peer that are supported, and patches that can be taken back."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import re
+import warnings
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+
+def require(distribution: str, first: tuple[int, ...], before: tuple[int, ...]) -> str:
+    """The version of ``distribution`` that is installed, if first <= version < before.
+
+    Raises:
+        ImportError: it is missing, or of another version; one sentence that names those supported.
+    """
+    supported = f"pydrone supports {distribution} from {_dotted(first)} to before {_dotted(before)}"
+    try:
+        version = importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        raise ImportError(f"{distribution} is not installed; {supported}") from None
+    numbers = re.match(r"\d+(\.\d+)*", version)
+    found = tuple(int(x) for x in numbers.group().split(".")) if numbers else ()
+    if not first <= found < before:
+        raise ImportError(f"{distribution} {version} is installed; {supported}")
+    return version
+
+
+def _dotted(version: tuple[int, ...]) -> str:
+    return ".".join(map(str, version))
+
+
+class Change(NamedTuple):
+    """``owner.name`` becomes ``value``."""
+
+    owner: Any
+    name: str
+    value: Any
+
+
+_INHERITED = object()
+
+
+class Patches:
+    """Attributes of a peer's modules and classes, replaced and put back. Installing or removing twice does nothing.
+
+    An attribute that somebody else has replaced meanwhile is left to them, with a RuntimeWarning.
+    """
+
+    def __init__(self) -> None:
+        self._undo: list[tuple[Change, Any]] = []
+
+    @property
+    def installed(self) -> bool:
+        return bool(self._undo)
+
+    def install(self, changes: Sequence[Change]) -> None:
+        if self._undo:
+            return
+        for change in changes:  # an attribute that is missing is seen before the first one is replaced
+            getattr(change.owner, change.name)
+        for change in changes:
+            # From the owner's own dict: a staticmethod is put back as one, and what is inherited is not put back.
+            self._undo.append((change, vars(change.owner).get(change.name, _INHERITED)))
+            setattr(change.owner, change.name, change.value)
+
+    def remove(self) -> None:
+        while self._undo:
+            change, original = self._undo.pop()
+            if vars(change.owner).get(change.name) is not change.value:
+                owner = getattr(change.owner, "__name__", change.owner)
+                warnings.warn(
+                    f"{owner}.{change.name} was replaced again after patch(); it is left as it is",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+            elif original is _INHERITED:
+                delattr(change.owner, change.name)
+            else:
+                setattr(change.owner, change.name, original)

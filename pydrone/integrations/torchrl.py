@@ -1,0 +1,200 @@
+"""TorchRL: its GAE module and its two GAE functions, in one launch each. docs/integrations.md says what differs.
+
+>>> from pydrone.integrations.torchrl import GAE
+>>> advantage = GAE(gamma=0.99, lmbda=0.95, value_network=critic, average_gae=True)
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+
+from ..estimators import gae
+from .peer import require
+
+require("torchrl", (0, 14), (0, 15))
+
+from tensordict import TensorDictBase  # noqa: E402 (what imports TorchRL comes after the check of its version)
+from tensordict.nn import dispatch, set_skip_existing  # noqa: E402
+from torchrl.objectives.utils import hold_out_net  # noqa: E402
+from torchrl.objectives.value import advantages, functional  # noqa: E402
+
+__all__ = ["GAE", "generalized_advantage_estimate", "vec_generalized_advantage_estimate"]
+
+
+def generalized_advantage_estimate(
+    gamma: float | Tensor,
+    lmbda: float | Tensor,
+    state_value: Tensor,
+    next_state_value: Tensor,
+    reward: Tensor,
+    done: Tensor,
+    terminated: Tensor | None = None,
+    *,
+    time_dim: int = -2,
+) -> tuple[Tensor, Tensor]:
+    """Advantages and value targets, with any dimension for the time::
+
+        delta_t = reward_t + (0 where terminated, else gamma * next_state_value_t) - state_value_t
+        A_t     = delta_t + (0 where done, else gamma * lmbda * A_{t+1})
+
+    Args:
+        gamma, lmbda: numbers in [0, 1]. Tensors of more than one element, a factor for each step, are handed on to
+            TorchRL's own function.
+        state_value, next_state_value, reward: [*B, T, *F], of any strides. ``next_state_value`` is read at every step,
+            so it may come from other parameters, or from n steps ahead.
+        done, terminated: likewise, of any real dtype; ``terminated`` None: as ``done``.
+        time_dim: which dimension T is.
+
+    Returns:
+        (advantage, value_target), shaped as reward; float64 where an input is, else float32.
+
+    Raises:
+        RuntimeError: shapes that differ, or an input that requires grad, which advantages do not pass on: use
+            ``torch.no_grad()``, or TorchRL's own function. ValueError: gamma or lmbda outside [0, 1].
+    """
+    return _estimate(gamma, lmbda, state_value, next_state_value, reward, done, terminated, time_dim, False)[:2]
+
+
+# TorchRL has two ways of computing the same; here there is one.
+vec_generalized_advantage_estimate = generalized_advantage_estimate
+
+
+def _estimate(
+    gamma: float | Tensor,
+    lmbda: float | Tensor,
+    state_value: Tensor,
+    next_state_value: Tensor,
+    reward: Tensor,
+    done: Tensor,
+    terminated: Tensor | None,
+    time_dim: int,
+    stats: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(advantage, value_target, count, mean and M2 of the advantages as float64 [3], if asked for and known)."""
+    terminated = done if terminated is None else terminated
+    if any(isinstance(x, Tensor) and x.numel() > 1 for x in (gamma, lmbda)):
+        signals = (state_value, next_state_value, reward, done, terminated)
+        return *functional.generalized_advantage_estimate(gamma, lmbda, *signals, time_dim=time_dim), None
+    floats = {"state_value": state_value, "next_state_value": next_state_value, "reward": reward}
+    for name, x in {**floats, "done": done, "terminated": terminated}.items():
+        if x.shape != reward.shape:
+            raise RuntimeError(f"{name}: expected the shape of reward, {list(reward.shape)}, got {list(x.shape)}")
+        if x.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError(f"{name}: requires grad, which pydrone's advantages do not pass on; detach it")
+    if not -reward.dim() <= time_dim < reward.dim():
+        raise RuntimeError(f"time_dim: expected a dimension of a tensor of shape {list(reward.shape)}, got {time_dim}")
+    gamma, lmbda = float(gamma), float(lmbda)
+
+    # The next value need not be the value of the next step, as it is to pydrone.gae: rewards of delta and values of
+    # zero leave it the trace alone, which is exact in any case.
+    dtype = torch.float32
+    for x in floats.values():
+        dtype = torch.promote_types(dtype, x.dtype)
+    # A select and not a product: 0 * NaN is NaN.
+    delta = torch.where(terminated if terminated.dtype == torch.bool else terminated != 0, 0, next_state_value)
+    delta = delta.to(dtype)
+    torch.add(reward, delta, alpha=gamma, out=delta)
+    delta.sub_(state_value)
+
+    shape = delta.movedim(time_dim, -1).shape
+    rewards, dones = (x.movedim(time_dim, -1).unsqueeze(0).flatten(0, -2) for x in (delta, done))
+    zero = rewards.new_zeros(())
+    result = gae(rewards, zero.expand_as(rewards), dones, zero.expand(len(rewards)), gamma, lmbda, stats=stats)
+    advantage, value_target = (x.view(shape).movedim(-1, time_dim) for x in result[:2])
+    return advantage, value_target.add_(state_value), result[2] if stats else None
+
+
+class GAE(advantages.GAE):
+    """:class:`torchrl.objectives.value.GAE` with its arguments, its keys and its calls of the value network, for
+    collectors, trainers and losses (``loss.make_value_estimator(GAE(...))``).
+
+    ``vectorized`` makes no difference. ``differentiable=True`` is accepted as long as no gradient has to pass: an input
+    that requires grad is a RuntimeError. ``value_estimate`` and, with ``steps_to_next_obs``, a discount for each step
+    are TorchRL's own.
+    """
+
+    @dispatch
+    def forward(
+        self,
+        tensordict: TensorDictBase,
+        *,
+        params: TensorDictBase | None = None,
+        target_params: TensorDictBase | None = None,
+        time_dim: int | None = None,
+    ) -> TensorDictBase:
+        """Writes the advantage and the value target into ``tensordict``, [*B, T], and returns it."""
+        if tensordict.batch_dims < 1:
+            raise RuntimeError(f"tensordict: expected a batch size of [*B, T], got {list(tensordict.batch_size)}")
+        skip = nullcontext() if self.skip_existing is None else set_skip_existing(self.skip_existing)
+        with skip, torch.set_grad_enabled(self.differentiable):
+            self._write(tensordict, params, target_params, self._get_time_dim(time_dim, tensordict))
+        return tensordict
+
+    def _write(
+        self,
+        tensordict: TensorDictBase,
+        params: TensorDictBase | None,
+        target_params: TensorDictBase | None,
+        time_dim: int,
+    ) -> None:
+        keys, gamma = self.tensor_keys, self.gamma
+        value, next_value = self._values(tensordict, params, target_params)
+        # With shifted=True: the steps that there was room for; the last of them ends its trajectory.
+        valid = tensordict.get("shifted_valid", default=None)
+        data = self._prepare_shifted_tensordict(tensordict, valid, time_dim)
+        reward, done = data.get(("next", keys.reward)), data.get(("next", keys.done))
+        terminated = data.get(("next", keys.terminated), default=done)
+        reward, done, terminated = self._prepare_signals(reward, done, terminated, value)
+        steps = tensordict.get(keys.steps_to_next_obs, None)
+        if steps is not None:
+            gamma = gamma.to(reward.device) ** steps.view_as(reward)
+        if self.auto_reset_env:
+            # The final observation is lost: the value before it stands in.
+            truncated = self._broadcast_optional(tensordict.get(("next", "truncated")), value)
+            reward = torch.where(truncated, reward + gamma.to(reward.device) * value, reward)
+            terminated = done
+        groups = self._group_ids(tensordict) if self.average_gae else None
+        whole = self.average_gae and valid is None and groups is None
+        advantage, target, statistics = _estimate(
+            gamma, self.lmbda, value, next_value, reward, done, terminated, time_dim, whole
+        )
+        if statistics is not None:
+            count, mean, m2 = statistics.unbind()
+            advantage.sub_(mean).div_((m2 / (count - 1)).sqrt().clamp_min(1e-4))
+        elif self.average_gae:
+            advantage = self._normalize_advantage(advantage, valid, groups=groups)
+        tensordict.set(keys.advantage, advantage)
+        tensordict.set(keys.value_target, target)
+        self._mask_shifted_output(tensordict, valid)
+
+    def _values(
+        self, tensordict: TensorDictBase, params: TensorDictBase | None, target_params: TensorDictBase | None
+    ) -> tuple[Tensor, Tensor]:
+        """V of the observations and of the next ones: from the value network, or as they stand in the tensordict."""
+        key = self.tensor_keys.value
+        if self.value_network is None:
+            value, next_value = tensordict.get(key, None), tensordict.get(("next", key), None)
+            for name, x in ((key, value), (("next", key), next_value)):
+                if x is None:
+                    raise ValueError(f"{name}: expected it in the tensordict where there is no value_network")
+            return value, next_value
+        if params is not None:
+            params = params.detach()
+            target_params = params.clone(False) if target_params is None else target_params
+        own = params is None and target_params is None
+        with hold_out_net(self.value_network) if own else nullcontext():
+            value, next_value, valid = self._call_value_nets(
+                data=tensordict,
+                params=params,
+                next_params=target_params,
+                single_call=self.shifted,
+                value_key=key,
+                detach_next=True,
+                vmap_randomness=self.vmap_randomness,
+            )
+        if valid is not None:
+            tensordict.set("shifted_valid", valid)
+        return value, next_value
