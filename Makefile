@@ -98,8 +98,8 @@ $(VENV)/.stamp-train: $(VENV)/.stamp-tools $(METADATA)
 $(VENV)/.stamp-test: $(VENV)/.stamp-tools $(METADATA)
 	$(INSTALL) ".[dev,train]"
 	@# Without what it asks for, which holds psutil back; its agents import no more than this.
-	$(PIP) install --constraint constraints.txt --no-deps rl-games
-	$(PIP) install --constraint constraints.txt tensorboardX
+	$(PIP) install --constraint constraints.txt --no-deps --no-warn-conflicts rl-games
+	$(PIP) install --constraint constraints.txt --no-warn-conflicts tensorboardX
 	@touch $@
 
 $(VENV)/.stamp-bench: $(VENV)/.stamp-tools $(METADATA)
