@@ -52,6 +52,8 @@ class HoverConfig:
     target_low: tuple[float, float, float] = (-1.0, -1.0, 1.0)
     target_high: tuple[float, float, float] = (1.0, 1.0, 1.0)
     at_target: float = 0.1
+    resample_targets: bool = True
+    """Whether a target that was reached moves on; else it stays where it is until the episode ends."""
     pos_scale: float = 1 / 3
     lin_vel_scale: float = 1 / 3
     ang_vel_scale: float = 1 / math.pi
@@ -239,6 +241,7 @@ class HoverTask:
         self.device = torch.device(device)
         self.generator = torch.Generator(self.device).manual_seed(seed)
         self.constants = c = Constants.of(self.config, self.device)
+        self.resample_targets = self.config.resample_targets  # may be switched between steps
 
         def buffer(*shape: int) -> Tensor:
             return torch.zeros(shape, device=self.device)
@@ -298,7 +301,9 @@ class HoverTask:
         # old episode must not show
         ended = dones[:, None]
         draw = self._draw_targets()
-        target = torch.where((distance < c.config.at_target)[:, None], draw, self.target)
+        target = self.target
+        if self.resample_targets:
+            target = torch.where((distance < c.config.at_target)[:, None], draw, target)
         final_obs = observe(state, target, actions, c)
         torch.where(ended, draw, target, out=self.target)
         torch.where(ended, c.init_pos, state.pos, out=self.last_pos)

@@ -323,3 +323,20 @@ def test_config_errors(config: dict, text: str) -> None:
 def test_num_envs_error() -> None:
     with pytest.raises(ValueError, match="num_envs: expected at least 1, got 0"):
         HoverTask(0)
+
+
+def test_a_target_that_stays() -> None:
+    """Reached or not, it is there until the episode ends; the observation goes on showing it."""
+    task = HoverTask(2, seed=3, config=HoverConfig(resample_targets=False, max_episode_length=3))
+    first = task.target.clone()
+    there = DroneState(first.clone(), *state(n=2)[1:])
+    for _ in range(2):
+        result = task.step(there, torch.zeros(2, 4))
+        assert torch.equal(task.target, first) and torch.equal(result.obs[:, :3], torch.zeros(2, 3))
+    task.step(there, torch.zeros(2, 4))
+    assert (task.target != first).any(dim=1).all()
+    # switched on, it moves on in the next step
+    task.resample_targets = True
+    second = task.target.clone()
+    task.step(DroneState(second.clone(), *state(n=2)[1:]), torch.zeros(2, 4))
+    assert (task.target != second).any(dim=1).all()
