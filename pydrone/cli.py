@@ -1,15 +1,16 @@
-"""The command line: ``pydrone train`` and ``pydrone memory``. Imports of weight wait until a command needs them."""
+"""The command line: ``pydrone COMMAND``. Imports of weight wait until a command needs them."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
 import dataclasses
+import importlib
 import importlib.util
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
@@ -171,8 +172,15 @@ def memory(argv: list[str]) -> int:
     return memory.main(argv) or 0
 
 
+def _command(name: str) -> Callable[[list[str]], int]:
+    """``main`` of ``pydrone.commands.NAME``, imported once it is called."""
+    return lambda argv: importlib.import_module(f"pydrone.commands.{name}").main(argv)
+
+
 COMMANDS = {
     "train": (train, "train a policy"),
+    "eval": (_command("eval"), "fly the policy of a run: a table, a picture, a video"),
+    "plot": (_command("plot"), "learning curves of runs, with their spread over seeds"),
     "memory": (memory, "the memory that a rollout takes, field by field"),
 }
 

@@ -1,0 +1,1 @@
+"""The commands of ``pydrone``, a module each, with ``main(argv)`` that returns the exit status."""
