@@ -51,21 +51,30 @@ def render(
     Raises:
         ValueError: ``out`` has another ending.
         ImportError: genesis-world is missing.
+        RuntimeError: there is no OpenGL to render with.
     """
     out = Path(out)
     if out.suffix.lower() != ".mp4":
         raise ValueError(f"video: expected a file name that ends in .mp4, got {str(out)!r}")
-    from pydrone.envs.genesis_hover import init_genesis
-
-    gs = init_genesis(torch.device(device), seed, logging_level="error")
     import av
 
+    from pydrone.envs.genesis_hover import init_genesis
+
+    try:
+        gs = init_genesis(torch.device(device), seed, logging_level="error")
+        scene, body, ball, camera = _scene(gs)
+    except ImportError:
+        raise
+    except Exception as error:  # of whatever kind: what is missing shows in the depths of OpenGL's bindings
+        raise RuntimeError(
+            "video: Genesis could not set up its off-screen camera, which needs OpenGL by EGL (libegl1): "
+            f"{type(error).__name__}: {error}"
+        ) from error
     poses = torch.cat((paths.pos, paths.quat), dim=-1)[:length, drone]
     poses = poses[: int(poses.isfinite().all(dim=-1).long().cumprod(0).sum())]  # a crash may be a state of NaN
     targets = paths.target[:length, drone]
     frames = [min(round(i / (FPS * paths.dt)), len(poses) - 1) for i in range(math.ceil(len(poses) * paths.dt * FPS))]
     cameras = camera_path(poses[:, :3], targets, frames)
-    scene, body, ball, camera = _scene(gs)
     beside = out.with_name(f".{os.getpid()}.{out.name}")
     out.parent.mkdir(parents=True, exist_ok=True)
     try:

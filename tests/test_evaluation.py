@@ -86,6 +86,11 @@ def test_success_is_staying_near_a_fixed_target_and_reaching_a_moving_one():
     assert evaluation.succeeded(fixed).tolist() == [True, False, False]  # 0.15 < 2 * 0.1
     assert evaluation.succeeded(fixed, within=0.14).tolist() == [False, False, False]
     assert evaluation.succeeded(moving, within=0.14).tolist() == [True, False, False]
+    near = script()
+    near[:3, 1, 0] = 0.95  # at the target until it crashes
+    for resample in (False, True):
+        flown = fly(Scripted(near), resample=resample)
+        assert evaluation.targets_reached(flown)[1] > 0 and not evaluation.succeeded(flown)[1]
     away = fly(Scripted(script()[:11]), resample=True)
     assert evaluation.succeeded(away).tolist() == [False, False, False]  # no crash, but nothing reached
 
@@ -271,6 +276,21 @@ def test_a_checkpoint_without_settings(tmp_path):
     path = checkpoint.save(tmp_path / "model_1.pt", state)
     with pytest.raises(ValueError, match="config: expected the settings of a training, got NoneType"):
         runs.load(path)
+
+
+def test_a_machine_without_opengl(run_dir, monkeypatch, tmp_path, capsys):
+    pytest.importorskip("av")
+
+    def fail(*_, **__):
+        raise AttributeError("'NoneType' object has no attribute 'glGetError'")
+
+    monkeypatch.setattr("pydrone.envs.genesis_hover.init_genesis", fail)
+    monkeypatch.setattr(video, "missing", lambda: [])
+    argv = ("--episodes", 1, "--steps", 3, "--out", tmp_path, "--video", tmp_path / "a.mp4")
+    assert evaluate(run_dir, *argv) == 1
+    captured = capsys.readouterr()
+    assert "crash rate" in captured.out  # what was measured is not lost
+    assert "needs OpenGL by EGL" in captured.err and captured.err.count("\n") == 1
 
 
 @pytest.mark.slow
