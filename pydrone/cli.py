@@ -182,6 +182,7 @@ COMMANDS = {
     "eval": (_command("eval"), "fly the policy of a run: a table, a picture, a video"),
     "plot": (_command("plot"), "learning curves of runs, with their spread over seeds"),
     "memory": (memory, "the memory that a rollout takes, field by field"),
+    "doctor": (_command("doctor"), "check this installation: versions, backends, kernels, speed"),
 }
 
 
