@@ -183,6 +183,7 @@ COMMANDS = {
     "plot": (_command("plot"), "learning curves of runs, with their spread over seeds"),
     "memory": (memory, "the memory that a rollout takes, field by field"),
     "doctor": (_command("doctor"), "check this installation: versions, backends, kernels, speed"),
+    "export": (_command("export"), "a trained policy as ONNX, TorchScript or safetensors"),
 }
 
 

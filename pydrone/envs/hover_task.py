@@ -24,6 +24,7 @@ from .base import EpisodeStats, StepResult
 
 OBS_DIM = 17
 ACTION_DIM = 4
+ACTION_LIMITS = (-1.0, 1.0)
 REWARDS = ("target", "smooth", "yaw", "angular", "crash")
 
 
@@ -126,7 +127,7 @@ class Constants(NamedTuple):
 
 def clip_actions(actions: Tensor) -> Tensor:
     """Actions [N, 4] clipped to [-1, 1]."""
-    return actions.clamp(-1, 1)
+    return actions.clamp(*ACTION_LIMITS)
 
 
 def propeller_rpm(actions: Tensor, config: HoverConfig) -> Tensor:

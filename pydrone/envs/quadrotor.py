@@ -16,6 +16,7 @@ from torch import Tensor
 from .base import Autoreset, StepResult, check_actions
 from .hover_task import (
     ACTION_DIM,
+    ACTION_LIMITS,
     OBS_DIM,
     DroneState,
     HoverConfig,
@@ -66,6 +67,7 @@ class Quadrotor:
     autoreset: Autoreset = "same_step"
     obs = OBS_DIM
     actions = ACTION_DIM
+    action_limits = ACTION_LIMITS
 
     @torch.inference_mode(False)
     def __init__(
