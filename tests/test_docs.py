@@ -16,7 +16,8 @@ DOCUMENTS = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_links_lead_somewhere(document):
-    for target in re.findall(r"\]\(([^)#]+)\)", document.read_text(encoding="utf-8")):
+    text = re.sub(r"```.*?```", "", document.read_text(encoding="utf-8"), flags=re.DOTALL)
+    for target in re.findall(r"\]\(([^)#]+)\)", text):
         assert "://" in target or (document.parent / target).exists(), target
 
 
@@ -50,7 +51,9 @@ class InPlace:
 
 def test_the_readmes_code_runs():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    loop, estimator = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    # Those that run an exported policy are run in ppo/test_export.py.
+    loop, estimator = (block for block in blocks if '"policy.' not in block)
     loop = loop.replace("8192", "6").replace('device="cuda"', 'device="cpu"')
     seen = []
     names = {"env": InPlace(6), "policy": Policy(), "ppo_loss": lambda *tensors: seen.append([len(x) for x in tensors])}

@@ -32,6 +32,10 @@ def format(request) -> str:
     return request.param
 
 
+# The exporter takes a second for a policy.
+WITHOUT_ONNX = [pytest.param("onnx", marks=pytest.mark.slow), "torchscript", "safetensors"]
+
+
 def policy(obs: object = 3, actions: int = 2, hidden: tuple[int, ...] = (5, 4), **options: object) -> ActorCritic:
     """One whose actions are clipped for some observations and not for others."""
     torch.manual_seed(3)
@@ -98,6 +102,7 @@ def test_a_policy_worked_out_by_hand(by_hand, format, tmp_path):
         torch.testing.assert_close(actions, torch.tensor([[x, 0.25] for x in expected]), rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("format", WITHOUT_ONNX, indirect=True)
 @pytest.mark.parametrize("hidden", [(), (5,), (6, 5, 4)])
 def test_the_files_actions_are_the_policys(hidden, format, tmp_path):
     own = policy({"policy": 3, "critic": 7}, 2, hidden)
@@ -158,8 +163,18 @@ VARIANTS = {
 }
 
 
+@pytest.mark.parametrize("format", WITHOUT_ONNX, indirect=True)
 @pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS)
 def test_every_kind_of_policy(options, format, tmp_path):
+    check_variant(options, format, tmp_path)
+
+
+def test_a_recurrent_policy_with_a_normaliser_as_onnx(tmp_path):
+    pytest.importorskip("onnxscript")
+    check_variant(VARIANTS["gru"], "onnx", tmp_path)
+
+
+def check_variant(options: dict, format: str, tmp_path: Path) -> None:
     own = variant(**options)
     # By way of a checkpoint, as the command does.
     config = TrainConfig(ppo=PPOConfig(**{name: x for name, x in options.items() if name != "discrete"}))
@@ -207,6 +222,7 @@ MISTAKES = {
 }
 
 
+@pytest.mark.parametrize("format", WITHOUT_ONNX, indirect=True)
 @pytest.mark.parametrize("operation", MISTAKES)
 def test_a_file_that_differs_is_not_written(operation, format, tmp_path, monkeypatch):
     path = tmp_path / "policy"
@@ -233,6 +249,7 @@ def test_weights_that_are_not_finite_are_not_written(format, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("format", WITHOUT_ONNX, indirect=True)
 def test_a_full_disk_leaves_the_file_before(format, tmp_path, monkeypatch):
     path = export.save(policy(), tmp_path / "policy", format, LIMITS).path
     before = path.read_bytes()
