@@ -257,7 +257,7 @@ def advice(facts: dict[str, Any]) -> list[str]:
             + (", by the slowest. Unset it." if wanted == "reference" else ".")
         )
     if variables.get("TRITON_INTERPRET") == "1":
-        said.append("TRITON_INTERPRET=1 interprets the Triton kernels, a thousand times slower. For tests alone.")
+        said.append("TRITON_INTERPRET=1 interprets the Triton kernels, slowly: for tests alone.")
     return said + _advice_on_threads(cpu, variables) + _advice_on_memory(cpu) + _advice_on_packages(facts["packages"])
 
 
@@ -271,7 +271,7 @@ def _advice_on_threads(cpu: dict[str, Any], variables: dict[str, str]) -> list[s
         )
     if cpu["load"] is not None and cpu["load"] > allowed / 2:
         said.append(
-            f"Other processes keep the machine busy (load {cpu['load']:g} on {allowed:g} cores): speeds are too low."
+            f"Other processes keep the machine busy (load {cpu['load']:g} on {allowed:g} cores): timings say little."
         )
     if threads > 1 and variables.get("OMP_WAIT_POLICY", "").upper() == "ACTIVE":
         said.append("OMP_WAIT_POLICY=ACTIVE has OpenMP's threads spin, and lose a core to any other process.")
