@@ -82,9 +82,9 @@ class GenesisHover:
     """
 
     autoreset: Autoreset = "same_step"
+    action_limits = ACTION_LIMITS
     obs = OBS_DIM
     actions = ACTION_DIM
-    action_limits = ACTION_LIMITS
 
     @torch.inference_mode(False)
     def __init__(

@@ -65,9 +65,9 @@ class Quadrotor:
     """
 
     autoreset: Autoreset = "same_step"
+    action_limits = ACTION_LIMITS
     obs = OBS_DIM
     actions = ACTION_DIM
-    action_limits = ACTION_LIMITS
 
     @torch.inference_mode(False)
     def __init__(

@@ -446,7 +446,8 @@ def action_limits(env: Any) -> tuple[float, float] | None:
     from pydrone.envs import ENVIRONMENTS
 
     if env in ENVIRONMENTS:
-        module, name = ENVIRONMENTS[env]
+        home = ENVIRONMENTS[env]
+        module, name = home.split(":") if isinstance(home, str) else home
         found = getattr(import_module(module), name)
     else:
         points = list(entry_points(group="pydrone.envs", name=str(env)))
