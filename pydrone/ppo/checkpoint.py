@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +17,18 @@ def save(path: str | os.PathLike[str], state: dict[str, Any]) -> Path:
     """Writes ``state`` to ``path``, in place of what stood there.
 
     Written to a file beside it, synced, then renamed: after a crash or a full disk ``path`` holds the old checkpoint
-    or the new one, never half of one.
+    or the new one, never half of one. A checksum in it tells :func:`load` if its bytes change later.
+
+    Raises OSError where it cannot be written.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    content = io.BytesIO()
+    torch.save(state, content)
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with open(beside, "wb") as file:
-            torch.save(state, file)
+            file.write(_sealed(content.getvalue()))
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
@@ -38,12 +45,15 @@ def load(
 
     Raises:
         OSError: the file is not there, or cannot be read.
-        ValueError: the file is not a checkpoint, or lacks a key of ``required``.
+        ValueError: the file is not a checkpoint, was truncated or changed, or lacks a key of ``required``.
     """
     name = os.fspath(path)
+    content = Path(path).read_bytes()
+    if content.startswith(b"PK") and not _intact(content):
+        raise ValueError(f"{name}: expected a checkpoint, got a file whose checksum is missing or wrong")
     try:
-        state = torch.load(path, map_location=device, weights_only=True)
-    except (OSError, MemoryError, torch.OutOfMemoryError):
+        state = torch.load(io.BytesIO(content), map_location=device, weights_only=True)
+    except (MemoryError, torch.OutOfMemoryError):
         raise  # says nothing of the file's contents
     except Exception as error:
         # Whatever the bytes happen to spell: the unpickler pops from empty lists, looks up missing keys, decodes text.
@@ -54,6 +64,51 @@ def load(
     if missing:
         raise ValueError(f"{name}: expected a checkpoint of a training, got one without {', '.join(missing)}")
     return state
+
+
+def newest(
+    run_dir: str | os.PathLike[str], required: Sequence[str] = (), skipped: Callable[[str], None] = lambda why: None
+) -> Path | None:
+    """The checkpoint ``model_ITERATION.pt`` of a run's folder with the highest iteration that can be loaded.
+
+    ``skipped`` is told why, for each one passed over. None: the folder holds none that can. OSError: it cannot be read.
+    """
+    numbered = ((_MODEL.fullmatch(path.name), path) for path in Path(run_dir).iterdir())
+    found = sorted((int(match[1]), path) for match, path in numbered if match)
+    for _, path in reversed(found):
+        try:
+            load(path, required=required)
+        except (OSError, ValueError) as error:
+            skipped(str(error))
+        else:
+            return path
+    return None
+
+
+def remove_leftovers(run_dir: str | os.PathLike[str]) -> None:
+    """Removes what processes that were killed while they saved have left in a run's folder."""
+    for path in Path(run_dir).glob(".model_*.pt.*"):
+        path.unlink(missing_ok=True)
+
+
+_MODEL = re.compile(r"model_(\d+)\.pt")
+
+
+# Written as the comment of torch's zip, so that torch.load and any zip tool read the file as well.
+_MARK = b"pydrone sha256 "
+_COMMENT = len(_MARK) + 64
+
+
+def _sealed(content: bytes) -> bytes:
+    """A zip without a comment, with the digest of all its bytes as the comment."""
+    body = content[:-2]  # without the comment's length
+    return body + _COMMENT.to_bytes(2, "little") + _MARK + hashlib.sha256(body).hexdigest().encode()
+
+
+def _intact(content: bytes) -> bool:
+    """Whether these are the bytes that :func:`_sealed` returned."""
+    end = len(content) - _COMMENT - 2
+    return end > 0 and content == _sealed(content[:end] + bytes(2))
 
 
 def _sync_folder(folder: Path) -> None:
