@@ -10,7 +10,7 @@ import importlib.util
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
@@ -61,20 +61,26 @@ def train(argv: list[str]) -> int:
     from pydrone.ppo.config import TrainConfig, default_num_envs
 
     try:
+        base = _base(argv)
         config = tyro.cli(
-            tyro.conf.OmitArgPrefixes[_described(TrainConfig)],
+            tyro.conf.OmitArgPrefixes[_described(TrainConfig, base)],
             args=argv,
             prog="pydrone train",
-            description="Train a drone to hover with PPO. Ctrl-C ends after the iteration in hand, with a checkpoint.",
+            description="Train a drone to hover with PPO. --config FILE takes settings from a TOML file, as each run's "
+            "folder has one; the command line wins. Ctrl-C ends after the iteration in hand, with a checkpoint.",
         )
-    except ValueError as error:
+    except ModuleNotFoundError as error:
+        return _missing(error.name or str(error))
+    except (ValueError, OSError) as error:
         return _fail(error)
     needed = {"matplotlib": True, "tensorboard": config.tensorboard, "genesis": config.env == "genesis-hover"}
     missing = [name for name, wanted in needed.items() if wanted and importlib.util.find_spec(name) is None]
     if missing:
         return _missing(*missing)
+    if config.wandb and importlib.util.find_spec("wandb") is None:
+        return _missing("wandb", extra="wandb")
 
-    from pydrone import report
+    from pydrone import live, report
     from pydrone.ppo.trainer import Trainer, nothing_to_do, read_checkpoint
 
     env = None
@@ -90,8 +96,6 @@ def train(argv: list[str]) -> int:
                 num_envs=config.num_envs or default_num_envs(device.type),
                 run_dir=config.run_dir or str(Path("runs", config.env, time.strftime("%Y-%m-%d_%H-%M-%S"))),
             )
-            if config.resume is not None and not Path(config.resume).is_file():
-                raise ValueError(f"--resume {config.resume}: no such file")
             iteration = 0 if config.resume is None else read_checkpoint(config.resume)["iteration"]
             if iteration >= config.iterations:
                 print(nothing_to_do(iteration, config.iterations))
@@ -101,7 +105,11 @@ def train(argv: list[str]) -> int:
             if backend is not None:
                 print(backend, flush=True)
             env = _make_env(config, device, iteration)
-            trainer = Trainer(env, config, run_dir, echo=lambda line: print(line, flush=True))
+            view = None
+            if config.live and live.possible(sys.stdout):
+                view = live.LiveView(f"{config.env}, {config.num_envs} environments on {device}, {run_dir}")
+            echo = view.echo if view else lambda line: print(line, flush=True)
+            trainer = Trainer(env, config, run_dir, echo, view.show if view else None)
             print(trainer.buffer)
             print(f"Memory of the rollout with a minibatch: {trainer.planned_nbytes / 1e6:.1f} MB", flush=True)
         except BrokenPipeError:
@@ -109,8 +117,11 @@ def train(argv: list[str]) -> int:
         except (ValueError, OSError, RuntimeError) as error:
             return _fail(error)
         try:
-            outcome = trainer.train()
-        except FloatingPointError as error:
+            with view or contextlib.nullcontext():
+                outcome = trainer.train()
+        except BrokenPipeError:
+            raise
+        except (FloatingPointError, OSError) as error:
             return _fail(error)
     finally:
         if env is not None:
@@ -118,6 +129,53 @@ def train(argv: list[str]) -> int:
     if outcome.figures:
         print(f"Learning curve: {report.plot(run_dir)}")
     return 0
+
+
+def _base(argv: list[str]) -> dict[str, Any]:
+    """What stands in for the defaults: settings of the checkpoint that is resumed, over them those of ``--config``.
+
+    Takes ``--config FILE`` out of ``argv`` and writes the checkpoint meant by ``--resume RUN_OR_FILE`` into it.
+    """
+    from pydrone.ppo import configfile
+    from pydrone.ppo.config import TrainConfig
+
+    options = argparse.ArgumentParser(prog="pydrone train", add_help=False, allow_abbrev=False)
+    options.add_argument("--config")
+    options.add_argument("--resume")
+    given, argv[:] = options.parse_known_args(argv)
+    try:
+        base = {} if given.config is None else configfile.read(given.config)
+    except OSError as error:
+        raise OSError(f"--config {given.config}: cannot be read: {error.strerror}") from error
+    resume = given.resume or base.get("resume")
+    if resume in (None, "None"):
+        return base
+    from pydrone.ppo.trainer import read_checkpoint
+
+    path = _checkpoint(Path(resume))
+    argv += ["--resume", str(path)]
+    saved = read_checkpoint(path)["config"]
+    saved = configfile.checked(TrainConfig, saved, known_only=True)
+    # The first run's folder is gone on in where the folder was named.
+    saved |= {"run_dir": str(path.parent) if Path(resume).is_dir() else None, "resume": None}
+    return configfile.merged(saved, base)
+
+
+def _checkpoint(path: Path) -> Path:
+    """The checkpoint that ``--resume`` means: a file, or a folder's newest that can be loaded."""
+    from pydrone.ppo import checkpoint
+    from pydrone.ppo.trainer import CHECKPOINT_KEYS
+
+    if not path.is_dir():
+        if not path.is_file():
+            raise ValueError(f"--resume {path}: no such file or folder")
+        return path
+    said = lambda why: print(f"Passed over: {why}", flush=True)  # noqa: E731
+    newest = checkpoint.newest(path, CHECKPOINT_KEYS, said)
+    if newest is None:
+        raise ValueError(f"--resume {path}: expected a run's folder with a checkpoint model_ITERATION.pt, found none")
+    print(f"Resuming from {newest}", flush=True)
+    return newest
 
 
 def _device(name: str | None) -> torch.device:
@@ -197,27 +255,31 @@ def _calm_threads() -> None:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 
-def _described(cls: type) -> type:
-    """The configuration ``cls`` with its fields' help texts and further names as tyro wants them."""
+def _described(cls: type, values: Mapping[str, Any] = {}) -> type:
+    """The configuration ``cls`` with its fields' help texts and further names as tyro wants them.
+
+    ``values``, nested as it is, stand in for defaults.
+    """
     import tyro
 
     hints = get_type_hints(cls)
     fields = []
     for field in dataclasses.fields(cls):
         hint: Any = hints[field.name]
-        default: Any = {"default": field.default}
+        default: Any = {"default": values.get(field.name, field.default)}
         if dataclasses.is_dataclass(hint):
-            hint = _described(hint)
+            hint = _described(hint, values.get(field.name, {}))
             default = {"default_factory": hint}
         aliases = tuple(field.metadata["aliases"])
         described = tyro.conf.arg(help=field.metadata["help"], aliases=aliases or None)
-        fields.append((field.name, Annotated[hint, described], dataclasses.field(**default)))
+        fields.append((field.name, Annotated[hint, described], dataclasses.field(**default, metadata=field.metadata)))
     # A subclass, so that what tyro builds is checked as any other configuration and is one.
     return dataclasses.make_dataclass(cls.__name__, fields, bases=(cls,))
 
 
-def _missing(*modules: str) -> int:
-    return _fail(f'{", ".join(modules)} not installed; `pip install "pydrone-rl[train]"` installs what training needs')
+def _missing(*modules: str, extra: str = "train") -> int:
+    use = "what training needs" if extra == "train" else "it"
+    return _fail(f'{", ".join(modules)} not installed; `pip install "pydrone-rl[{extra}]"` installs {use}')
 
 
 def _fail(error: Exception | str) -> int:

@@ -12,6 +12,7 @@ from typing import Any
 PROGRESS = "progress.jsonl"
 CURVE = "learning_curve.png"
 CONFIG = "config.json"
+WANDB_ID = "wandb_id.txt"
 
 # A run of so few iterations has its points marked: a single one draws no line.
 MARKED = 30
@@ -33,17 +34,31 @@ class RunLog:
     Args:
         run_dir: the folder, made if need be. Lines are added to a log that is there already.
         tensorboard: write event files too; needs tensorboard.
+        after: the iteration that a resumed run stands at.
+        wandb_project: log to this project of Weights & Biases too; needs wandb. None: do not.
+        settings: the run's, for Weights & Biases.
     """
 
-    def __init__(self, run_dir: str | os.PathLike[str], tensorboard: bool = True) -> None:
+    def __init__(
+        self,
+        run_dir: str | os.PathLike[str],
+        tensorboard: bool = True,
+        after: int = 0,
+        wandb_project: str | None = None,
+        settings: Mapping[str, Any] | None = None,
+    ) -> None:
         self.run_dir = Path(run_dir)
         self.run_dir.mkdir(parents=True, exist_ok=True)
         self._events: Any = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._events = SummaryWriter(str(self.run_dir))
+            # What a killed run has written beyond its checkpoint is done again.
+            self._events = SummaryWriter(str(self.run_dir), purge_step=after + 1 if after else None)
+        self._wandb = None if wandb_project is None else _wandb_run(self.run_dir, wandb_project, settings)
         self._lines = open(self.run_dir / PROGRESS, "a", encoding="utf-8")  # noqa: SIM115
+        if self._lines.tell() and not (self.run_dir / PROGRESS).read_bytes().endswith(b"\n"):
+            self._lines.write("\n")  # a process that was killed while it wrote
 
     def write(self, figures: Mapping[str, float]) -> None:
         """One iteration's figures; ``iteration`` among them numbers it. What is not finite is left out."""
@@ -54,12 +69,32 @@ class RunLog:
             for name, value in finite.items():
                 if name != "iteration":
                     self._events.add_scalar(name if "/" in name else f"train/{name}", value, int(figures["iteration"]))
+        if self._wandb is not None:
+            self._wandb.log({name if "/" in name else f"train/{name}": value for name, value in finite.items()})
 
     def close(self) -> None:
         """Closes the files."""
         self._lines.close()
+        if self._wandb is not None:
+            self._wandb.finish()
         if self._events is not None:
             self._events.close()
+
+
+def _wandb_run(run_dir: Path, project: str, settings: Mapping[str, Any] | None) -> Any:
+    """The run at Weights & Biases that belongs to this folder: the one it had before, or a new one."""
+    import wandb
+
+    known = run_dir / WANDB_ID
+    number = known.read_text(encoding="utf-8").strip() if known.exists() else None
+    run = wandb.init(
+        project=project, name=run_dir.name, dir=str(run_dir), config=dict(settings or {}), id=number, resume="allow"
+    )
+    known.write_text(f"{run.id}\n", encoding="utf-8")
+    # Not W&B's own counter, which takes no iteration twice, as after a resume.
+    run.define_metric("train/iteration")
+    run.define_metric("*", step_metric="train/iteration")
+    return run
 
 
 def read(run_dir: str | os.PathLike[str]) -> list[dict[str, float]]:

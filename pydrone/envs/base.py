@@ -70,7 +70,11 @@ class StepResult(NamedTuple):
 
 @runtime_checkable
 class Env(Protocol):
-    """A vectorised environment of N = ``num_envs`` copies that resets its environments by itself."""
+    """A vectorised environment of N = ``num_envs`` copies that resets its environments by itself.
+
+    One that also offers ``state_dict()`` and ``load_state_dict(state)`` (:mod:`pydrone.envs.state`) is continued bit
+    for bit by a resumed training; of others all episodes begin anew.
+    """
 
     num_envs: int
     obs: ObsSpec

@@ -8,6 +8,7 @@ drone. A step makes no host synchronisation and has no shape that depends on dat
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from .hover_task import (
     propeller_rpm,
     rotate_inverse,
 )
+from .state import restore, state_of
 
 # Crazyflie 2.x as in the cf2x.urdf that Genesis ships (from Foerster, "System Identification of the Crazyflie 2.0 Nano
 # Quadrocopter", 2015, and Landry, "Planning and control for quadrotor flight through cluttered environments", 2015)
@@ -137,6 +139,14 @@ class Quadrotor:
     def randomize_episode_lengths(self) -> None:
         """Gives every running episode a random age."""
         self.task.randomize_ages()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Drones, targets, ages, statistics and the generator; not copied."""
+        return state_of(self)
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Goes on where ``state_dict`` was taken; ValueError, and no change, if it is of another environment."""
+        restore(self, state)
 
     def close(self) -> None:
         """Nothing to free."""

@@ -87,11 +87,14 @@ class TrainConfig:
     run_dir: str | None = option(None, "Folder of the run. None: runs/ENV/DATE-TIME.")
     resume: str | None = option(
         None,
-        "Checkpoint to go on from: its networks, Adam's state, its iteration and, with the adaptive schedule, its "
-        "learning rate. All other settings are the command line's.",
+        "Folder of a run, to go on in it from its newest checkpoint, or a checkpoint, to go on from it in a new one. "
+        "Settings are those of the checkpoint where neither --config nor the command line has others.",
     )
     save_interval: int = option(50, "Iterations from one checkpoint to the next.")
     tensorboard: bool = option(True, "Write TensorBoard event files.")
+    wandb: bool = option(False, "Log to Weights & Biases too; needs wandb.")
+    wandb_project: str = option("pydrone", "Its project.")
+    live: bool = option(True, "Draw the progress where the output is a terminal; elsewhere it is a line an iteration.")
     ppo: PPOConfig = field(default_factory=PPOConfig, metadata={"help": "The algorithm.", "aliases": ()})
 
     def __post_init__(self) -> None:

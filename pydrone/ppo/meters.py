@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -90,3 +91,11 @@ class EpisodeMeter:
         self._length = length_after + torch.where(ended, 0, self._length)
         self._reward = reward_after + torch.where(ended, 0, self._reward)
         return totals
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What is known of the running episodes; not copied."""
+        return {"length": self._length, "reward": self._reward}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Takes over what ``state_dict`` returned."""
+        self._length, self._reward = state["length"].to(self._length), state["reward"].to(self._reward)

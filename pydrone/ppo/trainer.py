@@ -22,8 +22,8 @@ from torch import Tensor
 from pydrone.buffer import RolloutBuffer
 from pydrone.envs.base import Env, LogMeter
 from pydrone.memory import plan
-from pydrone.ops.schema import INVALID
-from pydrone.ppo import checkpoint
+from pydrone.ops.schema import INVALID, TRUNCATED
+from pydrone.ppo import checkpoint, configfile
 from pydrone.ppo.config import TrainConfig, check_minibatches
 from pydrone.ppo.learner import Learner
 from pydrone.ppo.meters import STAGES, EpisodeMeter, Stopwatch
@@ -61,6 +61,7 @@ class Trainer:
         config: its ``env``, ``num_envs`` and ``device`` are not read: ``env`` has them.
         run_dir: where checkpoints, figures and the learning curve go. None: nowhere.
         echo: takes the lines that report progress.
+        show: takes each iteration's figures, the number of iterations in all and the seconds left, instead of a line.
 
     Raises:
         TypeError: the environment's actions are not continuous.
@@ -75,8 +76,9 @@ class Trainer:
         config: TrainConfig | None = None,
         run_dir: str | Path | None = None,
         echo: Callable[[str], None] = print,
+        show: Callable[[dict[str, float], int, float], None] | None = None,
     ) -> None:
-        self.env, self.config, self.echo = env, config or TrainConfig(), echo
+        self.env, self.config, self.echo, self.show = env, config or TrainConfig(), echo, show
         config = self.config
         if not isinstance(env.actions, int):
             raise TypeError(f"env.actions: expected an int, for continuous actions, got {env.actions!r}")
@@ -90,7 +92,7 @@ class Trainer:
             state = read_checkpoint(config.resume, self.device)
             self.iteration = state["iteration"]
         self._first = self.iteration
-        # A resumed run draws other numbers than the first one did.
+        # A resumed run whose generators cannot be restored draws other numbers than the first one did.
         torch.manual_seed(config.seed + self.iteration)
         ppo = config.ppo
         self.policy = ActorCritic(env.obs, env.actions, ppo.hidden_dims, ppo.init_std).to(self.device)
@@ -114,11 +116,13 @@ class Trainer:
         self._watch = Stopwatch(self.device)
         self._obs: Any = None
         # What an iteration without an end of an episode goes on showing.
-        self._episode_figures = {"episode_length": math.nan, "episode_return": math.nan}
+        self._episode_figures = dict.fromkeys(("episode_length", "episode_return", "success_rate"), math.nan)
         self._lengths: deque[float] = deque(maxlen=WINDOW)
         self._log: Any = None
         # The state before an update that is under way.
         self._before_update: dict[str, Any] | None = None
+        # What a resumed run could not take over, in words.
+        self._not_restored = None if state is None else self._restore_progress(state)
 
     # ------------------------------------------------------------------------------------------------ one iteration
 
@@ -140,7 +144,7 @@ class Trainer:
         # On CUDA the pool's counts are read below, with the figures.
         buffer.compute_gae(last_values, ppo.gamma, ppo.lam, check=self.device.type == "cpu", **bootstrap)
         self._watch.lap("gae")
-        self._before_update = copy.deepcopy(self.state_dict())
+        self._before_update = copy.deepcopy(self._learnt())
         learnt = self.learner.update(buffer)
         self._watch.lap("update")
         figures, culprit = self._read(learnt)
@@ -213,17 +217,23 @@ class Trainer:
         # A reset step's reward is anything, and counts for nothing.
         skipped = codes == INVALID
         finite = [(x.isfinite() | skipped).all() for x in (rewards, buffer.values, buffer.advantages)]
-        scalars = [*learnt.values(), self.policy.std.mean(), rewards.mean(), *episodes.unbind(), *finite]
+        timeouts = (codes == TRUNCATED).sum()
+        scalars = [*learnt.values(), self.policy.std.mean(), rewards.mean(), *episodes.unbind(), timeouts, *finite]
         log = [x.to(self.device).double() for x in self._env_log.totals()]
         read = torch.cat((torch.stack(scalars + log).double(), buffer.flags())).tolist()
         buffer.check(read[-3:])
         read, logged = read[: len(scalars)], read[len(scalars) : -3]
-        *losses, std, reward, count, length, total, good_rewards, good_values, good_advantages = read
+        *losses, std, reward, count, length, total, timeouts, good_rewards, good_values, good_advantages = read
         figures = dict(zip(learnt, losses))
         if count:
-            self._episode_figures = {"episode_length": length / count, "episode_return": total / count}
+            means = {"episode_length": length, "episode_return": total, "success_rate": timeouts}
+            self._episode_figures = {name: value / count for name, value in means.items()}
+        log = self._env_log.means(logged)
+        if "episode/success" in log:
+            # The environment's own word; else an episode succeeds that reaches its time limit.
+            self._episode_figures["success_rate"] = log["episode/success"]
         figures |= {"action_std": std, "reward": reward, "episodes": count, **self._episode_figures}
-        figures |= {f"env/{name}": value for name, value in self._env_log.means(logged).items()}
+        figures |= {f"env/{name}": value for name, value in log.items()}
         figures |= {f"time/{stage}": seconds for stage, seconds in self._watch.seconds().items()}
         culprit = None
         if not good_rewards:
@@ -239,7 +249,7 @@ class Trainer:
     # ------------------------------------------------------------------------------------------------ all of them
 
     def train(self) -> Outcome:
-        """Iterates until the last iteration, the target, or an interrupt, which ends the iteration in hand.
+        """Iterates until the last iteration, the target, or a SIGINT or SIGTERM, which ends the iteration in hand.
 
         Where an iteration fails, the state after the last whole one is saved before the error goes on; not where the
         loss is not finite. With no iteration left to do, nothing is written.
@@ -250,10 +260,12 @@ class Trainer:
             self.echo(nothing_to_do(self.iteration, config.iterations))
             return Outcome(done, self.iteration, {}, None)
         self._open_run()
+        if self._not_restored is not None:
+            self.echo(f"Resumed at iteration {self.iteration}; {self._not_restored}.")
         try:
             with _Interrupt(self.echo) as interrupt:
                 reason, figures = self._iterate_all(interrupt)
-            saved = self.save()
+                saved = self.save()
         except NotFinite:
             raise
         except Exception:
@@ -284,8 +296,8 @@ class Trainer:
                 return f"the mean episode length reached {config.target_episode_length:g} steps", figures
             if interrupt.raised:
                 return "interrupted", figures
-            if self.iteration % config.save_interval == 0:
-                self.save()
+            if self.iteration % config.save_interval == 0 and self.iteration < config.iterations:
+                self._save_on_the_way()
         return None, figures
 
     def _report(self, figures: dict[str, float], times: deque[float]) -> None:
@@ -293,13 +305,23 @@ class Trainer:
             self._log.write(figures)
         times.append(figures["time/iteration"])
         left = (self.config.iterations - self.iteration) * sum(times) / len(times)
-        self.echo(progress_line(figures, self.config.iterations, left))
+        if self.show is None:
+            self.echo(progress_line(figures, self.config.iterations, left))
+        else:
+            self.show(figures, self.config.iterations, left)
+
+    def _save_on_the_way(self) -> None:
+        """A disk that is full now may not be at the next checkpoint: hours of training do not end with it."""
+        try:
+            self.save()
+        except OSError as error:
+            self.echo(f"Checkpoint of iteration {self.iteration} not saved, going on: {error}")
 
     def _save_after_failure(self) -> None:
         """Keeps what was learnt in this run, as far as its weights are finite; silent where that fails too."""
         # A device that has failed, a full disk, a closed output: the error that led here is the one to see.
         with contextlib.suppress(Exception):
-            state = self._before_update or self.state_dict()
+            state = self._before_update or self._learnt()
             if state["iteration"] > self._first and all(x.isfinite().all() for x in state["policy"].values()):
                 saved = self._save(state)
                 if saved is not None:
@@ -313,13 +335,64 @@ class Trainer:
         return None if self.run_dir is None else checkpoint.save(self.run_dir / f"model_{state['iteration']}.pt", state)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint holds: plain containers and tensors."""
+        """What a checkpoint holds, between iterations: plain containers and tensors, not copied."""
+        return {**self._learnt(), "progress": self._progress()}
+
+    def _learnt(self) -> dict[str, Any]:
+        """What counts after a failure in the middle of an iteration."""
         return {
             "iteration": self.iteration,
             "policy": self.policy.state_dict(),
             "learner": self.learner.state_dict(),
             "config": dataclasses.asdict(self.config),
         }
+
+    def _progress(self) -> dict[str, Any]:
+        """All else that the next iteration depends on."""
+        buffer = self.buffer.state_dict()
+        env = self.env.state_dict() if self._obs is not None and hasattr(self.env, "state_dict") else None
+        generators = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            generators["cuda"] = torch.cuda.get_rng_state(self.device)
+        return {
+            "generators": generators,
+            "rollouts": buffer["discarded"] // self.buffer.num_steps,  # the buffer is empty between iterations
+            "shuffle_seed": buffer["seed"],
+            "env": env,
+            "obs": self._obs if env is not None else None,
+            "running_episodes": self._episodes.state_dict(),
+            "episode_figures": dict(self._episode_figures),
+            "episode_lengths": list(self._lengths),
+        }
+
+    def _restore_progress(self, state: dict[str, Any]) -> str | None:
+        """Takes over what :meth:`_progress` returned; what could not be, in words, or None."""
+        progress, before = state.get("progress"), state["config"]
+        if progress is None:
+            return "its checkpoint was saved after a failure: all episodes begin anew, with other random numbers"
+        try:
+            self._episode_figures |= progress["episode_figures"]
+            self._lengths.extend(progress["episode_lengths"])
+            if before["seed"] != self.config.seed:
+                return f"its seed was {before['seed']}: all episodes begin anew, with other random numbers"
+            steps = progress["rollouts"] * self.buffer.num_steps
+            counters = {"appended": steps, "discarded": steps, "seed": progress["shuffle_seed"]}
+            self.buffer.load_state_dict({**self.buffer.state_dict(), **counters})
+            torch.set_rng_state(progress["generators"]["cpu"].cpu())
+            if self.device.type == "cuda" and "cuda" in progress["generators"]:
+                torch.cuda.set_rng_state(progress["generators"]["cuda"].cpu(), self.device)
+            if progress["env"] is None or not hasattr(self.env, "load_state_dict"):
+                return f"{before['env']} cannot restore its simulator: all episodes begin anew, with other targets"
+            try:
+                self.env.load_state_dict(progress["env"])
+            except (RuntimeError, ValueError) as error:
+                return f"all episodes begin anew, as this environment is not the checkpoint's: {error}"
+            self._episodes.load_state_dict(progress["running_episodes"])
+            self._obs = progress["obs"]
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError) as error:
+            path = self.config.resume
+            raise ValueError(f"{path}: expected the progress of a training, got something else: {error}") from error
+        return None
 
     def _restore(self, state: dict[str, Any]) -> None:
         """Takes over a checkpoint's networks and optimiser, or says in a sentence why they do not fit."""
@@ -348,9 +421,13 @@ class Trainer:
             return
         from pydrone.report import CONFIG, RunLog
 
-        self._log = RunLog(self.run_dir, self.config.tensorboard)
-        settings = json.dumps(dataclasses.asdict(self.config), indent=2)
-        (self.run_dir / CONFIG).write_text(settings + "\n", encoding="utf-8")
+        config, settings = self.config, dataclasses.asdict(self.config)
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        checkpoint.remove_leftovers(self.run_dir)
+        project = config.wandb_project if config.wandb else None
+        self._log = RunLog(self.run_dir, config.tensorboard, self.iteration, project, settings)
+        (self.run_dir / CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        configfile.write(self.run_dir, config)
 
     def _target_reached(self, episode_length: float) -> bool:
         target = self.config.target_episode_length
@@ -404,25 +481,31 @@ def _hidden_dims(shapes: dict[str, tuple[int, ...]]) -> tuple[int, ...]:
 
 
 class _Interrupt:
-    """Ctrl-C sets ``raised`` and says so; a second one interrupts at once. Signals reach the main thread only."""
+    """SIGINT and SIGTERM set ``raised`` and say so; a SIGINT after that interrupts at once.
+
+    Signals reach the main thread only.
+    """
 
     def __init__(self, echo: Callable[[str], None]) -> None:
         self.raised = False
         self._echo = echo
-        self._previous: Any = None
+        self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> _Interrupt:
         if threading.current_thread() is threading.main_thread():
-            self._previous = signal.signal(signal.SIGINT, self._handle)
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._previous is not None:
-            signal.signal(signal.SIGINT, self._previous)
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.raised:
-            raise KeyboardInterrupt
+            if number == signal.SIGINT:
+                raise KeyboardInterrupt
+            return  # who stops a job may say so again and again
         self.raised = True
         # A signal that comes in the middle of a print cannot print; one whose terminal is gone need not.
         with contextlib.suppress(RuntimeError, OSError):

@@ -210,7 +210,7 @@ def test_run_folder(tmp_path):
     outcome = trainer.train()
     assert outcome.iterations == 4 and outcome.checkpoint == tmp_path / "model_4.pt"
     names = {entry.name for entry in tmp_path.iterdir()}
-    assert names == {"config.json", "progress.jsonl", "model_2.pt", "model_4.pt"}
+    assert names == {"config.json", "config.toml", "progress.jsonl", "model_2.pt", "model_4.pt"}
     rows = [json.loads(line) for line in (tmp_path / "progress.jsonl").read_text().splitlines()]
     assert [row["iteration"] for row in rows] == [1, 2, 3, 4]
     assert rows[-1]["episode_length"] <= 20 and "env/speed" in rows[-1]
