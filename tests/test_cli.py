@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.machinery
 import json
 import os
 import signal
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import pytest
 
@@ -388,3 +390,175 @@ def test_help_imports_nothing_of_weight():
     blocked = ("tyro", "matplotlib", "tensorboard", "genesis", "gymnasium", "rich")
     result = run("memory-is-not-this", blocked=blocked)
     assert result.returncode == 2 and "invalid choice" in result.stderr
+
+
+def test_settings_from_a_file(trained, tmp_path, capsys):
+    """The file over the defaults, the command line over the file."""
+    (tmp_path / "run.toml").write_text("num_envs = 5\nseed = 7\n[ppo]\nnum_mini_batches = 2\n")
+    seen = trained("--config", "run.toml", "--seed", "-9")
+    assert seen.env["num_envs"] == 5 and seen.env["seed"] == -9
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--config=run.toml", "--help"])
+    assert "(default: 7)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("num_env = 5", "run.toml: num_env: no such setting; the nearest is num_envs"),
+        ("[ppo]\ngamma = 1.5", "gamma: expected a number from 0 to 1, got 1.5"),
+        (None, "--config run.toml: cannot be read: No such file or directory"),
+    ],
+)
+def test_a_file_of_settings_that_cannot_be(text, message, here, making, tmp_path, capsys):
+    making(AssertionError("an environment was built"))
+    if text is not None:
+        (tmp_path / "run.toml").write_text(text)
+    assert cli.main(["train", "--env", "quadrotor", "--config", "run.toml"]) == 1
+    assert capsys.readouterr().err == f"pydrone: {message}\n"
+
+
+def test_the_file_of_a_run_repeats_it(here, tmp_path, capsys):
+    """Into a folder of its own, with equal figures; its settings are those of the first."""
+    assert here("--run-dir", "first", "--lr", "1e-3", "--seed", "6") == 0
+    assert cli.main(["train", "--config", "first/config.toml", "--run-dir", "second"]) == 0
+    first, second = (report.read(tmp_path / name)[-1] for name in ("first", "second"))
+    assert first["value_loss"] == second["value_loss"] and first["reward"] == second["reward"]
+    texts = [(tmp_path / name / "config.toml").read_text() for name in ("first", "second")]
+    assert texts[0].replace('run_dir = "first"', "") == texts[1].replace('run_dir = "second"', "")
+
+
+def test_resuming_a_run_by_its_folder(here, tmp_path, capsys):
+    """With the run's settings, in its folder, from the newest checkpoint that is whole, to the bit."""
+    assert here("--run-dir", "whole", "--iterations", "4", "--lr", "1e-3") == 0
+    assert here("--run-dir", "parts", "--save-interval", "1", "--lr", "1e-3", "--iterations", "3") == 0
+    newest = tmp_path / "parts" / "model_3.pt"
+    newest.write_bytes(newest.read_bytes()[:-100])
+    capsys.readouterr()
+    assert cli.main(["train", "--resume", "parts", "--iterations", "4"]) == 0
+    said = capsys.readouterr().out
+    assert f"Passed over: {Path('parts', 'model_3.pt')}: expected a checkpoint, got a file whose checksum" in said
+    assert f"Resuming from {Path('parts', 'model_2.pt')}\n" in said and "4/4  reward" in said
+    assert "begin anew" not in said
+    a, b = (report.read(tmp_path / name) for name in ("whole", "parts"))
+    timed = ("time/", "steps_per_second")
+    assert [{k: x for k, x in row.items() if not k.startswith(timed)} for row in a] == [
+        {k: x for k, x in row.items() if not k.startswith(timed)} for row in b
+    ]
+    assert [entry.name for entry in tmp_path.iterdir() if entry.name.startswith("runs")] == []
+    assert cli.main(["train", "--resume", "parts"]) == 0
+    assert capsys.readouterr().out.endswith("Nothing to do: the checkpoint stands at iteration 4 of 4.\n")
+
+
+def test_resuming_a_folder_without_a_checkpoint(here, making, tmp_path, capsys):
+    making(AssertionError("an environment was built"))
+    (tmp_path / "empty").mkdir()
+    assert here("--resume", "empty") == 1
+    said = capsys.readouterr().err
+    assert said == (
+        "pydrone: --resume empty: expected a run's folder with a checkpoint model_ITERATION.pt, found none\n"
+    )
+
+
+def test_a_full_disk_is_one_sentence(here, monkeypatch, capsys):
+    from pydrone.ppo import checkpoint
+
+    def full(path, state):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save", full)
+    assert here() == 1
+    assert capsys.readouterr().err == "pydrone: [Errno 28] No space left on device\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_one_signal_is_no_failure(number, here, monkeypatch, tmp_path, capsys):
+    from pydrone.envs.quadrotor import Quadrotor
+
+    step, steps = Quadrotor.step, []
+
+    def signalled(self, actions):
+        steps.append(1)
+        if len(steps) == 2:
+            signal.raise_signal(number)
+        return step(self, actions)
+
+    monkeypatch.setattr(Quadrotor, "step", signalled)
+    assert here("--run-dir", "run", "--iterations", "9") == 0
+    assert "Interrupted, after 1 iterations." in capsys.readouterr().out
+    assert [entry.name for entry in (tmp_path / "run").glob("*.pt")] == ["model_1.pt"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
+def test_a_signal_from_outside_saves_and_exits_with_0(tmp_path):
+    for name in ("tyro", "matplotlib"):
+        pytest.importorskip(name)
+    sizes = ("--num-envs", "4", "--num-steps", "8", "--num-minibatches", "2", "--iterations", "1000000")
+    command = [sys.executable, "-m", "pydrone.cli", "train", "--env", "quadrotor", "--device", "cpu", *sizes]
+    command += ["--no-tensorboard", "--run-dir", str(tmp_path)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if "reward" in line:
+            process.send_signal(signal.SIGTERM)
+            break
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert "finishing this iteration and saving" in out and "Interrupted, after" in out
+    (path,) = tmp_path.glob("model_*.pt")
+    assert f"Checkpoint: {path}" in out
+
+
+class Wandb(types.ModuleType):
+    """Stands in for Weights & Biases: remembers what it is told."""
+
+    def __init__(self) -> None:
+        super().__init__("wandb")
+        self.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
+        self.runs = []
+
+    def init(self, **arguments) -> types.SimpleNamespace:
+        run = types.SimpleNamespace(id=arguments["id"] or f"id{len(self.runs)}", arguments=arguments, rows=[])
+        run.metrics, run.finished = [], False
+        run.log = run.rows.append
+        run.define_metric = lambda name, **more: run.metrics.append((name, more))
+        run.finish = lambda: setattr(run, "finished", True)
+        self.runs.append(run)
+        return run
+
+
+def test_weights_and_biases(here, monkeypatch, tmp_path):
+    """Imported only where asked for; told of every figure; a resumed run goes on in the same one."""
+    stub = Wandb()
+    monkeypatch.setitem(sys.modules, "wandb", stub)
+    assert here("--run-dir", "without") == 0 and stub.runs == []
+    assert here("--run-dir", "with", "--wandb", "--wandb-project", "drones") == 0
+    (run,) = stub.runs
+    assert {k: run.arguments[k] for k in ("project", "name", "id", "resume")} == {
+        "project": "drones",
+        "name": "with",
+        "id": None,
+        "resume": "allow",
+    }
+    assert run.arguments["config"]["num_envs"] == 2 and run.arguments["config"]["ppo"]["gamma"] == 0.99
+    assert [row["train/iteration"] for row in run.rows] == [1, 2] and run.finished
+    logged = report.read(tmp_path / "with")[-1]
+    assert run.rows[-1] == {name if "/" in name else f"train/{name}": x for name, x in logged.items()}
+    assert run.metrics == [("train/iteration", {}), ("*", {"step_metric": "train/iteration"})]
+    assert cli.main(["train", "--resume", "with", "--iterations", "3"]) == 0
+    assert stub.runs[1].arguments["id"] == "id0" and stub.runs[1].rows[0]["train/iteration"] == 3
+
+
+def test_without_weights_and_biases_one_sentence_says_what_to_install(here, making, monkeypatch, capsys):
+    making(AssertionError("an environment was built"))
+    found = cli.importlib.util.find_spec
+    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: None if name == "wandb" else found(name))
+    assert here("--wandb") == 1
+    assert capsys.readouterr().err == 'pydrone: wandb not installed; `pip install "pydrone-rl[wandb]"` installs it\n'
+
+
+def test_a_line_that_was_cut_does_not_take_the_next_one_along(tmp_path):
+    (tmp_path / report.PROGRESS).write_text('{"iteration": 1}\n{"iteration": 2, "epi')
+    log = report.RunLog(tmp_path, tensorboard=False)
+    log.write({"iteration": 2, "kl": 0.5})
+    log.close()
+    assert report.read(tmp_path) == [{"iteration": 1}, {"iteration": 2, "kl": 0.5}]
