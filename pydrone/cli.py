@@ -71,6 +71,8 @@ def train(argv: list[str]) -> int:
         )
     except ModuleNotFoundError as error:
         return _missing(error.name or str(error))
+    except BrokenPipeError:
+        raise
     except (ValueError, OSError) as error:
         return _fail(error)
     needed = {"matplotlib": True, "tensorboard": config.tensorboard, "genesis": config.env == "genesis-hover"}
