@@ -13,6 +13,14 @@ from typing import Any, Literal
 
 ENVS = ("genesis-hover", "quadrotor")
 
+# What fields of PPOConfig may be.
+CHOICES = {
+    "schedule": ("adaptive", "fixed", "linear"),
+    "advantage_scope": ("rollout", "minibatch"),
+    "obs_dtype": ("float32", "float16", "bfloat16"),
+    "recurrent": ("none", "gru", "lstm"),
+}
+
 
 def option(default: Any, help: str, *aliases: str) -> Any:
     """A dataclass field with its help text and the further names it has on the command line."""
@@ -24,10 +32,15 @@ class PPOConfig:
     """Proximal policy optimisation (arXiv:1707.06347), with rsl_rl's learning-rate schedule."""
 
     learning_rate: float = option(3e-4, "Adam's learning rate, the first one with the adaptive schedule.", "--lr")
-    schedule: Literal["adaptive", "fixed"] = option(
-        "adaptive", "adaptive: / 1.5 above twice desired-kl, * 1.5 below half of it, before each minibatch's step."
+    schedule: Literal["adaptive", "fixed", "linear"] = option(
+        "adaptive",
+        "adaptive: / 1.5 above twice desired-kl, * 1.5 below half of it, before each minibatch's step. linear: from "
+        "learning-rate towards 0 at the last iteration.",
     )
     desired_kl: float = option(0.01, "KL divergence (old || new) the adaptive schedule holds, nats.")
+    max_kl: float | None = option(
+        None, "Leave a rollout at the first minibatch whose KL divergence is above this, before its step. None: never."
+    )
     num_epochs: int = option(5, "Passes over a rollout.", "--num-learning-epochs")
     num_minibatches: int = option(4, "Minibatches in a pass.", "--num-mini-batches")
     clip: float = option(
@@ -40,6 +53,36 @@ class PPOConfig:
     gamma: float = option(0.99, "Discount a step.")
     lam: float = option(0.95, "GAE's lambda.")
     normalize_advantages: bool = option(True, "Advantages to mean 0 and standard deviation 1 over the rollout.")
+    advantage_scope: Literal["rollout", "minibatch"] = option(
+        "rollout", "What advantages are normalised over: rollout, or each minibatch on its own."
+    )
+    normalize_obs: bool = option(
+        False, "Observations to mean 0 and standard deviation 1, by running statistics. One rollout before the first."
+    )
+    obs_clip: float = option(10.0, "Largest magnitude of a normalised observation.")
+    normalize_values: bool = option(
+        False,
+        "The critic learns returns at mean 0 and standard deviation 1, by running statistics, and clip is in those.",
+    )
+    normalize_rewards: bool = option(
+        False, "Divide rewards by the running standard deviation of the discounted reward."
+    )
+    reward_scale: float = option(1.0, "Factor of the rewards learnt from; figures show them without it.")
+    actor_obs: tuple[str, ...] = option((), "Groups of observations the actor sees. None given: policy.")
+    critic_obs: tuple[str, ...] = option(
+        (), "Groups of observations the critic sees. None given: critic, or the actor's where there is none."
+    )
+    obs_dtype: Literal["float32", "float16", "bfloat16"] = option(
+        "float32", "What observations are stored as; the policy sees them rounded to it, when it acts too."
+    )
+    autocast: bool = option(False, "The networks' matrix products in bfloat16; losses and parameters in float32.")
+    recurrent: Literal["none", "gru", "lstm"] = option(
+        "none", "A recurrent layer before the hidden ones, in actor and critic. Minibatches are whole environments."
+    )
+    rnn_dim: int = option(64, "Units of the recurrent layer.")
+    burn_in: int = option(
+        0, "Steps that renew the recurrent state where an episode goes on from the rollout before, not learnt from."
+    )
     hidden_dims: tuple[int, ...] = option((128, 128), "Widths of the hidden layers, of actor and critic alike.")
     init_std: float = option(1.0, "First standard deviation of the actions.")
     chunk_size: int | None = option(
@@ -49,18 +92,31 @@ class PPOConfig:
     )
 
     def __post_init__(self) -> None:
-        for name in ("num_epochs", "num_minibatches"):
+        for name in ("num_epochs", "num_minibatches", "rnn_dim"):
             _count(name, getattr(self, name))
         if self.chunk_size is not None:
             _count("chunk_size", self.chunk_size)
-        for name in ("learning_rate", "desired_kl", "clip", "max_grad_norm", "init_std"):
+        for name in ("learning_rate", "desired_kl", "clip", "max_grad_norm", "init_std", "obs_clip", "reward_scale"):
             _number(name, getattr(self, name), "above 0", lambda x: x > 0)
+        if self.max_kl is not None:
+            _number("max_kl", self.max_kl, "above 0", lambda x: x > 0)
         for name in ("entropy_coef", "value_loss_coef"):
             _number(name, getattr(self, name), "of at least 0", lambda x: x >= 0)
         for name in ("gamma", "lam"):
             _number(name, getattr(self, name), "from 0 to 1", lambda x: 0 <= x <= 1)
-        if self.schedule not in ("adaptive", "fixed"):
-            raise ValueError(f"schedule: expected 'adaptive' or 'fixed', got {self.schedule!r}")
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                expected = f"{', '.join(map(repr, choices[:-1]))} or {choices[-1]!r}"
+                raise ValueError(f"{name}: expected {expected}, got {getattr(self, name)!r}")
+        for name in ("actor_obs", "critic_obs"):
+            groups = getattr(self, name)
+            if not isinstance(groups, (tuple, list)) or not all(isinstance(x, str) for x in groups):
+                raise ValueError(f"{name}: expected a tuple of names, got {groups!r}")
+            setattr(self, name, tuple(groups))
+        if isinstance(self.burn_in, bool) or not isinstance(self.burn_in, int) or self.burn_in < 0:
+            raise ValueError(f"burn_in: expected an int of at least 0, got {self.burn_in!r}")
+        if self.burn_in and self.recurrent == "none":
+            raise ValueError(f"burn_in: expected 0 without a recurrent layer, got {self.burn_in}")
         if not isinstance(self.hidden_dims, (tuple, list)):
             raise ValueError(f"hidden_dims: expected a tuple of ints, got {self.hidden_dims!r}")
         for i, width in enumerate(self.hidden_dims):
@@ -106,6 +162,8 @@ class TrainConfig:
             raise ValueError(f"env: expected one of {', '.join(ENVS)}, got {self.env!r}")
         if self.target_episode_length is not None:
             _number("target_episode_length", self.target_episode_length, "above 0", lambda x: x > 0)
+        if self.ppo.burn_in >= self.num_steps:
+            raise ValueError(f"burn_in: expected less than num_steps, {self.num_steps}, got {self.ppo.burn_in}")
         if self.num_envs is not None:
             _count("num_envs", self.num_envs)
             check_minibatches(self.ppo.num_minibatches, self.num_envs * self.num_steps)

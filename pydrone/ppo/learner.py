@@ -1,16 +1,21 @@
-"""The learner: a rollout in, a better policy out. Nothing in it waits for the device."""
+"""The learner: a rollout in, a better policy out.
+
+Nothing in it waits for the device, but for ``max_kl`` and for recurrent policies, once a minibatch.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from pydrone.ops.schema import INVALID
 from pydrone.ppo.config import PPOConfig
-from pydrone.ppo.loss import gaussian_entropy, gaussian_kl, surrogate_loss, value_loss
+from pydrone.ppo.loss import surrogate_loss, value_loss
 from pydrone.ppo.policy import ActorCritic
+from pydrone.sequences import Sequences
 
 if TYPE_CHECKING:
     from pydrone.buffer import RolloutBuffer
@@ -36,37 +41,63 @@ class Learner:
     def __init__(self, policy: ActorCritic, config: PPOConfig | None = None) -> None:
         self.policy = policy
         self.config = config = config or PPOConfig()
-        device = policy.std_param.device
+        device = next(policy.parameters()).device
         self.learning_rate = torch.tensor(config.learning_rate, device=device)
         self.optimizer = torch.optim.Adam(policy.parameters(), lr=self.learning_rate, fused=True)
         self.chunk_size = config.chunk_size
         if self.chunk_size is None and device.type == "cpu":
             self.chunk_size = CPU_CHUNK_PER_THREAD * torch.get_num_threads()
+        if policy.recurrent:
+            self.chunk_size = None
+        self._past_max_kl = False
 
     def update(self, buffer: RolloutBuffer) -> dict[str, Tensor]:
         """Learns from a full rollout whose advantages are computed; the rollout stays.
 
-        The buffer has the fields "mu" and "sigma", mean and standard deviation of the policy that acted. Returns means
-        over all minibatches, as scalars on the device: METRICS, and the last learning rate.
+        The buffer has the fields that ``policy.fields()`` names, of the policy that acted: its "mu" and "sigma", mean
+        and standard deviation. The policy's running statistics take in the rollout: returns before, observations after
+        it is learnt from. Returns means over all minibatches, as scalars on the device: METRICS, and the last learning
+        rate.
         """
-        config = self.config
+        policy = self.policy
+        if policy.value_normalizer is not None:
+            policy.observe_returns(buffer.returns, buffer.dones != INVALID)
         totals = torch.zeros(len(self.METRICS), device=self.learning_rate.device)
-        minibatches = buffer.minibatches(
-            num_minibatches=config.num_minibatches,
-            num_epochs=config.num_epochs,
-            normalize_advantages=config.normalize_advantages,
-            reuse=True,
-        )
-        for minibatch in minibatches:
+        done, self._past_max_kl = 0, False
+        for minibatch in self._minibatches(buffer):
             totals += self.step(minibatch)
-        totals /= config.num_epochs * config.num_minibatches
+            done += 1
+            if self._past_max_kl:
+                break
+        totals /= done
+        policy.observe(buffer.obs)
         return {**dict(zip(self.METRICS, totals.unbind())), "learning_rate": self.learning_rate.clone()}
 
+    def _minibatches(self, buffer: RolloutBuffer) -> Iterable[Any]:
+        config = self.config
+        if self.policy.recurrent:
+            from pydrone.ppo.recurrent import sequence_batches
+
+            return sequence_batches(self.policy, buffer, config)
+        by_minibatch = config.normalize_advantages and config.advantage_scope == "minibatch"
+        return buffer.minibatches(
+            num_minibatches=config.num_minibatches,
+            num_epochs=config.num_epochs,
+            normalize_advantages="minibatch" if by_minibatch else config.normalize_advantages,
+            reuse=True,
+        )
+
     def step(self, minibatch: Any) -> Tensor:
-        """One gradient step on a minibatch. Returns its METRICS, [4]; its KL is that before the step."""
+        """One gradient step on a minibatch. Returns its METRICS, [4]; its KL is that before the step.
+
+        Above ``max_kl`` there is no step, and :meth:`update` ends.
+        """
         metrics = self.compute_gradients(minibatch)
         if self.config.schedule == "adaptive":
             self.adapt_learning_rate(metrics[-1])
+        if self.config.max_kl is not None and metrics[-1] > self.config.max_kl:
+            self._past_max_kl = True
+            return metrics
         # Each on its own, as rsl_rl does: a large value error must not shorten the actor's step.
         nn.utils.clip_grad_norm_(self.policy.actor_parameters(), self.config.max_grad_norm, foreach=True)
         nn.utils.clip_grad_norm_(self.policy.critic_parameters(), self.config.max_grad_norm, foreach=True)
@@ -79,25 +110,26 @@ class Learner:
         self.optimizer.zero_grad(set_to_none=True)
         size = minibatch.actions.shape[0]
         chunks = -(-size // self.chunk_size) if self.chunk_size else 1
-        totals = torch.zeros(len(self.METRICS), device=self.learning_rate.device)
+        totals, stored = torch.zeros(len(self.METRICS), device=self.learning_rate.device), policy.fields()
         for chunk in range(chunks):
             rows = slice(chunk * size // chunks, (chunk + 1) * size // chunks)
             share = (rows.stop - rows.start) / size
             new = policy.evaluate(_rows(minibatch.obs, rows), minibatch.actions[rows])
+            old = {name: minibatch[name][rows] for name in stored}
             surrogate = surrogate_loss(
                 new.log_probs, minibatch.log_probs[rows], minibatch.advantages[rows], config.clip
             )
             value = value_loss(
                 new.values,
-                minibatch.values[rows],
-                minibatch.returns[rows],
+                policy.normalize_values(minibatch.values[rows]),
+                policy.normalize_values(minibatch.returns[rows]),
                 config.clip if config.clipped_value_loss else None,
             )
-            entropy = gaussian_entropy(new.std)
+            entropy = policy.entropy(new)
             loss = surrogate + config.value_loss_coef * value - config.entropy_coef * entropy
             (loss * share).backward()
             with torch.no_grad():
-                kl = gaussian_kl(minibatch["mu"][rows], minibatch["sigma"][rows], new.mean, new.std)
+                kl = policy.kl(old, new)
                 totals.add_(torch.stack((surrogate, value, entropy, kl)), alpha=share)
         return totals
 
@@ -116,6 +148,11 @@ class Learner:
             )
         )
 
+    def set_progress(self, fraction: float) -> None:
+        """Sets the linear schedule's learning rate for the update at ``fraction`` of the training, 0 at its start."""
+        if self.config.schedule == "linear":
+            self.learning_rate.fill_(self.config.learning_rate * max(0.0, 1.0 - fraction))
+
     def state_dict(self) -> dict[str, Any]:
         """Adam's state, with the learning rate in it. The policy has its own."""
         return self.optimizer.state_dict()
@@ -130,5 +167,7 @@ class Learner:
             group["lr"] = self.learning_rate
 
 
-def _rows(obs: Tensor | Mapping[str, Tensor], rows: slice) -> Tensor | dict[str, Tensor]:
+def _rows(obs: Tensor | Mapping[str, Tensor] | Sequences, rows: slice) -> Tensor | dict[str, Tensor] | Sequences:
+    if isinstance(obs, Sequences):
+        return obs  # they are learnt from whole
     return {name: group[rows] for name, group in obs.items()} if isinstance(obs, Mapping) else obs[rows]

@@ -41,6 +41,21 @@ def gaussian_kl(old_mean: Tensor, old_std: Tensor, mean: Tensor, std: Tensor) ->
     return (std.log() - old_log + second_moment / (2 * std.square())).sum() - 0.5 * std.numel()
 
 
+def categorical_log_prob(actions: Tensor, logs: Tensor) -> Tensor:
+    """Log-probability [B] of ``actions`` int64 [B]; ``logs``: logarithms of the probabilities, [B, K]."""
+    return logs.gather(-1, actions.unsqueeze(-1)).squeeze(-1)
+
+
+def categorical_entropy(logs: Tensor) -> Tensor:
+    """Scalar, in nats, mean over B. ``logs``: logarithms of the probabilities, [B, K]."""
+    return -(logs.exp() * logs).sum(-1).mean()
+
+
+def categorical_kl(old_logs: Tensor, logs: Tensor) -> Tensor:
+    """KL(old || new), mean over B, a scalar in nats. Both [B, K], logarithms of the probabilities."""
+    return (old_logs.exp() * (old_logs - logs)).sum(-1).mean()
+
+
 def surrogate_loss(log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, clip: float) -> Tensor:
     """The clipped surrogate, negated so that it is to be minimised: equation 7 of arXiv:1707.06347. All [B]."""
     ratio = (log_probs - old_log_probs).exp()

@@ -11,7 +11,7 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
@@ -20,14 +20,16 @@ import torch
 from torch import Tensor
 
 from pydrone.buffer import RolloutBuffer
-from pydrone.envs.base import Env, LogMeter
+from pydrone.envs.base import Env, LogMeter, ObsSpec
+from pydrone.layout import parse_obs
 from pydrone.memory import plan
 from pydrone.ops.schema import INVALID, TRUNCATED
 from pydrone.ppo import checkpoint, configfile
 from pydrone.ppo.config import TrainConfig, check_minibatches
 from pydrone.ppo.learner import Learner
 from pydrone.ppo.meters import STAGES, EpisodeMeter, Stopwatch
-from pydrone.ppo.policy import ActorCritic
+from pydrone.ppo.normalization import RewardScaler
+from pydrone.ppo.policy import make_policy
 
 # What a checkpoint holds, see Trainer.state_dict.
 CHECKPOINT_KEYS = ("iteration", "policy", "learner", "config")
@@ -54,17 +56,18 @@ class Outcome(NamedTuple):
 
 
 class Trainer:
-    """Trains a Gaussian policy on an environment.
+    """Trains a policy on an environment.
 
     Args:
-        env: has a continuous action of so many dimensions (``env.actions`` an int).
+        env: has a continuous action of so many dimensions (``env.actions`` an int), or a discrete one
+            (``((), torch.int64)``) and ``num_discrete_actions``.
         config: its ``env``, ``num_envs`` and ``device`` are not read: ``env`` has them.
         run_dir: where checkpoints, figures and the learning curve go. None: nowhere.
         echo: takes the lines that report progress.
         show: takes each iteration's figures, the number of iterations in all and the seconds left, instead of a line.
 
     Raises:
-        TypeError: the environment's actions are not continuous.
+        TypeError: the environment's actions are of another kind.
         ValueError: the observations are no vectors, there are more minibatches than samples, or ``config.resume`` is
             no checkpoint of a training like this one.
         OSError: ``config.resume`` cannot be read.
@@ -80,12 +83,15 @@ class Trainer:
     ) -> None:
         self.env, self.config, self.echo, self.show = env, config or TrainConfig(), echo, show
         config = self.config
-        if not isinstance(env.actions, int):
-            raise TypeError(f"env.actions: expected an int, for continuous actions, got {env.actions!r}")
         self.device = torch.device(env.device)
         self.run_dir = None if run_dir is None else Path(run_dir)
         samples = env.num_envs * config.num_steps
         check_minibatches(config.ppo.num_minibatches, samples)
+        if config.ppo.recurrent != "none" and config.ppo.num_minibatches > env.num_envs:
+            raise ValueError(
+                f"num_minibatches: expected at most one an environment, {env.num_envs}, for a recurrent policy, got "
+                f"{config.ppo.num_minibatches}"
+            )
         self.iteration = 0
         state = None
         if config.resume is not None:
@@ -95,22 +101,30 @@ class Trainer:
         # A resumed run whose generators cannot be restored draws other numbers than the first one did.
         torch.manual_seed(config.seed + self.iteration)
         ppo = config.ppo
-        self.policy = ActorCritic(env.obs, env.actions, ppo.hidden_dims, ppo.init_std).to(self.device)
+        self.policy = make_policy(env.obs, env.actions, ppo, getattr(env, "num_discrete_actions", None)).to(self.device)
         self.learner = Learner(self.policy, ppo)
+        scaled = ppo.normalize_rewards or ppo.reward_scale != 1
+        self._rewards = (
+            RewardScaler(env.num_envs, ppo.gamma, ppo.reward_scale, ppo.normalize_rewards).to(self.device)
+            if scaled
+            else None
+        )
         if state is not None:
             self._restore(state)
         sizes = {
             "num_envs": env.num_envs,
             "num_steps": config.num_steps,
-            "obs": env.obs,
+            "obs": stored_obs(env.obs, getattr(torch, ppo.obs_dtype)),
             "actions": env.actions,
-            "fields": {"mu": env.actions, "sigma": env.actions},
+            "obs_dtype": getattr(torch, ppo.obs_dtype),
+            "fields": self.policy.fields(),
             "max_episode_length": env.max_episode_length,
-            "final_obs_rows": _final_obs_rows(env, config.num_steps),
+            "final_obs_rows": 0 if self.policy.recurrent else _final_obs_rows(env, config.num_steps),
         }
         self.buffer = RolloutBuffer(**sizes, device=self.device, seed=config.seed + self.iteration)
         #: bytes of the buffer once it holds the minibatch that is handed out again and again
-        self.planned_nbytes = plan(**sizes, reused_minibatch=math.ceil(samples / ppo.num_minibatches)).nbytes
+        reused = None if self.policy.recurrent else math.ceil(samples / ppo.num_minibatches)
+        self.planned_nbytes = plan(**sizes, reused_minibatch=reused).nbytes
         self._episodes = EpisodeMeter(env.num_envs, config.num_steps, self.device)
         self._env_log = LogMeter()
         self._watch = Stopwatch(self.device)
@@ -141,10 +155,13 @@ class Trainer:
         buffer, ppo = self.buffer, self.config.ppo
         self._watch.start()
         last_values, bootstrap = self.collect()
+        if self._rewards is not None:
+            self._rewards.apply_to(buffer.rewards, buffer.dones)
         # On CUDA the pool's counts are read below, with the figures.
         buffer.compute_gae(last_values, ppo.gamma, ppo.lam, check=self.device.type == "cpu", **bootstrap)
         self._watch.lap("gae")
         self._before_update = copy.deepcopy(self._learnt())
+        self.learner.set_progress(self.iteration / self.config.iterations)
         learnt = self.learner.update(buffer)
         self._watch.lap("update")
         figures, culprit = self._read(learnt)
@@ -167,7 +184,9 @@ class Trainer:
     def collect(self) -> tuple[Tensor, dict[str, Any]]:
         """Fills the buffer. Returns V of the observation that comes after, [N], and how to bootstrap at time-outs."""
         env, buffer, policy, lap = self.env, self.buffer, self.policy, self._watch.lap
-        obs, final_obs = self._obs, None
+        obs, final_obs, final_values = self._obs, None, []
+        if policy.recurrent:
+            policy.begin_rollout(env.num_envs)
         for _ in range(self.config.num_steps):
             step = policy.act(obs)
             lap("policy")
@@ -176,18 +195,23 @@ class Trainer:
                 actions=step.actions,
                 values=step.values,
                 log_probs=step.log_probs,
-                mu=step.mean,
-                sigma=step.std,
+                **policy.stored(step),
             )
             lap("storage")
             result = env.step(step.actions)
             lap("env")
             final_obs = result.final_obs if env.autoreset == "same_step" else None
+            if policy.recurrent:
+                # Valued at once, with what is remembered of the episode, which is then forgotten.
+                if final_obs is not None:
+                    final_values.append(policy.value(final_obs))
+                policy.reset(result.dones if result.valid is None else ~result.valid)
+                lap("policy")
             buffer.end(
                 rewards=result.rewards,
                 dones=result.dones,
                 truncated=result.truncated,
-                final_obs=final_obs,
+                final_obs=None if policy.recurrent else final_obs,
                 valid=result.valid,
             )
             lap("storage")
@@ -201,10 +225,32 @@ class Trainer:
             return last_values, {"timeout_bootstrap": "next_value"}
         if final_obs is None:
             return last_values, {"timeout_bootstrap": "stored_value"}
+        if final_values:
+            return last_values, {"final_values": torch.stack(final_values, 1)}
         return last_values, {"value_fn": policy.value}
 
     def _start(self) -> None:
+        self._reset()
+        if self.policy.untried:
+            # A rollout for the first statistics alone. The environment begins anew after it, and so does the count of
+            # its episodes.
+            ppo, buffer = self.config.ppo, self.buffer
+            last_values, bootstrap = self.collect()
+            if self._rewards is not None:
+                self._rewards.apply_to(buffer.rewards, buffer.dones)
+            buffer.compute_gae(last_values, ppo.gamma, ppo.lam, **bootstrap)
+            self.policy.observe_returns(buffer.returns, buffer.dones != INVALID)
+            self.policy.observe(buffer.obs)
+            buffer.clear()
+            self._env_log = LogMeter()
+            self._reset()
+
+    def _reset(self) -> None:
         self._obs = self.env.reset()
+        if self.policy.recurrent:
+            self.policy.reset()
+        if self._rewards is not None:
+            self._rewards.running.zero_()
         if self.config.random_episode_starts:
             self.env.randomize_episode_lengths()
 
@@ -213,6 +259,8 @@ class Trainer:
         """The figures on the host, and what is not finite. Raises what the buffer's flags say."""
         buffer = self.buffer
         rewards, codes = buffer.rewards, buffer.dones
+        if self._rewards is not None:
+            rewards = self._rewards.undo(rewards)
         episodes = self._episodes.update(rewards, codes)
         # A reset step's reward is anything, and counts for nothing.
         skipped = codes == INVALID
@@ -345,6 +393,7 @@ class Trainer:
             "policy": self.policy.state_dict(),
             "learner": self.learner.state_dict(),
             "config": dataclasses.asdict(self.config),
+            **({} if self._rewards is None else {"rewards": self._rewards.state_dict()}),
         }
 
     def _progress(self) -> dict[str, Any]:
@@ -415,6 +464,8 @@ class Trainer:
             self.learner.load_state_dict(state["learner"])
         except (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError) as error:
             raise ValueError(f"{path}: expected the state of Adam for these networks, got something else") from error
+        if self._rewards is not None and "rewards" in state:
+            self._rewards.restore(state["rewards"])
 
     def _open_run(self) -> None:
         if self.run_dir is None:
@@ -472,6 +523,14 @@ def _final_obs_rows(env: Env, num_steps: int) -> int | None:
         # ends with a full pool.
         return env.num_envs * num_steps
     return None
+
+
+def stored_obs(obs: ObsSpec, dtype: torch.dtype) -> ObsSpec:
+    """``obs`` with the groups that state float32 stored as ``dtype``."""
+    if not isinstance(obs, Mapping) or dtype == torch.float32:
+        return obs
+    groups, _ = parse_obs(obs, dtype)
+    return {name: (shape, dtype if given == torch.float32 else given) for name, (shape, given) in groups.items()}
 
 
 def _hidden_dims(shapes: dict[str, tuple[int, ...]]) -> tuple[int, ...]:
