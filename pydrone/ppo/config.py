@@ -52,7 +52,7 @@ class PPOConfig:
     max_grad_norm: float = option(1.0, "Norm the gradients are clipped to, actor and critic each on its own.")
     gamma: float = option(0.99, "Discount a step.")
     lam: float = option(0.95, "GAE's lambda.")
-    normalize_advantages: bool = option(True, "Advantages to mean 0 and standard deviation 1 over the rollout.")
+    normalize_advantages: bool = option(True, "Advantages to mean 0 and standard deviation 1.")
     advantage_scope: Literal["rollout", "minibatch"] = option(
         "rollout", "What advantages are normalised over: rollout, or each minibatch on its own."
     )

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pydrone.ppo.loss import categorical_entropy, categorical_kl, categorical_log_prob
 from pydrone.ppo.policy import ActorCritic, Evaluation, PolicyStep, mlp
@@ -55,9 +55,8 @@ class CategoricalActorCritic(ActorCritic):
     def likeliest(self, mean: Tensor) -> Tensor:
         return mean.argmax(-1)
 
-    def _run(self, network: nn.Module, x: Tensor) -> Tensor:
-        outputs = super()._run(network, x)
-        return outputs.log_softmax(-1) if network is self.actor else outputs
+    def _actor_outputs(self, x: Tensor) -> Tensor:
+        return super()._actor_outputs(x).log_softmax(-1)
 
     def actor_parameters(self) -> list[nn.Parameter]:
         return list(self.actor.parameters())

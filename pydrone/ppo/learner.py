@@ -57,7 +57,7 @@ class Learner:
         The buffer has the fields that ``policy.fields()`` names, of the policy that acted: its "mu" and "sigma", mean
         and standard deviation. The policy's running statistics take in the rollout: returns before, observations after
         it is learnt from. Returns means over all minibatches, as scalars on the device: METRICS, and the last learning
-        rate.
+        rate; with ``max_kl`` also how many "minibatches" were looked at.
         """
         policy = self.policy
         if policy.value_normalizer is not None:
@@ -71,7 +71,10 @@ class Learner:
                 break
         totals /= done
         policy.observe(buffer.obs)
-        return {**dict(zip(self.METRICS, totals.unbind())), "learning_rate": self.learning_rate.clone()}
+        figures = {**dict(zip(self.METRICS, totals.unbind())), "learning_rate": self.learning_rate.clone()}
+        if self.config.max_kl is not None:
+            figures["minibatches"] = totals.new_tensor(done)
+        return figures
 
     def _minibatches(self, buffer: RolloutBuffer) -> Iterable[Any]:
         config = self.config

@@ -169,7 +169,7 @@ class ActorCritic(nn.Module):
 
     def mean(self, obs: Tensor | Mapping[str, Tensor]) -> Tensor:
         """[B, A]: the action without noise (discrete: the logarithms of the probabilities)."""
-        return self._run(self.actor, self._actor_input(obs))
+        return self._actor_outputs(self._actor_input(obs))
 
     def value(self, obs: Tensor | Mapping[str, Tensor]) -> Tensor:
         """[B]: the critic's estimate of the return."""
@@ -177,6 +177,9 @@ class ActorCritic(nn.Module):
 
     def _value(self, obs: Tensor | Mapping[str, Tensor]) -> Tensor:
         return self._run(self.critic, self._critic_input(obs)).squeeze(-1)
+
+    def _actor_outputs(self, x: Tensor) -> Tensor:
+        return self._run(self.actor, x)
 
     def _denormalized(self, values: Tensor) -> Tensor:
         return values if self.value_normalizer is None else self.value_normalizer.denormalize(values)

@@ -98,16 +98,19 @@ class Recurrent:
     def _step(self, name: str, obs: Tensor | Mapping[str, Tensor], memory: Tensor) -> tuple[Tensor, Tensor]:
         x = self._actor_input(obs) if name == "actor" else self._critic_input(obs)
         features, memory = self._unroll(name, x.unsqueeze(0), memory)
-        return self._run(getattr(self, name), features.squeeze(0)), memory
+        return self._outputs(name, features.squeeze(0)), memory
+
+    def _outputs(self, name: str, features: Tensor) -> Tensor:
+        return self._actor_outputs(features) if name == "actor" else self._run(self.critic, features)
 
     def _unroll(self, name: str, x: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
         """Features [L, B, rnn_dim] and the last memory [B, S] of inputs [L, B, ...] and the first memory [B, S]."""
-        rnn, state = getattr(self, f"{name}_rnn"), memory.unsqueeze(0)
-        if self._cell == "gru":
-            features, state = rnn(x, state.contiguous())
-            return features, state.squeeze(0)
-        features, state = rnn(x, tuple(part.contiguous() for part in state.chunk(2, -1)))
-        return features, torch.cat(state, -1).squeeze(0)
+        rnn, first = getattr(self, f"{name}_rnn"), memory.unsqueeze(0)
+        state = first.contiguous() if self._cell == "gru" else tuple(part.contiguous() for part in first.chunk(2, -1))
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.autocast):
+            features, state = rnn(x, state)
+        state = state if self._cell == "gru" else torch.cat(state, -1)
+        return features.to(x.dtype), state.squeeze(0).to(x.dtype)
 
     # -------------------------------------------------------------------------------------------------------- learning
 
@@ -116,7 +119,7 @@ class Recurrent:
         outputs = {}
         for name, x in (("actor", self._actor_input(obs.obs)), ("critic", self._critic_input(obs.obs))):
             features, _ = self._unroll(name, x, obs.hidden[name])
-            outputs[name] = self._run(getattr(self, name), features[obs.learn])
+            outputs[name] = self._outputs(name, features[obs.learn])
         return self.judge(outputs["actor"], outputs["critic"].squeeze(-1), actions)
 
     def actor_parameters(self) -> list[nn.Parameter]:

@@ -11,6 +11,7 @@ from torch.distributions import Categorical, kl_divergence
 from pydrone.ppo import loss
 from pydrone.ppo.config import PPOConfig, TrainConfig
 from pydrone.ppo.discrete import CategoricalActorCritic
+from pydrone.ppo.normalization import RunningMoments
 from pydrone.ppo.policy import make_policy
 from pydrone.ppo.trainer import Trainer
 
@@ -59,6 +60,16 @@ def test_actions_come_as_often_as_their_probability_says():
     p = policy.mean(obs[:1]).exp().squeeze(0)
     assert p.max() > 1.5 * p.min(), "the probabilities are to differ"
     assert ((counts - p).abs() < 4 * (p * (1 - p) / 1e5).sqrt()).all()  # four standard errors
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
+def test_forward_goes_through_torchs_exporters_as_it_is():
+    policy, obs = make(), torch.randn(5, 3)
+    policy.actor_normalizer = policy.critic_normalizer = RunningMoments(3)
+    policy.observe(torch.randn(4, 6, 3) * 3 + 1)
+    expected = policy.mean(obs)
+    torch.testing.assert_close(torch.jit.trace(policy, (obs,))(obs), expected)
+    torch.testing.assert_close(torch.export.export(policy, (obs,)).module()(obs), expected)
 
 
 def test_first_policy_is_nearly_uniform():

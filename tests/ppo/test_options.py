@@ -65,7 +65,7 @@ def test_a_large_kl_ends_the_rollout_before_its_step():
     steps, plain = [], learner.optimizer.step
     learner.optimizer.step = lambda: (steps.append(1), plain())
     figures = learner.update(buffer)
-    assert len(steps) == first
+    assert len(steps) == first and figures["minibatches"] == first + 1
     assert figures["kl"].item() == pytest.approx(sum(kls[: first + 1]) / (first + 1), rel=1e-5)
 
 
