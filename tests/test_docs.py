@@ -65,3 +65,21 @@ def test_the_readmes_code_runs():
     assert len(names["buf"]) == 0
     own = dict.fromkeys(("rewards", "values", "dones"), torch.ones(3, 5)) | {"last_values": torch.ones(3)}
     exec(estimator, own | {"pydrone": pydrone})
+
+
+def test_the_learners_code_runs():
+    pytest.importorskip("gymnasium")
+    (code,) = re.findall(
+        r"```python\n(.*?)```", (ROOT / "docs/learner.md").read_text(encoding="utf-8"), flags=re.DOTALL
+    )
+    names = {}
+    exec(code.replace("iterations=60", "iterations=1"), names)
+    assert names["env"].num_discrete_actions == 2
+
+
+def test_the_learners_options_are_all_there_and_off_by_default():
+    from pydrone.ppo.config import PPOConfig
+
+    table = (ROOT / "docs/learner.md").read_text(encoding="utf-8").split("\n\n")[2]
+    options = [name for row in table.splitlines()[2:] for name in re.findall(r"`(\w+)`", row.split("|")[2])]
+    assert len(options) == 15 and all(hasattr(PPOConfig(), name) for name in options), options

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pydrone.ppo.loss import categorical_entropy, categorical_kl, categorical_log_prob
 from pydrone.ppo.policy import ActorCritic, Evaluation, PolicyStep, mlp

@@ -70,7 +70,8 @@ class Learner:
             if self._past_max_kl:
                 break
         totals /= done
-        policy.observe(buffer.obs)
+        if policy.actor_normalizer is not None:
+            policy.observe(buffer.obs)
         figures = {**dict(zip(self.METRICS, totals.unbind())), "learning_rate": self.learning_rate.clone()}
         if self.config.max_kl is not None:
             figures["minibatches"] = totals.new_tensor(done)

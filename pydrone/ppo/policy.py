@@ -74,6 +74,7 @@ class ActorCritic(nn.Module):
     """
 
     recurrent = False
+    _like: Tensor
 
     def __init__(
         self,
@@ -98,6 +99,8 @@ class ActorCritic(nn.Module):
         self.actor_obs, self.critic_obs = _pick_groups(groups, named, tuple(actor_obs), tuple(critic_obs))
         widths = [sum(_width(groups[name]) for name in names) for names in (self.actor_obs, self.critic_obs)]
         self._build(widths, actions, hidden_dims, init_std)
+        # Of the networks' dtype, wherever they are taken.
+        self.register_buffer("_like", torch.empty(0), persistent=False)
         self.actor_normalizer: RunningMoments | None = None
         self.critic_normalizer: RunningMoments | None = None
         self.value_normalizer: RunningMoments | None = RunningMoments() if normalize_values else None
@@ -211,7 +214,7 @@ class ActorCritic(nn.Module):
     def _float(self, obs: Tensor) -> Tensor:
         if self._rounded is not None and obs.is_floating_point():
             obs = obs.to(self._rounded)
-        return obs.to(self.actor[0].weight.dtype)
+        return obs.to(self._like.dtype)
 
     forward = mean
 

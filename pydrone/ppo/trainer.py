@@ -394,6 +394,7 @@ class Trainer:
             "learner": self.learner.state_dict(),
             "config": dataclasses.asdict(self.config),
             **({} if self._rewards is None else {"rewards": self._rewards.state_dict()}),
+            **({"memory": self.policy.memory} if self.policy.recurrent else {}),
         }
 
     def _progress(self) -> dict[str, Any]:
@@ -466,6 +467,9 @@ class Trainer:
             raise ValueError(f"{path}: expected the state of Adam for these networks, got something else") from error
         if self._rewards is not None and "rewards" in state:
             self._rewards.restore(state["rewards"])
+        if self.policy.recurrent:
+            # Of use where the environment goes on too; where it begins anew, _reset() forgets it.
+            self.policy.memory = state.get("memory")
 
     def _open_run(self) -> None:
         if self.run_dir is None:

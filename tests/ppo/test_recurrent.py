@@ -221,10 +221,18 @@ def test_a_checkpoint_goes_on(tmp_path):
     second = Trainer(Recall(8), config(iterations=4, resume=str(path), ppo=ppo), tmp_path, echo=lambda _: None)
     for name, x in first.policy.state_dict().items():
         assert torch.equal(x, second.policy.state_dict()[name])
+    assert all(torch.equal(x, second.policy.memory[name]) for name, x in first.policy.memory.items())
     assert second.train().iterations == 4
     with pytest.raises(ValueError, match=r"rnn.*: expected shape"):
         changed = {**ppo, "recurrent": "gru"}
         Trainer(Recall(8), config(iterations=4, resume=str(path), ppo=changed), echo=lambda _: None)
+
+
+@pytest.mark.parametrize("discrete", [None, 2])
+def test_every_parameter_is_the_actors_or_the_critics(discrete):
+    policy = make("gru", ((), torch.int64) if discrete else 2, discrete)
+    parts = [*policy.actor_parameters(), *policy.critic_parameters()]
+    assert sorted(map(id, parts)) == sorted(map(id, policy.parameters()))
 
 
 def test_more_minibatches_than_environments_are_refused():
