@@ -77,9 +77,9 @@ def test_the_learners_code_runs():
     assert names["env"].num_discrete_actions == 2
 
 
-def test_the_learners_options_are_all_there_and_off_by_default():
+def test_the_learners_options_are_all_there():
     from pydrone.ppo.config import PPOConfig
 
     table = (ROOT / "docs/learner.md").read_text(encoding="utf-8").split("\n\n")[2]
     options = [name for row in table.splitlines()[2:] for name in re.findall(r"`(\w+)`", row.split("|")[2])]
-    assert len(options) == 15 and all(hasattr(PPOConfig(), name) for name in options), options
+    assert len(options) == 16 and all(hasattr(PPOConfig(), name) for name in options), options
