@@ -418,14 +418,17 @@ def policy_of(state: Mapping[str, Any]) -> nn.Module:
 
     Raises ValueError where the checkpoint holds no such policy.
     """
-    from pydrone.ppo.policy import ActorCritic
+    from pydrone.ppo.config import PPOConfig
+    from pydrone.ppo.policy import make_policy
 
     try:
-        weights, ppo = state["policy"], state["config"]["ppo"]
+        weights, settings = state["policy"], state["config"]["ppo"]
         # Whatever groups of observations they are, each network sees them side by side.
+        config = PPOConfig(**{**settings, "actor_obs": (), "critic_obs": ()})
         obs = {group: _width(weights, network) for group, network in (("policy", "actor"), ("critic", "critic"))}
-        actions = weights[f"actor.{2 * len(ppo['hidden_dims'])}.bias"].shape[0]
-        policy = ActorCritic(obs, actions, ppo["hidden_dims"], ppo["init_std"])
+        num_actions = weights[f"actor.{2 * len(config.hidden_dims)}.bias"].shape[0]
+        continuous = "std_param" in weights
+        policy = make_policy(obs, num_actions if continuous else ((), torch.int64), config, num_actions)
         policy.load_state_dict(weights)
     except (AttributeError, IndexError, KeyError, TypeError, RuntimeError) as error:
         message = str(error).splitlines()[0] if str(error) else ""
