@@ -75,7 +75,7 @@ def train(argv: list[str]) -> int:
         raise
     except (ValueError, OSError) as error:
         return _fail(error)
-    needed = {"matplotlib": True, "tensorboard": config.tensorboard, "genesis": config.env == "genesis-hover"}
+    needed = {"matplotlib": True, "tensorboard": config.tensorboard, "genesis": config.env.startswith("genesis-")}
     missing = [name for name, wanted in needed.items() if wanted and importlib.util.find_spec(name) is None]
     if missing:
         return _missing(*missing)
@@ -116,7 +116,7 @@ def train(argv: list[str]) -> int:
             print(f"Memory of the rollout with a minibatch: {trainer.planned_nbytes / 1e6:.1f} MB", flush=True)
         except BrokenPipeError:
             raise
-        except (ValueError, OSError, RuntimeError) as error:
+        except (ValueError, OSError, RuntimeError, ImportError) as error:
             return _fail(error)
         try:
             with view or contextlib.nullcontext():
@@ -222,7 +222,9 @@ def _make_env(config: TrainConfig, device: torch.device, iteration: int) -> Env:
     from pydrone.envs import make
 
     # A resumed run meets other targets than the first one did.
-    return make(config.env, num_envs=config.num_envs, device=device, seed=config.seed + iteration)
+    seed = config.seed + iteration
+    options = {"randomization": config.randomization} if config.randomization.varies() else {}
+    return make(config.env, num_envs=config.num_envs, device=device, seed=seed, **options)
 
 
 def memory(argv: list[str]) -> int:

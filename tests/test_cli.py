@@ -16,6 +16,7 @@ import pytest
 
 import pydrone
 from pydrone import cli, report
+from pydrone.envs import Randomization
 from pydrone.ppo.config import PPOConfig, TrainConfig
 
 
@@ -111,9 +112,9 @@ def test_help_shows_every_default_and_every_name():
     result = run("train", "--help")
     assert result.returncode == 0
     text = " ".join(result.stdout.replace("│", " ").split())
-    for config in (TrainConfig, PPOConfig):
+    for config in (TrainConfig, PPOConfig, Randomization):
         for field in dataclasses.fields(config):
-            if field.name == "ppo":
+            if field.name in ("ppo", "randomization"):
                 continue
             assert f"--{field.name.replace('_', '-')}" in text
             assert field.metadata["help"] in text

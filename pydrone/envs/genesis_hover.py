@@ -10,23 +10,24 @@ and then.)
 from __future__ import annotations
 
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from .base import Autoreset, StepResult, check_actions
+from .course_task import CourseTask
 from .hover_task import (
     ACTION_DIM,
     ACTION_LIMITS,
     OBS_DIM,
     DroneState,
-    HoverConfig,
     HoverTask,
     clip_actions,
     propeller_rpm,
     rotate_inverse,
 )
+from .randomization import Randomization
 
 
 def init_genesis(device: torch.device, seed: int, performance_mode: bool = True, logging_level: str = "warning") -> Any:
@@ -78,6 +79,8 @@ class GenesisHover:
             environments. Without effect if Genesis was initialised already.
         show_viewer: opens Genesis' window.
         camera: keyword arguments of ``scene.add_camera``; the camera is then ``self.camera``.
+        randomization: what every drone draws for each episode; None: nothing. Where mass or inertia vary, every
+            environment keeps its own in Genesis (``batch_links_info``).
         config: the task's constants; ``dt`` and ``max_episode_length`` are taken from above.
     """
 
@@ -85,6 +88,7 @@ class GenesisHover:
     action_limits = ACTION_LIMITS
     obs = OBS_DIM
     actions = ACTION_DIM
+    task_type: ClassVar[type[HoverTask]] = HoverTask
 
     @torch.inference_mode(False)
     def __init__(
@@ -100,12 +104,15 @@ class GenesisHover:
         performance_mode: bool = True,
         show_viewer: bool = False,
         camera: dict[str, Any] | None = None,
+        randomization: Randomization | None = None,
         **config: Any,
     ) -> None:
-        cfg = HoverConfig(dt=dt, max_episode_length=max_episode_length, **config)
+        cfg = self.task_type.config_type(dt=dt, max_episode_length=max_episode_length, **config)
+        self._heavy = randomization is not None and randomization.varies("mass")
+        self._inert = randomization is not None and randomization.varies("mass", "inertia")
         gs = init_genesis(torch.device(device), seed, performance_mode)
         self.device = torch.device(gs.device)
-        self.task = HoverTask(num_envs, self.device, seed, cfg)
+        self.task = self.task_type(num_envs, self.device, seed, cfg, randomization)
         self.config = cfg
         self.num_envs = num_envs
         self.max_episode_length: int | None = max_episode_length
@@ -118,37 +125,54 @@ class GenesisHover:
                 enable_self_collision=False,  # the drone is one rigid body without joints
                 enable_joint_limit=False,
                 disable_constraint=not collisions,
+                batch_links_info=self._inert,
             ),
             vis_options=gs.options.VisOptions(rendered_envs_idx=[0]),
             profiling_options=gs.options.ProfilingOptions(show_FPS=False),
             show_viewer=show_viewer,
         )
         self.scene.add_entity(gs.morphs.Plane())
-        self.drone: Any = self.scene.add_entity(gs.morphs.Drone(file="urdf/drones/cf2x.urdf", pos=cfg.init_pos))
+        # Genesis writes inertial properties at run time only where it has not turned the body's frame onto their axes
+        unaligned = {"align": False} if self._inert else {}
+        self.drone: Any = self.scene.add_entity(
+            gs.morphs.Drone(file="urdf/drones/cf2x.urdf", pos=cfg.init_pos, **unaligned)
+        )
         self.camera: Any = None if camera is None else self.scene.add_camera(**camera)
         self.scene.build(n_envs=num_envs)
         self._draws = show_viewer or camera is not None
         first = torch.tensor((*cfg.init_pos, 1, 0, 0, 0), dtype=torch.float32, device=self.device)
         self._first_qpos = first.repeat(num_envs, 1)
+        # what Genesis read from the drone's file
+        link = self.drone.base_link
+        self._mass, self._inertia = link.desc.mass, torch.as_tensor(link.desc.inertia).to(first)
         # compiles the masked reset, which would else hold up the first step that ends an episode
         nobody = torch.zeros(num_envs, dtype=torch.bool, device=self.device)
         self.drone.set_qpos(self._first_qpos, envs_idx=nobody, zero_velocity=True)
+        self._weigh()
 
     def reset(self) -> Tensor:
         """Starts every episode anew and returns the observations [N, 17]."""
         self._open().drone.set_qpos(self._first_qpos, zero_velocity=True)
-        return self.task.reset()
+        obs = self.task.reset()
+        self._weigh()
+        return obs
 
     def step(self, actions: Tensor) -> StepResult:
         """Applies ``actions`` [N, 4], clipped to [-1, 1], for one step."""
         self._open()
         actions = clip_actions(check_actions(actions, self.num_envs, ACTION_DIM, self.device))
-        self.drone.set_propellers_rpm(propeller_rpm(actions, self.config))
+        drawn = self.task.randomizer
+        self.drone.set_propellers_rpm(
+            propeller_rpm(actions, self.config) if drawn is None else drawn.propeller_rpm(actions)
+        )
+        if drawn is not None and drawn.blows:
+            self.drone.apply_links_external_wrench(drawn.wind[:, None], links_idx_local=0)
         self.scene.step(update_visualizer=self._draws)
         result = self.task.step(self.state(), actions)
         # on the CPU looking costs nothing, and most steps end no episode
         if self.device.type != "cpu" or bool(result.dones.any()):
             self.drone.set_qpos(self._first_qpos, envs_idx=result.dones, zero_velocity=True)
+            self._weigh()
         return result
 
     def state(self) -> DroneState:
@@ -169,7 +193,21 @@ class GenesisHover:
             self.scene.destroy()
         self.scene = self.drone = self.camera = None
 
+    def _weigh(self) -> None:
+        """Has Genesis take the masses and inertias that were drawn; all, since to pick some waits for the host."""
+        drawn = self.task.randomizer
+        if drawn is not None and self._heavy:
+            self.drone.set_links_mass(drawn.mass * self._mass, links_idx_local=0)
+        if drawn is not None and self._inert:
+            self.drone.set_links_inertia(drawn.inertia[:, :, None, None] * self._inertia, links_idx_local=0)
+
     def _open(self) -> GenesisHover:
         if self.scene is None:
             raise RuntimeError("this environment was closed")
         return self
+
+
+class GenesisCourse(GenesisHover):
+    """N drones that learn to fly a course of waypoints, see :mod:`pydrone.envs.course_task`."""
+
+    task_type = CourseTask

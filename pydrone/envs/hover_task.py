@@ -15,12 +15,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .base import EpisodeStats, StepResult
+
+if TYPE_CHECKING:
+    from .randomization import Randomization
+    from .randomizer import Randomizer
 
 OBS_DIM = 17
 ACTION_DIM = 4
@@ -229,15 +233,25 @@ class HoverTask:
         device: where everything lives.
         seed: of the targets and the random ages.
         config: the task's constants.
+        randomization: what ``randomizer`` draws for every episode; it is None where nothing varies.
     """
+
+    config_type: ClassVar[type[HoverConfig]] = HoverConfig
+    #: what is summed over an episode: the reward, and where "targets" is listed, how many targets were reached
+    sums: ClassVar[tuple[str, ...]] = ("return",)
 
     @torch.inference_mode(False)
     def __init__(
-        self, num_envs: int, device: torch.device | str = "cpu", seed: int = 0, config: HoverConfig | None = None
+        self,
+        num_envs: int,
+        device: torch.device | str = "cpu",
+        seed: int = 0,
+        config: HoverConfig | None = None,
+        randomization: Randomization | None = None,
     ) -> None:
         if num_envs < 1:
             raise ValueError(f"num_envs: expected at least 1, got {num_envs}")
-        self.config = config or HoverConfig()
+        self.config = config or self.config_type()
         self.num_envs = num_envs
         self.device = torch.device(device)
         self.generator = torch.Generator(self.device).manual_seed(seed)
@@ -252,20 +266,31 @@ class HoverTask:
         self.last_actions = buffer(num_envs, ACTION_DIM)
         self.age = torch.zeros(num_envs, dtype=torch.int32, device=self.device)
         self._draw = buffer(num_envs, 3)
-        self._rewards = buffer(1, num_envs)
+        self._step = buffer(len(self.sums), num_envs)
+        self._rewards = self._step[:1]
         self._obs = buffer(num_envs, OBS_DIM)
-        self._stats = EpisodeStats(num_envs, ("return",), self.device)
+        self._stats = EpisodeStats(num_envs, self.sums, self.device)
         # the first observation of an episode: only the target's part of it ever changes
         at_rest = DroneState(
             c.init_pos.expand(num_envs, 3), buffer(num_envs, 4), buffer(num_envs, 3), buffer(num_envs, 3)
         )
         at_rest.quat[:, 0] = 1
+        self._at_rest = at_rest
         self._first_obs = observe(at_rest, self.target, self.last_actions, c)
+        self._everyone = torch.ones(num_envs, dtype=torch.bool, device=self.device)
+        self.randomizer: Randomizer | None = None
+        if randomization is not None and randomization.varies():
+            from .randomizer import Randomizer
+
+            self.randomizer = Randomizer(num_envs, randomization, self.generator, self.config)
+        self._prepare()
         self.reset()
 
     def reset(self) -> Tensor:
         """Starts every episode anew and returns the first observations [N, 17]."""
-        self.target.copy_(self._draw_targets())
+        self.target.copy_(self._first_targets(self._draw_targets(), self._everyone))
+        if self.randomizer is not None:
+            self.randomizer.reset()
         self.last_pos.copy_(self.constants.init_pos)
         self.last_actions.zero_()
         self.age.zero_()
@@ -296,7 +321,9 @@ class HoverTask:
         distance = torch.linalg.vector_norm(self.target - state.pos, dim=-1)
         log = {f"reward/{name}": mean for name, mean in zip(REWARDS, terms.mean(dim=1).unbind(), strict=True)}
         log["distance"] = distance.mean()
-        log |= self._stats.update(self._rewards, dones)
+        reached = distance < c.config.at_target
+        self._step[1:].copy_(reached)
+        log |= self._stats.update(self._step, dones)
 
         # a target that was reached moves on; that of a new episode is another one, which the final observation of the
         # old episode must not show
@@ -304,14 +331,28 @@ class HoverTask:
         draw = self._draw_targets()
         target = self.target
         if self.resample_targets:
-            target = torch.where((distance < c.config.at_target)[:, None], draw, target)
-        final_obs = observe(state, target, actions, c)
-        torch.where(ended, draw, target, out=self.target)
+            target = torch.where(reached[:, None], self._next_targets(draw, reached), target)
+        sensed = state if self.randomizer is None else self.randomizer.sense(state)
+        final_obs = observe(sensed, target, actions, c)
+        torch.where(ended, self._first_targets(draw, dones), target, out=self.target)
         torch.where(ended, c.init_pos, state.pos, out=self.last_pos)
         self.last_actions.copy_(actions).masked_fill_(ended, 0)
         self.age.masked_fill_(dones, 0)
+        if self.randomizer is not None:
+            self.randomizer.restart(dones)
         torch.where(ended, self._first_observations(), final_obs, out=self._obs)
         return StepResult(self._obs, self._rewards[0], dones, truncated, final_obs, None, log)
+
+    def _prepare(self) -> None:
+        """Makes what a task keeps beyond this one's, before the first reset."""
+
+    def _next_targets(self, draw: Tensor, reached: Tensor) -> Tensor:
+        """The targets [N, 3] that follow those of ``reached`` [N]."""
+        return draw
+
+    def _first_targets(self, draw: Tensor, ended: Tensor) -> Tensor:
+        """The targets [N, 3] of new episodes, which begin where ``ended`` [N] is set."""
+        return draw
 
     def _draw_targets(self) -> Tensor:
         torch.rand(self._draw.shape, generator=self.generator, out=self._draw)
@@ -319,6 +360,9 @@ class HoverTask:
 
     def _first_observations(self) -> Tensor:
         c = self.constants
+        if self.randomizer is not None and self.randomizer.senses:
+            # rows of running episodes are anything; those that begin have no last action
+            return observe(self.randomizer.sense(self._at_rest), self.target, self.last_actions, c)
         rel = (self.target - c.init_pos) * c.scale[:3]
         torch.clamp(rel, -1, 1, out=self._first_obs[:, :3])
         return self._first_obs

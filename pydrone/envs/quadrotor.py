@@ -9,23 +9,24 @@ drone. A step makes no host synchronisation and has no shape that depends on dat
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from .base import Autoreset, StepResult, check_actions
+from .course_task import CourseTask
 from .hover_task import (
     ACTION_DIM,
     ACTION_LIMITS,
     OBS_DIM,
     DroneState,
-    HoverConfig,
     HoverTask,
     clip_actions,
     propeller_rpm,
     rotate_inverse,
 )
+from .randomization import Randomization
 from .state import restore, state_of
 
 # Crazyflie 2.x as in the cf2x.urdf that Genesis ships (from Foerster, "System Identification of the Crazyflie 2.0 Nano
@@ -63,6 +64,7 @@ class Quadrotor:
         dt: seconds per step.
         max_episode_length: steps after which an episode is truncated.
         substeps: integration steps per step.
+        randomization: what every drone draws for each episode; None: nothing.
         config: the task's constants; ``dt`` and ``max_episode_length`` are taken from above.
     """
 
@@ -70,6 +72,7 @@ class Quadrotor:
     action_limits = ACTION_LIMITS
     obs = OBS_DIM
     actions = ACTION_DIM
+    task_type: ClassVar[type[HoverTask]] = HoverTask
 
     @torch.inference_mode(False)
     def __init__(
@@ -81,12 +84,13 @@ class Quadrotor:
         dt: float = 0.01,
         max_episode_length: int = 1500,
         substeps: int = 2,
+        randomization: Randomization | None = None,
         **config: Any,
     ) -> None:
         if substeps < 1:
             raise ValueError(f"substeps: expected at least 1, got {substeps}")
-        cfg = HoverConfig(dt=dt, max_episode_length=max_episode_length, **config)
-        self.task = HoverTask(num_envs, device, seed, cfg)
+        cfg = self.task_type.config_type(dt=dt, max_episode_length=max_episode_length, **config)
+        self.task = self.task_type(num_envs, device, seed, cfg, randomization)
         self.config = cfg
         self.num_envs = num_envs
         self.device = self.task.device
@@ -103,7 +107,8 @@ class Quadrotor:
         # Euler's equations for a diagonal inertia: -J^-1 (w x J w) = gyro * (w_y w_z, w_z w_x, w_x w_y)
         self._gyro = row((jy - jz) / jx, (jz - jx) / jy, (jx - jy) / jz)
         # damping, integrated implicitly
-        self._damp = 1 / (1 + row(*INERTIA).reciprocal() * (ANGULAR_DAMPING * self._h))
+        self._damping = row(*INERTIA).reciprocal() * (ANGULAR_DAMPING * self._h)
+        self._damp = 1 / (1 + self._damping)
         self.pos = torch.zeros(num_envs, 3, device=self.device)
         self.quat = torch.zeros(num_envs, 4, device=self.device)
         self.vel = torch.zeros(num_envs, 3, device=self.device)
@@ -124,9 +129,16 @@ class Quadrotor:
     def step(self, actions: Tensor) -> StepResult:
         """Applies ``actions`` [N, 4], clipped to [-1, 1], for one step."""
         actions = clip_actions(check_actions(actions, self.num_envs, ACTION_DIM, self.device))
-        accel = propeller_rpm(actions, self.config).square() @ self._wrench
+        drawn = self.task.randomizer
+        rpm = propeller_rpm(actions, self.config) if drawn is None else drawn.propeller_rpm(actions)
+        accel = rpm.square() @ self._wrench
+        thrust, torque, pull, damp = accel[:, :1], accel[:, 1:], self._gravity, self._damp
+        if drawn is not None:
+            thrust, torque = thrust / drawn.mass, torque / drawn.inertia
+            pull = pull + drawn.wind / (drawn.mass * MASS)
+            damp = 1 / (1 + self._damping / drawn.inertia)
         for _ in range(self.substeps):
-            self._integrate(accel[:, :1], accel[:, 1:])
+            self._integrate(thrust, torque, pull, damp)
         state = DroneState(self.pos, self.quat, rotate_inverse(self.quat, self.vel), self.ang_vel)
         result = self.task.step(state, actions)
         ended = result.dones[:, None]
@@ -157,18 +169,19 @@ class Quadrotor:
         self.vel.zero_()
         self.ang_vel.zero_()
 
-    def _integrate(self, thrust: Tensor, torque: Tensor) -> None:
-        """One substep under the accelerations ``thrust`` [N, 1] along and ``torque`` [N, 3] about the body's axes."""
+    def _integrate(self, thrust: Tensor, torque: Tensor, pull: Tensor, damp: Tensor) -> None:
+        """One substep under the accelerations ``thrust`` [N, 1] along and ``torque`` [N, 3] about the body's axes, and
+        ``pull`` [3] or [N, 3] in the world; ``damp``, as ``torque``, is what the damping leaves of the turning."""
         h, quat, w = self._h, self.quat, self.ang_vel
         # half of the body's z axis in the world, the last column of the rotation matrix
         qw, qx, qy, qz = quat.unbind(-1)
         up = torch.stack((qx * qz + qw * qy, qy * qz - qw * qx, 0.5 - (qx * qx + qy * qy)), dim=-1)
-        self.vel.add_(torch.addcmul(self._gravity, up, thrust, value=2), alpha=h)
+        self.vel.add_(torch.addcmul(pull, up, thrust, value=2), alpha=h)
         self.pos.add_(self.vel, alpha=h)
 
         gyro = w.roll(-1, -1) * w.roll(1, -1) * self._gyro
         mid = w.clone()
-        w.add_(gyro.add_(torque), alpha=h).mul_(self._damp)
+        w.add_(gyro.add_(torque), alpha=h).mul_(damp)
         mid.add_(w).mul_(0.5)
         # quat * (cos a, sin a w/|w|) with a = |w| h / 2 is, but for its length, quat * (1, tan a w/|w|); tan a / a by
         # its series, 1e-5 off at 100 rad/s. (torch's cos and sin are threaded by MKL, which stalls on busy machines.)
@@ -178,3 +191,9 @@ class Quadrotor:
         turned = torch.addcmul(axis + torch.linalg.cross(axis, rot), real, rot)
         new = torch.cat((real - (axis * rot).sum(-1, keepdim=True), turned), dim=-1)
         torch.div(new, torch.linalg.vector_norm(new, dim=-1, keepdim=True), out=quat)
+
+
+class QuadrotorCourse(Quadrotor):
+    """N quadrotors that learn to fly a course of waypoints, see :mod:`pydrone.envs.course_task`."""
+
+    task_type = CourseTask

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-ENVS = ("genesis-hover", "quadrotor")
+from pydrone.envs import Randomization, check_name
 
 # What fields of PPOConfig may be.
 CHOICES = {
@@ -128,8 +128,10 @@ class PPOConfig:
 class TrainConfig:
     """A training from beginning to end."""
 
-    env: Literal["genesis-hover", "quadrotor"] = option(
-        "genesis-hover", "genesis-hover: a Crazyflie in the Genesis simulator; quadrotor: pure PyTorch, no simulator."
+    env: str = option(
+        "genesis-hover",
+        "genesis-hover: a Crazyflie in the Genesis simulator; quadrotor: pure PyTorch, no simulator; genesis-course, "
+        "quadrotor-course: through waypoints; or one that an installed package offers (docs/environments.md).",
     )
     num_envs: int | None = option(None, "Environments that run at once. None: 8192 on CUDA, 1024 on the CPU.")
     num_steps: int = option(100, "Steps of each environment in a rollout.", "--num-steps-per-env")
@@ -152,14 +154,17 @@ class TrainConfig:
     wandb_project: str = option("pydrone", "Its project.")
     live: bool = option(True, "Draw the progress where the output is a terminal; elsewhere it is a line an iteration.")
     ppo: PPOConfig = field(default_factory=PPOConfig, metadata={"help": "The algorithm.", "aliases": ()})
+    randomization: Randomization = field(
+        default_factory=Randomization,
+        metadata={"help": "Ranges that every drone draws from for each episode. Off by default.", "aliases": ()},
+    )
 
     def __post_init__(self) -> None:
         for name in ("num_steps", "iterations", "save_interval"):
             _count(name, getattr(self, name))
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise ValueError(f"seed: expected an int, got {self.seed!r}")
-        if self.env not in ENVS:
-            raise ValueError(f"env: expected one of {', '.join(ENVS)}, got {self.env!r}")
+        check_name(self.env)
         if self.target_episode_length is not None:
             _number("target_episode_length", self.target_episode_length, "above 0", lambda x: x > 0)
         if self.ppo.burn_in >= self.num_steps:

@@ -18,7 +18,8 @@ def test_import_is_light() -> None:
 
 
 def test_make_unknown_name() -> None:
-    with pytest.raises(ValueError, match=r"name: expected one of \['genesis-hover', 'quadrotor'\], got 'nope'"):
+    names = "genesis-course, genesis-hover, quadrotor, quadrotor-course"
+    with pytest.raises(ValueError, match=f"name: expected one of {names}, got 'nope'"):
         make("nope", 1)
 
 
@@ -27,7 +28,7 @@ def test_make_passes_options_on() -> None:
     assert isinstance(env, Env)
     assert (env.num_envs, env.obs, env.actions, env.max_episode_length) == (3, 17, 4, 7)
     assert env.autoreset == "same_step"
-    assert set(ENVIRONMENTS) == {"genesis-hover", "quadrotor"}
+    assert set(ENVIRONMENTS) == {"genesis-course", "genesis-hover", "quadrotor", "quadrotor-course"}
 
 
 def test_episode_stats_table() -> None:

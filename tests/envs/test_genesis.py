@@ -5,10 +5,10 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from pydrone.envs import make
+from pydrone.envs import Randomization, make
 from pydrone.envs.genesis_hover import GenesisHover
-from pydrone.envs.hover_task import observe, roll_pitch, yaw
-from pydrone.envs.quadrotor import Quadrotor
+from pydrone.envs.hover_task import observe, propeller_rpm, roll_pitch, yaw
+from pydrone.envs.quadrotor import Quadrotor, QuadrotorCourse
 
 pytest.importorskip("genesis")
 pytestmark = pytest.mark.genesis
@@ -116,6 +116,88 @@ def test_the_quadrotor_without_simulator_agrees(env: GenesisHover) -> None:
     torch.testing.assert_close(state.quat, twin.quat, atol=0.01, rtol=0)
     torch.testing.assert_close(state.ang_vel, twin.ang_vel, atol=0.1, rtol=0)
     assert (state.quat[:, 1:3].norm(dim=-1) > 0.05).any()
+
+
+# for a second of the same actions, open loop: what the twin is off by at most, m, degrees, rad/s (docs/environments.md)
+ROLL, PITCH, YAW = (torch.tensor(signs) for signs in ([-1.0, -1, 1, 1], [-1.0, 1, 1, -1], [-1.0, 1, -1, 1]))
+SECOND = {
+    "hover": (torch.zeros(4), 1e-4, 0.01, 1e-4),
+    "climb": (torch.full((4,), 0.1), 1.5e-4, 0.01, 1e-4),
+    "sink": (torch.full((4,), -0.03), 1e-4, 0.01, 1e-4),
+    "roll": (0.002 * ROLL, 0.008, 0.01, 1e-4),
+    "pitch": (0.002 * PITCH, 0.008, 0.01, 1e-4),
+    "roll over": (0.01 * ROLL, 0.025, 0.02, 5e-4),
+    "yaw": (0.1 * YAW, 1e-4, 0.05, 2e-3),
+    "all": (0.05 + 0.002 * ROLL - 0.001 * PITCH + 0.05 * YAW, 0.004, 0.3, 0.2),
+}
+
+
+def test_a_second_of_the_quadrotor_without_simulator(env: GenesisHover) -> None:
+    far = {"max_xy": 99.0, "max_z": 99.0, "min_height": -99.0}
+    twin = Quadrotor(N, seed=0, **far)
+    env.reset()
+    twin.reset()
+    actions = torch.zeros(N, 4)
+    actions[: len(SECOND)] = torch.stack([action for action, *_ in SECOND.values()])
+    off = torch.zeros(N, 3)
+    for _ in range(100):
+        # not env.step, which would end episodes
+        env.drone.set_propellers_rpm(propeller_rpm(actions, env.config))
+        env.scene.step(update_visualizer=False)
+        assert not twin.step(actions).dones.any()
+        state = env.state()
+        chord = torch.minimum((state.quat - twin.quat).norm(dim=-1), (state.quat + twin.quat).norm(dim=-1))
+        angle = torch.rad2deg(4 * torch.asin(chord / 2))
+        pos, rate = (state.pos - twin.pos).norm(dim=-1), (state.ang_vel - twin.ang_vel).norm(dim=-1)
+        off = torch.maximum(off, torch.stack((pos, angle, rate), dim=-1))
+    for row, (name, (_, *limits)) in enumerate(SECOND.items()):
+        way = (state.pos[row] - torch.tensor(env.config.init_pos)).norm()
+        print(f"{name}: flew {way:.3f} m, off by {off[row, 0]:.5f} m, {off[row, 1]:.4f} deg, {off[row, 2]:.5f} rad/s")
+        assert (off[row] <= torch.tensor(limits)).all(), name
+    # they did fly
+    assert state.pos[1, 2] > 1.7 and state.pos[5, 2] < 0 and state.ang_vel[5, 0] > 8 and state.ang_vel[6, 2] > 40
+    assert state.pos[3, 1] < -0.5 and state.pos[4, 0] > 0.5
+
+
+@pytest.mark.slow
+def test_randomization_and_the_course_are_those_of_the_quadrotor() -> None:
+    ranges = Randomization(
+        mass=(0.7, 1.3),
+        inertia=(0.7, 1.4),
+        thrust=(0.97, 1.03),
+        motor_lag=(0.0, 0.05),
+        latency=(0, 2),
+        wind=(0.0, 0.03),
+        pos_noise=(0.0, 0.02),
+        gyro_noise=(0.1, 0.1),
+    )
+    options = {"seed": 1, "max_episode_length": LIMIT, "randomization": ranges}
+    env, twin, plain = make("genesis-course", N, **options), QuadrotorCourse(N, **options), QuadrotorCourse(N, seed=1)
+    try:
+        plain.reset()
+        torch.testing.assert_close(env.reset(), twin.reset())
+        drawn = env.task.randomizer
+        torch.testing.assert_close(env.drone.get_links_mass()[:, :1], 0.027 * drawn.mass)
+        inertia = env.drone.get_links_inertia()[:, 0].diagonal(dim1=1, dim2=2).sort(dim=1).values
+        torch.testing.assert_close(inertia, torch.tensor([1.4e-5, 1.4e-5, 2.17e-5]) * drawn.inertia, rtol=1e-4, atol=0)
+        g = torch.Generator().manual_seed(1)
+        for _ in range(20):
+            actions = 0.1 * torch.randn(N, 4, generator=g)
+            ours, theirs = env.step(actions), twin.step(actions)
+            plain.step(actions)
+            torch.testing.assert_close(ours.obs, theirs.obs, atol=0.05, rtol=0)
+        state = env.state()
+        torch.testing.assert_close(state.pos, twin.pos, atol=0.01, rtol=0)
+        torch.testing.assert_close(state.quat, twin.quat, atol=0.02, rtol=0)
+        assert (state.pos - plain.pos).norm(dim=-1).mean() > 0.03  # it does matter
+        # one crash: it draws anew, and Genesis takes it over
+        before = drawn.mass.clone()
+        env.task.target[5] = torch.tensor([9.0, 0.0, 1.0])
+        assert env.step(torch.zeros(N, 4)).dones.nonzero().flatten().tolist() == [5]
+        assert (drawn.mass != before).flatten().nonzero().flatten().tolist() == [5]
+        torch.testing.assert_close(env.drone.get_links_mass()[:, :1], 0.027 * drawn.mass)
+    finally:
+        env.close()
 
 
 def test_runs_repeat(env: GenesisHover) -> None:

@@ -1,0 +1,126 @@
+"""Draws what :class:`pydrone.envs.randomization.Randomization` allows, and does what needs no simulator.
+
+Motors, latency and sensors are the same in every simulator and are done here; mass, inertia and wind are drawn here and
+applied by it. Nothing waits for the host, and no shape depends on data.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .hover_task import ACTION_DIM, DroneState, HoverConfig, propeller_rpm
+from .randomization import Randomization
+
+NOISES = ("pos_noise", "att_noise", "vel_noise", "gyro_noise")
+#: how many numbers a drone draws from each range
+COLUMNS = {"mass": 1, "inertia": 1, "thrust": ACTION_DIM, "motor_lag": 1, "latency": 1, "wind": 1} | dict.fromkeys(
+    NOISES, 1
+)
+
+
+class Randomizer:
+    """The draws of N drones. What is off is neither drawn nor computed.
+
+    Attributes:
+        mass, inertia: [N, 1] factors.
+        thrust: [N, 4] factors, one for each propeller.
+        motor_lag: [N, 1] seconds.
+        latency: [N, 1] whole steps, as float32.
+        wind: [N, 3] force in the world, N.
+        noise: [N, 4] standard deviations, in the order of ``NOISES``.
+
+    All are views of fixed memory, and may be written to until the drone's next episode.
+
+    Args:
+        num_envs: N.
+        ranges: what to draw from.
+        generator: draws, on the device where everything lives.
+        config: the task's constants.
+    """
+
+    def __init__(self, num_envs: int, ranges: Randomization, generator: torch.Generator, config: HoverConfig) -> None:
+        self.ranges, self.generator, self.config = ranges, generator, config
+        device = generator.device
+
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(shape, device=device)
+
+        low, high = (
+            [float(getattr(ranges, name)[end]) for name, n in COLUMNS.items() for _ in range(n)] for end in (0, 1)
+        )
+        self._low, self._high = torch.tensor(low, device=device), torch.tensor(high, device=device)
+        self._span = self._high - self._low
+        self._drawn = zeros(num_envs, len(low))
+        parts = dict(zip(COLUMNS, self._drawn.split(list(COLUMNS.values()), dim=1)))
+        self.mass, self.inertia, self.thrust = parts["mass"], parts["inertia"], parts["thrust"]
+        self.motor_lag, self.latency, self._wind_force = parts["motor_lag"], parts["latency"], parts["wind"]
+        # both ends of the latency: the floor of a number below high + 1
+        column = list(COLUMNS).index("latency") + ACTION_DIM - 1
+        self._span[column] += 1
+        self._whole = slice(column, column + 1)
+        self.noise = self._drawn[:, -len(NOISES) :]
+        self.wind = zeros(num_envs, 3)
+        self._late = ranges.varies("latency")
+        self._lags = ranges.varies("motor_lag")
+        self.blows = ranges.varies("wind")
+        self.senses = ranges.varies(*NOISES)
+        self._history = zeros(int(ranges.latency[1]) + 1 if self._late else 0, num_envs, ACTION_DIM)
+        self._rpm = zeros(num_envs, ACTION_DIM)
+        self._everyone = torch.ones(num_envs, dtype=torch.bool, device=device)
+        self.restart(self._everyone)
+
+    def reset(self) -> None:
+        """Draws for every drone anew."""
+        self.restart(self._everyone)
+
+    def restart(self, ended: Tensor) -> None:
+        """Draws anew for the drones of ``ended`` [N] bool; their motors turn at hover speed, no action is under way."""
+        rows = ended[:, None]
+        draw = torch.rand(self._drawn.shape, generator=self.generator, device=self._drawn.device)
+        draw.mul_(self._span).add_(self._low)
+        draw[:, self._whole].floor_()
+        torch.minimum(draw, self._high, out=draw)  # a product may round up
+        torch.where(rows, draw, self._drawn, out=self._drawn)
+        if self.blows:
+            way = torch.randn(len(draw), 2, generator=self.generator, device=draw.device)
+            way = way / torch.linalg.vector_norm(way, dim=1, keepdim=True).clamp_(min=1e-6)
+            self.wind[:, :2] = torch.where(rows, way * self._wind_force, self.wind[:, :2])
+        self._history.masked_fill_(rows, 0)
+        self._rpm.masked_fill_(rows, self.config.hover_rpm)
+
+    def propeller_rpm(self, actions: Tensor) -> Tensor:
+        """The propeller speeds [N, 4] of clipped actions [N, 4], late and with the motors' lag. Once a step.
+
+        They are those whose thrust by the nominal coefficient is what the drone's own propellers give.
+        """
+        if self._late:
+            self._history.copy_(torch.cat((actions[None], self._history[:-1])))
+            actions = self._history.gather(0, self.latency.long().expand(1, -1, ACTION_DIM))[0]
+        rpm = propeller_rpm(actions, self.config)
+        if self._lags:
+            # what is left of a difference after a step; no lag: 2^-inf = 0
+            left = torch.exp2((-self.config.dt / math.log(2)) / self.motor_lag)
+            rpm = self._rpm.copy_(rpm + (self._rpm - rpm) * left)
+        return rpm * self.thrust.sqrt()
+
+    def sense(self, state: DroneState) -> DroneState:
+        """``state`` as the drones' sensors have it; another draw each time."""
+        if not self.senses:
+            return state
+        noise = torch.randn(len(state.pos), 12, generator=self.generator, device=state.pos.device)
+        noise = noise.view(-1, 4, 3) * self.noise[:, :, None]
+        pos, turn, lin_vel, ang_vel = noise.unbind(1)
+        real, axis, turn = state.quat[:, :1], state.quat[:, 1:], turn * 0.5
+        # turned by a small rotation about the body's axes
+        quat = torch.cat(
+            (
+                real - (axis * turn).sum(-1, keepdim=True),
+                axis + real * turn + torch.linalg.cross(axis, turn),
+            ),
+            dim=-1,
+        )
+        quat = quat / torch.linalg.vector_norm(quat, dim=-1, keepdim=True)
+        return DroneState(state.pos + pos, quat, state.lin_vel + lin_vel, state.ang_vel + ang_vel)

@@ -1,0 +1,110 @@
+"""Environments by name: pydrone's own, and those that other packages offer through entry points.
+
+A package offers one by the entry point group ``pydrone.envs``, in its ``pyproject.toml``::
+
+    [project.entry-points."pydrone.envs"]
+    my-env = "my_package.my_module:MyEnv"
+
+where ``MyEnv(num_envs=..., device=..., seed=..., **options)`` returns a :class:`pydrone.envs.base.Env`. Looking for
+names imports nothing of what is found.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from importlib.metadata import EntryPoint, entry_points
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+    from .base import Env
+
+GROUP = "pydrone.envs"
+
+# name -> module:class, imported on first use
+ENVIRONMENTS: dict[str, str] = {
+    "genesis-course": "pydrone.envs.genesis_hover:GenesisCourse",
+    "genesis-hover": "pydrone.envs.genesis_hover:GenesisHover",
+    "quadrotor": "pydrone.envs.quadrotor:Quadrotor",
+    "quadrotor-course": "pydrone.envs.quadrotor:QuadrotorCourse",
+}
+
+
+def known() -> list[str]:
+    """The names of all environments: pydrone's and those of installed packages."""
+    return sorted(ENVIRONMENTS.keys() | {point.name for point in entry_points(group=GROUP)})
+
+
+def check_name(name: Any, argument: str = "env") -> None:
+    """Raises ValueError, with the known names, where ``name`` is none of them; ``argument`` is what it is called."""
+    if not isinstance(name, str) or (name not in ENVIRONMENTS and name not in known()):
+        raise ValueError(f"{argument}: expected one of {', '.join(known())}, got {name!r}")
+
+
+def make(name: str, num_envs: int, device: torch.device | str = "cpu", seed: int = 0, **kwargs: Any) -> Env:
+    """Builds the environment ``name`` with ``num_envs`` copies on ``device``.
+
+    Args:
+        name: one of :func:`known`: ``"genesis-hover"`` and ``"genesis-course"`` (they need genesis-world),
+            ``"quadrotor"`` and ``"quadrotor-course"`` (torch only), or one that an installed package offers. Its own
+            names are pydrone's, whatever else offers them.
+        num_envs: number of environments stepped together.
+        device: where observations, rewards and actions live.
+        seed: seeds everything the environment draws.
+        **kwargs: the environment's own options.
+
+    Raises:
+        ValueError: ``name`` is unknown, two packages offer it, or what one offers does not take these arguments or
+            makes no :class:`pydrone.envs.base.Env`.
+        ImportError: what a package offers cannot be imported.
+    """
+    check_name(name, "name")
+    if name in ENVIRONMENTS:
+        module, cls = ENVIRONMENTS[name].split(":")
+        return getattr(importlib.import_module(module), cls)(num_envs=num_envs, device=device, seed=seed, **kwargs)
+    point = _entry_point(name)
+    try:
+        factory = point.load()
+    except (ImportError, AttributeError) as error:
+        raise ImportError(f"env {name!r}: {_origin(point)} cannot be imported: {error}") from error
+    kwargs = {"num_envs": num_envs, "device": device, "seed": seed, **kwargs}
+    try:
+        inspect.signature(factory).bind(**kwargs)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"env {name!r}: {_origin(point)} cannot be called with {', '.join(kwargs)}: {error}"
+        ) from error
+    env = factory(**kwargs)
+    _check_env(env, name, point, num_envs)
+    return env
+
+
+def _entry_point(name: str) -> EntryPoint:
+    # One package may be found twice, installed and in the working folder.
+    points = list({point.value: point for point in entry_points(group=GROUP, name=name)}.values())
+    if len(points) > 1:
+        raise ValueError(f"name: {name!r} is offered more than once: {' and '.join(sorted(map(_origin, points)))}")
+    return points[0]
+
+
+def _origin(point: EntryPoint) -> str:
+    return f"{point.value} of {point.dist.name}" if point.dist is not None else point.value
+
+
+def _check_env(env: Any, name: str, point: EntryPoint, num_envs: int) -> None:
+    from .base import Env
+
+    parts = ("num_envs", "obs", "actions", "device", "max_episode_length", "autoreset")
+    methods = ("reset", "step", "randomize_episode_lengths", "close")
+    missing = [part for part in (*parts, *methods) if not hasattr(env, part)]
+    if missing or not isinstance(env, Env):
+        raise ValueError(
+            f"env {name!r}: expected {_origin(point)} to make a pydrone.envs.Env, got a {type(env).__name__} "
+            f"without {', '.join(missing)}"
+        )
+    if env.num_envs != num_envs:
+        raise ValueError(f"env {name!r}: expected num_envs {num_envs}, got {env.num_envs}")
+    if env.autoreset not in ("same_step", "next_step"):
+        raise ValueError(f"env {name!r}: autoreset: expected 'same_step' or 'next_step', got {env.autoreset!r}")
