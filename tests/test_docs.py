@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 import pydrone
+import pydrone.envs
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
@@ -83,3 +85,33 @@ def test_the_learners_options_are_all_there():
     table = (ROOT / "docs/learner.md").read_text(encoding="utf-8").split("\n\n")[2]
     options = [name for row in table.splitlines()[2:] for name in re.findall(r"`(\w+)`", row.split("|")[2])]
     assert len(options) == 16 and all(hasattr(PPOConfig(), name) for name in options), options
+
+
+def test_the_environment_in_the_documents_learns():
+    from pydrone.ppo.config import PPOConfig, TrainConfig
+    from pydrone.ppo.trainer import Trainer
+
+    text = (ROOT / "docs" / "environments.md").read_text(encoding="utf-8")
+    environment, training = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    names = {}
+    exec(environment, names)
+    code = [line for line in environment.splitlines() if line.strip() and not line.startswith(("import", "from"))]
+    assert len(code) <= 20
+    assert isinstance(names["Points"](3), pydrone.envs.Env)
+    exec(training.replace("iterations=20", "iterations=1").replace("256", "8"), names)
+    config = TrainConfig(num_steps=50, ppo=PPOConfig(learning_rate=1e-3, hidden_dims=(32,)))
+    trainer = Trainer(names["Points"](64, seed=1), config, echo=lambda line: None)
+    returns = [trainer.iterate()["episode_return"] for _ in range(15)]
+    # standing still gives -50 * 0.77 on average, the mean distance from the middle of a square
+    assert returns[1] < -35
+    assert returns[-1] > -20
+
+
+def test_the_documented_ranges_are_all_there_are():
+    text = (ROOT / "docs" / "environments.md").read_text(encoding="utf-8")
+    for field in dataclasses.fields(pydrone.envs.Randomization):
+        assert re.search(rf"^\| `.*\b{field.name}`.* \| `{field.default[0]:g} {field.default[1]:g}` \|$", text, re.M), (
+            field.name
+        )
+    for name in pydrone.envs.ENVIRONMENTS:
+        assert f"`{name}`" in text

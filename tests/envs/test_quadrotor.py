@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from pydrone.envs import Randomization
 from pydrone.envs.hover_task import yaw
-from pydrone.envs.quadrotor import GRAVITY, KF, MASS, Quadrotor, wrench_matrix
+from pydrone.envs.quadrotor import GRAVITY, KF, MASS, Quadrotor, QuadrotorCourse, wrench_matrix
 
 
 def test_wrench_table() -> None:
@@ -148,8 +149,12 @@ def test_a_step_can_be_captured(no_sync: TorchDispatchMode) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_cuda_graph_replays_what_eager_computes() -> None:
-    envs = [Quadrotor(256, "cuda", seed=3, max_episode_length=5) for _ in range(2)]
+@pytest.mark.parametrize(
+    "ranges", [None, Randomization(mass=(0.8, 1.2), latency=(0, 2), wind=(0, 0.1), pos_noise=(0, 1))]
+)
+def test_cuda_graph_replays_what_eager_computes(ranges: Randomization | None) -> None:
+    env_type = Quadrotor if ranges is None else QuadrotorCourse
+    envs = [env_type(256, "cuda", seed=3, max_episode_length=5, randomization=ranges) for _ in range(2)]
     actions = torch.full((256, 4), -0.2, device="cuda")
     torch.cuda.synchronize()
     side = torch.cuda.Stream()

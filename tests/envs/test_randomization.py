@@ -137,11 +137,13 @@ def test_inertia() -> None:
     assert rates[1] == pytest.approx(rates[0] / 2, rel=1e-3)
 
 
-def test_wind() -> None:
-    env = fly(Quadrotor(3, seed=5, randomization=fixed(wind=0.01)), 50)
-    drift = env.task.randomizer.wind / 0.027 * HALF_SECOND
+@pytest.mark.parametrize("factor", [1.0, 1.25])
+def test_wind(factor: float) -> None:
+    """A heavier drone is moved less by the same wind; its stronger propellers keep its height."""
+    env = fly(Quadrotor(3, seed=5, randomization=fixed(wind=0.01, mass=factor, thrust=factor)), 50)
+    drift = env.task.randomizer.wind / (0.027 * factor) * HALF_SECOND
     torch.testing.assert_close(env.pos[:, :2], drift[:, :2], atol=2e-5, rtol=0)
-    assert drift.norm(dim=1).min().item() == pytest.approx(0.01 / 0.027 * HALF_SECOND, rel=1e-3)
+    assert drift.norm(dim=1).min().item() == pytest.approx(0.01 / (0.027 * factor) * HALF_SECOND, rel=1e-3)
 
 
 def test_latency() -> None:
