@@ -7,7 +7,7 @@ from pydrone.envs import make
 from pydrone.envs.course_task import CourseConfig, CourseTask
 from pydrone.envs.hover_task import DroneState, rotate_inverse
 from pydrone.envs.quadrotor import GRAVITY, QuadrotorCourse, wrench_matrix
-from pydrone.ppo.config import TrainConfig
+from pydrone.ppo.config import PPOConfig, TrainConfig
 from pydrone.ppo.trainer import Trainer
 
 EXACT = {"target_low": (0.0,) * 3, "target_high": (0.0,) * 3}
@@ -134,8 +134,12 @@ def test_the_course_can_be_flown() -> None:
 
 @pytest.mark.slow
 def test_a_short_training_improves_on_the_course() -> None:
-    env = make("quadrotor-course", 512, seed=1, max_episode_length=500)
-    trainer = Trainer(env, TrainConfig(iterations=45), echo=lambda line: None)
-    passed = [trainer.iterate()["env/episode/targets"] for _ in range(45)]
-    assert sum(passed[:5]) / 5 < 0.03
-    assert sum(passed[-5:]) / 5 > 0.15
+    env = make("quadrotor-course", 256, seed=1, max_episode_length=500)
+    ppo = PPOConfig(learning_rate=1e-3, init_std=0.3, hidden_dims=(64, 64), gamma=0.98, entropy_coef=0.0)
+    trainer = Trainer(env, TrainConfig(num_steps=64, ppo=ppo), echo=lambda line: None)
+    figures = [trainer.iterate() for _ in range(40)]
+    # 0.39 with this seed, 0.23 with the next one
+    passed = [x["env/episode/targets"] for x in figures]
+    assert sum(passed[:5]) / 5 < 0.02
+    assert sum(passed[-5:]) / 5 > 0.12
+    assert figures[-1]["episode_length"] > 1.5 * figures[0]["episode_length"]
