@@ -59,6 +59,7 @@ def fly(
     seed: int = 0,
     max_steps: int | None = None,
     traced: int = 8,
+    ended: Callable[[Tensor | None], None] = lambda dones: None,
 ) -> Episodes:
     """Flies one episode of every environment, from ``env.reset()``.
 
@@ -73,6 +74,8 @@ def fly(
         seed: of the targets.
         max_steps: steps after which an episode is left, which is no crash. None: the environment's limit.
         traced: of how many environments whole paths are kept, the first ones.
+        ended: told, after each step, which episodes have ended, bool [N], and at the start None, for all of them: what
+            a recurrent policy forgets.
 
     Raises:
         ValueError: neither ``max_steps`` nor the environment limits an episode.
@@ -92,6 +95,7 @@ def fly(
         env.task = watch  # type: ignore[attr-defined]
     try:
         obs = env.reset()
+        ended(None)
         flying = torch.ones(num_envs, dtype=torch.bool, device=device)
         crashed = torch.zeros_like(flying)
         length = torch.zeros(num_envs, dtype=torch.int64, device=device)
@@ -104,6 +108,7 @@ def fly(
             returns += torch.where(flying, result.rewards, 0)
             crashed |= flying & result.dones & ~result.truncated
             flying = flying & ~result.dones
+            ended(result.dones)
             obs = result.obs
             if step % _LOOK == _LOOK - 1 and not flying.any():
                 break

@@ -34,7 +34,7 @@ PACKAGES = (
     "safetensors",
 )
 
-# Environment variables that change what is reported; docs/environment.md says what they do.
+# Environment variables that change what is reported; docs/environment-variables.md says what they do.
 VARIABLES = (
     "PYDRONE_BACKEND",
     "TRITON_INTERPRET",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,10 +10,10 @@ from typing import Any, NamedTuple
 import torch
 
 from pydrone.envs import Env
-from pydrone.ppo.policy import ActorCritic
+from pydrone.ppo import checkpoint
+from pydrone.ppo.config import PPOConfig
+from pydrone.ppo.policy import ActorCritic, make_policy
 from pydrone.ppo.trainer import read_checkpoint
-
-_CHECKPOINT = re.compile(r"model_(\d+)\.pt")
 
 
 class Run(NamedTuple):
@@ -29,12 +28,18 @@ class Run(NamedTuple):
     """The checkpoint, see :meth:`pydrone.ppo.trainer.Trainer.state_dict`."""
 
 
-def newest_checkpoint(folder: str | os.PathLike[str]) -> Path:
-    """The checkpoint ``model_ITERATION.pt`` of the latest iteration; FileNotFoundError where there is none."""
-    found = [(int(match[1]), path) for path in Path(folder).iterdir() if (match := _CHECKPOINT.fullmatch(path.name))]
-    if not found:
-        raise FileNotFoundError(f"{folder}: no checkpoint model_ITERATION.pt in this folder")
-    return max(found)[1]
+def checkpoint_of(run: str | os.PathLike[str]) -> Path:
+    """``run`` itself if it is a file, else the newest checkpoint of that folder that can be loaded.
+
+    Raises FileNotFoundError where there is none.
+    """
+    path = Path(run)
+    if not path.exists():
+        raise FileNotFoundError(f"{run}: no such run folder or checkpoint")
+    found = checkpoint.newest(path) if path.is_dir() else path
+    if found is None:
+        raise FileNotFoundError(f"{run}: no checkpoint model_ITERATION.pt in this folder that can be loaded")
+    return found
 
 
 def load(run: str | os.PathLike[str], device: torch.device | str = "cpu") -> Run:
@@ -48,10 +53,7 @@ def load(run: str | os.PathLike[str], device: torch.device | str = "cpu") -> Run
         OSError: there is no such folder or file, or no checkpoint in it.
         ValueError: the checkpoint is none of a training.
     """
-    path = Path(run)
-    if not path.exists():
-        raise FileNotFoundError(f"{run}: no such run folder or checkpoint")
-    path = newest_checkpoint(path) if path.is_dir() else path
+    path = checkpoint_of(run)
     state = read_checkpoint(path, device)
     settings = state["config"]
     if not (isinstance(settings, Mapping) and isinstance(settings.get("env"), str) and "ppo" in settings):
@@ -65,13 +67,11 @@ def load_policy(run: Run, env: Env) -> ActorCritic:
     Raises:
         ValueError: the environment's observations or actions are not those the policy was trained with.
     """
-    if not isinstance(env.actions, int):
-        raise ValueError(f"env.actions: expected an int, for continuous actions, got {env.actions!r}")
-    ppo = run.settings["ppo"]
-    policy = ActorCritic(env.obs, env.actions, ppo["hidden_dims"], ppo["init_std"]).to(env.device)
+    settings = PPOConfig(**run.settings["ppo"])
     try:
+        policy = make_policy(env.obs, env.actions, settings, getattr(env, "num_discrete_actions", None)).to(env.device)
         policy.load_state_dict(run.state["policy"])
-    except (AttributeError, TypeError, RuntimeError) as error:
+    except (AttributeError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(
             f"{run.checkpoint}: a policy trained in {run.settings['env']} does not fit an environment with "
             f"observations {env.obs} and {env.actions} actions: {error}"

@@ -190,6 +190,26 @@ def evaluate(*argv) -> int:
     return cli.main(["eval", *map(str, argv), "--device", "cpu"])
 
 
+def test_a_recurrent_policy_forgets_where_an_episode_ends(tmp_path):
+    ppo = PPOConfig(num_minibatches=2, hidden_dims=(8,), recurrent="gru", rnn_dim=4, normalize_obs=True)
+    config = TrainConfig(env="quadrotor", num_steps=4, iterations=1, tensorboard=False, ppo=ppo)
+    Trainer(Quadrotor(2), config, tmp_path, echo=lambda line: None).train()
+    env = Quadrotor(3, max_episode_length=20, max_xy=0.2)
+    policy, told = runs.load_policy(runs.load(tmp_path), env), []
+
+    def ended(dones):
+        told.append(dones)
+        policy.reset(dones)
+        if dones is None:
+            assert policy.memory is None
+        else:
+            assert all(bool((x[dones] == 0).all()) for x in policy.memory.values())
+
+    flights = [evaluation.fly(env, policy.mode, seed=1, ended=ended) for _ in range(2)]
+    assert torch.equal(flights[0].returns, flights[1].returns)
+    assert sum(x is None for x in told) == 2 and any(bool(x.any()) for x in told if x is not None)
+
+
 def test_eval_from_beginning_to_end(run_dir, tmp_path, capsys):
     assert evaluate(run_dir, "--episodes", 5, "--out", tmp_path / "a") == 0
     said = capsys.readouterr().out
@@ -268,10 +288,12 @@ def test_without_genesis_a_video_is_one_sentence(run_dir, monkeypatch, capsys):
 
 def test_the_newest_checkpoint_is_that_of_the_latest_iteration(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no checkpoint model_ITERATION\.pt"):
-        runs.newest_checkpoint(tmp_path)
-    for name in ("model_9.pt", "model_100.pt", "model_20.pt", ".model_300.pt.7", "model_400.pt.bak", "best.pt"):
+        runs.checkpoint_of(tmp_path)
+    for name in ("model_9.pt", "model_100.pt", "model_20.pt"):
+        checkpoint.save(tmp_path / name, {"iteration": 1})
+    for name in (".model_300.pt.7", "model_400.pt.bak", "best.pt", "model_500.pt"):  # the last one is no checkpoint
         (tmp_path / name).touch()
-    assert runs.newest_checkpoint(tmp_path).name == "model_100.pt"
+    assert runs.checkpoint_of(tmp_path).name == "model_100.pt"
 
 
 def test_a_checkpoint_without_settings(tmp_path):

@@ -104,9 +104,10 @@ def _fly(args: argparse.Namespace, run: Run, env: Any) -> list[Episodes]:
     from pydrone import evaluation, runs
 
     policy = runs.load_policy(run, env)
+    memory = {"ended": policy.reset} if policy.recurrent else {}
     flown = []
     for resample in TARGETS[args.targets]:
-        episodes = evaluation.fly(env, policy.mean, resample=resample, seed=args.seed, max_steps=args.steps)
+        episodes = evaluation.fly(env, policy.mode, resample=resample, seed=args.seed, max_steps=args.steps, **memory)
         flown.append(episodes)
         if episodes.paths is None:
             break  # nothing to switch

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 from pathlib import Path
 
@@ -45,8 +44,9 @@ def _export(options: argparse.Namespace) -> str:
     """Does it, and returns what is to be said of it."""
     from pydrone.ppo import export
     from pydrone.ppo.trainer import read_checkpoint
+    from pydrone.runs import checkpoint_of
 
-    path = _checkpoint(Path(options.run))
+    path = checkpoint_of(options.run)
     state = read_checkpoint(path)
     try:
         policy = export.policy_of(state)
@@ -65,18 +65,6 @@ def _export(options: argparse.Namespace) -> str:
         f"Checked with {done.checked_with} for {done.num_inputs} inputs: at most {done.difference:.1e} from the "
         "policy's own actions"
     )
-
-
-def _checkpoint(run: Path) -> Path:
-    """The checkpoint itself, or the newest one of a folder."""
-    if not run.exists():
-        raise FileNotFoundError(f"{run}: no such run folder or checkpoint")
-    if not run.is_dir():
-        return run
-    found = [(int(match[1]), path) for path in run.iterdir() if (match := re.fullmatch(r"model_(\d+)\.pt", path.name))]
-    if not found:
-        raise FileNotFoundError(f"{run}: no checkpoint model_ITERATION.pt in this folder")
-    return max(found)[1]
 
 
 def _fail(error: Exception | str) -> int:

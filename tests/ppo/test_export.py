@@ -355,7 +355,7 @@ def test_a_checkpoint_a_file_and_limits_of_ones_own(run_dir, tmp_path, capsys):
     ("run", "message"),
     [
         ("nowhere", "nowhere: no such run folder or checkpoint"),
-        (".", ".: no checkpoint model_ITERATION.pt in this folder"),
+        (".", ".: no checkpoint model_ITERATION.pt in this folder that can be loaded"),
         ("notes.txt", "notes.txt: expected a checkpoint, got a file that PyTorch cannot read"),
         ("other.pt", "other.pt: expected the weights of a policy, got others: KeyError 'actor.0.weight'"),
     ],

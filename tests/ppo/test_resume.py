@@ -66,10 +66,19 @@ def differing(a: dict, b: dict) -> list[str]:
     return sorted(name for name in names if name not in a or name not in b or not same(a[name], b[name]))
 
 
-@pytest.mark.parametrize("schedule", ["adaptive", "fixed"])
-def test_resumed_equals_uninterrupted(schedule, tmp_path):
+OPTIONS = [
+    {"schedule": "adaptive"},
+    {"schedule": "fixed"},
+    # (Not the linear schedule, which ends where the training does: stopped at another iteration, it is another.)
+    {"normalize_obs": True, "normalize_values": True, "normalize_rewards": True},
+    {"recurrent": "gru", "rnn_dim": 8, "normalize_obs": True},
+    {"recurrent": "lstm", "rnn_dim": 8},
+]
+
+
+@pytest.mark.parametrize("ppo", OPTIONS, ids=str)
+def test_resumed_equals_uninterrupted(ppo, tmp_path):
     """Networks, optimiser, generators, environment, meters, and every figure that was logged."""
-    ppo = {"schedule": schedule}
     train(tmp_path / "whole", ppo=ppo)
     path = tmp_path / "parts" / "model_4.pt"
     train(tmp_path / "parts", iterations=4, ppo=ppo)

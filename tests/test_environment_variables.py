@@ -1,4 +1,4 @@
-"""docs/environment.md lists every environment variable that the sources read, and no other."""
+"""docs/environment-variables.md lists every environment variable that the sources read, and no other."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def read_by_the_sources() -> dict[str, str]:
 
 def listed() -> list[str]:
     """The names in the table's first column."""
-    text = (ROOT / "docs" / "environment.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "environment-variables.md").read_text(encoding="utf-8")
     rows = [line.split("|")[1] for line in text.splitlines() if line.startswith("| `")]
     return [name for row in rows for name in re.findall(r"`(\w+)`", row)]
 
@@ -80,7 +80,7 @@ def listed() -> list[str]:
 def test_the_table_is_complete():
     read = read_by_the_sources()
     missing = {name: file for name, file in read.items() if name not in listed()}
-    assert not missing, f"docs/environment.md lacks {missing}"
+    assert not missing, f"docs/environment-variables.md lacks {missing}"
 
 
 def test_the_table_lists_nothing_else_and_nothing_twice():
