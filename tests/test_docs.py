@@ -51,6 +51,16 @@ class InPlace:
         return self.obs, torch.ones(len(actions)), dones, dones, self.obs.clone()
 
 
+def test_the_korean_readme_says_the_same():
+    """The same code and the same links, but for the one to the other language."""
+    english, korean = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "README.ko.md"))
+    python = r"```python\n.*?```"
+    assert re.findall(python, english, flags=re.DOTALL) == re.findall(python, korean, flags=re.DOTALL)
+    links = [set(re.findall(r"\]\((docs/[^)]*|http[^)]*)\)", text)) for text in (english, korean)]
+    assert links[0] == links[1]
+    assert english.count("\n## ") == korean.count("\n## ")
+
+
 def test_the_readmes_code_runs():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
