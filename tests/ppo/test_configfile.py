@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from pydrone.envs import Randomization
 from pydrone.ppo import configfile
 from pydrone.ppo.config import PPOConfig, TrainConfig
 
@@ -25,7 +26,8 @@ def read(tmp_path):
 
 
 def build(values: dict) -> TrainConfig:
-    return TrainConfig(**{**values, "ppo": PPOConfig(**values.get("ppo", {}))})
+    parts = {"ppo": PPOConfig, "randomization": Randomization}
+    return TrainConfig(**{**values, **{name: part(**values.get(name, {})) for name, part in parts.items()}})
 
 
 def test_names_and_types(read):
@@ -57,7 +59,8 @@ def test_names_and_types(read):
         ("num_envs = 4.5", 'num_envs: expected an int or "None", got 4.5'),
         ("num_steps = true", "num_steps: expected an int, got True"),
         ('tensorboard = "no"', "tensorboard: expected true or false, got 'no'"),
-        ('env = "hover"', "env: expected one of 'genesis-hover', 'quadrotor', got 'hover'"),
+        ("env = 3", "env: expected a string, got 3"),
+        ("[randomization]\nmass = 1", "randomization.mass: expected a list of 2, got 1"),
         ("device = 0", 'device: expected a string or "None", got 0'),
         ("ppo = 3", "ppo: expected a table, got 3"),
         ('[ppo]\ngamma = "0.9"', "ppo.gamma: expected a number, got '0.9'"),
@@ -76,6 +79,7 @@ def test_the_file_of_a_run_gives_its_settings(read, tmp_path):
     ppo = PPOConfig(learning_rate=1e-05, hidden_dims=(7,), clipped_value_loss=False, chunk_size=None)
     odd = 'a "quoted" \\ name\n\x7f\u00e9\U0001f681'
     config = TrainConfig("quadrotor", 3, seed=-4, device="cpu", target_episode_length=12.5, wandb_project=odd, ppo=ppo)
+    config.randomization = Randomization(mass=(0.8, 1.2), latency=(0, 2))
     path = configfile.write(tmp_path, config)
     text = path.read_text(encoding="utf-8")
     assert path.name == "config.toml" and build(configfile.read(path)) == config
