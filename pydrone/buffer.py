@@ -419,8 +419,7 @@ class RolloutBuffer(Ring):
                 of :meth:`compute_gae`, applied while gathering; "minibatch": over each minibatch (SB3, CleanRL), at the
                 price of further launches; False: as they are.
             drop_last: equal sizes; the permutation's last N * T % num_minibatches samples are left out.
-            reuse: hand out the same tensors each time (for CUDA graphs, and to spare a CPU its page faults): a
-                minibatch is then overwritten by the next one.
+            reuse: hand out the same tensors each time, for CUDA graphs: a minibatch is then overwritten by the next one.
 
         Yields:
             :class:`Minibatch`.
