@@ -419,7 +419,7 @@ class RolloutBuffer(Ring):
                 of :meth:`compute_gae`, applied while gathering; "minibatch": over each minibatch (SB3, CleanRL), at the
                 price of further launches; False: as they are.
             drop_last: equal sizes; the permutation's last N * T % num_minibatches samples are left out.
-            reuse: hand out the same tensors each time, for CUDA graphs: a minibatch is then overwritten by the next one.
+            reuse: hand out the same tensors each time, for CUDA graphs: each minibatch overwrites the one before.
 
         Yields:
             :class:`Minibatch`.
