@@ -19,6 +19,8 @@ class Sources:
         self.fields = [field for name, field in layout.fields.items() if name != "final_row"]
         self._in_order = itemgetter(*(field.name for field in self.fields))
         self._shapes = [(layout.num_envs, *field.shape) for field in self.fields]
+        # Scalars may come as columns, as rsl_rl has them.
+        self._fitting = [(shape, (*shape, 1)) if len(shape) == 1 else (shape,) for shape in self._shapes]
         self._final_shapes = [(layout.num_envs, *field.shape) for field in layout.pool_fields.values()]
 
     def given(self, obs: object, actions: object, values: object, log_probs: object, fields: dict) -> dict[str, object]:
@@ -45,7 +47,10 @@ class Sources:
         """
         try:
             sources = self._in_order(given)
-            if len(given) != len(sources) or [x.shape for x in sources] != self._shapes:
+            shapes = [x.shape for x in sources]
+            if len(given) != len(sources):
+                return None
+            if shapes != self._shapes and not all(x in fitting for x, fitting in zip(shapes, self._fitting)):
                 return None
             if final and [x.shape for x in final] != self._final_shapes:
                 return None

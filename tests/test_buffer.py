@@ -13,6 +13,7 @@ from rollout_model import (
     stacked,
 )
 
+import pydrone
 from pydrone import RolloutBuffer
 
 # ---------------------------------------------------------------------------------------------- round trips
@@ -369,3 +370,21 @@ def test_every_public_name_works_as_an_item(backend):
 def test_more_constructor_errors(arguments, error, message):
     with pytest.raises(error, match=message):
         RolloutBuffer(**{"num_envs": 2, "num_steps": 1, "obs": 3, "actions": 2, **arguments})
+
+
+@pytest.mark.parametrize("column", ["none", "log_probs", "values", "both"])
+def test_scalars_as_columns_take_the_short_way(column, monkeypatch):
+    """rsl_rl has values [N, 1]: what an operation checks by itself is not looked at in Python as well."""
+    reason = pydrone.backends()["cpu"]
+    if reason is not None:
+        pytest.skip(f"cpu: {reason}")
+    buf = RolloutBuffer(3, 2, obs=2, actions=1)
+    monkeypatch.setattr(buf._checked, "row", lambda given: pytest.fail("checked argument by argument"))
+    step = {name: torch.arange(3.0) + i for i, name in enumerate(("rewards", "dones", "values", "log_probs"))}
+    for name in ("values", "log_probs"):
+        if column in (name, "both"):
+            step[name] = step[name].unsqueeze(1)
+    for _ in range(2):
+        buf.append(obs=torch.zeros(3, 2), actions=torch.zeros(3, 1), **step)
+    assert buf.values.tolist() == [[2, 2], [3, 3], [4, 4]]
+    assert buf.log_probs.tolist() == [[3, 3], [4, 4], [5, 5]]

@@ -1,6 +1,6 @@
 """The native CPU kernels against a memcpy of the same bytes, in one process: what a slip (a copy, a lost vector loop, a
-page fault a page) would multiply. Three to four times what was measured on a quiet machine is allowed; times are in
-docs/benchmarks.md.
+page fault a page) would multiply. Two and a half to four times what was measured on a quiet machine is allowed; times
+are in docs/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def test_minibatches(buf, reuse):
 
 
 def test_the_call_of_a_small_step():
-    # Against a copy_ a field, of eight. Measured: 1.5.
+    # Against a copy_ a field, of eight. Measured: 0.83.
     shapes = {"obs": (OBS,), "actions": (ACTIONS,), "mu": (ACTIONS,), "sigma": (ACTIONS,)}
     step = {name: torch.randn(8, *shape) for name, shape in shapes.items()}
     step |= {name: torch.randn(8) for name in ("rewards", "values", "log_probs", "dones")}
@@ -107,4 +107,4 @@ def test_the_call_of_a_small_step():
                 storage[name][t].copy_(x)
 
     times = [(best(lambda: fill(buf, [step] * 100)), best(copies)) for _ in range(25)]
-    assert min(x for x, _ in times) / min(y for _, y in times) < 4
+    assert min(x for x, _ in times) / min(y for _, y in times) < 2.5

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from harness import Run
-from torch import Tensor
 from workload import Size
 
 import pydrone
@@ -72,29 +71,12 @@ def ours(setting: Setting) -> Run:
 
 
 def _vec_env(setting: Setting):  # type: ignore[no-untyped-def]
-    vec_env, tensordict = need("rsl_rl.env").VecEnv, need("tensordict").TensorDict
+    need("rsl_rl.env")
+    from pydrone.integrations.rsl_rl_env import VecEnvWrapper
 
-    class DroneVecEnv(vec_env):  # type: ignore[misc, valid-type]
-        """The quadrotor behind rsl_rl's interface. Its log is left out, which saves rsl_rl time."""
-
-        def __init__(self) -> None:
-            self.env = Quadrotor(setting.size.num_envs, setting.device)
-            self.num_envs, self.num_actions = setting.size.num_envs, self.env.actions
-            self.max_episode_length, self.device, self.cfg = self.env.max_episode_length, self.env.device, {}
-            self.obs = self.env.reset()
-            self.env.randomize_episode_lengths()
-            self.episode_length_buf = torch.zeros(self.num_envs, dtype=torch.long, device=self.device)
-
-        def get_observations(self):  # type: ignore[no-untyped-def]
-            return tensordict({"policy": self.obs}, batch_size=[self.num_envs])
-
-        def step(self, actions: Tensor):  # type: ignore[no-untyped-def]
-            result = self.env.step(actions)
-            # rsl_rl stores an observation after the step that follows it, and the quadrotor may write over it.
-            self.obs = result.obs.clone()
-            return self.get_observations(), result.rewards, result.dones, {"time_outs": result.truncated}
-
-    return DroneVecEnv()
+    env = VecEnvWrapper(Quadrotor(setting.size.num_envs, setting.device))
+    env.env.randomize_episode_lengths()
+    return env
 
 
 def _runner_config(setting: Setting) -> dict[str, Any]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 
 def main(argv: list[str]) -> int:
     """Writes the file and says what is in it; returns the exit status."""
+    from pydrone.cli import _fail, _missing
     from pydrone.ppo import export
 
     parser = argparse.ArgumentParser(
@@ -30,9 +30,7 @@ def main(argv: list[str]) -> int:
     options = parser.parse_args(argv)
     lacking = export.missing(options.format)
     if lacking:
-        return _fail(
-            f'{", ".join(lacking)} not installed; `pip install "pydrone-rl[export]"` installs what export needs'
-        )
+        return _missing(*lacking, extra="export")
     try:
         print(_export(options))
     except (OSError, ValueError, ImportError, RuntimeError) as error:
@@ -65,9 +63,3 @@ def _export(options: argparse.Namespace) -> str:
         f"Checked with {done.checked_with} for {done.num_inputs} inputs: at most {done.difference:.1e} from the "
         "policy's own actions"
     )
-
-
-def _fail(error: Exception | str) -> int:
-    """One line on stderr."""
-    print(f"pydrone: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
-    return 1

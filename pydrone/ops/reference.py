@@ -128,7 +128,7 @@ def append(
             pool_slot = appended // int(cursor[CURSOR_NUM_STEPS]) % final_obs.shape[0]
         cursor[CURSOR_APPENDED] += int(commit)
     fields = list(zip(layout[::2], layout[1::2], strict=True))
-    for source, (offset, dtype) in zip(sources, fields, strict=False):
+    for source, (offset, dtype) in zip(sources, fields[: len(sources)], strict=True):
         _field(rows[slot], offset, DTYPES[dtype], source.shape[1:].numel()).copy_(source.reshape(num_envs, -1))
     for plane, source in zip(planes, plane_sources, strict=True):
         plane[:, slot] = source.reshape(num_envs)
