@@ -132,29 +132,4 @@ inline int64_t item_size(const char* name, int64_t dtype) {
   return 0;
 }
 
-// A byte offset and a dtype for each of append's sources, and of its final sources where it has any.
-inline void check_layout(const std::vector<int64_t>& layout, const std::vector<Tensor>& sources,
-                         const std::vector<Tensor>& final_sources) {
-  const size_t expected = 2 * (sources.size() + final_sources.size());
-  STD_TORCH_CHECK(layout.size() == expected, "layout: expected ", expected, " numbers for ", sources.size(),
-                  " sources and ", final_sources.size(), " final sources, got ", layout.size());
-}
-
-// append's pool of final observations: whether there is one.
-inline bool check_pool(const std::vector<Tensor>& pool, const Tensor& rows) {
-  if (pool.empty()) return false;
-  STD_TORCH_CHECK(pool.size() == 3, "pool: expected final_obs, count and final_rows, got ", pool.size(), " tensors");
-  for (const Tensor& x : pool) check_device("pool", x, rows);
-  check_shape("pool's final_obs", pool[0], {-1, -1, -1});
-  check_dtype("pool's final_obs", pool[0], ScalarType::Byte);
-  check_contiguous("pool's final_obs", pool[0]);
-  STD_TORCH_CHECK(pool[0].size(0) > 0, "pool's final_obs: expected at least one pool, got shape ", shape_of(pool[0]));
-  check_shape("pool's count", pool[1], {pool[0].size(0), 2});
-  check_dtype("pool's count", pool[1], ScalarType::Int);
-  check_contiguous("pool's count", pool[1]);
-  check_shape("pool's final_rows", pool[2], {rows.size(1), rows.size(0)});
-  check_dtype("pool's final_rows", pool[2], ScalarType::Int);
-  return true;
-}
-
 }  // namespace pydrone

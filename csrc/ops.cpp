@@ -12,10 +12,9 @@ void gae(const Tensor& rewards, const Tensor& values, const Tensor& dones, const
          double gamma, double lam, int64_t start, bool coded, int64_t bootstrap, const Optional& cursor,
          const Tensor& advantages, const Optional& returns, const Optional& stats, const Optional& workspace);
 
-void append(const std::vector<Tensor>& ring, const std::vector<Tensor>& sources, const std::vector<int64_t>& layout,
-            const std::vector<Tensor>& plane_sources, const Optional& dones, const Optional& truncated,
-            const Optional& valid, const std::vector<Tensor>& pool, const std::vector<Tensor>& final_sources,
-            int64_t slot, int64_t pool_slot, const Optional& cursor, bool commit);
+void append(const std::vector<Tensor>& memory, const std::vector<Tensor>& sources, const Tensor& layout,
+            const Optional& dones, const Optional& truncated, const Optional& valid, int64_t slot, int64_t pool_slot,
+            const Optional& cursor, bool commit);
 
 void gather(const Tensor& rows, const std::vector<int64_t>& offsets, const std::vector<int64_t>& dtypes,
             const std::vector<Tensor>& outputs, int64_t value_offset, const Optional& advantages,

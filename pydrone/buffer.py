@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 from .estimators import env_scalars, pick_bootstrap, unit_interval
-from .layout import positive
+from .layout import of_append, positive
 from .minibatch import Minibatch, Plan
 from .ops.dispatch import bump, written
 from .ops.pages import Recycler
 from .ops.reference import normalization, permute
-from .ops.schema import CURSOR_DISCARDED, INVALID, SCALAR_TYPES
+from .ops.schema import CURSOR_DISCARDED, INVALID
 from .ring import BufferFull, Ring, field_view
 from .sequences import Sequences, pad
 from .sources import Sources
@@ -91,14 +91,21 @@ class RolloutBuffer(Ring):
         self._num_rollouts = self._layout.num_rollouts
         self._values_at = self._sources.index(self._layout.fields["values"])
         rows, values, rewards = self._rows, self._memory["values"], self._memory["rewards"]
-        # Arguments of the operation that are the same in every step: its ``ring`` for a whole step and for its halves,
-        # its ``layout`` with or without a row and final observations; and what a step writes to.
-        self._ring = [rows, self._codes, values, rewards]
-        self._ring_begin, self._ring_end = [rows, self._codes, values], [rows, self._codes, rewards]
-        row = [number for field in self._sources for number in (field.offset, SCALAR_TYPES[field.dtype])]
-        pool = [x for field in self._layout.pool_fields.values() for x in (field.offset, SCALAR_TYPES[field.dtype])]
-        self._layouts = {(True, False): row, (True, True): row + pool, (False, False): [], (False, True): pool}
         self._step_memory = [rows, values, rewards, self._codes, *self._pool[:2]]
+        # The operation's ``memory`` and ``layout`` for a whole step and for its halves; without truncations, with
+        # them, and with their final observations too.
+        self._constants = {}
+        pool_fields = self._layout.pool_fields.values()
+        for call, fields, planes in (
+            ("append", self._sources, [values, rewards]),
+            ("begin", self._sources, [values]),
+            ("end", [], [rewards]),
+            ("slot", [], [values, rewards]),
+        ):
+            memory = [rows, self._codes, *planes]
+            with torch.inference_mode(False):
+                layout, with_final = (of_append(fields, len(planes), final) for final in ([], pool_fields))
+            self._constants[call] = (memory, layout), (memory + self._pool, layout), (memory + self._pool, with_final)
 
     def append(
         self,
@@ -136,20 +143,19 @@ class RolloutBuffer(Ring):
             BufferFull: the ring holds a rollout there that has not been discarded; nothing was written.
             TypeError, ValueError: an argument is missing, unknown, or of the wrong shape, dtype or device.
         """
-        self._idle("append")
-        self._check_room()
+        self._ready("append")
         given = self._checked.given(obs, actions, values, log_probs, fields)
         final = self._usual_final(truncated, final_obs)
         sources = None if final is None else self._checked.usual(given, final)
         if sources is not None:
             try:
-                self._write(self._ring, sources, [values, rewards], dones, truncated, valid, final, True)
+                self._write("append", [*sources, values, rewards, *final], dones, truncated, valid, final)
                 return
             except (RuntimeError, TypeError):
                 pass  # the operation has written nothing; the checks below say what is wrong in the caller's words
         sources = self._checked.row(given)
         rewards, *ends = self._ends(rewards, dones, truncated, final_obs, valid)
-        self._write(self._ring, sources, [sources[self._values_at], rewards], *ends, True)
+        self._write("append", [*sources, sources[self._values_at], rewards, *ends[-1]], *ends)
 
     def begin(
         self,
@@ -161,13 +167,12 @@ class RolloutBuffer(Ring):
         **fields: Tensor,
     ) -> None:
         """The first half of :meth:`append`, for environments that write over their observation in ``step()``."""
-        self._idle("begin")
-        self._check_room()
+        self._ready("begin")
         given = self._checked.given(obs, actions, values, log_probs, fields)
         sources = self._checked.usual(given, ()) if self._ops.checks else None
         if sources is None:
             sources = self._checked.row(given)
-        self._write(self._ring_begin, sources, [sources[self._values_at]], None, None, None, [], False)
+        self._write("begin", [*sources, sources[self._values_at]], None, None, None, ())
         self._open = "begin"
 
     def slot(self) -> dict[str, Tensor | dict[str, Tensor]]:
@@ -178,8 +183,7 @@ class RolloutBuffer(Ring):
 
         Raises BufferFull as :meth:`append` does.
         """
-        self._idle("slot")
-        self._check_room()
+        self._ready("slot")
         step = {name: self._views[name][self._appended % self.capacity] for name in self._views}
         groups = {name: step[f"obs.{name}"] for name in self._layout.obs}
         self._open = "slot"
@@ -201,21 +205,24 @@ class RolloutBuffer(Ring):
         rewards, *ends = self._ends(rewards, dones, truncated, final_obs, valid)
         if self._open == "slot":
             values = self._views["values"][self._appended % self.capacity]
-            self._write(self._ring, (), [values, rewards], *ends, True)
+            self._write("slot", [values, rewards, *ends[-1]], *ends)
         else:
-            self._write(self._ring_end, (), [rewards], *ends, True)
+            self._write("end", [rewards, *ends[-1]], *ends)
         self._open = None
 
-    def _idle(self, call: str) -> None:
+    def _ready(self, call: str) -> None:
+        """Raises where a step cannot be begun."""
         if self._open is not None:
-            raise RuntimeError(f"{call}: expected end() first, {self._open}() has begun a step")
-
-    def _check_room(self) -> None:
-        if len(self) >= self.capacity and not self._capturing():
+            self._idle(call)
+        if self._appended - self._discarded >= self.capacity and not self._capturing():
             raise BufferFull(
                 f"the ring of {self.capacity} steps holds {len(self)} that are not discarded: "
                 "learn from the rollout and call clear() first"
             )
+
+    def _idle(self, call: str) -> None:
+        if self._open is not None:
+            raise RuntimeError(f"{call}: expected end() first, {self._open}() has begun a step")
 
     def _usual_final(self, truncated: Tensor | None, final_obs: object) -> list[object] | None:
         """The final observations, unchecked; None where all is to be checked in Python."""
@@ -245,29 +252,26 @@ class RolloutBuffer(Ring):
 
     def _write(
         self,
-        ring: list[Tensor],
-        sources: Sequence[Tensor],
-        scalars: list[Tensor],
+        call: str,
+        sources: list[Tensor],
         dones: Tensor | None,
         truncated: Tensor | None,
         valid: Tensor | None,
         final: Sequence[Tensor],
-        commit: bool,
     ) -> None:
-        """A step or its half: ``sources`` into a row, ``scalars`` into the planes of ``ring``, and how it ended."""
+        """A step or its half: ``sources`` of a row, of planes and of the pool (``final``), and how it ended."""
         captured = self._capturing()
         appended = self._appended
         rollout = appended // self.num_steps % self._num_rollouts
+        memory, layout = self._constants[call][0 if truncated is None else 2 if final else 1]
+        commit = call != "begin"
         self._ops.append(
-            ring,
+            memory,
             sources,
-            self._layouts[bool(sources), bool(final)],
-            scalars,
+            layout,
             dones,
             truncated,
             valid,
-            [] if truncated is None else self._pool,
-            final,
             appended % self.capacity,
             rollout,
             self._cursor if captured else None,

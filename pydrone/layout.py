@@ -10,7 +10,7 @@ runs along the steps of one.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -45,6 +45,12 @@ class Field(NamedTuple):
     def output_dtype(self) -> torch.dtype:
         """What a minibatch holds: half precision is a matter of storage alone."""
         return torch.float32 if self.dtype in HALVES else self.dtype
+
+
+def of_append(fields: Sequence[Field], num_planes: int, final_fields: Sequence[Field]) -> torch.Tensor:
+    """The ``layout`` of a step with these fields, see :mod:`pydrone.ops.schema`."""
+    rows = [(x.offset, SCALAR_TYPES[x.dtype], x.width, len(x.shape)) for x in (*fields, *final_fields)]
+    return torch.tensor([(len(fields), num_planes, len(final_fields), 0), *rows], dtype=torch.int64, device="cpu")
 
 
 class Allocation(NamedTuple):

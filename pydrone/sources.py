@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from operator import itemgetter
 
 import torch
@@ -18,10 +18,7 @@ class Sources:
         self.layout, self.device, self.num_envs = layout, device, layout.num_envs
         self.fields = [field for name, field in layout.fields.items() if name != "final_row"]
         self._in_order = itemgetter(*(field.name for field in self.fields))
-        self._shapes = [(layout.num_envs, *field.shape) for field in self.fields]
-        # Scalars may come as columns, as rsl_rl has them.
-        self._fitting = [(shape, (*shape, 1)) if len(shape) == 1 else (shape,) for shape in self._shapes]
-        self._final_shapes = [(layout.num_envs, *field.shape) for field in layout.pool_fields.values()]
+        self._deep, self._final_deep = _deep(layout, self.fields), _deep(layout, layout.pool_fields.values())
 
     def given(self, obs: object, actions: object, values: object, log_probs: object, fields: dict) -> dict[str, object]:
         """What a step was given for a row, by the names of the layout's fields."""
@@ -41,19 +38,21 @@ class Sources:
         return tuple(self.field(field, given[field.name], field.name) for field in self.fields)
 
     def usual(self, given: Mapping[str, object], final: Sequence[object]) -> tuple[Tensor, ...] | None:
-        """The sources of a row, and nothing looked at but their shapes: all that an operation cannot check by itself.
+        """The sources of a row, and nothing looked at but what an operation cannot check by itself.
 
-        None if anything is out of the ordinary. This runs every step, and Python is most of a small step's time.
+        None if anything is out of the ordinary. This runs every step, and Python is much of a small step's time.
         """
         try:
             sources = self._in_order(given)
-            shapes = [x.shape for x in sources]
             if len(given) != len(sources):
                 return None
-            if shapes != self._shapes and not all(x in fitting for x, fitting in zip(shapes, self._fitting)):
-                return None
-            if final and [x.shape for x in final] != self._final_shapes:
-                return None
+            for i, shape in self._deep:
+                if sources[i].shape != shape:
+                    return None
+            if final:
+                for i, shape in self._final_deep:
+                    if final[i].shape != shape:
+                        return None
             if torch.is_grad_enabled():
                 for x in sources:
                     if x.requires_grad:
@@ -103,3 +102,8 @@ class Sources:
         if x.is_complex() or (floating and not x.is_floating_point()):
             raise TypeError(f"{name}: expected a {'floating' if floating else 'real'} dtype, got {x.dtype}")
         return x.detach() if x.requires_grad else x
+
+
+def _deep(layout: Layout, fields: Iterable[Field]) -> list[tuple[int, tuple[int, ...]]]:
+    """Number and shape of the fields of several dimensions: of these an operation knows how many elements they have."""
+    return [(i, (layout.num_envs, *field.shape)) for i, field in enumerate(fields) if len(field.shape) > 1]

@@ -211,6 +211,8 @@ STEP |= {"dones": torch.zeros(4), "values": torch.zeros(4), "log_probs": torch.z
 BAD_STEPS = [
     ({"obs": torch.zeros(5, 3)}, ValueError, r"^obs: expected shape \[4, 3\], got \[5, 3\]$"),
     ({"obs": torch.zeros(3, 4)}, ValueError, r"^obs: expected shape \[4, 3\], got \[3, 4\]$"),
+    ({"obs": torch.zeros(12)}, ValueError, r"^obs: expected shape \[4, 3\], got \[12\]$"),
+    ({"obs": torch.zeros(4, 3, 1)}, ValueError, r"^obs: expected shape \[4, 3\], got \[4, 3, 1\]$"),
     ({"obs": {"obs": torch.zeros(4, 3)}}, TypeError, r"^obs: expected a tensor, got dict$"),
     ({"obs": torch.zeros(4, 3, dtype=torch.int32)}, TypeError, r"^obs: expected dtype torch.float32, got torch.int32$"),
     ({"obs": torch.zeros(4, 3).to_sparse()}, TypeError, r"^obs: expected a strided tensor"),
@@ -230,6 +232,7 @@ BAD_STEPS = [
     ({"truncated": torch.zeros(3)}, ValueError, r"^truncated: expected shape \[4\]"),
     ({"valid": torch.zeros(3)}, ValueError, r"^valid: expected shape \[4\]"),
     ({"mu": torch.zeros(4, 3)}, ValueError, r"^mu: expected shape \[4, 2\], got \[4, 3\]$"),
+    ({"mu": torch.zeros(4, 2, 1)}, ValueError, r"^mu: expected shape \[4, 2\], got \[4, 2, 1\]$"),
     ({"sigma": torch.zeros(4, 2)}, TypeError, r"^sigma: not a field of this buffer; it has mu$"),
     ({"final_obs": torch.zeros(4, 3)}, ValueError, r"^final_obs: expected truncated with it, got None$"),
     ({"final_obs": torch.zeros(4, 2), "truncated": torch.ones(4)}, ValueError, r"^final_obs: expected shape \[4, 3\]"),
@@ -248,6 +251,19 @@ def test_a_refused_step_leaves_everything_as_it_was(change, error, message, back
     assert memory_bytes(buf) == before and len(buf) == 1
     buf.append(**STEP)
     buf.compute_gae(torch.zeros(4))  # no bootstrap wanted: a refused `truncated` has left no trace
+
+
+def test_pictures_turned_round():
+    """An operation knows how many elements a field has, and Python the order of its dimensions."""
+    buf = RolloutBuffer(4, 2, obs=(2, 3), actions=1, max_episode_length=2)
+    turned, right = torch.zeros(4, 3, 2), torch.zeros(4, 2, 3)
+    step = {name: torch.zeros(4) for name in ("rewards", "dones", "values", "log_probs")}
+    step |= {"actions": torch.zeros(4, 1), "truncated": torch.ones(4)}
+    for change in ({"obs": turned, "final_obs": right}, {"obs": right, "final_obs": turned}):
+        with pytest.raises(ValueError, match=r"obs: expected shape \[4, 2, 3\], got \[4, 3, 2\]$"):
+            buf.append(**step, **change)
+    buf.append(**step, obs=right, final_obs=right)
+    assert len(buf) == 1
 
 
 def test_missing_arguments():

@@ -165,34 +165,24 @@ def append_kernel(
             tl.store(cursor + CURSOR_FLAG, 1)
 
 
-def append(
-    ring,
-    sources,
-    layout,
-    plane_sources,
-    dones,
-    truncated,
-    valid,
-    pool,
-    final_sources,
-    slot,
-    pool_slot,
-    cursor,
-    commit,
-) -> None:
+def append(memory, sources, layout, dones, truncated, valid, slot, pool_slot, cursor, commit) -> None:
     """Stores one step of all environments, see :mod:`pydrone.ops.schema`."""
-    rows, planes = ring[0], ring[2:]
+    (num_fields, num_planes, _, _), *described = layout.tolist()
+    rows, planes = memory[0], memory[2 : 2 + num_planes]
     capacity, num_envs, row_bytes = rows.shape
     if num_envs == 0:
         return
-    codes = None if dones is None else ring[1]
-    final_obs, count, final_rows = pool or (None, None, None)
+    codes = None if dones is None else memory[1]
+    # Without truncations there is nothing for the pool.
+    final_obs, count, final_rows = (truncated is not None and memory[2 + num_planes :]) or (None, None, None)
+    given = sources[:num_fields]
+    plane_sources = sources[num_fields : num_fields + num_planes]
+    final_sources = [] if final_obs is None else sources[num_fields + num_planes :]
     pool_bytes = final_obs.shape[2] if final_sources else 1
-    widest = max((source[0].numel() for source in (*sources, *final_sources)), default=1)
+    widest = max((width for _, _, width, _ in described), default=1)
     envs = power_of_2(MAX_TILE // max(widest, 1), 1, ENVS)
-    described = 2 * len(sources)
-    fields = _fields("sources", sources, layout[:described], row_bytes, MAX_TILE // envs)
-    final_fields = _fields("final_sources", final_sources, layout[described:], pool_bytes, MAX_TILE // envs)
+    fields = _fields("sources", given, described[:num_fields], row_bytes, MAX_TILE // envs)
+    final_fields = _fields("final sources", final_sources, described[num_fields:], pool_bytes, MAX_TILE // envs)
     strides = (
         tuple(0 if flag is None else flag.stride(0) for flag in (dones, truncated, valid)),
         tuple(plane.stride() for plane in planes),
@@ -203,7 +193,7 @@ def append(
     )
     with on_device_of(rows):
         append_kernel[(triton.cdiv(num_envs, envs),)](
-            rows, tuple(sources), tuple(planes), tuple(plane_sources), codes, (dones, truncated, valid), final_obs,
+            rows, tuple(given), tuple(planes), tuple(plane_sources), codes, (dones, truncated, valid), final_obs,
             tuple(final_sources), count, final_rows, cursor, strides, num_envs, capacity, slot, pool_slot,
             1 if count is None else count.shape[0], final_obs.shape[1] if final_sources else 0,
             ROW_BYTES=row_bytes, FIELDS=fields, POOL_ROW_BYTES=pool_bytes,
@@ -211,14 +201,12 @@ def append(
         )  # fmt: skip
 
 
-def _fields(name: str, sources, layout, row_bytes: int, widest_tile: int) -> tuple:
+def _fields(name: str, sources, described, row_bytes: int, widest_tile: int) -> tuple:
     """The flat description of all fields that a kernel takes."""
     fields = []
-    for i, (source, offset, dtype) in enumerate(zip(sources, layout[::2], layout[1::2], strict=True)):
-        kind = DTYPES[dtype]
-        width, dims = 1, []
+    for i, (source, (offset, dtype, width, _)) in enumerate(zip(sources, described)):
+        kind, dims = DTYPES[dtype], []
         for size, stride in zip(source.shape[:0:-1], source.stride()[:0:-1], strict=True):
-            width *= size
             if dims and stride == dims[-2] * dims[-1]:
                 dims[-2] *= size
             elif size != 1:

@@ -2,6 +2,7 @@
 // straight; rows leave in streaming stores. One thread: a core saturates the write bandwidth, and a fork costs as much as the step of a
 // small ring.
 #include "../recurrence.h"
+#include "../step.h"
 #include "common.h"
 
 #include <algorithm>
@@ -28,10 +29,10 @@ struct Field {
   int64_t bytes() const { return width * to_size; }
 };
 
-Field describe(const char* name, const Tensor& source, int64_t offset, int64_t dtype, const Tensor& rows,
-               int64_t num_envs, int64_t row_bytes) {
-  STD_TORCH_CHECK(source.dim() >= 1 && source.size(0) == num_envs, name, ": expected a first dimension of ", num_envs,
-                  ", got shape ", shape_of(source));
+Field describe(const char* name, const Tensor& source, const Step::Field& wanted, const Tensor& rows, int64_t num_envs,
+               int64_t row_bytes) {
+  const auto [offset, dtype, width, dims] = wanted;
+  check_source(name, source, wanted, num_envs);
   Field field{};
   field.data = static_cast<const char*>(source.data_ptr());
   field.from = source.scalar_type();
@@ -40,7 +41,7 @@ Field describe(const char* name, const Tensor& source, int64_t offset, int64_t d
   field.from_size = field.from == field.to ? field.to_size : static_cast<int64_t>(source.element_size());
   field.env = source.stride(0) * field.from_size;
   field.offset = offset;
-  field.width = 1;
+  field.width = width;
   STD_TORCH_CHECK(offset % field.to_size == 0, name, ": byte offset ", offset, " is no multiple of ", field.to_size);
   STD_TORCH_CHECK(field.from == field.to || (is_real(field.from) && is_real(field.to)), name, ": expected dtype ",
                   torch::headeronly::toString(field.to), ", got ", torch::headeronly::toString(field.from));
@@ -50,7 +51,6 @@ Field describe(const char* name, const Tensor& source, int64_t offset, int64_t d
   bool is_dense = true;
   for (int64_t i = source.dim() - 1; i >= 1; --i) {
     const int64_t size = source.size(i), stride = source.stride(i);
-    field.width *= size;
     if (size == 1) continue;
     is_dense = is_dense && stride == dense;
     dense *= size;
@@ -154,14 +154,13 @@ void copy_field(const Field& field, char* to, int64_t row_bytes, int64_t n0, int
     std::memcpy(to + n * row_bytes + field.offset, field.data + (n0 + n) * field.env, bytes);
 }
 
-// The `sources`, described by `layout` from its element `at` on, in ascending order of their offsets.
-std::vector<Field> describe_all(const char* name, const std::vector<Tensor>& sources,
-                                const std::vector<int64_t>& layout, size_t at, const Tensor& rows, int64_t num_envs) {
+// In ascending order of their offsets.
+std::vector<Field> describe_all(const Step::Sources& sources, const Tensor& rows, int64_t num_envs) {
   std::vector<Field> fields;
-  fields.reserve(sources.size());
+  fields.reserve(sources.count);
   const int64_t row_bytes = rows.size(2);
-  for (size_t i = 0; i < sources.size(); ++i)
-    fields.push_back(describe(name, sources[i], layout[at + 2 * i], layout[at + 2 * i + 1], rows, num_envs, row_bytes));
+  for (int64_t i = 0; i < sources.count; ++i)
+    fields.push_back(describe(sources.name, sources[i], sources.fields[i], rows, num_envs, row_bytes));
   auto before = [](const Field& x, const Field& y) { return x.offset < y.offset; };
   if (!std::is_sorted(fields.begin(), fields.end(), before)) std::sort(fields.begin(), fields.end(), before);
   return fields;
@@ -259,7 +258,7 @@ void append_rows(char* rows, int64_t row_bytes, const std::vector<Field>& fields
 template <class To>
 void copy_plane(To* to, int64_t stride, const Tensor& source, int64_t num_envs) {
   const int64_t step = source.stride(0);
-  for_real("plane_sources", source.scalar_type(), [&](auto kind) {
+  for_real("sources of planes", source.scalar_type(), [&](auto kind) {
     using From = decltype(kind);
     auto* from = static_cast<const From*>(source.data_ptr());
     if constexpr (std::is_same_v<To, From>)
@@ -328,49 +327,20 @@ void store_ends(uint8_t* to, int64_t stride, int64_t num_envs, const Tensor& don
 
 }  // namespace
 
-void append(const std::vector<Tensor>& ring, const std::vector<Tensor>& sources, const std::vector<int64_t>& layout,
-            const std::vector<Tensor>& plane_sources, const Optional& dones, const Optional& truncated,
-            const Optional& valid, const std::vector<Tensor>& pool, const std::vector<Tensor>& final_sources,
-            int64_t slot, int64_t pool_slot, const Optional& cursor, bool commit) {
-  STD_TORCH_CHECK(!ring.empty(), "ring: expected rows, codes and planes, got no tensor");
-  const Tensor& rows = ring[0];
-  const int64_t num_planes = std::max<int64_t>(0, static_cast<int64_t>(ring.size()) - 2);
-  check_shape("rows", rows, {-1, -1, -1});
-  check_dtype("rows", rows, ScalarType::Byte);
-  check_contiguous("rows", rows);
+void append(const std::vector<Tensor>& memory, const std::vector<Tensor>& sources, const Tensor& layout,
+            const Optional& dones, const Optional& truncated, const Optional& valid, int64_t slot, int64_t pool_slot,
+            const Optional& cursor, bool commit) {
+  const Step step(memory, sources, layout);
+  const Tensor& rows = step.rows;
   const int64_t capacity = rows.size(0), num_envs = rows.size(1), row_bytes = rows.size(2);
-  check_layout(layout, sources, final_sources);
-  const std::vector<Field> fields = describe_all("sources", sources, layout, 0, rows, num_envs);
-  STD_TORCH_CHECK(static_cast<int64_t>(plane_sources.size()) == num_planes,
-                  "plane_sources: expected a tensor for each of ", num_planes, " planes, got ", plane_sources.size());
-  for (size_t i = 0; i < plane_sources.size(); ++i) {
-    const Tensor& plane = ring[2 + i];
-    check_shape("planes", plane, {num_envs, capacity});
-    check_dtype("planes", plane, ScalarType::Float);
-    check_scalars("plane_sources", plane_sources[i], num_envs);
-    check_real("plane_sources", plane_sources[i]);
-    check_device("planes", plane, rows);
-    check_device("plane_sources", plane_sources[i], rows);
-  }
-  STD_TORCH_CHECK(ring.size() > 1 || !dones, "ring: expected codes with dones, got rows alone");
-  if (ring.size() > 1) {
-    check_shape("codes", ring[1], {num_envs, capacity});
-    check_dtype("codes", ring[1], ScalarType::Byte);
-    check_device("codes", ring[1], rows);
-  }
-  for (const auto& [name, flags] : {std::pair{"dones", &dones}, {"truncated", &truncated}, {"valid", &valid}}) {
-    if (!flags->has_value()) continue;
-    check_scalars(name, **flags, num_envs);
-    check_flags(name, **flags);
-    check_device(name, **flags, rows);
-  }
-  const bool pooled = dones && truncated && check_pool(pool, rows);
+  const std::vector<Field> fields = describe_all(step.row, rows, num_envs);
+  const bool pooled = step.check_ends(dones, truncated, valid);
   Pool target{};
   if (pooled) {
-    const auto* counts = static_cast<const int32_t*>(pool[1].data_ptr());
-    for (int64_t i = 0; i < pool[1].numel(); ++i)
-      STD_TORCH_CHECK(counts[i] >= 0, "pool's count: expected counts of at least 0, got ", counts[i]);
-    target.fields = describe_all("final_sources", final_sources, layout, 2 * sources.size(), pool[0], num_envs);
+    const auto* counts = static_cast<const int32_t*>(step.pool[1].data_ptr());
+    for (int64_t i = 0; i < step.pool[1].numel(); ++i)
+      STD_TORCH_CHECK(counts[i] >= 0, "count: expected counts of at least 0, got ", counts[i]);
+    target.fields = describe_all(step.final, step.pool[0], num_envs);
   }
   int64_t* state = nullptr;
   if (cursor) {
@@ -382,29 +352,30 @@ void append(const std::vector<Tensor>& ring, const std::vector<Tensor>& sources,
       return;
     }
     slot = state[0] % capacity;
-    if (pooled) pool_slot = state[0] / std::max<int64_t>(state[4], 1) % pool[0].size(0);
+    if (pooled) pool_slot = state[0] / std::max<int64_t>(state[4], 1) % step.pool[0].size(0);
   }
   check_range("slot", slot, 0, capacity);
   if (pooled) {
-    check_range("pool_slot", pool_slot, 0, pool[0].size(0));
-    target.size = pool[0].size(1);
-    target.row_bytes = pool[0].size(2);
-    target.rows = static_cast<char*>(pool[0].data_ptr()) + pool_slot * target.size * target.row_bytes;
-    target.count = static_cast<int32_t*>(pool[1].data_ptr()) + 2 * pool_slot;
-    target.numbers = static_cast<int32_t*>(pool[2].data_ptr()) + slot * pool[2].stride(1);
-    target.numbers_env = pool[2].stride(0);
+    const Tensor &final_obs = step.pool[0], &final_rows = step.pool[2];
+    check_range("pool_slot", pool_slot, 0, final_obs.size(0));
+    target.size = final_obs.size(1);
+    target.row_bytes = final_obs.size(2);
+    target.rows = static_cast<char*>(final_obs.data_ptr()) + pool_slot * target.size * target.row_bytes;
+    target.count = static_cast<int32_t*>(step.pool[1].data_ptr()) + 2 * pool_slot;
+    target.numbers = static_cast<int32_t*>(final_rows.data_ptr()) + slot * final_rows.stride(1);
+    target.numbers_env = final_rows.stride(0);
   }
 
   if (num_envs && row_bytes && !fields.empty())
     append_rows(static_cast<char*>(rows.data_ptr()) + slot * num_envs * row_bytes, row_bytes, fields, num_envs);
-  for (size_t i = 0; i < plane_sources.size(); ++i) {
-    const Tensor& plane = ring[2 + i];
-    copy_plane(static_cast<float*>(plane.data_ptr()) + slot * plane.stride(1), plane.stride(0), plane_sources[i],
+  for (int64_t i = 0; i < step.plane.count; ++i) {
+    const Tensor& plane = step.planes[i];
+    copy_plane(static_cast<float*>(plane.data_ptr()) + slot * plane.stride(1), plane.stride(0), step.plane[i],
                num_envs);
   }
   if (dones)
-    store_ends(static_cast<uint8_t*>(ring[1].data_ptr()) + slot * ring[1].stride(1), ring[1].stride(0), num_envs,
-               *dones, truncated, valid, pooled ? &target : nullptr);
+    store_ends(static_cast<uint8_t*>(step.codes->data_ptr()) + slot * step.codes->stride(1), step.codes->stride(0),
+               num_envs, *dones, truncated, valid, pooled ? &target : nullptr);
   stream_fence();
   if (state && commit) ++state[0];
 }

@@ -6,6 +6,7 @@
 #include "common.cuh"
 
 #include "../recurrence.h"
+#include "../step.h"
 
 #include <algorithm>
 
@@ -193,19 +194,18 @@ __global__ void __launch_bounds__(kThreads) append_step(const __grid_constant__ 
 }
 
 // `words`: the most words of a field, for the grid.
-int32_t describe(Field* fields, int most, const char* name, const std::vector<Tensor>& sources, const int64_t* layout,
-                 const Tensor& rows, int64_t num_envs, int64_t& words) {
-  STD_TORCH_CHECK(static_cast<int>(sources.size()) <= most, name, ": expected at most ", most, " tensors, got ",
-                  sources.size());
+int32_t describe(Field* fields, int most, const Step::Sources& sources, const Tensor& rows, int64_t num_envs,
+                 int64_t& words) {
+  const char* name = sources.name;
+  STD_TORCH_CHECK(sources.count <= most, name, ": expected at most ", most, " tensors, got ", sources.count);
   const int64_t row_bytes = rows.size(2);
   int32_t count = 0;
-  for (size_t i = 0; i < sources.size(); ++i) {
+  for (int64_t i = 0; i < sources.count; ++i) {
     const Tensor& source = sources[i];
-    const int64_t offset = layout[2 * i], dtype = layout[2 * i + 1];
+    const int64_t offset = sources.fields[i].offset, dtype = sources.fields[i].dtype;
     const auto from = source.scalar_type();
     check_device(name, source, rows);
-    STD_TORCH_CHECK(source.dim() >= 1 && source.size(0) == num_envs, name, ": expected a first dimension of ", num_envs,
-                    ", got shape ", shape_of(source));
+    check_source(name, source, sources.fields[i], num_envs);
     const int64_t size = item_size(name, dtype);
     check_element(name, source);
     Field field{};
@@ -261,16 +261,11 @@ int32_t describe(Field* fields, int most, const char* name, const std::vector<Te
   return count;
 }
 
-void append(const std::vector<Tensor>& ring, const std::vector<Tensor>& sources, const std::vector<int64_t>& layout,
-            const std::vector<Tensor>& plane_sources, const Optional& dones, const Optional& truncated,
-            const Optional& valid, const std::vector<Tensor>& pool, const std::vector<Tensor>& final_sources,
-            int64_t slot, int64_t pool_slot, const Optional& cursor, bool commit) {
-  STD_TORCH_CHECK(!ring.empty(), "ring: expected rows, codes and planes, got no tensor");
-  const Tensor& rows = ring[0];
-  const int64_t num_planes = std::max<int64_t>(0, static_cast<int64_t>(ring.size()) - 2);
-  check_shape("rows", rows, {-1, -1, -1});
-  check_dtype("rows", rows, ScalarType::Byte);
-  check_contiguous("rows", rows);
+void append(const std::vector<Tensor>& memory, const std::vector<Tensor>& sources, const Tensor& layout,
+            const Optional& dones, const Optional& truncated, const Optional& valid, int64_t slot, int64_t pool_slot,
+            const Optional& cursor, bool commit) {
+  const Step step(memory, sources, layout);
+  const Tensor& rows = step.rows;
   Args args{};
   args.rows = static_cast<char*>(rows.data_ptr());
   args.capacity = rows.size(0);
@@ -278,58 +273,35 @@ void append(const std::vector<Tensor>& ring, const std::vector<Tensor>& sources,
   args.row_bytes = rows.size(2);
   const int64_t capacity = args.capacity, num_envs = args.num_envs;
   int64_t words = 1, final_words = 1;
-  check_layout(layout, sources, final_sources);
-  args.num_fields = describe(args.fields, kMaxFields, "sources", sources, layout.data(), rows, num_envs, words);
-
-  STD_TORCH_CHECK(static_cast<int64_t>(plane_sources.size()) == num_planes,
-                  "plane_sources: expected a tensor for each of ", num_planes, " planes, got ", plane_sources.size());
-  STD_TORCH_CHECK(plane_sources.size() <= kMaxPlanes, "ring: expected at most ", kMaxPlanes, " planes, got ",
-                  plane_sources.size());
-  args.num_planes = static_cast<int32_t>(plane_sources.size());
-  for (size_t i = 0; i < plane_sources.size(); ++i) {
-    const Tensor& plane = ring[2 + i];
-    check_device("planes", plane, rows);
-    check_shape("planes", plane, {num_envs, capacity});
-    check_dtype("planes", plane, ScalarType::Float);
-    check_device("plane_sources", plane_sources[i], rows);
-    check_scalars("plane_sources", plane_sources[i], num_envs);
-    check_real("plane_sources", plane_sources[i]);
-    args.planes[i] = {static_cast<float*>(plane.data_ptr()), plane.stride(0), Plane(plane_sources[i])};
+  args.num_fields = describe(args.fields, kMaxFields, step.row, rows, num_envs, words);
+  STD_TORCH_CHECK(step.plane.count <= kMaxPlanes, "memory: expected at most ", kMaxPlanes, " planes, got ",
+                  step.plane.count);
+  args.num_planes = static_cast<int32_t>(step.plane.count);
+  for (int64_t i = 0; i < step.plane.count; ++i) {
+    const Tensor& plane = step.planes[i];
+    args.planes[i] = {static_cast<float*>(plane.data_ptr()), plane.stride(0), Plane(step.plane[i])};
     args.plane_step[i] = plane.stride(1);
   }
-
-  STD_TORCH_CHECK(ring.size() > 1 || !dones, "ring: expected codes with dones, got rows alone");
-  if (ring.size() > 1) {
-    check_device("codes", ring[1], rows);
-    check_shape("codes", ring[1], {num_envs, capacity});
-    check_dtype("codes", ring[1], ScalarType::Byte);
-  }
-  auto flag = [&](const char* name, const Optional& x) {
-    if (!x) return Plane();
-    check_device(name, *x, rows);
-    check_scalars(name, *x, num_envs);
-    check_flags(name, *x);
-    return Plane(*x);
-  };
-  args.dones = flag("dones", dones);
-  args.truncated = flag("truncated", truncated);
-  args.valid = flag("valid", valid);
+  const bool pooled = step.check_ends(dones, truncated, valid);
   if (dones) {
-    args.codes = static_cast<uint8_t*>(ring[1].data_ptr());
-    args.codes_env = ring[1].stride(0);
-    args.codes_step = ring[1].stride(1);
+    args.dones = Plane(*dones);
+    args.codes = static_cast<uint8_t*>(step.codes->data_ptr());
+    args.codes_env = step.codes->stride(0);
+    args.codes_step = step.codes->stride(1);
   }
-  if (dones && truncated && check_pool(pool, rows)) {
-    args.num_finals = describe(args.finals, kMaxFinals, "final_sources", final_sources,
-                               layout.data() + 2 * sources.size(), pool[0], num_envs, final_words);
-    args.pool = static_cast<char*>(pool[0].data_ptr());
-    args.num_pools = pool[0].size(0);
-    args.pool_rows = pool[0].size(1);
-    args.pool_row_bytes = pool[0].size(2);
-    args.pool_count = static_cast<int32_t*>(pool[1].data_ptr());
-    args.final_rows = static_cast<int32_t*>(pool[2].data_ptr());
-    args.final_rows_env = pool[2].stride(0);
-    args.final_rows_step = pool[2].stride(1);
+  if (truncated) args.truncated = Plane(*truncated);
+  if (valid) args.valid = Plane(*valid);
+  if (pooled) {
+    const Tensor &final_obs = step.pool[0], &final_rows = step.pool[2];
+    args.num_finals = describe(args.finals, kMaxFinals, step.final, final_obs, num_envs, final_words);
+    args.pool = static_cast<char*>(final_obs.data_ptr());
+    args.num_pools = final_obs.size(0);
+    args.pool_rows = final_obs.size(1);
+    args.pool_row_bytes = final_obs.size(2);
+    args.pool_count = static_cast<int32_t*>(step.pool[1].data_ptr());
+    args.final_rows = static_cast<int32_t*>(final_rows.data_ptr());
+    args.final_rows_env = final_rows.stride(0);
+    args.final_rows_step = final_rows.stride(1);
     if (!cursor) check_range("pool_slot", pool_slot, 0, args.num_pools);
   }
   check_cursor(cursor, rows);

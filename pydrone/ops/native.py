@@ -26,6 +26,8 @@ def _fake(*args) -> None:
 
     A tensor on "meta" among others ends up here too, and must not be taken for done.
     """
+    if isinstance(args[0], (list, tuple)):
+        args = (*args[:2], *args[3:])  # append's layout, on the CPU for every device
     tensors = [x for arg in args for x in (arg if isinstance(arg, (list, tuple)) else (arg,)) if isinstance(x, Tensor)]
     devices = {x.device for x in tensors}
     if len(devices) > 1:

@@ -99,23 +99,12 @@ def _final_value(final_values: Tensor, final_rows: Tensor | None, slot: int, dty
     return pool[torch.where(found, row, final_values.shape[0])]
 
 
-def append(
-    ring,
-    sources,
-    layout,
-    plane_sources,
-    dones,
-    truncated,
-    valid,
-    pool,
-    final_sources,
-    slot,
-    pool_slot,
-    cursor,
-    commit,
-) -> None:
+def append(memory, sources, layout, dones, truncated, valid, slot, pool_slot, cursor, commit) -> None:
     """Stores one step: fields into packed rows, scalars into planes, flags as codes, final observations in the pool."""
-    rows, codes, planes = ring[0], ring[1] if len(ring) > 1 else None, ring[2:]
+    (num_fields, num_planes, _, _), *fields = layout.tolist()
+    rows, codes, planes = memory[0], memory[1] if len(memory) > 1 else None, memory[2 : 2 + num_planes]
+    pool = memory[2 + num_planes :]
+    final_sources = sources[num_fields + num_planes :]
     capacity, num_envs = rows.shape[:2]
     final_obs, count, final_rows = pool or (None, None, None)
     if cursor is not None:
@@ -127,10 +116,9 @@ def append(
         if pool:
             pool_slot = appended // int(cursor[CURSOR_NUM_STEPS]) % final_obs.shape[0]
         cursor[CURSOR_APPENDED] += int(commit)
-    fields = list(zip(layout[::2], layout[1::2], strict=True))
-    for source, (offset, dtype) in zip(sources, fields[: len(sources)], strict=True):
-        _field(rows[slot], offset, DTYPES[dtype], source.shape[1:].numel()).copy_(source.reshape(num_envs, -1))
-    for plane, source in zip(planes, plane_sources, strict=True):
+    for source, (offset, dtype, width, _) in zip(sources, fields[:num_fields]):
+        _field(rows[slot], offset, DTYPES[dtype], width).copy_(source.reshape(num_envs, width))
+    for plane, source in zip(planes, sources[num_fields:]):
         plane[:, slot] = source.reshape(num_envs)
     if dones is None:
         return
@@ -149,9 +137,9 @@ def append(
     fits = places < final_obs.shape[1]
     final_rows[envs, slot] = torch.where(fits, places, -1).int()
     envs, places = envs[fits], places[fits]
-    for source, (offset, dtype) in zip(final_sources, fields[len(sources) :], strict=True):
-        field = _field(final_obs[pool_slot], offset, DTYPES[dtype], source.shape[1:].numel())
-        field[places] = source.reshape(num_envs, -1)[envs].to(field.dtype)
+    for source, (offset, dtype, width, _) in zip(final_sources, fields[num_fields:], strict=True):
+        field = _field(final_obs[pool_slot], offset, DTYPES[dtype], width)
+        field[places] = source.reshape(num_envs, width)[envs].to(field.dtype)
 
 
 def _field(rows: Tensor, offset: int, dtype: torch.dtype, width: int) -> Tensor:

@@ -14,16 +14,18 @@ C = capacity of the ring in steps. All outputs are written in place; nothing is 
     stats: float64 [3] (count, mean, M2) of the advantages of valid samples.  workspace: float64 [workspace_size(N)],
     zero before the first launch, private to one stream.
 
-``append``  stores one step of N environments. (An argument costs a tenth of a microsecond, a list three: hence lists.)
+``append``  stores one step of N environments. (An argument costs a tenth of a microsecond, a list half of one and more
+with numbers in it: hence two lists, and a tensor of numbers. :func:`pydrone.layout.of_append` makes it.)
 
-    ring: [rows, codes, *planes]: rows uint8 [C, N, row_bytes], codes uint8 [N, C], planes [N, C]; or [rows] alone.
-    sources[i], [N, ...] of any strides, goes to byte layout[2 i] of each environment's row as dtype layout[2 i + 1]
-    (SCALAR_TYPES), contiguous; sources are all fields of a row, or none.
-    plane_sources[i], [N] or [N, 1], goes to planes[i].
+    memory: [rows, codes, *planes], or [rows] alone: rows uint8 [C, N, row_bytes], codes uint8 [N, C], planes [N, C].
+    With a pool of final observations also final_obs, count, final_rows: uint8 [R, P, pool_row_bytes], rows where
+    truncated is set, in no particular order; int32 [R, 2] (rows wanted, truncations that came without a final
+    observation); int32 [N, C], the row's index in the pool, -1 where it found no place.
+    sources: all fields of a row, or none; a scalar for each plane; all fields of a row of the pool, or none.
+    layout: int64 [1 + fields, 4] on the CPU: how many sources of each of the three kinds, then a 0; and for each field
+    of a row, then of the pool's, the byte where it begins, its dtype (SCALAR_TYPES), its elements and its dimensions.
+    A field is [N, ...] of any strides, stored contiguous; a scalar is [N] or [N, 1].
     dones, truncated, valid: flags, [N] or [N, 1], any dtype, that form the codes; dones None: there are none yet.
-    pool: [], or [final_obs, count, final_rows]: uint8 [R, P, pool_row_bytes], rows of ``final_sources`` where truncated
-    is set, in no particular order; int32 [R, 2] (rows wanted, truncations that came without a final observation); int32
-    [N, C], the row's index in the pool, -1 where it found no place. Their layout follows that of the sources.
 
 ``gather``  one minibatch: positions first .. first + B of the epoch's permutation, for all fields at once.
 
@@ -47,9 +49,8 @@ SCHEMAS = {
         "Tensor? cursor, Tensor(a!) advantages, Tensor(b!)? returns, Tensor(c!)? stats, Tensor(d!)? workspace) -> ()"
     ),
     "append": (
-        "(Tensor(a!)[] ring, Tensor[] sources, int[] layout, Tensor[] plane_sources, Tensor? dones, "
-        "Tensor? truncated, Tensor? valid, Tensor(b!)[] pool, Tensor[] final_sources, int slot, int pool_slot, "
-        "Tensor(c!)? cursor, bool commit) -> ()"
+        "(Tensor(a!)[] memory, Tensor[] sources, Tensor layout, Tensor? dones, Tensor? truncated, Tensor? valid, "
+        "int slot, int pool_slot, Tensor(b!)? cursor, bool commit) -> ()"
     ),
     "gather": (
         "(Tensor rows, int[] offsets, int[] dtypes, Tensor(a!)[] outputs, int value_offset, Tensor? advantages, "

@@ -83,18 +83,34 @@ def pool(
     return [usual if x is None else x for x, usual in given]
 
 
-def append_arguments() -> dict:
-    """A row of 32 bytes: two floats at 0, an int16 at 8, a row number at 12."""
+FIELDS = [[0, F32, 2, 1], [8, SHORT, 1, 0], [0, F32, 2, 1]]  # two of a row, one of the pool
+
+
+def step(row=None, plane=None, final=None, fields=None, memory=None, pools=None) -> dict:
+    """append's lists and the layout for them: of a row of 32 bytes, two floats at 0, an int16 at 8; of a pool's row,
+    two floats at 0."""
+    row = [torch.randn(N, 2), torch.ones(N, dtype=torch.int16)] if row is None else row
+    plane = [torch.randn(N)] if plane is None else plane
+    final = [torch.randn(N, 2)] if final is None else final
+    fields = FIELDS if fields is None else fields
     return {
-        "ring": ring(),
-        "sources": [torch.randn(N, 2), torch.ones(N, dtype=torch.int16)],
-        "layout": [0, F32, 8, SHORT, 0, F32],
-        "plane_sources": [torch.randn(N)],
+        "memory": [*(ring() if memory is None else memory), *(pool() if pools is None else pools)],
+        "sources": [*row, *plane, *final],
+        "layout": torch.tensor([[len(row), len(plane), len(final), 0], *fields]),
+    }
+
+
+def at(offset: int, dtype: int = F32) -> dict:
+    """The first field elsewhere, or of another dtype."""
+    return step(fields=[[offset, dtype, 2, 1], *FIELDS[1:]])
+
+
+def append_arguments() -> dict:
+    return {
+        **step(),
         "dones": torch.ones(N),
         "truncated": torch.tensor([0, 1, 0, 1]),
         "valid": None,
-        "pool": pool(),
-        "final_sources": [torch.randn(N, 2)],
         "slot": 1,
         "pool_slot": 1,
         "cursor": None,
@@ -151,9 +167,9 @@ VARIANTS = [
     ("gae", {"dones": u8(N, C), "coded": True, "start": 2, "advantages": zeros(N, 2), "returns": zeros(N, 2)}),
     ("gae", {"truncated": torch.ones(N, C), "final_values": torch.ones(N, C), "bootstrap": 1, "valid": zeros(N, C)}),
     ("append", {}),
-    ("append", {"sources": [], "layout": [0, F32]}),
-    ("append", {"dones": None, "truncated": None, "pool": [], "final_sources": [], "layout": [0, F32, 8, SHORT]}),
-    ("append", {"ring": [u8(C, N, 32)], "plane_sources": [], "dones": None, "truncated": None}),
+    ("append", step(row=[], fields=FIELDS[2:])),
+    ("append", step(pools=[], final=[], fields=FIELDS[:2]) | {"dones": None, "truncated": None}),
+    ("append", step(memory=[u8(C, N, 32)], plane=[], pools=[]) | {"dones": None, "truncated": None}),
     ("append", {"cursor": cursor()}),
     ("gather", {}),
     ("gather", {"subset": torch.arange(12), "shuffle": False, "first": 7}),
@@ -255,47 +271,60 @@ BAD = [
     ("gae", {"cursor": i64(1).expand(5)}, "cursor: expected a contiguous"),
     ("gae", {"cursor": cursor(0, -1)}, "start: expected"),
     # append
-    ("append", {"ring": []}, "ring: expected rows, codes and planes, got no tensor"),
-    ("append", {"ring": [u8(C, N, 32)], "plane_sources": []}, "ring: expected codes with dones, got rows alone"),
-    ("append", {"ring": ring(u8(C, N, 64)[..., :32])}, "rows: expected a contiguous"),
-    ("append", {"ring": ring(zeros(C, N, 32))}, "rows: expected dtype"),
-    ("append", {"ring": ring(u8(C, N * 32))}, "rows: expected shape"),
-    ("append", {"sources": [zeros(N, 2)]}, "layout: expected 4 numbers for 1 sources and 1 final sources, got 6"),
-    ("append", {"sources": [zeros(N - 1, 2), i32(N)]}, "sources: expected a first dimension of 4"),
-    ("append", {"sources": [zeros(), i32(N)]}, "sources: expected a first dimension of 4"),
-    ("append", {"layout": [0, F32, 8]}, "layout: expected 6 numbers"),
-    ("append", {"sources": [zeros(N, 2), zeros(N)]}, "sources: expected dtype Short, got Float"),
-    ("append", {"sources": [zeros(N, 2, dtype=COMPLEX), torch.ones(N, dtype=torch.int16)]}, "sources: expected"),
-    ("append", {"sources": [zeros(N, 9), torch.ones(N, dtype=torch.int16)]}, "sources: .*do not lie in a row of 32"),
+    ("append", {"memory": []}, "memory: expected rows, codes and planes, got no tensor"),
+    ("append", step(memory=[u8(C, N, 32)], plane=[], pools=[]), "memory: expected codes with dones, got rows alone"),
+    ("append", step(memory=ring()[:2]), r"memory: expected rows, codes, 1 planes, and a pool's .*, got 5 tensors"),
+    ("append", step(pools=pool()[:2]), "memory: expected rows, codes, 1 planes, and a pool's .*, got 5 tensors"),
+    ("append", step(memory=[u8(C, N, 32)], pools=[]), "memory: expected rows, codes, 1 planes, .*, got 1 tensors"),
+    ("append", step(memory=ring(u8(C, N, 64)[..., :32])), "rows: expected a contiguous"),
+    ("append", step(memory=ring(zeros(C, N, 32))), "rows: expected dtype"),
+    ("append", step(memory=ring(u8(C, N * 32))), "rows: expected shape"),
+    ("append", {"layout": torch.tensor([[2, 1, 1, 0.0]])}, "layout: expected dtype Long, got Float"),
+    ("append", {"layout": i64(4)}, "layout: expected shape"),
+    ("append", {"layout": i64(0, 4)}, "layout: expected a row of counts first"),
+    ("append", {"layout": i64(4, 8)[:, ::2]}, "layout: expected a contiguous"),
+    ("append", {"layout": torch.tensor([[-1, 4, 1, 0], *FIELDS])}, "layout: expected counts of 0 to 4 sources, got -1"),
+    ("append", {"layout": torch.tensor([[BIG, 1, 1, 0], *FIELDS])}, "layout: expected counts of 0 to 4 sources, got"),
+    ("append", {"layout": torch.tensor([[2, 2, 1, 0], *FIELDS])}, "sources: expected 5 as layout says, got 4"),
+    ("append", step(fields=FIELDS[:2]), "layout: expected 3 fields, got 2"),
+    ("append", step(fields=[*FIELDS, FIELDS[0]]), "layout: expected 3 fields, got 4"),
+    ("append", step(row=[zeros(N - 1, 2), i32(N)]), r"sources: expected shape \[4, ...\] of 1 .* got \[3"),
+    ("append", step(row=[zeros(), i32(N)]), "sources: expected shape"),
+    ("append", step(row=[zeros(N, 3), i32(N)]), "sources: expected shape"),
+    ("append", step(row=[zeros(N, 2, 1), i32(N)]), "sources: expected shape"),
+    ("append", step(row=[zeros(2 * N), i32(N)]), "sources: expected shape"),
+    ("append", step(row=[zeros(N, 2), zeros(N, 2)]), "sources: expected shape"),
+    ("append", step(row=[zeros(N, 2), zeros(N)]), "sources: expected dtype Short, got Float"),
+    ("append", step(row=[zeros(N, 2, dtype=COMPLEX), torch.ones(N, dtype=torch.int16)]), "sources: expected"),
     (
         "append",
-        {"layout": [28, F32, 8, SHORT, 0, F32]},
-        "sources: byte offset 28 and 8 bytes do not lie in a row of 32",
+        step(row=[zeros(N, 9), torch.ones(N, dtype=torch.int16)], fields=[[0, F32, 9, 1], *FIELDS[1:]]),
+        "sources: .*do not lie in a row of 32",
     ),
-    ("append", {"layout": [2, F32, 8, SHORT, 0, F32]}, "sources: byte offset 2"),
-    ("append", {"layout": [-4, F32, 8, SHORT, 0, F32]}, "sources: byte offset -4"),
-    ("append", {"layout": [0, 9, 8, SHORT, 0, F32]}, "sources: dtype number 9 cannot be stored"),
-    ("append", {"layout": [0, -1, 8, SHORT, 0, F32]}, "sources: dtype number -1 cannot be stored"),
-    ("append", {"layout": [0, 256 + F32, 8, SHORT, 0, F32]}, "sources: dtype number 262 cannot be stored"),
-    ("append", {"ring": ring()[:2]}, "plane_sources: expected a tensor for each of 0 planes, got 1"),
-    ("append", {"ring": ring(None, None, f64(N, C))}, "planes: expected dtype"),
-    ("append", {"ring": ring(None, None, zeros(N, C + 1))}, "planes: expected shape"),
-    ("append", {"plane_sources": [zeros(N, 2)]}, "plane_sources: expected shape"),
-    ("append", {"plane_sources": [i64(N)]}, "plane_sources: expected a floating dtype"),
-    ("append", {"ring": ring(None, i32(N, C))}, "codes: expected dtype"),
-    ("append", {"ring": ring(None, u8(C, N))}, "codes: expected shape"),
+    ("append", at(28), "sources: byte offset 28 and 8 bytes do not lie in a row of 32"),
+    ("append", at(2), "sources: byte offset 2"),
+    ("append", at(-4), "sources: byte offset -4"),
+    ("append", at(0, 9), "sources: dtype number 9 cannot be stored"),
+    ("append", at(0, -1), "sources: dtype number -1 cannot be stored"),
+    ("append", at(0, 256 + F32), "sources: dtype number 262 cannot be stored"),
+    ("append", step(memory=ring(None, None, f64(N, C))), "planes: expected dtype"),
+    ("append", step(memory=ring(None, None, zeros(N, C + 1))), "planes: expected shape"),
+    ("append", step(plane=[zeros(N, 2)]), "sources of planes: expected shape"),
+    ("append", step(plane=[i64(N)]), "sources of planes: expected a floating dtype"),
+    ("append", step(memory=ring(None, i32(N, C))), "codes: expected dtype"),
+    ("append", step(memory=ring(None, u8(C, N))), "codes: expected shape"),
     ("append", {"dones": zeros(N - 1)}, "dones: expected shape"),
     ("append", {"dones": zeros(N, dtype=COMPLEX)}, "dones: "),
     ("append", {"truncated": zeros(1)}, "truncated: expected shape"),
     ("append", {"valid": zeros(N, 2)}, "valid: expected shape"),
     ("append", {"valid": zeros(N, dtype=COMPLEX)}, "valid: "),
-    ("append", {"pool": pool()[:2]}, "pool: expected final_obs, count and final_rows, got 2"),
-    ("append", {"pool": pool(zeros(2, N, 32))}, "pool's final_obs: expected dtype"),
-    ("append", {"pool": pool(u8(2, N, 4))}, "final_sources: .*do not lie in a row of 4"),
-    ("append", {"pool": pool(None, i32(1, 2))}, "pool's count: expected shape"),
-    ("append", {"pool": pool(None, i64(2, 2))}, "pool's count: expected dtype"),
-    ("append", {"pool": pool(None, None, i64(N, C))}, "pool's final_rows: expected dtype"),
-    ("append", {"final_sources": [i64(N, 2)]}, "final_sources: expected dtype Float, got Long"),
+    ("append", step(pools=pool(zeros(2, N, 32))), "final_obs: expected dtype"),
+    ("append", step(pools=pool(u8(2, N, 4))), "final sources: .*do not lie in a row of 4"),
+    ("append", step(pools=pool(None, i32(1, 2))), "count: expected shape"),
+    ("append", step(pools=pool(None, i64(2, 2))), "count: expected dtype"),
+    ("append", step(pools=pool(None, None, i64(N, C))), "final_rows: expected dtype"),
+    ("append", step(final=[i64(N, 2)]), "final sources: expected dtype Float, got Long"),
+    ("append", step(final=[zeros(N)]), "final sources: expected shape"),
     ("append", {"slot": C}, "slot: expected 0 <= slot < 3, got 3"),
     ("append", {"slot": -1}, "slot: expected"),
     ("append", {"pool_slot": 2}, "pool_slot: expected 0 <= pool_slot < 2, got 2"),
@@ -303,7 +332,7 @@ BAD = [
     ("append", {"cursor": i64(6)}, "cursor: expected shape"),
     ("append", {"cursor": i64(1).expand(5)}, "cursor: expected a contiguous"),
     ("append", {"cursor": cursor(-1)}, "slot: expected"),
-    ("append", {"plane_sources": [zeros(N, **META)]}, "plane_sources|device"),
+    ("append", step(plane=[zeros(N, **META)]), "sources of planes|device"),
     # gather
     ("gather", {"rows": u8(C, N, 64)[..., :32]}, "rows: expected a contiguous"),
     ("gather", {"rows": i32(C, N, 8)}, "rows: expected dtype"),
@@ -372,38 +401,35 @@ HOSTILE = {
         "gather",
         {"rows": u8(0, N, 32), "num_steps": 0, "subset": i64(12), "advantages": zeros(N, 0), "cursor": cursor()},
     ),
-    "a source offset that overflows": lambda: call("append", {"layout": [BIG - 7, F32, 8, SHORT, 0, F32]}),
-    "a pool offset that overflows": lambda: call("append", {"layout": [0, F32, 8, SHORT, BIG - 7, F32]}),
+    "a source offset that overflows": lambda: call("append", at(BIG - 7)),
+    "a pool offset that overflows": lambda: call("append", step(fields=[*FIELDS[:2], [BIG - 7, F32, 2, 1]])),
     "no capacity, by the cursor": lambda: call(
         "append",
-        {
-            "ring": ring(u8(0, N, 32), u8(N, 0), zeros(N, 0)),
-            "pool": pool(None, None, i32(N, 0)),
-            "cursor": cursor(-1),
-        },
+        step(memory=ring(u8(0, N, 32), u8(N, 0), zeros(N, 0)), pools=pool(None, None, i32(N, 0)))
+        | {"cursor": cursor(-1)},
     ),
-    "no pool, by the cursor": lambda: call("append", {"pool": pool(u8(0, N, 32), i32(0, 2)), "cursor": cursor()}),
+    "no pool, by the cursor": lambda: call("append", step(pools=pool(u8(0, N, 32), i32(0, 2))) | {"cursor": cursor()}),
     "a pool's count below zero": lambda: call(
-        "append", {"pool": pool(None, torch.full((2, 2), -(2**30), dtype=torch.int32))}
+        "append", step(pools=pool(None, torch.full((2, 2), -(2**30), dtype=torch.int32)))
     ),
 }
 # Unusual, but with a meaning: these must work.
 HARMLESS = {
     "rows of no bytes": lambda: call(
         "append",
-        {
-            "ring": ring(u8(C, N, 0)),
-            "sources": [zeros(N, 0), zeros(N, 0, dtype=torch.int16)],
-            "layout": [0, F32, 0, SHORT, 0, F32],
-        },
+        step(
+            memory=ring(u8(C, N, 0)),
+            row=[zeros(N, 0), zeros(N, 0, dtype=torch.int16)],
+            fields=[[0, F32, 0, 1], [0, SHORT, 0, 1], FIELDS[2]],
+        ),
     ),
     "fields that overlap": lambda: call(
         "append",
-        {
-            "ring": ring(u8(C, N, 256)),
-            "sources": [torch.ones(N, 64), torch.ones(N, 60), torch.ones(N, 63)],
-            "layout": [0, F32, 0, F32, 4, F32, 0, F32],
-        },
+        step(
+            memory=ring(u8(C, N, 256)),
+            row=[torch.ones(N, 64), torch.ones(N, 60), torch.ones(N, 63)],
+            fields=[[0, F32, 64, 1], [0, F32, 60, 1], [4, F32, 63, 1], FIELDS[2]],
+        ),
     ),
     "a subset that leads out": lambda: call("gather", {"subset": torch.tensor([BIG, -1, -BIG, 12] * 3)}),
     "unknown codes": lambda: call("gae", {"dones": torch.full((N, C), 200, dtype=torch.uint8), "coded": True}),
@@ -418,7 +444,7 @@ HARMLESS = {
         },
     ),
     "a cursor of no steps": lambda: call("append", {"cursor": cursor(0, 0, 0)}),
-    "a full pool": lambda: call("append", {"pool": pool(None, torch.full((2, 2), 2**31 - 1, dtype=torch.int32))}),
+    "a full pool": lambda: call("append", step(pools=pool(None, torch.full((2, 2), 2**31 - 1, dtype=torch.int32)))),
     "keys of any size": lambda: call("gather", {"key": -(2**63), "rollout": BIG, "epoch": -1}),
 }
 

@@ -262,15 +262,17 @@ def append_state(num_envs: int) -> dict[str, Tensor | list[Tensor]]:
 
 
 def do_append(backend, state, fields, scalars, flags, final, by_cursor=False, commit=True, slot=3, pool_slot=1):
-    layout = [number for _, offset, dtype in fields for number in (offset, SCALAR_TYPES[dtype])]
+    scalars, finals = scalars or [], [] if final is None else [(final, 4, torch.float32)]
+    described = [
+        (offset, SCALAR_TYPES[dtype], source.shape[1:].numel(), source.dim() - 1)
+        for source, offset, dtype in [*fields, *finals]
+    ]
+    pool = [state["pool"], state["pool_count"], state["final_rows"]]
     backend(
-        [state["rows"], state["codes"], *(state["planes"] if scalars else [])],
-        [source for source, _, _ in fields],
-        layout if final is None else [*layout, 4, SCALAR_TYPES[torch.float32]],
-        scalars,
+        [state["rows"], state["codes"], *(state["planes"] if scalars else []), *pool],
+        [*(source for source, _, _ in fields), *scalars, *(source for source, _, _ in finals)],
+        torch.tensor([(len(fields), len(scalars), len(finals), 0), *described]),
         *(flags or (None, None, None)),
-        [state["pool"], state["pool_count"], state["final_rows"]],
-        [] if final is None else [final],
         slot,
         pool_slot,
         state["cursor"] if by_cursor else None,

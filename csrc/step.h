@@ -1,0 +1,118 @@
+// append's arguments, checked and taken apart, the same for the CPU and for CUDA.
+#pragma once
+
+#include "checks.h"
+
+#include <utility>
+#include <vector>
+
+namespace pydrone {
+
+// append's arguments, taken apart as its layout says; see pydrone/ops/schema.py.
+struct Step {
+  struct Field {
+    int64_t offset, dtype, width, dims;
+  };
+  struct Sources {
+    const char* name;
+    const Tensor* tensors;
+    const Field* fields;  // null for planes
+    int64_t count;
+    const Tensor& operator[](int64_t i) const { return tensors[i]; }
+  };
+  const Tensor& rows;
+  const Tensor* codes;  // null: rows alone
+  const Tensor* planes;
+  const Tensor* pool;  // final_obs, count, final_rows; or null
+  Sources row, plane, final;
+
+  Step(const std::vector<Tensor>& memory, const std::vector<Tensor>& sources, const Tensor& layout)
+      : rows(first(memory)) {
+    STD_TORCH_CHECK(!layout.is_cuda(), "layout: expected a tensor on the CPU");
+    check_dtype("layout", layout, ScalarType::Long);
+    check_contiguous("layout", layout);
+    check_shape("layout", layout, {-1, 4});
+    STD_TORCH_CHECK(layout.size(0) > 0, "layout: expected a row of counts first, got shape ", shape_of(layout));
+    const auto* counts = static_cast<const int64_t*>(layout.data_ptr());
+    const auto given = static_cast<int64_t>(sources.size()), rest = layout.size(0) - 1;
+    for (int64_t i = 0; i < 3; ++i)
+      STD_TORCH_CHECK(counts[i] >= 0 && counts[i] <= given, "layout: expected counts of 0 to ", given,
+                      " sources, got ", counts[i]);
+    STD_TORCH_CHECK(counts[0] + counts[1] + counts[2] == given, "sources: expected ", counts[0] + counts[1] + counts[2],
+                    " as layout says, got ", given);
+    STD_TORCH_CHECK(counts[0] + counts[2] == rest, "layout: expected ", counts[0] + counts[2], " fields, got ", rest);
+    const auto* fields = reinterpret_cast<const Field*>(counts + 4);
+    row = {"sources", sources.data(), fields, counts[0]};
+    plane = {"sources of planes", row.tensors + counts[0], nullptr, counts[1]};
+    final = {"final sources", plane.tensors + counts[1], fields + counts[0], counts[2]};
+    const auto held = static_cast<int64_t>(memory.size()) - 2 - plane.count;
+    const bool alone = memory.size() == 1 && plane.count == 0;
+    STD_TORCH_CHECK(alone || held == 0 || held == 3, "memory: expected rows, codes, ", plane.count,
+                    " planes, and a pool's three tensors or none, got ", memory.size(), " tensors");
+    codes = alone ? nullptr : &memory[1];
+    planes = alone ? nullptr : memory.data() + 2;
+    pool = held == 3 ? planes + plane.count : nullptr;
+    check_shape("rows", rows, {-1, -1, -1});
+    check_dtype("rows", rows, ScalarType::Byte);
+    check_contiguous("rows", rows);
+    for (int64_t i = 0; i < plane.count; ++i) {
+      check_device("planes", planes[i], rows);
+      check_shape("planes", planes[i], {rows.size(1), rows.size(0)});
+      check_dtype("planes", planes[i], ScalarType::Float);
+      check_device(plane.name, plane[i], rows);
+      check_scalars(plane.name, plane[i], rows.size(1));
+      check_real(plane.name, plane[i]);
+    }
+    if (!codes) return;
+    check_device("codes", *codes, rows);
+    check_shape("codes", *codes, {rows.size(1), rows.size(0)});
+    check_dtype("codes", *codes, ScalarType::Byte);
+  }
+
+  // How the step ended: whether its truncations go to a pool.
+  bool check_ends(const Optional& dones, const Optional& truncated, const Optional& valid) const {
+    STD_TORCH_CHECK(codes || !dones, "memory: expected codes with dones, got rows alone");
+    for (const auto& [name, flags] : {std::pair{"dones", &dones}, {"truncated", &truncated}, {"valid", &valid}}) {
+      if (!flags->has_value()) continue;
+      check_device(name, **flags, rows);
+      check_scalars(name, **flags, rows.size(1));
+      check_flags(name, **flags);
+    }
+    if (!pool || !dones || !truncated) return false;
+    for (int i = 0; i < 3; ++i) check_device("pool", pool[i], rows);
+    check_shape("final_obs", pool[0], {-1, -1, -1});
+    check_dtype("final_obs", pool[0], ScalarType::Byte);
+    check_contiguous("final_obs", pool[0]);
+    STD_TORCH_CHECK(pool[0].size(0) > 0, "final_obs: expected at least one pool, got shape ", shape_of(pool[0]));
+    check_shape("count", pool[1], {pool[0].size(0), 2});
+    check_dtype("count", pool[1], ScalarType::Int);
+    check_contiguous("count", pool[1]);
+    check_shape("final_rows", pool[2], {rows.size(1), rows.size(0)});
+    check_dtype("final_rows", pool[2], ScalarType::Int);
+    return true;
+  }
+
+ private:
+  static const Tensor& first(const std::vector<Tensor>& memory) {
+    STD_TORCH_CHECK(!memory.empty(), "memory: expected rows, codes and planes, got no tensor");
+    return memory[0];
+  }
+};
+
+// A field's source: [N, ...] of as many dimensions and elements an environment as the layout says, a scalar [N] or
+// [N, 1].
+inline void check_source(const char* name, const Tensor& source, const Step::Field& field, int64_t num_envs) {
+  const int64_t dims = source.dim();
+  bool fits = dims >= 1 && source.size(0) == num_envs;
+  if (fits && dims == 2 && field.dims < 2) {
+    fits = source.size(1) == (field.dims ? field.width : 1);
+  } else if (fits) {
+    int64_t width = 1;
+    for (int64_t i = 1; i < dims; ++i) width *= source.size(i);
+    fits = dims == 1 + field.dims && width == field.width;
+  }
+  STD_TORCH_CHECK(fits, name, ": expected shape [", num_envs, ", ...] of ", field.dims, " inner dimensions and ",
+                  field.width, " elements, got ", shape_of(source));
+}
+
+}  // namespace pydrone
