@@ -54,6 +54,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def train(argv: list[str]) -> int:
     """``pydrone train``: trains a policy until the last iteration, a target, or Ctrl-C."""
+    with contextlib.ExitStack() as stack:
+        if "WORLD_SIZE" in os.environ and os.environ.get("RANK", "0") != "0":
+            # Of several processes the first says what happens; what fails, each says on stderr.
+            nowhere = stack.enter_context(open(os.devnull, "w"))
+            stack.enter_context(contextlib.redirect_stdout(nowhere))
+        return _train(argv)
+
+
+def _train(argv: list[str]) -> int:
     try:
         import tyro
     except ImportError:
@@ -83,18 +92,21 @@ def train(argv: list[str]) -> int:
         return _missing("wandb", extra="wandb")
 
     from pydrone import live, report
+    from pydrone.ppo import distributed
     from pydrone.ppo.trainer import Trainer, nothing_to_do, read_checkpoint
 
     env = None
     try:
         # All that can be told before a simulator is built, which takes its time, and before a folder is made.
         try:
-            device = _device(config.device)
+            launch = distributed.Launch()
+            several = launch.world_size > 1
+            device = _device(config.device, launch.local_rank if several else None)
             backend = _backend(device)
             # Replaced as a whole, so that the sizes are checked with each other.
             config = dataclasses.replace(
                 config,
-                device=str(device),
+                device=device.type if several else str(device),  # each process has its own number
                 num_envs=config.num_envs or default_num_envs(device.type),
                 run_dir=config.run_dir or str(Path("runs", config.env, time.strftime("%Y-%m-%d_%H-%M-%S"))),
             )
@@ -102,16 +114,21 @@ def train(argv: list[str]) -> int:
             if iteration >= config.iterations:
                 print(nothing_to_do(iteration, config.iterations))
                 return 0
-            run_dir = _make_run_dir(config.run_dir)
-            print(f"{config.env}: {config.num_envs} environments on {device}, run folder {run_dir}", flush=True)
+            ranks = distributed.join(launch, device)
+            run_dir = _make_run_dir(config.run_dir) if ranks.rank == 0 else None
+            where = f"{config.num_envs} environments on {device}"
+            if several:
+                where = f"{launch.world_size} processes of {config.num_envs} environments on {device.type}"
+            print(f"{config.env}: {where}, run folder {run_dir}", flush=True)
             if backend is not None:
                 print(backend, flush=True)
-            env = _make_env(config, device, iteration)
+            # A resumed run meets other targets than the first one did.
+            env = _make_env(config, device, ranks.seed(config.seed + iteration))
             view = None
-            if config.live and live.possible(sys.stdout):
-                view = live.LiveView(f"{config.env}, {config.num_envs} environments on {device}, {run_dir}")
+            if config.live and ranks.rank == 0 and live.possible(sys.stdout):
+                view = live.LiveView(f"{config.env}, {where}, {run_dir}")
             echo = view.echo if view else lambda line: print(line, flush=True)
-            trainer = Trainer(env, config, run_dir, echo, view.show if view else None)
+            trainer = Trainer(env, config, run_dir, echo, view.show if view else None, ranks)
             print(trainer.buffer)
             print(f"Memory of the rollout with a minibatch: {trainer.planned_nbytes / 1e6:.1f} MB", flush=True)
         except BrokenPipeError:
@@ -121,14 +138,17 @@ def train(argv: list[str]) -> int:
         try:
             with view or contextlib.nullcontext():
                 outcome = trainer.train()
+            distributed.leave(ranks)
         except BrokenPipeError:
             raise
-        except (FloatingPointError, OSError) as error:
+        except FloatingPointError as error:
+            return _fail(error) if ranks.rank == 0 else 1  # raised on all of them
+        except (OSError, distributed.PeerLost) as error:
             return _fail(error)
     finally:
         if env is not None:
             env.close()
-    if outcome.figures:
+    if outcome.figures and ranks.rank == 0:
         print(f"Learning curve: {report.plot(run_dir)}")
     return 0
 
@@ -180,14 +200,18 @@ def _checkpoint(path: Path) -> Path:
     return newest
 
 
-def _device(name: str | None) -> torch.device:
-    """The device asked for, there to be used."""
+def _device(name: str | None, local_rank: int | None = None) -> torch.device:
+    """The device asked for, there to be used; ``local_rank``: among several processes on this machine."""
     import torch
 
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError:
         raise ValueError(f"--device {name}: expected cpu, cuda, cuda:1, ...") from None
+    if local_rank is not None and device.type == "cuda":
+        if device.index is not None:
+            raise ValueError(f"--device {name}: expected cuda, each of several processes takes that of its LOCAL_RANK")
+        device, name = torch.device("cuda", local_rank), f"cuda:{local_rank}, of LOCAL_RANK"
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device {name}: this PyTorch finds no CUDA device")
     if device.type == "cuda" and device.index is not None:
@@ -218,11 +242,9 @@ def _make_run_dir(path: str) -> Path:
     return run_dir
 
 
-def _make_env(config: TrainConfig, device: torch.device, iteration: int) -> Env:
+def _make_env(config: TrainConfig, device: torch.device, seed: int) -> Env:
     from pydrone.envs import make
 
-    # A resumed run meets other targets than the first one did.
-    seed = config.seed + iteration
     options = {"randomization": config.randomization} if config.randomization.varies() else {}
     return make(config.env, num_envs=config.num_envs, device=device, seed=seed, **options)
 

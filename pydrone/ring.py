@@ -34,7 +34,7 @@ class Ring:
             if isinstance(x, bool) or not isinstance(x, int):
                 raise TypeError(f"{name}: expected an int, got {type(x).__name__}")
         self._seed, self._rank, self._backend = seed, rank, backend
-        self._key = _mix_seed(self._seed, self._rank)
+        self._key = mix_seed(self._seed, self._rank)
         self._ops = select(self.device, backend)
         layout = self._layout
         self.num_envs, self.num_steps, self.capacity = layout.num_envs, layout.num_steps, layout.capacity
@@ -317,7 +317,7 @@ class Ring:
         for name in _COUNTERS:
             setattr(self, f"_{name}", state[name])
         self._truncations, self._resets = list(state["truncations"]), list(state["resets"])
-        self._key = _mix_seed(self._seed, self._rank)
+        self._key = mix_seed(self._seed, self._rank)
         self._open, self._subset, self._cursor_live = None, None, False
 
 
@@ -363,7 +363,7 @@ def field_view(rows: Tensor, field: Field) -> Tensor:
     return view.unflatten(-1, field.shape) if field.shape else view[..., 0]
 
 
-def _mix_seed(seed: int, rank: int) -> int:
+def mix_seed(seed: int, rank: int) -> int:
     """A signed 64-bit key of (seed, rank): two rounds of splitmix64 (Steele, Lea and Flood, OOPSLA 2014)."""
     mask = (1 << 64) - 1
     x = seed & mask

@@ -160,15 +160,30 @@ class LogMeter:
             self._sums[key] = self._sums.get(key, 0.0) + value.detach().to(torch.float32)
             self._steps[key] = self._steps.get(key, 0) + 1
 
+    def keys(self) -> set[str]:
+        """What has been logged since the last call of ``means``."""
+        return set(self._sums)
+
+    def align(self, keys: Sequence[str]) -> None:
+        """Puts the sums in the order of ``keys``, all that there are and perhaps more, which add up to nothing."""
+        self._sums = {key: self._sums.get(key, torch.zeros(())) for key in keys}
+        self._steps = {key: self._steps.get(key, 0) for key in keys}
+
+    def steps(self) -> list[int]:
+        """How many steps had each key, in the order of ``totals()``."""
+        return [self._steps[key] for key in self._sums]
+
     def totals(self) -> list[Tensor]:
         """The sums, scalars on the device, to be read along with other figures and handed to ``means``."""
         return list(self._sums.values())
 
-    def means(self, totals: Sequence[float] | None = None, clear: bool = True) -> dict[str, float]:
+    def means(
+        self, totals: Sequence[float] | None = None, clear: bool = True, steps: Sequence[int] | None = None
+    ) -> dict[str, float]:
         """Means since the last call: ``episode/...`` per ended episode (left out if none ended), others per step.
 
         ``episode/count`` stays the number of ended episodes. ``totals``: the numbers of ``totals()``, if they have been
-        read already.
+        read already, and ``steps`` those of ``steps()``; both may be added up over several meters of one order.
         """
         keys = list(self._sums)
         if not keys:
@@ -177,6 +192,7 @@ class LogMeter:
             device = self._sums[keys[0]].device
             totals = torch.stack([x.to(device) for x in self.totals()]).tolist()
         sums: dict[str, float] = dict(zip(keys, totals, strict=True))
+        counted = dict(zip(keys, self.steps() if steps is None else steps, strict=True))
         episodes = sums.get(COUNT, 0.0)
         means: dict[str, float] = {}
         for key, total in sums.items():
@@ -185,8 +201,8 @@ class LogMeter:
             elif key.startswith("episode/"):
                 if episodes > 0:
                     means[key] = total / episodes
-            else:
-                means[key] = total / self._steps[key]
+            elif counted[key]:
+                means[key] = total / counted[key]
         if clear:
             self._sums.clear()
             self._steps.clear()

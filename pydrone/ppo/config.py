@@ -16,7 +16,7 @@ from pydrone.envs import Randomization, check_name
 # What fields of PPOConfig may be.
 CHOICES = {
     "schedule": ("adaptive", "fixed", "linear"),
-    "advantage_scope": ("rollout", "minibatch"),
+    "advantage_scope": ("rollout", "rank", "minibatch"),
     "obs_dtype": ("float32", "float16", "bfloat16"),
     "recurrent": ("none", "gru", "lstm"),
 }
@@ -53,8 +53,10 @@ class PPOConfig:
     gamma: float = option(0.99, "Discount a step.")
     lam: float = option(0.95, "GAE's lambda.")
     normalize_advantages: bool = option(True, "Advantages to mean 0 and standard deviation 1.")
-    advantage_scope: Literal["rollout", "minibatch"] = option(
-        "rollout", "What advantages are normalised over: rollout, or each minibatch on its own."
+    advantage_scope: Literal["rollout", "rank", "minibatch"] = option(
+        "rollout",
+        "What advantages are normalised over: the rollout of all processes, that of each (rank), or each minibatch of "
+        "each on its own.",
     )
     normalize_obs: bool = option(
         False, "Observations to mean 0 and standard deviation 1, by running statistics. One rollout before the first."
@@ -133,7 +135,9 @@ class TrainConfig:
         "genesis-hover: a Crazyflie in the Genesis simulator; quadrotor: pure PyTorch, no simulator; genesis-course, "
         "quadrotor-course: through waypoints; or one that an installed package offers (docs/environments.md).",
     )
-    num_envs: int | None = option(None, "Environments that run at once. None: 8192 on CUDA, 1024 on the CPU.")
+    num_envs: int | None = option(
+        None, "Environments that run at once, in each process. None: 8192 on CUDA, 1024 on the CPU."
+    )
     num_steps: int = option(100, "Steps of each environment in a rollout.", "--num-steps-per-env")
     iterations: int = option(301, "Rollouts to learn from.", "--max-iterations")
     device: str | None = option(None, "cpu, cuda, cuda:1, ... None: cuda where there is one.")

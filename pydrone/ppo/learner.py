@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from pydrone.ops.schema import INVALID
 from pydrone.ppo.config import PPOConfig
+from pydrone.ppo.distributed import ALONE, MeanGradients, Ranks
 from pydrone.ppo.loss import surrogate_loss, value_loss
 from pydrone.ppo.policy import ActorCritic
 from pydrone.sequences import Sequences
@@ -33,13 +34,14 @@ class Learner:
     """Proximal policy optimisation: Adam, clipped losses, a learning rate that follows the KL divergence.
 
     ``learning_rate`` is a tensor on the device, which Adam reads there: the schedule costs no synchronisation, and a
-    captured CUDA graph of the update follows it.
+    captured CUDA graph of the update follows it. With several ``ranks`` each learns from a rollout of its own, and all
+    of them take the same steps.
     """
 
     METRICS = ("surrogate_loss", "value_loss", "entropy", "kl")
 
-    def __init__(self, policy: ActorCritic, config: PPOConfig | None = None) -> None:
-        self.policy = policy
+    def __init__(self, policy: ActorCritic, config: PPOConfig | None = None, ranks: Ranks = ALONE) -> None:
+        self.policy, self.ranks = policy, ranks
         self.config = config = config or PPOConfig()
         device = next(policy.parameters()).device
         self.learning_rate = torch.tensor(config.learning_rate, device=device)
@@ -50,6 +52,7 @@ class Learner:
         if policy.recurrent:
             self.chunk_size = None
         self._past_max_kl = False
+        self._over_ranks = MeanGradients(ranks, list(policy.parameters()), len(self.METRICS)) if ranks.several else None
 
     def update(self, buffer: RolloutBuffer) -> dict[str, Tensor]:
         """Learns from a full rollout whose advantages are computed; the rollout stays.
@@ -61,7 +64,7 @@ class Learner:
         """
         policy = self.policy
         if policy.value_normalizer is not None:
-            policy.observe_returns(buffer.returns, buffer.dones != INVALID)
+            policy.observe_returns(buffer.returns, buffer.dones != INVALID, self.ranks)
         totals = torch.zeros(len(self.METRICS), device=self.learning_rate.device)
         done, self._past_max_kl = 0, False
         for minibatch in self._minibatches(buffer):
@@ -71,7 +74,7 @@ class Learner:
                 break
         totals /= done
         if policy.actor_normalizer is not None:
-            policy.observe(buffer.obs)
+            policy.observe(buffer.obs, self.ranks)
         figures = {**dict(zip(self.METRICS, totals.unbind())), "learning_rate": self.learning_rate.clone()}
         if self.config.max_kl is not None:
             figures["minibatches"] = totals.new_tensor(done)
@@ -82,7 +85,7 @@ class Learner:
         if self.policy.recurrent:
             from pydrone.ppo.recurrent import sequence_batches
 
-            return sequence_batches(self.policy, buffer, config)
+            return sequence_batches(self.policy, buffer, config, empty=self.ranks.several)
         by_minibatch = config.normalize_advantages and config.advantage_scope == "minibatch"
         return buffer.minibatches(
             num_minibatches=config.num_minibatches,
@@ -97,6 +100,8 @@ class Learner:
         Above ``max_kl`` there is no step, and :meth:`update` ends.
         """
         metrics = self.compute_gradients(minibatch)
+        if self._over_ranks is not None:
+            metrics = self._over_ranks(metrics, len(minibatch.actions))
         if self.config.schedule == "adaptive":
             self.adapt_learning_rate(metrics[-1])
         if self.config.max_kl is not None and metrics[-1] > self.config.max_kl:
@@ -115,6 +120,8 @@ class Learner:
         size = minibatch.actions.shape[0]
         chunks = -(-size // self.chunk_size) if self.chunk_size else 1
         totals, stored = torch.zeros(len(self.METRICS), device=self.learning_rate.device), policy.fields()
+        if size == 0:  # another rank has samples
+            return totals
         for chunk in range(chunks):
             rows = slice(chunk * size // chunks, (chunk + 1) * size // chunks)
             share = (rows.stop - rows.start) / size

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pydrone.ops.schema import INVALID, RUNNING
+from pydrone.ppo.distributed import ALONE, Ranks
 
 # Added to variances: what never varies is not divided by zero.
 EPSILON = 1e-8
@@ -46,12 +47,15 @@ class RunningMoments(nn.Module):
         self.register_buffer("std", torch.ones(shape))
 
     @torch.no_grad()
-    def update(self, x: Tensor, valid: Tensor | None = None) -> None:
-        """Takes in samples ``x`` [N, T, *shape]; ``valid``: bool [N, T], those that count (None: all)."""
+    def update(self, x: Tensor, valid: Tensor | None = None, ranks: Ranks = ALONE) -> None:
+        """Takes in samples ``x`` [N, T, *shape] of every rank; ``valid``: bool [N, T], those that count (None: all)."""
+        into = RunningMoments(*self.mean.shape).to(self.mean.device) if ranks.several else self
         rows = max(1, CHUNK // max(1, x[0].numel()))
         masks = [None] * -(-len(x) // rows) if valid is None else valid.split(rows)
         for part, mask in zip(x.split(rows), masks):
-            self._merge(part.double(), mask)
+            into._merge(part.double(), mask)
+        if into is not self:
+            self._take(*ranks.moments(into.count, into.mean, into.m2))
         self.shift.copy_(self.mean)
         variance = self.m2 / self.count.clamp_min(1)
         self.std.copy_(torch.where(self.count > 0, (variance + EPSILON).sqrt(), 1.0))
@@ -66,6 +70,9 @@ class RunningMoments(nn.Module):
             count = valid.sum().double()
             mean = torch.where(mask, x, 0).sum((0, 1)) / count.clamp_min(1)
             m2 = torch.where(mask, x - mean, 0).square().sum((0, 1))
+        self._take(count, mean, m2)
+
+    def _take(self, count: Tensor, mean: Tensor, m2: Tensor) -> None:
         total = self.count + count
         share = count / total.clamp_min(1)
         delta = mean - self.mean
@@ -107,8 +114,11 @@ class RewardScaler(nn.Module):
         self.register_buffer("running", torch.zeros(num_envs, dtype=torch.float64))  # R of the running episodes
 
     @torch.no_grad()
-    def apply_to(self, rewards: Tensor, codes: Tensor) -> None:
-        """Scales ``rewards`` [N, T] float32 in place; ``codes``: uint8 [N, T], the buffer's. Not to be done twice."""
+    def apply_to(self, rewards: Tensor, codes: Tensor, ranks: Ranks = ALONE) -> None:
+        """Scales ``rewards`` [N, T] float32 in place; ``codes``: uint8 [N, T], the buffer's. Not to be done twice.
+
+        The factor is of every rank's rewards.
+        """
         if self.normalize:
             counts, running = codes != INVALID, self.running
             # Steps that are none count for nothing, whatever their reward.
@@ -119,7 +129,7 @@ class RewardScaler(nn.Module):
                 discounted[:, t] = running
                 running = torch.where(codes[:, t] == RUNNING, running, 0)
             self.running.copy_(running)
-            self.moments.update(discounted, counts)
+            self.moments.update(discounted, counts, ranks)
             self.factor.copy_(self.scale / self.moments.std)
         rewards.mul_(self.factor)
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from pydrone.layout import Spec, parse_obs
 from pydrone.ppo.config import PPOConfig
+from pydrone.ppo.distributed import ALONE, Ranks
 from pydrone.ppo.loss import gaussian_entropy, gaussian_kl, gaussian_log_prob, log_normalizer
 from pydrone.ppo.normalization import RunningMoments
 
@@ -227,17 +228,17 @@ class ActorCritic(nn.Module):
         return any(x is not None and not x.count for x in normalizers)
 
     @torch.no_grad()
-    def observe(self, obs: Tensor | Mapping[str, Tensor]) -> None:
-        """Takes a rollout's observations, [N, T, ...], into the running statistics, if they are kept."""
+    def observe(self, obs: Tensor | Mapping[str, Tensor], ranks: Ranks = ALONE) -> None:
+        """Takes every rank's rollout of observations, [N, T, ...], into the running statistics, if they are kept."""
         if self.actor_normalizer is None:
             return
-        self.actor_normalizer.update(self._groups(obs, self.actor_obs))
+        self.actor_normalizer.update(self._groups(obs, self.actor_obs), ranks=ranks)
         if self.critic_normalizer is not self.actor_normalizer:
-            self.critic_normalizer.update(self._groups(obs, self.critic_obs))
+            self.critic_normalizer.update(self._groups(obs, self.critic_obs), ranks=ranks)
 
     @torch.no_grad()
-    def observe_returns(self, returns: Tensor, valid: Tensor | None = None) -> None:
-        """Takes a rollout's returns [N, T] into the running statistics, if they are kept; ``valid``: bool [N, T].
+    def observe_returns(self, returns: Tensor, valid: Tensor | None = None, ranks: Ranks = ALONE) -> None:
+        """Takes every rank's returns [N, T] into the running statistics, if they are kept; ``valid``: bool [N, T].
 
         The critic's last layer is changed along with them, so that :meth:`value` stays what it was (PopArt,
         arXiv:1602.07714); not for the first returns, whose mean is the better guess.
@@ -246,7 +247,7 @@ class ActorCritic(nn.Module):
         if normalizer is None:
             return
         first, shift, std = normalizer.count == 0, normalizer.shift.clone(), normalizer.std.clone()
-        normalizer.update(returns, valid)
+        normalizer.update(returns, valid, ranks)
         last = self.critic[-1]
         weight, bias = last.weight * (std / normalizer.std), (last.bias * std + shift - normalizer.shift)
         last.weight.copy_(torch.where(first, last.weight, weight))

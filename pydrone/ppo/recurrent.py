@@ -155,20 +155,25 @@ class SequenceBatch:
         return self.actions.shape[0]
 
 
-def sequence_batches(policy: Recurrent, buffer: RolloutBuffer, config: Any) -> Iterator[SequenceBatch]:
-    """The buffer's rollout as minibatches for ``policy``; ``config``: a :class:`~pydrone.ppo.config.PPOConfig`."""
+def sequence_batches(
+    policy: Recurrent, buffer: RolloutBuffer, config: Any, empty: bool = False
+) -> Iterator[SequenceBatch]:
+    """The buffer's rollout as minibatches for ``policy``; ``config``: a :class:`~pydrone.ppo.config.PPOConfig`.
+
+    ``empty``: those without a step to learn from too, which are passed over else.
+    """
     # Only a trajectory that begins with the rollout has a memory: a view does for all steps.
     hidden = {
         name: state.unsqueeze(1).expand(-1, buffer.num_steps, -1) for name, state in policy.rollout_memory.items()
     }
-    over_rollout = config.normalize_advantages and config.advantage_scope == "rollout"
+    over_rollout = config.normalize_advantages and config.advantage_scope != "minibatch"
     for sequences in buffer.sequences(
         hidden, config.burn_in, config.num_minibatches, config.num_epochs, normalize_advantages=over_rollout
     ):
         new = (sequences.starts > 0).unsqueeze(1)
         begun = {name: torch.where(new, 0, state) for name, state in sequences.hidden.items()}
         batch = SequenceBatch(sequences._replace(hidden=begun), config.normalize_advantages and not over_rollout)
-        if len(batch):
+        if empty or len(batch):
             yield batch
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import itertools
 import json
 import math
 import signal
@@ -26,6 +27,7 @@ from pydrone.memory import plan
 from pydrone.ops.schema import INVALID, TRUNCATED
 from pydrone.ppo import checkpoint, configfile
 from pydrone.ppo.config import TrainConfig, check_minibatches
+from pydrone.ppo.distributed import Ranks
 from pydrone.ppo.learner import Learner
 from pydrone.ppo.meters import STAGES, EpisodeMeter, Stopwatch
 from pydrone.ppo.normalization import RewardScaler
@@ -36,6 +38,9 @@ CHECKPOINT_KEYS = ("iteration", "policy", "learner", "config")
 
 # `target_episode_length` looks at the mean over this many iterations.
 WINDOW = 10
+
+# How far the ranks' parameters may be apart, of their norm.
+DRIFT = 1e-3
 
 
 class NotFinite(FloatingPointError):
@@ -65,11 +70,14 @@ class Trainer:
         run_dir: where checkpoints, figures and the learning curve go. None: nowhere.
         echo: takes the lines that report progress.
         show: takes each iteration's figures, the number of iterations in all and the seconds left, instead of a line.
+        ranks: the processes that train one policy, each with an ``env`` of its own, of one size. None: those of
+            torch.distributed's process group where one is initialised, else this one alone. The first rank alone has
+            a ``run_dir``, ``echo`` and ``show``; all of them call the same methods.
 
     Raises:
         TypeError: the environment's actions are of another kind.
-        ValueError: the observations are no vectors, there are more minibatches than samples, or ``config.resume`` is
-            no checkpoint of a training like this one.
+        ValueError: the observations are no vectors, there are more minibatches than samples, ``config.resume`` is
+            no checkpoint of a training like this one, or the ranks differ in their settings.
         OSError: ``config.resume`` cannot be read.
     """
 
@@ -80,7 +88,11 @@ class Trainer:
         run_dir: str | Path | None = None,
         echo: Callable[[str], None] = print,
         show: Callable[[dict[str, float], int, float], None] | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
+        self.ranks = ranks = Ranks.found() if ranks is None else ranks
+        if ranks.rank:
+            run_dir, echo, show = None, lambda line: None, None
         self.env, self.config, self.echo, self.show = env, config or TrainConfig(), echo, show
         config = self.config
         self.device = torch.device(env.device)
@@ -98,11 +110,15 @@ class Trainer:
             state = read_checkpoint(config.resume, self.device)
             self.iteration = state["iteration"]
         self._first = self.iteration
+        ranks.check_same(_settings(env, config) | {"iteration": self.iteration})
         # A resumed run whose generators cannot be restored draws other numbers than the first one did.
         torch.manual_seed(config.seed + self.iteration)
         ppo = config.ppo
         self.policy = make_policy(env.obs, env.actions, ppo, getattr(env, "num_discrete_actions", None)).to(self.device)
-        self.learner = Learner(self.policy, ppo)
+        ranks.broadcast_(list(self.policy.state_dict().values()))
+        if ranks.rank:
+            torch.manual_seed(ranks.seed(config.seed + self.iteration))
+        self.learner = Learner(self.policy, ppo, ranks)
         scaled = ppo.normalize_rewards or ppo.reward_scale != 1
         self._rewards = (
             RewardScaler(env.num_envs, ppo.gamma, ppo.reward_scale, ppo.normalize_rewards).to(self.device)
@@ -121,18 +137,20 @@ class Trainer:
             "max_episode_length": env.max_episode_length,
             "final_obs_rows": 0 if self.policy.recurrent else _final_obs_rows(env, config.num_steps),
         }
-        self.buffer = RolloutBuffer(**sizes, device=self.device, seed=config.seed + self.iteration)
+        self.buffer = RolloutBuffer(**sizes, device=self.device, seed=config.seed + self.iteration, rank=ranks.rank)
         #: bytes of the buffer once it holds the minibatch that is handed out again and again
         reused = None if self.policy.recurrent else math.ceil(samples / ppo.num_minibatches)
         self.planned_nbytes = plan(**sizes, reused_minibatch=reused).nbytes
         self._episodes = EpisodeMeter(env.num_envs, config.num_steps, self.device)
-        self._env_log = LogMeter()
+        self._env_log, self._log_keys = LogMeter(), []
         self._watch = Stopwatch(self.device)
         self._obs: Any = None
         # What an iteration without an end of an episode goes on showing.
         self._episode_figures = dict.fromkeys(("episode_length", "episode_return", "success_rate"), math.nan)
         self._lengths: deque[float] = deque(maxlen=WINDOW)
         self._log: Any = None
+        # Whether a signal has asked to stop, and whether the last iteration's message said so of any rank.
+        self._interrupt, self._asked_to_stop = None, False
         # The state before an update that is under way.
         self._before_update: dict[str, Any] | None = None
         # What a resumed run could not take over, in words.
@@ -156,9 +174,12 @@ class Trainer:
         self._watch.start()
         last_values, bootstrap = self.collect()
         if self._rewards is not None:
-            self._rewards.apply_to(buffer.rewards, buffer.dones)
+            self._rewards.apply_to(buffer.rewards, buffer.dones, self.ranks)
         # On CUDA the pool's counts are read below, with the figures.
         buffer.compute_gae(last_values, ppo.gamma, ppo.lam, check=self.device.type == "cpu", **bootstrap)
+        if self.ranks.several and ppo.advantage_scope == "rollout":
+            merged = self.ranks.moments(*buffer.statistics)
+            buffer.statistics.copy_(torch.stack(merged))
         self._watch.lap("gae")
         self._before_update = copy.deepcopy(self._learnt())
         self.learner.set_progress(self.iteration / self.config.iterations)
@@ -170,7 +191,7 @@ class Trainer:
         self._before_update = None
         seconds = time.perf_counter() - began
         figures["iteration"] = self.iteration
-        figures["steps_per_second"] = buffer.num_envs * buffer.num_steps / seconds
+        figures["steps_per_second"] = self.ranks.world_size * buffer.num_envs * buffer.num_steps / seconds
         figures["time/iteration"] = seconds
         if culprit is not None:
             raise NotFinite(
@@ -237,10 +258,10 @@ class Trainer:
             ppo, buffer = self.config.ppo, self.buffer
             last_values, bootstrap = self.collect()
             if self._rewards is not None:
-                self._rewards.apply_to(buffer.rewards, buffer.dones)
+                self._rewards.apply_to(buffer.rewards, buffer.dones, self.ranks)
             buffer.compute_gae(last_values, ppo.gamma, ppo.lam, **bootstrap)
-            self.policy.observe_returns(buffer.returns, buffer.dones != INVALID)
-            self.policy.observe(buffer.obs)
+            self.policy.observe_returns(buffer.returns, buffer.dones != INVALID, self.ranks)
+            self.policy.observe(buffer.obs, self.ranks)
             buffer.clear()
             self._env_log = LogMeter()
             self._reset()
@@ -267,16 +288,15 @@ class Trainer:
         finite = [(x.isfinite() | skipped).all() for x in (rewards, buffer.values, buffer.advantages)]
         timeouts = (codes == TRUNCATED).sum()
         scalars = [*learnt.values(), self.policy.std.mean(), rewards.mean(), *episodes.unbind(), timeouts, *finite]
-        log = [x.to(self.device).double() for x in self._env_log.totals()]
-        read = torch.cat((torch.stack(scalars + log).double(), buffer.flags())).tolist()
-        buffer.check(read[-3:])
-        read, logged = read[: len(scalars)], read[len(scalars) : -3]
-        *losses, std, reward, count, length, total, timeouts, good_rewards, good_values, good_advantages = read
+        rows, log = self._gather(scalars)
+        # The losses and the standard deviation are those of all ranks on each of them.
+        *losses, std = rows[0][: len(learnt) + 1]
+        rewards, *ended, good_rewards, good_values, good_advantages = zip(*(row[len(learnt) + 1 :] for row in rows))
+        reward, (count, length, total, timeouts) = sum(rewards) / len(rows), map(sum, ended)
         figures = dict(zip(learnt, losses))
         if count:
             means = {"episode_length": length, "episode_return": total, "success_rate": timeouts}
             self._episode_figures = {name: value / count for name, value in means.items()}
-        log = self._env_log.means(logged)
         if "episode/success" in log:
             # The environment's own word; else an episode succeeds that reaches its time limit.
             self._episode_figures["success_rate"] = log["episode/success"]
@@ -284,15 +304,55 @@ class Trainer:
         figures |= {f"env/{name}": value for name, value in log.items()}
         figures |= {f"time/{stage}": seconds for stage, seconds in self._watch.seconds().items()}
         culprit = None
-        if not good_rewards:
+        if not all(good_rewards):
             culprit = "the rewards of the environment are not finite"
-        elif not good_values:
+        elif not all(good_values):
             culprit = "the values of the critic are not finite; an observation of the environment may not be, either"
-        elif not good_advantages:
+        elif not all(good_advantages):
             culprit = "the advantages are not finite"
         elif not math.isfinite(figures["surrogate_loss"] + figures["value_loss"]):
             culprit = "rewards, values and advantages are; the update diverged"
+        if self.ranks.several:
+            finite = zip(good_rewards, good_values, good_advantages)
+            bad = [str(rank) for rank, good in enumerate(finite) if not all(good)]
+            culprit = culprit and culprit + (f" (rank {', '.join(bad)})" if bad else "")
         return figures, culprit
+
+    def _gather(self, scalars: list[Tensor]) -> tuple[list[list[float]], dict[str, float]]:
+        """``scalars`` of each rank, and the means of all environments' logs, in one message.
+
+        In two where a log has keys that it had not before. Raises what the flags of any rank's buffer say.
+        """
+        log, ranks, flags = self._env_log, self.ranks, self.buffer.flags()
+        if not ranks.several:
+            sums = [x.to(self.device).double() for x in log.totals()]
+            row = torch.cat((torch.stack(scalars + sums).double(), flags)).tolist()
+            self.buffer.check(row[-3:])
+            return [row[: len(scalars)]], log.means(row[len(scalars) : -3])
+        norm = torch.stack(torch._foreach_norm(list(self.policy.parameters()))).sum()
+        while True:
+            new = not log.keys() <= set(self._log_keys)
+            if not new:
+                log.align(self._log_keys)
+            known = len(self._log_keys)
+            sums = [norm.new_zeros(())] * known if new else [x.to(self.device) for x in log.totals()]
+            stop = self._interrupt is not None and self._interrupt.raised
+            host = norm.new_tensor([new, stop, *([0] * known if new else log.steps())], dtype=torch.float64)
+            own = torch.stack([x.double() for x in [*scalars, *sums, norm]])
+            rows = ranks.gather(torch.cat((own, host, flags))).tolist()
+            parts = [_split(row, len(scalars), known, 1, 1, 1, known, 3) for row in rows]
+            figures, sums, norms, news, stops, steps, flags_ = zip(*parts)
+            if not any(x for (x,) in news):
+                break
+            self._log_keys = sorted({*self._log_keys, *itertools.chain(*ranks.gather_objects(log.keys()))})
+        for row in flags_:
+            self.buffer.check(row)
+        norms = [x for (x,) in norms]
+        # Rounding differs between processors; what is more is no longer one policy.
+        if max(norms) - min(norms) > DRIFT * max(norms):
+            raise RuntimeError(f"the ranks' policies have drifted apart: norms of their parameters {norms}")
+        self._asked_to_stop = any(x for (x,) in stops)
+        return list(figures), log.means([sum(x) for x in zip(*sums)], steps=[sum(x) for x in zip(*steps)])
 
     # ------------------------------------------------------------------------------------------------ all of them
 
@@ -312,6 +372,7 @@ class Trainer:
             self.echo(f"Resumed at iteration {self.iteration}; {self._not_restored}.")
         try:
             with _Interrupt(self.echo) as interrupt:
+                self._interrupt = interrupt
                 reason, figures = self._iterate_all(interrupt)
                 saved = self.save()
         except NotFinite:
@@ -342,7 +403,8 @@ class Trainer:
             self._report(figures, times)
             if self._target_reached(figures["episode_length"]):
                 return f"the mean episode length reached {config.target_episode_length:g} steps", figures
-            if interrupt.raised:
+            # Of several ranks all stop in the iteration whose message said so.
+            if self._asked_to_stop if self.ranks.several else interrupt.raised:
                 return "interrupted", figures
             if self.iteration % config.save_interval == 0 and self.iteration < config.iterations:
                 self._save_on_the_way()
@@ -377,14 +439,22 @@ class Trainer:
 
     def save(self) -> Path | None:
         """Writes the checkpoint ``model_ITERATION.pt`` into the run's folder; returns its path."""
-        return self._save(self.state_dict())
+        state = self.state_dict()
+        try:
+            return self._save(state)
+        finally:
+            self.ranks.gather_objects(None)  # whoever goes on finds it there, or the disk full
 
     def _save(self, state: dict[str, Any]) -> Path | None:
         return None if self.run_dir is None else checkpoint.save(self.run_dir / f"model_{state['iteration']}.pt", state)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint holds, between iterations: plain containers and tensors, not copied."""
-        return {**self._learnt(), "progress": self._progress()}
+        """What a checkpoint holds, between iterations: plain containers and tensors, not copied.
+
+        Called on every rank, as is :meth:`save`; the first one's is the checkpoint, with all ranks' progress.
+        """
+        progress, *others = self.ranks.to_first(self._progress())
+        return {**self._learnt(), "progress": progress, **({"others": others} if others else {})}
 
     def _learnt(self) -> dict[str, Any]:
         """What counts after a failure in the middle of an iteration."""
@@ -413,6 +483,9 @@ class Trainer:
             "running_episodes": self._episodes.state_dict(),
             "episode_figures": dict(self._episode_figures),
             "episode_lengths": list(self._lengths),
+            # The first rank's are where one process has them.
+            **({} if self._rewards is None or not self.ranks.rank else {"discounted": self._rewards.running}),
+            **({"memory": self.policy.memory} if self.policy.recurrent and self.ranks.rank else {}),
         }
 
     def _restore_progress(self, state: dict[str, Any]) -> str | None:
@@ -425,6 +498,17 @@ class Trainer:
             self._lengths.extend(progress["episode_lengths"])
             if before["seed"] != self.config.seed:
                 return f"its seed was {before['seed']}: all episodes begin anew, with other random numbers"
+            each, ranks = [progress, *state.get("others", [])], self.ranks
+            if len(each) != ranks.world_size:
+                return (
+                    f"its processes were {len(each)}, these are {ranks.world_size}: all episodes begin anew, "
+                    "with other random numbers"
+                )
+            progress = each[ranks.rank]
+            if ranks.rank and self._rewards is not None and "discounted" in progress:
+                self._rewards.running.copy_(progress["discounted"])
+            if ranks.rank and self.policy.recurrent:
+                self.policy.memory = progress["memory"]
             steps = progress["rollouts"] * self.buffer.num_steps
             counters = {"appended": steps, "discarded": steps, "seed": progress["shuffle_seed"]}
             self.buffer.load_state_dict({**self.buffer.state_dict(), **counters})
@@ -511,6 +595,18 @@ def read_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dic
     if type(state["iteration"]) is not int or state["iteration"] < 0:
         raise ValueError(f"{path}: iteration: expected an int of at least 0, got {state['iteration']!r}")
     return state
+
+
+def _split(row: list[float], *sizes: int) -> list[list[float]]:
+    numbers = iter(row)
+    return [list(itertools.islice(numbers, size)) for size in sizes]
+
+
+def _settings(env: Env, config: TrainConfig) -> dict[str, Any]:
+    """What is the same on all ranks."""
+    settings = dataclasses.asdict(config)
+    settings |= settings.pop("ppo") | {"num_envs": env.num_envs}
+    return {name: x for name, x in settings.items() if name not in ("device", "run_dir", "resume")}
 
 
 def nothing_to_do(iteration: int, iterations: int) -> str:

@@ -296,7 +296,10 @@ def test_discrete_actions_are_refused_by_name():
         ({"ppo": {"gamma": 1.5}}, "gamma: expected a number from 0 to 1, got 1.5"),
         ({"ppo": {"lam": -0.1}}, "lam: expected a number from 0 to 1, got -0.1"),
         ({"ppo": {"schedule": "cosine"}}, "schedule: expected 'adaptive', 'fixed' or 'linear', got 'cosine'"),
-        ({"ppo": {"advantage_scope": "epoch"}}, "advantage_scope: expected 'rollout' or 'minibatch', got 'epoch'"),
+        (
+            {"ppo": {"advantage_scope": "epoch"}},
+            "advantage_scope: expected 'rollout', 'rank' or 'minibatch', got 'epoch'",
+        ),
         ({"ppo": {"obs_dtype": "int8"}}, "obs_dtype: expected 'float32', 'float16' or 'bfloat16', got 'int8'"),
         ({"ppo": {"recurrent": True}}, "recurrent: expected 'none', 'gru' or 'lstm', got True"),
         ({"ppo": {"rnn_dim": 0}}, "rnn_dim: expected an int of at least 1, got 0"),
