@@ -120,7 +120,8 @@ class Ranks:
             raise
         except RuntimeError as error:
             raise PeerLost(
-                f"rank {self.rank} of {self.world_size} cannot go on, another has ended or is out of reach: {error}"
+                f"rank {self.rank} of {self.world_size} cannot go on, another has ended or is out of reach: "
+                f"{str(error).split('. ')[0]}"
             ) from error
 
 
@@ -211,13 +212,9 @@ def join(launch: Launch, device: torch.device) -> Ranks:
         return ALONE
     if not torch.distributed.is_available():
         raise ValueError("this PyTorch is built without torch.distributed, which several processes need")
-    cuda = device.type == "cuda"
-    torch.distributed.init_process_group(
-        "cpu:gloo,cuda:nccl" if cuda else "gloo",
-        rank=launch.rank,
-        world_size=launch.world_size,
-        device_id=device if cuda else None,
-    )
+    # What lies on the host, as a checkpoint's parts do, goes by gloo.
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    torch.distributed.init_process_group(backend, rank=launch.rank, world_size=launch.world_size)
     return Ranks(torch.distributed.group.WORLD)
 
 

@@ -131,6 +131,21 @@ def collectives(ranks: Ranks) -> dict:
     return found | {"broadcast": own, "seed": ranks.seed(7), "objects": ranks.gather_objects({"rank": ranks.rank})}
 
 
+def begun(ranks: Ranks) -> dict:
+    """What the ranks begin with, where they would draw different first weights."""
+    seed = torch.manual_seed
+    torch.manual_seed = lambda number: seed(number + ranks.rank)
+    trainer = Trainer(Points(0, N), settings())
+    torch.manual_seed = seed
+    again = Trainer(Points(0, N), settings())
+    drawn = torch.rand(4)
+    again._start()
+    last_values, bootstrap = again.collect()
+    again.buffer.compute_gae(last_values, **bootstrap)
+    (minibatch,) = again.buffer.minibatches(1)
+    return {"policy": trainer.policy.state_dict(), "drawn": drawn, "order": minibatch.indices}
+
+
 def not_finite(ranks: Ranks) -> dict:
     env = Points(ranks.rank * N, N)
     step = env.step
@@ -250,6 +265,7 @@ def main() -> None:
     found: dict = {case: learn(case, rank, 2) for case in CASES}
     torch.randn_like = drawn
     found["collectives"] = collectives(ranks)
+    found["begun"] = begun(ranks)
     found["not finite"] = not_finite(ranks)
     found["interrupted"] = interrupted(ranks, folder)
     found["logs"] = logs(ranks)

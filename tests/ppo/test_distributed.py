@@ -18,7 +18,9 @@ import ranks_worker as worker
 import torch
 
 from pydrone import cli, report, runs
+from pydrone.envs import make
 from pydrone.ppo import checkpoint
+from pydrone.ppo.config import PPOConfig, TrainConfig
 from pydrone.ppo.distributed import ALONE, Launch, MeanGradients, Ranks, merge_moments
 from pydrone.ppo.trainer import Trainer
 
@@ -141,6 +143,13 @@ def test_the_messages(rank, pair):
     assert (found["seed"] == 7) == (rank == 0) and 0 <= found["seed"] < 2**31
 
 
+def test_ranks_begin_with_the_first_ones_weights_and_numbers_of_their_own(pair):
+    first, second = (pair[f"rank{rank}"]["begun"] for rank in range(2))
+    assert same(first["policy"], second["policy"])
+    assert not torch.equal(first["drawn"], second["drawn"])
+    assert not torch.equal(first["order"], second["order"])
+
+
 def test_one_process_sends_nothing(monkeypatch):
     for name in ("all_reduce", "all_gather_into_tensor", "broadcast", "all_gather_object", "gather_object"):
         monkeypatch.setattr(torch.distributed, name, None)
@@ -159,6 +168,44 @@ def test_a_parameter_without_a_gradient_counts_as_zeros():
     used.sum().backward()
     MeanGradients(ALONE, [used, unused], 1)(torch.zeros(1), 4)
     assert used.grad.tolist() == [1, 1] and unused.grad.tolist() == [0, 0]
+
+
+class Counted(Ranks):
+    """Two ranks of which one stands for both; notes what is sent."""
+
+    def __init__(self) -> None:
+        self.group, self.rank, self.world_size, self.sent = None, 0, 2, []
+
+    def sum_(self, x):
+        self.sent.append(("all-reduce", x.nbytes))
+        return x.mul_(2)
+
+    def gather(self, x):
+        self.sent.append(("all-gather", x.nbytes))
+        return torch.stack((x, x))
+
+    def broadcast_(self, tensors) -> None:
+        pass
+
+    def gather_objects(self, x):
+        return [x, x]
+
+
+def test_the_sizes_in_the_document():
+    """What the default training, and one with everything normalised, send in an iteration."""
+    text = (Path(__file__).parents[2] / "docs" / "scaling.md").read_text(encoding="utf-8")
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
+    table = [(row[1], int(row[2].replace(",", "")), int(row[3])) for row in rows if row[1].startswith("all-")]
+    listed = [(text[:10], size) for text, size, count in table for _ in range(count)]
+    ppo = PPOConfig(normalize_obs=True, normalize_values=True, normalize_rewards=True)
+    env = make("quadrotor", num_envs=4)
+    ranks = Counted()
+    trainer = Trainer(env, TrainConfig(env="quadrotor", tensorboard=False, ppo=ppo), echo=print, ranks=ranks)
+    trainer.iterate()
+    ranks.sent.clear()
+    trainer.iterate()
+    assert ranks.sent == listed
+    assert f"{sum(x.numel() for x in trainer.policy.parameters()):,} parameters" in text
 
 
 # ----------------------------------------------------------------------------------------------- ends
