@@ -187,22 +187,22 @@ class Launch:
     """
 
     def __init__(self) -> None:
-        self.world_size = _number("WORLD_SIZE", 1, 1)
+        self.world_size = max(1, _number("WORLD_SIZE"))
         self.rank, self.local_rank = 0, 0
         if self.world_size > 1:
             if "RANK" not in os.environ:
                 raise ValueError(
                     f"RANK: expected a number below WORLD_SIZE={self.world_size}, as torchrun sets; not set"
                 )
-            self.rank, self.local_rank = _number("RANK", 0, 0), _number("LOCAL_RANK", 0, 0)
+            self.rank, self.local_rank = _number("RANK"), _number("LOCAL_RANK")
             if self.rank >= self.world_size:
                 raise ValueError(f"RANK: expected a number below WORLD_SIZE={self.world_size}, got {self.rank}")
 
 
-def _number(name: str, default: int, least: int) -> int:
-    given = os.environ.get(name, str(default))
-    if not given.isdecimal() or int(given) < least:
-        raise ValueError(f"{name}: expected a number of at least {least}, as torchrun sets, got {given!r}")
+def _number(name: str) -> int:
+    given = os.environ.get(name, "0")
+    if not given.isdecimal():
+        raise ValueError(f"{name}: expected a number, as torchrun sets, got {given!r}")
     return int(given)
 
 

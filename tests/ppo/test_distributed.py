@@ -302,7 +302,7 @@ def test_a_checkpoint_is_evaluated_as_any(pair):
     [
         ({"WORLD_SIZE": "2"}, "RANK: expected a number below WORLD_SIZE=2, as torchrun sets; not set"),
         ({"WORLD_SIZE": "2", "RANK": "2"}, "RANK: expected a number below WORLD_SIZE=2, got 2"),
-        ({"WORLD_SIZE": "two"}, "WORLD_SIZE: expected a number of at least 1, as torchrun sets, got 'two'"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE: expected a number, as torchrun sets, got 'two'"),
     ],
 )
 def test_what_torchrun_sets(variables, message, monkeypatch):
