@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .schema import SCHEMAS
+from .schema import CPU_SCHEMAS, SCHEMAS
 
 PACKAGE = Path(__file__).resolve().parent.parent
 
@@ -26,7 +26,7 @@ def _fake(*args) -> None:
 
     A tensor on "meta" among others ends up here too, and must not be taken for done.
     """
-    if isinstance(args[0], (list, tuple)):
+    if isinstance(args[0], (list, tuple)) and isinstance(args[2], Tensor):
         args = (*args[:2], *args[3:])  # append's layout, on the CPU for every device
     tensors = [x for arg in args for x in (arg if isinstance(arg, (list, tuple)) else (arg,)) if isinstance(x, Tensor)]
     devices = {x.device for x in tensors}
@@ -61,7 +61,7 @@ def _load(stem: str) -> str | None:
     return None
 
 
-for _name, _schema in SCHEMAS.items():
+for _name, _schema in (SCHEMAS | CPU_SCHEMAS).items():
     _library.define(_name + _schema)
     torch.library.register_fake(f"pydrone::{_name}", _fake, lib=_library)
 

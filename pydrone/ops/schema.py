@@ -34,6 +34,16 @@ with numbers in it: hence two lists, and a tensor of numbers. :func:`pydrone.lay
     stats, A without; returns_out = A + the float32 value at byte value_offset of the row.  subset: int64
     [num_samples], sample numbers n * T + t to draw from; None means all N * T.  indices_out: int64 [B], n * T + t.
 
+``ppo_gradients``  of one minibatch of B samples, of two multilayer perceptrons and a Gaussian; on the CPU alone.
+
+    obs, critic_obs: groups [B, width], side by side; critic_obs empty: what the actor sees.  actions, mu, sigma [B, A];
+    log_probs, advantages, returns, values [B].  actor, critic: weight [out, in] and bias [out] of each layer in turn.
+    std [A].  activation: number in ACTIVATIONS, of the hidden layers.  value_clip below 0: the value loss is plain.
+    obs_shift, obs_std [width], critic_shift, critic_std, value_shift, value_std []: (x - shift) / std, of observations
+    clipped to obs_clip; None: as they are.  grads: of actor, critic and std, shaped as these, of
+    surrogate + value_loss_coef * value loss (pydrone/ppo/loss.py).  metrics: float64 [3], surrogate, value loss, and
+    KL(mu, sigma || new), not a number without these.
+
 ``cursor``: None, or int64 [CURSOR_SIZE] on the device: what a captured CUDA graph reads in place of the host's
 slot, start and rollout.  A captured append onto a rollout not discarded writes nothing and sets the flag.
 """
@@ -59,6 +69,19 @@ SCHEMAS = {
         "Tensor(d!)? indices_out) -> ()"
     ),
 }
+
+# Of the CPU library alone: what calls them has another way where it is missing.
+CPU_SCHEMAS = {
+    "ppo_gradients": (
+        "(Tensor[] obs, Tensor[] critic_obs, Tensor actions, Tensor log_probs, Tensor advantages, Tensor returns, "
+        "Tensor values, Tensor? mu, Tensor? sigma, Tensor[] actor, Tensor[] critic, Tensor std, int activation, "
+        "float clip, float value_clip, float value_loss_coef, Tensor? obs_shift, Tensor? obs_std, "
+        "Tensor? critic_shift, Tensor? critic_std, float obs_clip, Tensor? value_shift, Tensor? value_std, "
+        "Tensor(a!)[] grads, Tensor(b!) metrics) -> ()"
+    ),
+}
+
+ACTIVATIONS = ("tanh", "elu", "relu", "silu")
 
 # What a truncated step bootstraps with.
 BOOTSTRAP = {None: 0, "final_values": 1, "stored_value": 2, "next_value": 3}

@@ -20,8 +20,8 @@ class CategoricalActorCritic(ActorCritic):
     """
 
     def _build(self, widths: Sequence[int], actions: int, hidden_dims: Sequence[int], init_std: float) -> None:
-        self.actor = mlp(widths[0], actions, hidden_dims)
-        self.critic = mlp(widths[1], 1, hidden_dims)
+        self.actor = mlp(widths[0], actions, hidden_dims, self._activation)
+        self.critic = mlp(widths[1], 1, hidden_dims, self._activation)
         # Nearly the same probability for each action at first, whatever the observation.
         with torch.no_grad():
             self.actor[-1].weight.mul_(0.01)

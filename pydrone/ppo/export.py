@@ -91,10 +91,11 @@ def describe(policy: nn.Module, limits: tuple[float, float] | None = None) -> tu
     for layer in policy.actor:
         if isinstance(layer, nn.Linear):
             add("linear", weight=layer.weight, bias=layer.bias)
-        elif type(layer).__name__.lstrip("_") == "Tanh":
-            add("tanh")
-        else:
-            raise ExportError(f"policy: expected linear layers and tanh in the actor, got {type(layer).__name__}")
+            continue
+        activation = type(layer).__name__.lstrip("_").lower()
+        if activation not in OPERATIONS:
+            raise ExportError(f"policy: expected linear layers and activations in the actor, got {layer}")
+        add(activation)
     if _discrete(policy):
         add("argmax")
     elif limits is not None:
@@ -128,6 +129,9 @@ OPERATIONS: dict[str, Callable[..., Tensor]] = {
     "normalize": lambda x, shift, std: (x - shift) / std,
     "linear": nn.functional.linear,
     "tanh": torch.tanh,
+    "elu": nn.functional.elu,
+    "relu": torch.relu,
+    "silu": nn.functional.silu,
     "clip": torch.clamp,
     "argmax": lambda x: x.argmax(-1),
 }

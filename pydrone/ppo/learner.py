@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from pydrone.ops.schema import INVALID
 from pydrone.ppo.config import PPOConfig
 from pydrone.ppo.distributed import ALONE, MeanGradients, Ranks
+from pydrone.ppo.fused import of_policy, why_not
 from pydrone.ppo.loss import surrogate_loss, value_loss
 from pydrone.ppo.policy import ActorCritic
 from pydrone.sequences import Sequences
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 # rsl_rl's adaptive schedule.
 LEARNING_RATE_BOUNDS = (1e-5, 1e-2)
 LEARNING_RATE_FACTOR = 1.5
+# Of two equal policies, in float32.
+ZERO_KL = 1e-6
 
 # Activations of 128 units are 1.6 MB then, which a core's cache holds; the allocator returns to the system, and faults
 # in again, what is much larger.
@@ -46,6 +49,10 @@ class Learner:
         device = next(policy.parameters()).device
         self.learning_rate = torch.tensor(config.learning_rate, device=device)
         self.optimizer = torch.optim.Adam(policy.parameters(), lr=self.learning_rate, fused=True)
+        #: why autograd computes the gradients; None: the fused operation does, which takes a minibatch whole
+        self.not_fused = "learner is torch" if config.learner == "torch" else why_not(policy)
+        if config.learner == "fused" and self.not_fused is not None:
+            raise ValueError(f"learner: 'fused' cannot be used: {self.not_fused}")
         self.chunk_size = config.chunk_size
         if self.chunk_size is None and device.type == "cpu":
             self.chunk_size = CPU_CHUNK_PER_THREAD * torch.get_num_threads()
@@ -114,10 +121,12 @@ class Learner:
         return metrics
 
     def compute_gradients(self, minibatch: Any) -> Tensor:
-        """Leaves the loss's gradients in the parameters, chunk by chunk, and returns the METRICS, [4]."""
+        """Leaves the loss's gradients in the parameters and returns the METRICS, [4]. Autograd takes it in chunks."""
         config, policy = self.config, self.policy
-        self.optimizer.zero_grad(set_to_none=True)
         size = minibatch.actions.shape[0]
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.not_fused is None and size > 0:
+            return of_policy(policy, minibatch, config)
         chunks = -(-size // self.chunk_size) if self.chunk_size else 1
         totals, stored = torch.zeros(len(self.METRICS), device=self.learning_rate.device), policy.fields()
         if size == 0:  # another rank has samples
@@ -147,7 +156,8 @@ class Learner:
     def adapt_learning_rate(self, kl: Tensor) -> None:
         """rsl_rl's schedule: divided by 1.5 above twice the desired KL, multiplied by 1.5 below half of it.
 
-        A KL of zero, as before a rollout's first step, leaves it alone; so does one that is not a number.
+        A KL of zero, as before a rollout's first step, or what rounding makes of it, leaves it alone; so does one that is
+        not a number.
         """
         least, most = LEARNING_RATE_BOUNDS
         rate, desired = self.learning_rate, self.config.desired_kl
@@ -155,7 +165,7 @@ class Learner:
             torch.where(
                 kl > 2 * desired,
                 (rate / LEARNING_RATE_FACTOR).clamp_min(least),
-                torch.where((kl > 0) & (kl < desired / 2), (rate * LEARNING_RATE_FACTOR).clamp_max(most), rate),
+                torch.where((kl > ZERO_KL) & (kl < desired / 2), (rate * LEARNING_RATE_FACTOR).clamp_max(most), rate),
             )
         )
 

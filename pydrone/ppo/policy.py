@@ -7,6 +7,7 @@ Other policies are variations of it: discrete actions (:mod:`pydrone.ppo.discret
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -48,11 +49,16 @@ class _Tanh(nn.Module):
         return x.tanh_()
 
 
-def mlp(inputs: int, outputs: int, hidden_dims: Sequence[int]) -> nn.Sequential:
-    """Linear layers with tanh between them, initialised as torch does, which is also what rsl_rl trains from."""
+# inplace only where the derivative needs the result alone: SiLU's needs what went in.
+ACTIVATIONS = {"tanh": _Tanh, "elu": partial(nn.ELU, inplace=True), "relu": partial(nn.ReLU, inplace=True)}
+ACTIVATIONS["silu"] = nn.SiLU
+
+
+def mlp(inputs: int, outputs: int, hidden_dims: Sequence[int], activation: str = "tanh") -> nn.Sequential:
+    """Linear layers with activations between them, initialised as torch does, which is also what rsl_rl trains from."""
     layers: list[nn.Module] = []
     for width in hidden_dims:
-        layers += [nn.Linear(inputs, width), _Tanh()]
+        layers += [nn.Linear(inputs, width), ACTIVATIONS[activation]()]
         inputs = width
     return nn.Sequential(*layers, nn.Linear(inputs, outputs))
 
@@ -65,6 +71,7 @@ class ActorCritic(nn.Module):
             vector.
         actions: action dimensions A.
         hidden_dims: widths of the hidden layers.
+        activation: tanh, elu, relu or silu, of the hidden layers.
         init_std: first standard deviation, of every dimension.
         actor_obs, critic_obs: names of the groups that each sees, side by side in this order. None given: the actor
             sees "policy" and the critic "critic", or what the actor sees where there is none.
@@ -91,10 +98,11 @@ class ActorCritic(nn.Module):
         normalize_values: bool = False,
         obs_dtype: torch.dtype = torch.float32,
         autocast: bool = False,
+        activation: str = "tanh",
     ) -> None:
         super().__init__()
         self.obs = obs
-        self.autocast, self.obs_clip = autocast, obs_clip
+        self.autocast, self.obs_clip, self._activation = autocast, obs_clip, activation
         self._rounded = None if obs_dtype == torch.float32 else obs_dtype
         groups, named = parse_obs(obs, torch.float32)
         self.actor_obs, self.critic_obs = _pick_groups(groups, named, tuple(actor_obs), tuple(critic_obs))
@@ -112,8 +120,8 @@ class ActorCritic(nn.Module):
 
     def _build(self, widths: Sequence[int], actions: int, hidden_dims: Sequence[int], init_std: float) -> None:
         """Makes the networks. widths: of what the actor and the critic see."""
-        self.actor = mlp(widths[0], actions, hidden_dims)
-        self.critic = mlp(widths[1], 1, hidden_dims)
+        self.actor = mlp(widths[0], actions, hidden_dims, self._activation)
+        self.critic = mlp(widths[1], 1, hidden_dims, self._activation)
         self.std_param = nn.Parameter(torch.full((actions,), float(init_std)))
 
     # ----------------------------------------------------------------------- what the distribution of actions is to do
@@ -288,10 +296,8 @@ def make_policy(
             "env.actions: expected an int, for continuous actions, or ((), torch.int64) along with "
             f"env.num_discrete_actions, got {actions!r}"
         )
-    options: dict[str, Any] = {
-        name: getattr(config, name)
-        for name in ("actor_obs", "critic_obs", "normalize_obs", "obs_clip", "normalize_values", "autocast")
-    }
+    names = ("actor_obs", "critic_obs", "normalize_obs", "obs_clip", "normalize_values", "autocast", "activation")
+    options: dict[str, Any] = {name: getattr(config, name) for name in names}
     options["obs_dtype"] = getattr(torch, config.obs_dtype)
     kind: type[ActorCritic] = ActorCritic
     if config.recurrent != "none":

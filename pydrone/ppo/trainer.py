@@ -24,6 +24,7 @@ from pydrone.buffer import RolloutBuffer
 from pydrone.envs.base import Env, LogMeter, ObsSpec
 from pydrone.layout import parse_obs
 from pydrone.memory import plan
+from pydrone.ops import native
 from pydrone.ops.schema import INVALID, TRUNCATED
 from pydrone.ppo import checkpoint, configfile
 from pydrone.ppo.config import TrainConfig, check_minibatches
@@ -370,6 +371,9 @@ class Trainer:
         self._open_run()
         if self._not_restored is not None:
             self.echo(f"Resumed at iteration {self.iteration}; {self._not_restored}.")
+        # That the library is missing has been said of the buffer.
+        if self.config.ppo.learner == "auto" and self.learner.not_fused is not None and native.CPU_MISSING is None:
+            self.echo(f"Gradients by autograd: {self.learner.not_fused}.")
         try:
             with _Interrupt(self.echo) as interrupt:
                 self._interrupt = interrupt

@@ -264,17 +264,19 @@ def test_storage_gae_and_minibatches_run_no_tensor_op_of_torch():
 
 
 @native
-def test_update_reads_nothing_back_from_the_device():
+@pytest.mark.parametrize(("way", "operation"), [("torch", "aten::addmm"), ("auto", None)])
+def test_update_reads_nothing_back_from_the_device(way, operation):
     """No .item(), no .tolist(), no bool() of a tensor: each would be a local_scalar_dense."""
     policy, buffer = make_policy(), make_buffer()
     buffer.compute_gae(fill(buffer, policy))
-    learner = Learner(policy)
+    learner = Learner(policy, PPOConfig(learner=way))
+    operation = operation or ("pydrone::ppo_gradients" if learner.not_fused is None else "aten::addmm")
     # On the CPU the fused Adam itself reads the learning rate, which costs nothing there.
     learner.optimizer.step = lambda: None
     with Record() as record:
         learner.update(buffer)
     assert "aten::_local_scalar_dense" not in record.ops
-    assert "aten::addmm" in record.ops, "the recorder saw nothing"
+    assert operation in record.ops, "the recorder saw nothing"
 
 
 def test_matches_an_update_of_rsl_rl():

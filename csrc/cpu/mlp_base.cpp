@@ -1,0 +1,9 @@
+// The networks for every processor; see mlp_tile.h.
+#define PYDRONE_MLP mlp_base
+#define PYDRONE_VECTOR 4
+#define PYDRONE_ROWS 4
+#include "mlp_tile.h"
+
+namespace pydrone {
+const MlpVersion kMlpBase{"baseline", mlp_base::V, mlp_base::pack, mlp_base::step, mlp_base::forward};
+}

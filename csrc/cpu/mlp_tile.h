@@ -1,0 +1,388 @@
+// The networks over one tile, for the instructions that the including file is compiled for: PYDRONE_MLP names the
+// version, PYDRONE_VECTOR its floats a vector, PYDRONE_ROWS the samples a microkernel holds. Nothing of the standard
+// library is instantiated here: its inline functions would be shared with files compiled for less.
+#include "mlp.h"
+
+namespace pydrone {
+namespace PYDRONE_MLP {
+
+constexpr int64_t V = PYDRONE_VECTOR, kRows = PYDRONE_ROWS, kPanel = 2 * V;
+
+typedef float Vec __attribute__((vector_size(V * 4)));
+typedef int32_t Ints __attribute__((vector_size(V * 4)));
+typedef float Loose __attribute__((vector_size(V * 4), aligned(4), may_alias));
+
+#define PYDRONE_IN static inline __attribute__((always_inline))
+
+PYDRONE_IN Vec load(const float* x) { return *reinterpret_cast<const Loose*>(x); }
+PYDRONE_IN void store(float* to, Vec x) { *reinterpret_cast<Loose*>(to) = x; }
+PYDRONE_IN Vec all(float x) { return x - Vec{}; }  // one broadcast; 0 + x is not x for x = -0
+PYDRONE_IN Vec larger(Vec a, Vec b) { return a > b ? a : b; }
+PYDRONE_IN Vec smaller(Vec a, Vec b) { return a < b ? a : b; }
+PYDRONE_IN float total(Vec x) {
+  float sum = 0;
+  for (int i = 0; i < V; ++i) sum += x[i];
+  return sum;
+}
+
+// x = n ln 2 + r with |r| <= ln 2 / 2; returns e^r - 1 by its Taylor series (to 1e-8), and 2^n.
+PYDRONE_IN Vec reduced_expm1(Vec x, Vec& power) {
+  const Vec shifted = x * 1.44269504f + 12582912.0f;  // rounds to the nearest integer in the low bits
+  const Vec n = shifted - 12582912.0f;
+  const Vec r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  Vec p = all(1.0f / 5040);
+  p = p * r + 1.0f / 720;
+  p = p * r + 1.0f / 120;
+  p = p * r + 1.0f / 24;
+  p = p * r + 1.0f / 6;
+  p = p * r + 0.5f;
+  power = reinterpret_cast<Vec>((reinterpret_cast<Ints>(shifted) << 23) + 0x3F800000);
+  return p * (r * r) + r;
+}
+
+// Both are exact to about 1 ulp where e^x is a normal number; beyond, the nearest end. NaN stays NaN.
+PYDRONE_IN Vec exponential(Vec x) {
+  Vec power;
+  const Vec clamped = x > 88.0f ? all(88.0f) : (x < -87.0f ? all(-87.0f) : x);
+  const Vec part = reduced_expm1(clamped, power);
+  return part * power + power;
+}
+PYDRONE_IN Vec expm1_below_0(Vec x) {
+  Vec power;
+  const Vec part = reduced_expm1(x < -87.0f ? all(-87.0f) : x, power);
+  return part * power + (power - 1.0f);
+}
+
+// log x for normal x > 0: x = 2^n m with m in [sqrt(1/2), sqrt 2), log m = 2 atanh((m - 1) / (m + 1)).
+PYDRONE_IN Vec logarithm(Vec x) {
+  const Ints bits = reinterpret_cast<Ints>(x), shifted = bits - 0x3F3504F3;
+  const Ints n = shifted >> 23;
+  const Vec m = reinterpret_cast<Vec>(bits - (n << 23));
+  const Vec s = (m - 1.0f) / (m + 1.0f), z = s * s;
+  Vec p = all(2.0f / 9);
+  p = p * z + 2.0f / 7;
+  p = p * z + 2.0f / 5;
+  p = p * z + 2.0f / 3;
+  p = p * z + 2.0f;
+  return __builtin_convertvector(n, Vec) * 0.69314718f + s * p;
+}
+
+// The activation; `slope` gets its derivative where the result does not tell it.
+template <Activation activation>
+PYDRONE_IN Vec activate(Vec x, Vec& slope) {
+  if constexpr (activation == kTanh) {  // tanh |x| = -e / (e + 2) with e = expm1(-2 |x|), and x's sign
+    const Ints sign = reinterpret_cast<Ints>(x) & INT32_MIN;
+    const Vec part = expm1_below_0(2.0f * reinterpret_cast<Vec>(reinterpret_cast<Ints>(x) | INT32_MIN));
+    return reinterpret_cast<Vec>(reinterpret_cast<Ints>(-part / (part + 2.0f)) | sign);
+  } else if constexpr (activation == kElu) {
+    return x > 0.0f ? x : expm1_below_0(x);
+  } else if constexpr (activation == kRelu) {
+    return x < 0.0f ? Vec{} : x;
+  } else {
+    const Vec gate = 1.0f / (1.0f + exponential(-x));
+    slope = gate + x * gate * (1.0f - gate);
+    return x * gate;
+  }
+}
+
+// The derivative by the result y.
+PYDRONE_IN Vec slope_of(int64_t activation, Vec y) {
+  switch (activation) {
+    case kTanh: return 1.0f - y * y;
+    case kElu: return y > 0.0f ? all(1.0f) : y + 1.0f;
+    default: return y > 0.0f ? all(1.0f) : Vec{};
+  }
+}
+
+// What becomes of a product.
+enum Ending { kAdd, kLinear, kHidden, kSlope };
+
+struct Product {
+  const float *a, *b;
+  int64_t stride;  // a's: for kAdd of k, the other index adjacent; for the others of rows, k adjacent
+  int64_t b_k;     // b[k * b_k + j]
+  int64_t depth;
+  float* c;
+  int64_t c_row;
+  const float* bias;
+  float* slope;  // SiLU's derivatives, as c lies
+  int64_t activation;
+};
+
+// After the sums are stored: intermediate results would take their registers.
+template <int Rows, int Vectors, Activation activation>
+PYDRONE_IN void activate_rows(const Product& p) {
+  for (int i = 0; i < Rows; ++i)
+#pragma GCC unroll 2
+    for (int j = 0; j < Vectors; ++j) {
+      float* to = p.c + i * p.c_row + j * V;
+      Vec slope = Vec{};
+      store(to, activate<activation>(load(to), slope));
+      if (activation == kSilu) store(p.slope + i * p.c_row + j * V, slope);
+    }
+}
+template <int Rows, int Vectors>
+PYDRONE_IN void activate_block(const Product& p) {
+  switch (p.activation) {
+    case kTanh: return activate_rows<Rows, Vectors, kTanh>(p);
+    case kElu: return activate_rows<Rows, Vectors, kElu>(p);
+    case kRelu: return activate_rows<Rows, Vectors, kRelu>(p);
+    default: return activate_rows<Rows, Vectors, kSilu>(p);
+  }
+}
+
+// c [Rows, Vectors * V] of a product, whole in registers.
+template <int Rows, int Vectors, Ending ending>
+PYDRONE_IN void block(const Product& p) {
+  // kAdd walks down a's columns, the others along its rows: then every third row has a pointer of its own, and the two
+  // after it are reached by an index register.
+  constexpr bool down = ending == kAdd;
+  constexpr int kPointers = down ? 1 : (Rows + 2) / 3;
+  Vec sum[Rows][Vectors];
+#pragma GCC unroll 16
+  for (int i = 0; i < Rows; ++i)
+#pragma GCC unroll 2
+    for (int j = 0; j < Vectors; ++j) {
+      if constexpr (ending == kAdd) sum[i][j] = load(p.c + i * p.c_row + j * V);
+      else if constexpr (ending == kSlope) sum[i][j] = Vec{};
+      else sum[i][j] = load(p.bias + j * V);
+    }
+  const float* a[kPointers];
+  for (int i = 0; i < kPointers; ++i) a[i] = p.a + 3 * i * p.stride;
+  const float* b = p.b;
+  const int64_t stride = p.stride;
+  for (int64_t k = 0; k < p.depth; ++k, b += p.b_k) {
+    Vec right[Vectors];
+#pragma GCC unroll 2
+    for (int j = 0; j < Vectors; ++j) right[j] = load(b + j * V);
+#pragma GCC unroll 16
+    for (int i = 0; i < Rows; ++i) {
+      const Vec left = all(down ? a[0][i] : a[i / 3][i % 3 * stride]);
+#pragma GCC unroll 2
+      for (int j = 0; j < Vectors; ++j) sum[i][j] += left * right[j];
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < kPointers; ++i) a[i] += down ? stride : 1;
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < Rows; ++i)
+#pragma GCC unroll 2
+    for (int j = 0; j < Vectors; ++j) {
+      float* to = p.c + i * p.c_row + j * V;
+      if constexpr (ending == kSlope) {
+        const Vec slope = p.slope ? load(p.slope + i * p.c_row + j * V) : slope_of(p.activation, load(to));
+        sum[i][j] *= slope;
+      }
+      store(to, sum[i][j]);
+    }
+  if constexpr (ending == kHidden) activate_block<Rows, Vectors>(p);
+}
+
+template <int Vectors, Ending ending>
+static void column(Product p, int64_t rows) {
+  const int64_t a_row = ending == kAdd ? 1 : p.stride;
+  for (; rows >= kRows; rows -= kRows, p.a += kRows * a_row, p.c += kRows * p.c_row) {
+    block<kRows, Vectors, ending>(p);
+    if (p.slope) p.slope += kRows * p.c_row;
+  }
+  for (; rows > 0; --rows, p.a += a_row, p.c += p.c_row) {
+    block<1, Vectors, ending>(p);
+    if (p.slope) p.slope += p.c_row;
+  }
+}
+
+// c [rows, columns] = a b, columns a multiple of V; panels of b lie one after the other where `packed`.
+template <Ending ending>
+static void product(Product p, int64_t rows, int64_t columns, bool packed) {
+  for (int64_t j = 0; j < columns;) {
+    const int64_t width = columns - j >= kPanel ? kPanel : V;
+    if (packed) p.b_k = width;
+    if (width == kPanel) column<2, ending>(p, rows);
+    else column<1, ending>(p, rows);
+    p.b += packed ? p.depth * width : width;
+    p.c += width;
+    if (p.bias) p.bias += width;
+    if (p.slope) p.slope += width;
+    j += width;
+  }
+}
+
+// Panels of columns of a [depth, columns] matrix whose element (k, j) is from[k * row + j * step]; zero beyond `valid`.
+static void pack_panels(float* to, const float* from, int64_t depth, int64_t columns, int64_t valid, int64_t row,
+                        int64_t step) {
+  for (int64_t j0 = 0; j0 < columns;) {
+    const int64_t width = columns - j0 >= kPanel ? kPanel : V;
+    for (int64_t k = 0; k < depth; ++k)
+      for (int64_t j = j0; j < j0 + width; ++j) *to++ = j < valid ? from[k * row + j * step] : 0.0f;
+    j0 += width;
+  }
+}
+
+static void pack(const MlpLayer& layer, bool backward) {
+  pack_panels(layer.forward, layer.weight, layer.in, layer.out_padded, layer.out, 1, layer.in);
+  float* bias = layer.forward + layer.in * layer.out_padded;
+  for (int64_t j = 0; j < layer.out_padded; ++j) bias[j] = j < layer.out ? layer.bias[j] : 0.0f;
+  if (backward) pack_panels(layer.backward, layer.weight, layer.out, layer.in_padded, layer.in, layer.in, 1);
+}
+
+static int64_t work_of(const MlpNet& net, const MlpLayer& layer) {
+  return kTile * layer.ld * (net.activation == kSilu ? 2 : 1);
+}
+
+static const float* forward(const MlpNet& net, const float* x, int64_t ld, int64_t count, float* work) {
+  for (int64_t l = 0; l < net.num_layers; ++l) {
+    const MlpLayer& layer = net.layers[l];
+    const bool hidden = l + 1 < net.num_layers;
+    Product p{x, layer.forward, ld, 0, layer.in, work, layer.ld, layer.forward + layer.in * layer.out_padded,
+              hidden && net.activation == kSilu ? work + kTile * layer.ld : nullptr, net.activation};
+    if (hidden) product<kHidden>(p, count, layer.out_padded, true);
+    else product<kLinear>(p, count, layer.out_padded, true);
+    x = work;
+    ld = layer.ld;
+    work += work_of(net, layer);
+  }
+  return x;
+}
+
+// Adds the gradients of a tile. The last layer's outputs have been replaced by the loss's derivatives by them; those of
+// each other layer are replaced on the way down by the derivatives by what went into its activation.
+static void backward(const MlpNet& net, const float* x, int64_t ld, int64_t count, float* work, float* grads) {
+  float* outputs[64];
+  for (int64_t l = 0; l < net.num_layers; ++l) {
+    outputs[l] = work;
+    work += work_of(net, net.layers[l]);
+  }
+  for (int64_t l = net.num_layers - 1; l >= 0; --l) {
+    const MlpLayer& layer = net.layers[l];
+    const float* input = l ? outputs[l - 1] : x;
+    const int64_t input_ld = l ? net.layers[l - 1].ld : ld;
+    float* bias = grads + layer.bias_grad;
+    for (int64_t j = 0; j < layer.out_padded; j += V) {
+      Vec sum = load(bias + j), other = Vec{};
+      int64_t n = 0;
+      for (; n + 1 < count; n += 2) {
+        sum += load(outputs[l] + n * layer.ld + j);
+        other += load(outputs[l] + (n + 1) * layer.ld + j);
+      }
+      if (n < count) sum += load(outputs[l] + n * layer.ld + j);
+      store(bias + j, sum + other);
+    }
+    // W^T's gradient, [in, out]: as many rows as inputs, which are seldom a multiple of anything.
+    product<kAdd>({input, outputs[l], input_ld, layer.ld, count, grads + layer.weight_grad, layer.out_padded,
+                   nullptr, nullptr, 0},
+                  layer.in, layer.out_padded, false);
+    if (l == 0) continue;
+    product<kSlope>({outputs[l], layer.backward, layer.ld, 0, layer.out, outputs[l - 1], input_ld, nullptr,
+                     net.activation == kSilu ? outputs[l - 1] + kTile * input_ld : nullptr, net.activation},
+                    count, layer.in_padded, true);
+  }
+}
+
+// ------------------------------------------------------------------------------------------------------- the loss
+
+// The formulas are those of pydrone/ppo/loss.py. Means become sums here, and `share` the factor of their derivatives.
+
+PYDRONE_IN Ints samples(int64_t n, int64_t count) {
+  Ints index;
+  for (int i = 0; i < V; ++i) index[i] = static_cast<int32_t>(n) + i;
+  return index < static_cast<int32_t>(count);
+}
+
+// `outputs` [kTile, ld], the means, become the loss's derivatives by them.
+static void actor_loss(const PpoLoss& loss, const PpoTile& tile, float* outputs, int64_t ld) {
+  float ratio_grad[kTile];
+  Vec surrogate = Vec{}, divergence = Vec{};
+  float lacking = 0;  // the log-density at the mean
+  for (int64_t j = 0; j < loss.num_actions; ++j) {
+    const Vec s = all(loss.std[j]);
+    lacking += logarithm(s)[0] + 0.918938533f;
+  }
+  for (int64_t n = 0; n < kTile; n += V) {
+    const Ints exists = samples(n, tile.count);
+    Vec squares = Vec{}, apart_from_old = Vec{};
+    for (int64_t j = 0; j < loss.num_actions; ++j) {
+      Vec mean;
+      for (int i = 0; i < V; ++i) mean[i] = outputs[(n + i) * ld + j];
+      const Vec z = (load(tile.actions + j * kTile + n) - mean) / loss.std[j];
+      squares += z * z;
+      if (loss.kl) {
+        const Vec apart = load(tile.mu + j * kTile + n) - mean, old = load(tile.sigma + j * kTile + n);
+        const float s = loss.std[j];
+        // Exactly 0 where nothing has changed.
+        apart_from_old += (apart * apart + (old * old - s * s)) * (0.5f / (s * s)) + (logarithm(all(s)) - logarithm(old));
+      }
+    }
+    const Vec ratio = exponential(-0.5f * squares - lacking - load(tile.log_probs + n));
+    const Vec advantage = load(tile.advantages + n);
+    const Vec kept = larger(smaller(ratio, all(1 + loss.clip)), all(1 - loss.clip));
+    const Vec plain = ratio * advantage, clipped = kept * advantage;
+    // As torch differentiates minimum and clamp: the plain side where it is the smaller, or both are the same.
+    const Vec grad = plain <= clipped ? plain : (plain != plain ? plain : Vec{});
+    const Vec smallest = plain <= clipped ? plain : (clipped < plain ? clipped : plain + clipped);
+    surrogate += exists ? smallest : Vec{};
+    divergence += exists ? apart_from_old : Vec{};
+    store(ratio_grad + n, exists ? grad * -loss.share : Vec{});
+  }
+  for (int64_t j = 0; j < loss.num_actions; ++j) {
+    const float inverse = 1.0f / loss.std[j];
+    float std_grad = 0;
+    for (int64_t n = 0; n < tile.count; ++n) {
+      const float z = (tile.actions[j * kTile + n] - outputs[n * ld + j]) * inverse;
+      outputs[n * ld + j] = ratio_grad[n] * z * inverse;
+      std_grad += ratio_grad[n] * (z * z - 1.0f) * inverse;
+    }
+    tile.std_grad[j] += std_grad;
+  }
+  for (int64_t n = 0; n < kTile; ++n) {
+    const int64_t from = n < tile.count ? loss.num_actions : 0;
+    for (int64_t j = from; j < ld; ++j) outputs[n * ld + j] = 0;
+  }
+  tile.sums[0] -= total(surrogate);
+  tile.sums[2] += total(divergence);
+}
+
+static void critic_loss(const PpoLoss& loss, const PpoTile& tile, float* outputs, int64_t ld) {
+  Vec sum = Vec{};
+  float grads[kTile];
+  for (int64_t n = 0; n < kTile; n += V) {
+    Vec value;
+    for (int i = 0; i < V; ++i) value[i] = outputs[(n + i) * ld];
+    const Vec target = load(tile.returns + n), error = value - target;
+    Vec square = error * error, grad = 2.0f * error;
+    if (loss.value_clip >= 0) {
+      const Vec old = load(tile.values + n), moved = value - old;
+      const Vec held = larger(smaller(moved, all(loss.value_clip)), all(-loss.value_clip));
+      const Vec other = held + (old - target), squared = other * other;
+      grad = squared > square ? (moved == held ? 2.0f * other : Vec{}) : grad;
+      square = squared > square ? squared : square;
+    }
+    sum += samples(n, tile.count) ? square : Vec{};
+    store(grads + n, grad * (loss.share * loss.value_coef));
+  }
+  for (int64_t n = 0; n < kTile; ++n) {
+    outputs[n * ld] = n < tile.count ? grads[n] : 0.0f;
+    for (int64_t j = 1; j < ld; ++j) outputs[n * ld + j] = 0;
+  }
+  tile.sums[1] += total(sum);
+}
+
+// The tile's rows that the networks have not computed.
+static void clear(float* outputs, int64_t ld, int64_t from) {
+  for (int64_t i = from * ld; i < kTile * ld; ++i) outputs[i] = 0;
+}
+
+static void step(const MlpNet& actor, const MlpNet& critic, const PpoLoss& loss, const PpoTile& tile) {
+  // Whole blocks of samples; those beyond `count` are zero, and so are their derivatives.
+  const int64_t rows = (tile.count + kRows - 1) / kRows * kRows;
+  auto* outputs = const_cast<float*>(forward(actor, tile.actor_obs, tile.actor_ld, rows, tile.work));
+  clear(outputs, actor.layers[actor.num_layers - 1].ld, tile.count);
+  actor_loss(loss, tile, outputs, actor.layers[actor.num_layers - 1].ld);
+  backward(actor, tile.actor_obs, tile.actor_ld, rows, tile.work, tile.grads);
+  outputs = const_cast<float*>(forward(critic, tile.critic_obs, tile.critic_ld, rows, tile.work));
+  clear(outputs, critic.layers[critic.num_layers - 1].ld, tile.count);
+  critic_loss(loss, tile, outputs, critic.layers[critic.num_layers - 1].ld);
+  backward(critic, tile.critic_obs, tile.critic_ld, rows, tile.work, tile.grads);
+}
+
+}  // namespace PYDRONE_MLP
+}  // namespace pydrone

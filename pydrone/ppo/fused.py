@@ -1,0 +1,222 @@
+"""PPO's gradients in one pass over a minibatch: what autograd does in some sixty operations, in one of the CPU library.
+
+Tiles of 128 samples go through both networks, the loss and back, and never leave the second-level cache; see
+``ppo_gradients`` in :mod:`pydrone.ops.schema`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from pydrone.ops import native
+from pydrone.ops.schema import ACTIVATIONS
+from pydrone.ppo.loss import gaussian_entropy
+
+if TYPE_CHECKING:
+    from pydrone.ppo.config import PPOConfig
+    from pydrone.ppo.normalization import RunningMoments
+    from pydrone.ppo.policy import ActorCritic
+
+
+class Network(NamedTuple):
+    """A multilayer perceptron taken apart."""
+
+    parameters: list[nn.Parameter]  # weight and bias of each layer in turn
+    activation: str | None  # of the hidden layers, one of ACTIVATIONS; None: there are none
+
+
+class Unsupported(RuntimeError):
+    """What the operation cannot serve, in a sentence; torch can."""
+
+
+def fused_update(
+    actor: nn.Module,
+    critic: nn.Module,
+    std: Tensor,
+    *,
+    obs: Tensor | Sequence[Tensor],
+    actions: Tensor,
+    log_probs: Tensor,
+    advantages: Tensor,
+    returns: Tensor,
+    values: Tensor,
+    critic_obs: Tensor | Sequence[Tensor] | None = None,
+    mu: Tensor | None = None,
+    sigma: Tensor | None = None,
+    clip: float = 0.2,
+    value_clip: float | None = None,
+    value_loss_coef: float = 1.0,
+    entropy_coef: float = 0.0,
+    obs_normalizer: RunningMoments | None = None,
+    critic_normalizer: RunningMoments | None = None,
+    obs_clip: float = 10.0,
+    value_normalizer: RunningMoments | None = None,
+) -> Tensor:
+    """As ``loss.backward()`` on PPO's loss of a minibatch: adds its gradients to the parameters' ``.grad``.
+
+    Any optimiser, clipping and all-reduce go on from there. The loss is
+    surrogate + value_loss_coef * value loss - entropy_coef * entropy, see :mod:`pydrone.ppo.loss`; B = samples,
+    A = action dimensions. float32, on the CPU; half-precision inputs are widened.
+
+    Args:
+        actor, critic: ``nn.Sequential`` of ``nn.Linear`` with tanh, ELU, ReLU or SiLU between them.
+        std: [A], the standard deviation: a parameter, or a function of one (``log_std.exp()``).
+        obs: [B, width], or several such, which lie side by side in the actor's input.
+        actions: [B, A].
+        log_probs: [B], of the policy that acted.
+        advantages, returns, values: [B]; values as they were when the policy acted.
+        critic_obs: as obs, of the critic. None: what the actor sees.
+        mu, sigma: [B, A], the distribution that was acted by. None: the KL divergence is not a number.
+        clip: half-width of the probability ratio's range.
+        value_clip: of the value's around the old one. None: the plain squared error.
+        value_loss_coef, entropy_coef: weights in the loss.
+        obs_normalizer, critic_normalizer, value_normalizer: running statistics (their ``shift`` and ``std``) that
+            inputs, and values and returns, are normalised by; inputs are clipped to ``obs_clip``.
+
+    Returns:
+        [4] float32: surrogate, value loss, entropy, KL(old || new). Means over B, nats.
+
+    Raises:
+        Unsupported: a RuntimeError; the networks, or this machine, are of another kind.
+        RuntimeError: a tensor's shape, dtype or device does not fit; nothing was written.
+    """
+    if native.CPU_MISSING is not None:
+        raise Unsupported(f"the native CPU library is missing: {native.CPU_MISSING}")
+    networks = take_apart(actor, "actor"), take_apart(critic, "critic")
+    # Without hidden layers any will do.
+    kinds = {x.activation for x in networks} - {None} or {ACTIVATIONS[0]}
+    if len(kinds) > 1:
+        raise Unsupported(f"critic: expected the actor's activation, got {' and '.join(sorted(kinds))}")
+    parameters = [*networks[0].parameters, *networks[1].parameters]
+    with torch.no_grad():
+        grads = [torch.empty_like(x) for x in parameters]
+        std_grad, metrics = torch.empty_like(std), torch.empty(3, dtype=torch.float64)
+        moments = [
+            x for y in (obs_normalizer, critic_normalizer) for x in ((None, None) if y is None else (y.shift, y.std))
+        ]
+        torch.ops.pydrone.ppo_gradients(
+            _groups(obs),
+            [] if critic_obs is None else _groups(critic_obs),
+            actions,
+            log_probs,
+            advantages,
+            returns,
+            values,
+            mu,
+            sigma,
+            [x.detach() for x in networks[0].parameters],
+            [x.detach() for x in networks[1].parameters],
+            std.detach(),
+            ACTIVATIONS.index(kinds.pop()),
+            clip,
+            -1.0 if value_clip is None else value_clip,
+            value_loss_coef,
+            *moments,
+            obs_clip,
+            *((None, None) if value_normalizer is None else (value_normalizer.shift, value_normalizer.std)),
+            [*grads, std_grad],
+            metrics,
+        )
+        for parameter, grad in zip(parameters, grads):
+            if parameter.grad is not None:
+                parameter.grad.add_(grad)
+            elif parameter.requires_grad:
+                parameter.grad = grad
+    return torch.cat((metrics[:2].float(), _through_std(std, std_grad, entropy_coef), metrics[2:].float()))
+
+
+def _through_std(std: Tensor, grad: Tensor, entropy_coef: float) -> Tensor:
+    """Hands ``grad`` and the entropy bonus's on to what ``std`` is made of; returns the entropy, [1]."""
+    with torch.enable_grad():
+        entropy = gaussian_entropy(std)
+        if std.requires_grad:
+            torch.autograd.backward([std, entropy], [grad, torch.full_like(entropy, -entropy_coef)])
+    return entropy.detach().reshape(1)
+
+
+def take_apart(network: nn.Module, name: str) -> Network:
+    """The parameters of a multilayer perceptron; raises Unsupported where it is something else."""
+    layers = list(network.children()) if isinstance(network, nn.Sequential) else [network]
+    parameters: list[nn.Parameter] = []
+    activations = set()
+    for i, layer in enumerate(layers):
+        if i % 2 == 0:
+            if type(layer) is not nn.Linear or layer.bias is None:
+                raise Unsupported(f"{name}: expected a Linear layer with a bias in place {i}, got {layer}")
+            parameters += [layer.weight, layer.bias]
+            continue
+        kind = type(layer).__name__.lstrip("_").lower()
+        if kind not in ACTIVATIONS or getattr(layer, "alpha", 1.0) != 1.0:
+            raise Unsupported(f"{name}: expected {', '.join(ACTIVATIONS)} in place {i}, got {layer}")
+        activations.add(kind)
+    if len(layers) % 2 == 0:
+        raise Unsupported(f"{name}: expected a Linear layer at its end, got {layers[-1] if layers else 'no layer'}")
+    if len(activations) > 1:
+        raise Unsupported(f"{name}: expected one activation in all layers, got {' and '.join(sorted(activations))}")
+    return Network(parameters, next(iter(activations), None))
+
+
+def _groups(obs: Tensor | Sequence[Tensor]) -> list[Tensor]:
+    groups = [obs] if isinstance(obs, Tensor) else list(obs)
+    return [x if x.is_floating_point() else x.float() for x in groups]
+
+
+# ------------------------------------------------------------------------------------------------------ the learner's
+
+
+def why_not(policy: ActorCritic) -> str | None:
+    """Why torch is to compute this policy's gradients, or None where :func:`of_policy` can."""
+    parameter = next(policy.parameters())
+    if parameter.device.type != "cpu":
+        return f"it runs on the CPU, the policy is on {parameter.device.type}"
+    if native.CPU_MISSING is not None:
+        return f"the native CPU library is missing: {native.CPU_MISSING}"
+    if policy.recurrent:
+        return "the policy is recurrent"
+    if not hasattr(policy, "std_param"):
+        return "actions are discrete"
+    if policy.autocast:
+        return "autocast is on, and it multiplies in float32"
+    if parameter.dtype != torch.float32:
+        return f"the policy is {str(parameter.dtype).removeprefix('torch.')}"
+    try:
+        take_apart(policy.actor, "actor"), take_apart(policy.critic, "critic")
+    except Unsupported as error:
+        return str(error)
+    return None
+
+
+def of_policy(policy: ActorCritic, minibatch: Mapping[str, Tensor], config: PPOConfig) -> Tensor:
+    """:func:`fused_update` of a policy and a minibatch of its rollout buffer."""
+
+    def groups(names: tuple[str, ...]) -> list[Tensor]:
+        obs = minibatch.obs
+        return [obs[name] for name in names] if isinstance(obs, Mapping) else [obs]
+
+    apart = policy.critic_obs != policy.actor_obs
+    return fused_update(
+        policy.actor,
+        policy.critic,
+        policy.std,
+        obs=groups(policy.actor_obs),
+        critic_obs=groups(policy.critic_obs) if apart else None,
+        actions=minibatch.actions,
+        log_probs=minibatch.log_probs,
+        advantages=minibatch.advantages,
+        returns=minibatch.returns,
+        values=minibatch.values,
+        mu=minibatch["mu"],
+        sigma=minibatch["sigma"],
+        clip=config.clip,
+        value_clip=config.clip if config.clipped_value_loss else None,
+        value_loss_coef=config.value_loss_coef,
+        entropy_coef=config.entropy_coef,
+        obs_normalizer=policy.actor_normalizer,
+        critic_normalizer=policy.critic_normalizer,
+        obs_clip=policy.obs_clip,
+        value_normalizer=policy.value_normalizer,
+    )
