@@ -245,7 +245,9 @@ def _make_run_dir(path: str) -> Path:
 def _make_env(config: TrainConfig, device: torch.device, seed: int) -> Env:
     from pydrone.envs import make
 
-    options = {"randomization": config.randomization} if config.randomization.varies() else {}
+    options = config.task.changed()
+    if config.randomization.varies():
+        options["randomization"] = config.randomization
     return make(config.env, num_envs=config.num_envs, device=device, seed=seed, **options)
 
 
@@ -300,7 +302,8 @@ def _described(cls: type, values: Mapping[str, Any] = {}) -> type:
         described = tyro.conf.arg(help=field.metadata["help"], aliases=aliases or None)
         fields.append((field.name, Annotated[hint, described], dataclasses.field(**default, metadata=field.metadata)))
     # A subclass, so that what tyro builds is checked as any other configuration and is one.
-    return dataclasses.make_dataclass(cls.__name__, fields, bases=(cls,))
+    frozen = cls.__dataclass_params__.frozen  # type: ignore[attr-defined]
+    return dataclasses.make_dataclass(cls.__name__, fields, bases=(cls,), frozen=frozen)
 
 
 def _missing(*modules: str, extra: str = "train") -> int:

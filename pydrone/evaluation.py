@@ -25,6 +25,8 @@ class Paths(NamedTuple):
     """Seconds per step."""
     at_target: float
     """Distance in m below which a target counts as reached."""
+    hold: int
+    """Steps in a row that it takes to reach one, at least 1."""
     distance: Tensor
     """[T, N] to the target that the step was judged by, m."""
     pos: Tensor
@@ -154,7 +156,8 @@ class _Watch:
     def paths(self, steps: int) -> Paths:
         pos, quat, target = self._rows[:steps].cpu().split((3, 4, 3), dim=-1)
         config = self._task.config
-        return Paths(config.dt, config.at_target, self._distance[:steps].cpu(), pos, quat, target)
+        hold = max(1, round(getattr(config, "hold", 0.0) / config.dt))
+        return Paths(config.dt, config.at_target, hold, self._distance[:steps].cpu(), pos, quat, target)
 
 
 def final_distance(paths: Paths, length: Tensor) -> Tensor:
@@ -169,6 +172,12 @@ def targets_reached(episodes: Episodes) -> Tensor | None:
     if episodes.paths is None:
         return None
     reached = episodes.paths.distance < episodes.paths.at_target
+    if episodes.paths.hold > 1:
+        held = torch.zeros(reached.shape[1], dtype=torch.int64)
+        for step in reached:
+            # a target that moves on has been held for so many steps, one that stays for as many or more
+            held = (held % episodes.paths.hold + 1 if episodes.resampled else held + 1) * step
+            step.copy_(held == episodes.paths.hold)
     return reached.sum(dim=0) if episodes.resampled else reached.any(dim=0).long()
 
 

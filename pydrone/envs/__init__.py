@@ -1,8 +1,9 @@
 """Vectorised environments. Importing this package imports neither torch, nor a simulator, nor Gymnasium.
 
 ``make`` builds an environment by name, ``known`` lists the names (:mod:`pydrone.envs.registry` says how a package adds
-one), :class:`Randomization` is what domain randomisation may vary; :mod:`pydrone.envs.base` states what an environment
-has to offer, and :mod:`pydrone.envs.adapters` wraps ``gymnasium.vector`` and rsl_rl environments into it.
+one), :class:`Randomization` is what domain randomisation may vary, :class:`TaskOptions` what of the tasks a training
+may change; :mod:`pydrone.envs.base` states what an environment has to offer, and :mod:`pydrone.envs.adapters` wraps
+``gymnasium.vector`` and rsl_rl environments into it.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from .randomization import Randomization
 from .registry import ENVIRONMENTS, check_name, known, make
+from .task_options import TaskOptions
 
 if TYPE_CHECKING:
     from .base import Env, EpisodeStats, LogMeter, StepResult
@@ -23,6 +25,7 @@ __all__ = [
     "LogMeter",
     "Randomization",
     "StepResult",
+    "TaskOptions",
     "check_name",
     "known",
     "make",

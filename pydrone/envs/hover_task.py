@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from .base import EpisodeStats, StepResult
+from .task_options import TaskOptions
 
 if TYPE_CHECKING:
     from .randomization import Randomization
@@ -29,7 +30,8 @@ if TYPE_CHECKING:
 OBS_DIM = 17
 ACTION_DIM = 4
 ACTION_LIMITS = (-1.0, 1.0)
-REWARDS = ("target", "smooth", "yaw", "angular", "crash")
+#: the rewards; the last one is there where its weight is not 0
+REWARDS = ("target", "smooth", "yaw", "angular", "crash", "near")
 
 
 class DroneState(NamedTuple):
@@ -46,7 +48,7 @@ class DroneState(NamedTuple):
 
 
 @dataclass(frozen=True)
-class HoverConfig:
+class HoverConfig(TaskOptions):
     """Constants of the task; lengths in m, angles in degrees, reward weights per second."""
 
     dt: float = 0.01
@@ -57,8 +59,6 @@ class HoverConfig:
     target_low: tuple[float, float, float] = (-1.0, -1.0, 1.0)
     target_high: tuple[float, float, float] = (1.0, 1.0, 1.0)
     at_target: float = 0.1
-    resample_targets: bool = True
-    """Whether a target that was reached moves on; else it stays where it is until the episode ends."""
     pos_scale: float = 1 / 3
     lin_vel_scale: float = 1 / 3
     ang_vel_scale: float = 1 / math.pi
@@ -75,6 +75,7 @@ class HoverConfig:
     """Roll and pitch; 180 is never exceeded, so it is not looked at."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.dt <= 0:
             raise ValueError(f"dt: expected a positive number of seconds, got {self.dt}")
         if self.max_episode_length < 1:
@@ -93,7 +94,7 @@ class Constants(NamedTuple):
     max_rel: Tensor
     """[3] largest distance from the target along x, y, z."""
     weights: Tensor
-    """[5, 1] reward weights times dt."""
+    """[5, 1] reward weights times dt, [6, 1] with ``near``."""
     init_pos: Tensor
     target_low: Tensor
     target_span: Tensor
@@ -113,6 +114,7 @@ class Constants(NamedTuple):
             config.weight_yaw,
             config.weight_angular,
             config.weight_crash,
+            *((config.weight_near,) if config.weight_near else ()),
         )
         limit = row(*one * 3, *free * 4, *one * 6, *free * 4)
         low = row(*config.target_low)
@@ -195,7 +197,7 @@ def reward_terms(
     """The rewards [5, N] of a step, weighted and times dt, in the order of ``REWARDS``; their sum is the reward.
 
     target ``|target - last_pos|^2 - |target - pos|^2``, smooth ``|a - a_last|^2``, yaw ``exp(-10 |yaw|)``,
-    angular ``|w / pi|``, crash 1.
+    angular ``|w / pi|``, crash 1; with a ``weight_near``, a sixth, near ``exp(-near_decay |target - pos|)``.
 
     Args:
         state: the drones after the step, before any reset.
@@ -208,17 +210,18 @@ def reward_terms(
     """
     # |target - last_pos|^2 - |target - pos|^2 = (pos - last_pos) . (2 target - pos - last_pos), without cancellation
     gain = (state.pos - last_pos).mul_(target.mul(2).sub_(state.pos).sub_(last_pos))
-    terms = torch.stack(
-        (
-            gain.sum(-1),
-            (actions - last_actions).square_().sum(-1),
-            # 2^x, since MKL's e^x is threaded even for so few numbers and stalls on busy machines
-            torch.exp2(yaw(state.quat).abs() * (-c.config.yaw_decay / math.log(2))),
-            torch.linalg.vector_norm(state.ang_vel, dim=-1).mul_(1 / math.pi),
-            crash.to(state.pos.dtype),
-        )
-    )
-    return terms.mul_(c.weights)
+    terms = [
+        gain.sum(-1),
+        (actions - last_actions).square_().sum(-1),
+        # 2^x, since MKL's e^x is threaded even for so few numbers and stalls on busy machines
+        torch.exp2(yaw(state.quat).abs() * (-c.config.yaw_decay / math.log(2))),
+        torch.linalg.vector_norm(state.ang_vel, dim=-1).mul_(1 / math.pi),
+        crash.to(state.pos.dtype),
+    ]
+    if c.config.weight_near:
+        distance = torch.linalg.vector_norm(target - state.pos, dim=-1)
+        terms.append(torch.exp2(distance * (-c.config.near_decay / math.log(2))))
+    return torch.stack(terms).mul_(c.weights)
 
 
 class HoverTask:
@@ -256,6 +259,8 @@ class HoverTask:
         self.device = torch.device(device)
         self.generator = torch.Generator(self.device).manual_seed(seed)
         self.constants = c = Constants.of(self.config, self.device)
+        #: the names of the rewards that are paid
+        self.rewards = REWARDS[: len(c.weights)]
         self.resample_targets = self.config.resample_targets  # may be switched between steps
 
         def buffer(*shape: int) -> Tensor:
@@ -265,6 +270,11 @@ class HoverTask:
         self.last_pos = buffer(num_envs, 3)
         self.last_actions = buffer(num_envs, ACTION_DIM)
         self.age = torch.zeros(num_envs, dtype=torch.int32, device=self.device)
+        #: [N] int32, steps in a row within ``at_target`` of the target; None where it moves on at once
+        self.held: Tensor | None = None
+        self._hold_steps = round(self.config.hold / self.config.dt)
+        if self._hold_steps > 1:
+            self.held = torch.zeros(num_envs, dtype=torch.int32, device=self.device)
         self._draw = buffer(num_envs, 3)
         self._step = buffer(len(self.sums), num_envs)
         self._rewards = self._step[:1]
@@ -294,6 +304,8 @@ class HoverTask:
         self.last_pos.copy_(self.constants.init_pos)
         self.last_actions.zero_()
         self.age.zero_()
+        if self.held is not None:
+            self.held.zero_()
         self._stats.reset()
         return self._obs.copy_(self._first_observations())
 
@@ -319,9 +331,13 @@ class HoverTask:
         terms.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)  # a diverged simulation must not poison the rollout
         torch.sum(terms, dim=0, keepdim=True, out=self._rewards)
         distance = torch.linalg.vector_norm(self.target - state.pos, dim=-1)
-        log = {f"reward/{name}": mean for name, mean in zip(REWARDS, terms.mean(dim=1).unbind(), strict=True)}
+        log = {f"reward/{name}": mean for name, mean in zip(self.rewards, terms.mean(dim=1).unbind(), strict=True)}
         log["distance"] = distance.mean()
         reached = distance < c.config.at_target
+        if self.held is not None:
+            self.held.add_(1).mul_(reached)
+            reached = self.held >= self._hold_steps
+            self.held.masked_fill_(reached | dones, 0)
         self._step[1:].copy_(reached)
         log |= self._stats.update(self._step, dones)
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from pydrone.envs import Randomization, check_name
+from pydrone.envs import Randomization, TaskOptions, check_name
 
 # What fields of PPOConfig may be.
 CHOICES = {
@@ -166,6 +166,9 @@ class TrainConfig:
     wandb_project: str = option("pydrone", "Its project.")
     live: bool = option(True, "Draw the progress where the output is a terminal; elsewhere it is a line an iteration.")
     ppo: PPOConfig = field(default_factory=PPOConfig, metadata={"help": "The algorithm.", "aliases": ()})
+    task: TaskOptions = field(
+        default_factory=TaskOptions, metadata={"help": "Of the tasks that pydrone brings.", "aliases": ()}
+    )
     randomization: Randomization = field(
         default_factory=Randomization,
         metadata={"help": "Ranges that every drone draws from for each episode. Off by default.", "aliases": ()},

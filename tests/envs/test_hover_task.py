@@ -129,6 +129,35 @@ def test_reward_table(name: str, kwargs: dict, expected: float) -> None:
     assert terms[REWARDS.index(name)].item() == pytest.approx(expected, rel=1e-5, abs=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("pos", "config", "expected"),
+    [
+        # weight * dt * exp(-decay * distance)
+        ((0, 0, 1), {"weight_near": 2.0}, 0.02),
+        ((0, 0.06, 0.92), {"weight_near": 2.0}, 0.02 * math.exp(-1)),
+        ((0.3, -0.4, 1), {"weight_near": 1.0, "near_decay": 4.0}, 0.01 * math.exp(-2)),
+    ],
+)
+def test_the_reward_near_the_target(pos: tuple[float, ...], config: dict, expected: float) -> None:
+    c = Constants.of(HoverConfig(**config))
+    s, target, still = state(pos=pos), row(0, 0, 1), row(0, 0, 0, 0)
+    paid = reward_terms(s, row(0, 0, 1), target, still, still, torch.tensor([False]), c)
+    assert paid.shape == (6, 1) and REWARDS[5] == "near"
+    assert paid[5].item() == pytest.approx(expected, rel=1e-5)
+    without = reward_terms(s, row(0, 0, 1), target, still, still, torch.tensor([False]), C)
+    assert torch.equal(paid[:5], without)
+
+
+def test_the_reward_near_the_target_is_off_by_default() -> None:
+    off, on = HoverTask(1, config=HoverConfig()), task(1, weight_near=1.0)
+    assert "reward/near" not in off.step(state(), row(0, 0, 0, 0)).log and off.rewards == REWARDS[:5]
+    result = on.step(state(pos=(0.9, -0.5, 1)), row(0, 0, 0, 0))
+    near = 0.01 * math.exp(-1)
+    assert result.log["reward/near"].item() == pytest.approx(near, rel=1e-5) and on.rewards == REWARDS
+    # |(0.9, -0.6)|^2 - 0.1^2 = 1.16
+    assert result.rewards.item() == pytest.approx(0.116 + 1e-4 + near, rel=1e-5)
+
+
 NAN = float("nan")
 
 
@@ -313,6 +342,10 @@ def test_made_and_stepped_under_inference_mode() -> None:
     [
         ({"dt": 0}, "dt: expected a positive number of seconds, got 0"),
         ({"max_episode_length": 0}, "max_episode_length: expected at least 1 step, got 0"),
+        ({"hold": -0.5}, "hold: expected a finite number of at least 0, got -0.5"),
+        ({"weight_near": -1.0}, "weight_near: expected a finite number of at least 0, got -1.0"),
+        ({"weight_near": NAN}, "weight_near: expected a finite number of at least 0, got nan"),
+        ({"near_decay": 0.0}, "near_decay: expected a finite number above 0, got 0.0"),
     ],
 )
 def test_config_errors(config: dict, text: str) -> None:
@@ -340,3 +373,40 @@ def test_a_target_that_stays() -> None:
     second = task.target.clone()
     task.step(DroneState(second.clone(), *state(n=2)[1:]), torch.zeros(2, 4))
     assert (task.target != second).any(dim=1).all()
+
+
+def test_a_target_moves_on_once_it_was_held() -> None:
+    """Three steps in a row within 0.1 m; whoever leaves, or begins another episode, begins to count anew."""
+    t = task(3, hold=0.03)
+    assert t.held is not None
+    first = t.target.clone()
+    inside, outside = (first + torch.tensor([x, 0, 0]) for x in (0.09, 0.11))
+
+    def step(*pos: Tensor) -> list[bool]:
+        before = t.target.clone()
+        t.step(DroneState(torch.stack(pos), *state(n=3)[1:]), torch.zeros(3, 4))
+        return (t.target != before).any(dim=1).tolist()
+
+    floor = torch.tensor([0.9, -0.6, 0.0])
+    assert step(inside[0], inside[1], inside[2]) == [False] * 3
+    assert step(inside[0], outside[1], inside[2]) == [False] * 3
+    assert t.held.tolist() == [2, 0, 2]
+    assert step(inside[0], inside[1], floor) == [True, False, True]  # the third crashed: another episode
+    assert t.held.tolist() == [0, 1, 0]
+    assert step(t.target[0], inside[1], t.target[2]) == [False] * 3
+    assert step(t.target[0], inside[1], t.target[2]) == [False, True, False]
+    assert t.held.tolist() == [2, 0, 2]
+    t.reset()
+    assert t.held.tolist() == [0, 0, 0]
+    # a time-out at the target begins another episode as well
+    t.age.fill_(t.config.max_episode_length - 1)
+    step(*t.target.clone())
+    assert t.held.tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("hold", [0.0, 0.01])
+def test_without_a_time_to_hold_nothing_is_counted(hold: float) -> None:
+    t = task(1, hold=hold)
+    target = t.target.clone()
+    t.step(DroneState(target.clone(), *state()[1:]), torch.zeros(1, 4))
+    assert t.held is None and (t.target != target).any()

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from pydrone.envs import Randomization
+from pydrone.envs import Randomization, TaskOptions
 from pydrone.ppo import configfile
 from pydrone.ppo.config import PPOConfig, TrainConfig
 
@@ -26,7 +26,7 @@ def read(tmp_path):
 
 
 def build(values: dict) -> TrainConfig:
-    parts = {"ppo": PPOConfig, "randomization": Randomization}
+    parts = {"ppo": PPOConfig, "randomization": Randomization, "task": TaskOptions}
     return TrainConfig(**{**values, **{name: part(**values.get(name, {})) for name, part in parts.items()}})
 
 
@@ -61,6 +61,7 @@ def test_names_and_types(read):
         ('tensorboard = "no"', "tensorboard: expected true or false, got 'no'"),
         ("env = 3", "env: expected a string, got 3"),
         ("[randomization]\nmass = 1", "randomization.mass: expected a list of 2, got 1"),
+        ("weight_near = 1", "weight_near: no such setting; the nearest is weight_near in [task]"),
         ("device = 0", 'device: expected a string or "None", got 0'),
         ("ppo = 3", "ppo: expected a table, got 3"),
         ('[ppo]\ngamma = "0.9"', "ppo.gamma: expected a number, got '0.9'"),
@@ -80,6 +81,7 @@ def test_the_file_of_a_run_gives_its_settings(read, tmp_path):
     odd = 'a "quoted" \\ name\n\x7f\u00e9\U0001f681'
     config = TrainConfig("quadrotor", 3, seed=-4, device="cpu", target_episode_length=12.5, wandb_project=odd, ppo=ppo)
     config.randomization = Randomization(mass=(0.8, 1.2), latency=(0, 2))
+    config.task = TaskOptions(weight_near=0.5, resample_targets=False)
     path = configfile.write(tmp_path, config)
     text = path.read_text(encoding="utf-8")
     assert path.name == "config.toml" and build(configfile.read(path)) == config

@@ -1,0 +1,40 @@
+"""What a training may change of the tasks, in plain Python. :mod:`pydrone.envs.hover_task` does what it says."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+
+def _option(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help, "aliases": ()})
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskOptions:
+    """Options of the hover and course tasks. As they stand, the tasks are what Genesis' own drone example makes them.
+
+    Raises:
+        ValueError: ``hold`` or ``weight_near`` is below 0 or not finite, or ``near_decay`` is not above 0 and finite.
+    """
+
+    resample_targets: bool = _option(
+        True, "Whether a target that was reached moves on; else it stays until the episode ends."
+    )
+    hold: float = _option(0.0, "How long a drone has to be at a target, without a break, before it moves on, s.")
+    weight_near: float = _option(
+        0.0, "Reward a second at the target, falling by near-decay with the distance. 0: only progress is paid."
+    )
+    near_decay: float = _option(10.0, "The reward near the target is weight-near * exp(-near-decay * distance), 1/m.")
+
+    def __post_init__(self) -> None:
+        for name in ("hold", "weight_near"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name}: expected a finite number of at least 0, got {getattr(self, name)!r}")
+        if not 0 < self.near_decay < math.inf:
+            raise ValueError(f"near_decay: expected a finite number above 0, got {self.near_decay!r}")
+
+    def changed(self) -> dict[str, Any]:
+        """The options that are not as they stand, by name: what an environment is made with."""
+        return {f.name: getattr(self, f.name) for f in fields(TaskOptions) if getattr(self, f.name) != f.default}
