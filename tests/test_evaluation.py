@@ -10,6 +10,7 @@ import torch
 
 from pydrone import cli, evaluation, runs, video
 from pydrone.commands import eval as command
+from pydrone.envs import Randomization
 from pydrone.envs.hover_task import DroneState, HoverConfig, HoverTask
 from pydrone.envs.quadrotor import Quadrotor
 from pydrone.ppo import checkpoint
@@ -79,6 +80,16 @@ def test_figures_of_a_scripted_flight(resample):
     assert figures["episode_seconds"] == pytest.approx(25 / 6)
     assert flown.paths.pos[3, 1].tolist() == [0.5, 0.0, 0.0]  # the state that crashed, not the one after the reset
     assert flown.paths.pos[4:, 1].isnan().all() and flown.paths.distance[4:, 1].isnan().all()
+
+
+def test_targets_that_have_to_be_held():
+    """Drone 0 is within 0.1 m for its last four steps, drone 1 from its fifth on, which another episode is."""
+    moving, fixed = (fly(Scripted(script(), hold=1.0), resample=resample) for resample in (True, False))
+    assert moving.paths.hold == 2
+    assert evaluation.targets_reached(moving).tolist() == [2, 0, 0]
+    assert evaluation.targets_reached(fixed).tolist() == [1, 0, 0]
+    flown = fly(Scripted(script(), hold=2.5))
+    assert flown.paths.hold == 5 and evaluation.targets_reached(flown).tolist() == [0, 0, 0]
 
 
 def test_success_is_staying_near_a_fixed_target_and_reaching_a_moving_one():
@@ -226,6 +237,24 @@ def test_eval_from_beginning_to_end(run_dir, tmp_path, capsys):
     assert evaluate(run_dir, "--episodes", 2, "--steps", 9, "--targets", "fixed", "--out", tmp_path / "c") == 0
     results = json.loads((tmp_path / "c" / "eval_quadrotor.json").read_text())["results"]
     assert list(results) == ["fixed target"] and results["fixed target"]["episode_length"] == 9
+
+
+def test_with_the_randomisation_of_the_run(run_dir, tmp_path, monkeypatch, capsys):
+    assert evaluate(run_dir, "--episodes", 1, "--randomize") == 1
+    assert "model_2.pt was trained without domain randomisation" in capsys.readouterr().err
+    ppo = PPOConfig(num_minibatches=2, hidden_dims=(8,))
+    ranges = Randomization(wind=(0.01, 0.01), latency=(0, 2))
+    config = TrainConfig("quadrotor", num_steps=4, iterations=1, tensorboard=False, ppo=ppo, randomization=ranges)
+    Trainer(Quadrotor(2), config, tmp_path, echo=lambda line: None).train()
+    made, real = [], evaluation.fly
+    monkeypatch.setattr(
+        evaluation, "fly", lambda env, *args, **options: made.append(env) or real(env, *args, **options)
+    )
+    for flags in ((), ("--randomize",)):
+        assert evaluate(tmp_path, "--episodes", 3, "--steps", 3, *flags) == 0
+        assert json.loads((tmp_path / "eval_quadrotor.json").read_text())["randomized"] == bool(flags)
+    plain, random = (env.task.randomizer for env in (made[0], made[-1]))
+    assert plain is None and random.ranges == ranges
 
 
 def test_beside_the_checkpoint_by_default(run_dir):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pydrone.envs import Randomization
     from pydrone.evaluation import Episodes
     from pydrone.runs import Run
 
@@ -55,6 +56,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--env", metavar="NAME", help="another environment than the run's own")
     parser.add_argument(
+        "--randomize", action="store_true", help="with the domain randomisation of the run (default: with none)"
+    )
+    parser.add_argument(
         "--steps", type=_count, metavar="T", help="leave episodes after so many steps (default: their time limit)"
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the targets (default: 0)")
@@ -86,8 +90,9 @@ def _evaluate(args: argparse.Namespace) -> Any:
     device = _device(args.device)
     run = runs.load(args.run, device)
     name = args.env or run.settings["env"]
+    options = {"randomization": _randomization(run)} if args.randomize else {}
     yield f"{run.checkpoint}: iteration {run.iteration}, trained in {run.settings['env']}"
-    env = envs.make(name, num_envs=args.episodes, device=device, seed=args.seed)
+    env = envs.make(name, num_envs=args.episodes, device=device, seed=args.seed, **options)
     try:
         flown = _fly(args, run, env)
     finally:
@@ -98,6 +103,16 @@ def _evaluate(args: argparse.Namespace) -> Any:
         yield f"Video: {video.render(paths, int(flown[-1].length[0]), args.video, device, args.seed)}"
     elif args.video is not None:
         raise ValueError(f"--video: {name} has no drone to be filmed")
+
+
+def _randomization(run: Run) -> Randomization:
+    """The ranges that the run was trained with."""
+    from pydrone.envs import Randomization
+
+    ranges = Randomization(**run.settings.get("randomization", {}))
+    if not ranges.varies():
+        raise ValueError(f"--randomize: {run.checkpoint} was trained without domain randomisation")
+    return ranges
 
 
 def _fly(args: argparse.Namespace, run: Run, env: Any) -> list[Episodes]:
@@ -118,7 +133,7 @@ def _report(args: argparse.Namespace, run: Run, name: str, flown: list[Episodes]
     from pydrone import evaluation, trajectories
 
     found = {COLUMNS[x.resampled] if x.paths is not None else name: evaluation.summary(x, args.within) for x in flown}
-    title = f"{name}, {args.episodes} episodes, deterministic actions"
+    title = f"{name}, {args.episodes} episodes, deterministic actions{', randomized' if args.randomize else ''}"
     yield f"{title}\n\n{table(found)}\n"
     if flown[0].paths is not None:
         yield f"{_footnote(flown, args.within)}\n"
@@ -126,6 +141,7 @@ def _report(args: argparse.Namespace, run: Run, name: str, flown: list[Episodes]
     out.mkdir(parents=True, exist_ok=True)
     figures = out / f"eval_{name}.json"
     about = {"checkpoint": str(run.checkpoint), "iteration": run.iteration, "env": name, "seed": args.seed}
+    about["randomized"] = args.randomize
     figures.write_text(json.dumps(about | {"results": found}, indent=2) + "\n", encoding="utf-8")
     yield f"Figures: {figures}"
     if all(x.paths is not None for x in flown):
