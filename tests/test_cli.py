@@ -16,8 +16,10 @@ import pytest
 
 import pydrone
 from pydrone import cli, report
-from pydrone.envs import Randomization
+from pydrone.envs import Randomization, TaskOptions
 from pydrone.ppo.config import PPOConfig, TrainConfig
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def run(*argv: str, blocked: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
@@ -112,9 +114,9 @@ def test_help_shows_every_default_and_every_name():
     result = run("train", "--help")
     assert result.returncode == 0
     text = " ".join(result.stdout.replace("│", " ").split())
-    for config in (TrainConfig, PPOConfig, Randomization):
+    for config in (TrainConfig, PPOConfig, Randomization, TaskOptions):
         for field in dataclasses.fields(config):
-            if field.name in ("ppo", "randomization"):
+            if field.name in ("ppo", "randomization", "task"):
                 continue
             assert f"--{field.name.replace('_', '-')}" in text
             assert field.metadata["help"] in text
@@ -128,6 +130,23 @@ def test_number_of_environments_depends_on_the_device(trained):
     seen = trained()
     assert seen.name == "quadrotor" and seen.env["num_envs"] == 1024 and seen.env["seed"] == 1
     assert trained("--num-envs", "3").env["num_envs"] == 3
+
+
+def test_options_of_the_task_reach_the_environment(trained, tmp_path):
+    """Only those that were changed: an environment of another package knows none of them."""
+    assert trained("--weight-near", "0").env.keys() == {"num_envs", "device", "seed"}
+    env = trained("--config", str(ROOT / "examples" / "hover.toml"), "--near-decay", "5").env
+    del env["num_envs"], env["device"], env["seed"]
+    assert env == {"hold": 1.0, "weight_near": 1.0, "near_decay": 5.0}
+
+
+def test_a_wrong_option_of_the_task_is_named_before_a_folder_is_made(tmp_path, capsys):
+    pytest.importorskip("tyro")
+    folder = tmp_path / "run"
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["train", "--near-decay", "0", "--run-dir", str(folder)])
+    assert stopped.value.code == 2 and not folder.exists()
+    assert "near_decay: expected a finite number above 0, got 0.0" in capsys.readouterr().err
 
 
 def test_train_from_beginning_to_end(tmp_path):
