@@ -16,8 +16,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from .estimators import env_scalars, pick_bootstrap, unit_interval
-from .layout import of_append, positive
+from .estimators import env_scalars, overlap, pick_bootstrap, unit_interval
+from .layout import boolean, of_append, positive
 from .minibatch import Minibatch, Plan
 from .ops.dispatch import bump, written
 from .ops.pages import Recycler
@@ -145,7 +145,8 @@ class RolloutBuffer(Ring):
         """
         self._ready("append")
         given = self._checked.given(obs, actions, values, log_probs, fields)
-        final = self._usual_final(truncated, final_obs)
+        # Without dones the operation would store half a step.
+        final = None if dones is None else self._usual_final(truncated, final_obs)
         sources = None if final is None else self._checked.usual(given, final)
         if sources is not None:
             try:
@@ -169,10 +170,16 @@ class RolloutBuffer(Ring):
         """The first half of :meth:`append`, for environments that write over their observation in ``step()``."""
         self._ready("begin")
         given = self._checked.given(obs, actions, values, log_probs, fields)
-        sources = self._checked.usual(given, ()) if self._ops.checks else None
-        if sources is None:
-            sources = self._checked.row(given)
-        self._write("begin", [*sources, sources[self._values_at]], None, None, None, ())
+        usual = self._checked.usual(given, ()) if self._ops.checks else None
+        for sources in (usual, None):
+            if sources is None:
+                sources = self._checked.row(given)
+            try:
+                self._write("begin", [*sources, sources[self._values_at]], None, None, None, ())
+                break
+            except (RuntimeError, TypeError):
+                if sources is not usual:
+                    raise  # else as in append
         self._open = "begin"
 
     def slot(self) -> dict[str, Tensor | dict[str, Tensor]]:
@@ -324,6 +331,7 @@ class RolloutBuffer(Ring):
         if len(self) < self.num_steps and not captured:
             raise RuntimeError(f"compute_gae: expected a rollout of {self.num_steps} steps, {len(self)} are stored")
         gamma, lam = unit_interval("gamma", gamma), unit_interval("lam", lam)
+        boolean("check", check)
         if isinstance(last_values, Tensor):
             last_values = last_values.detach()
         last_values = env_scalars("last_values", last_values, self.num_envs, self.device)
@@ -343,6 +351,9 @@ class RolloutBuffer(Ring):
         elif value_fn is not None:
             final_values, final_rows = self._evaluate(value_fn, rollout, check), self._final_rows
         memory = self._memory
+        for name, x in (("last_values", last_values), ("final_values", final_values)):
+            if x is not None and (overlap(x, memory["advantages"]) or overlap(x, memory["returns"])):
+                raise ValueError(f"{name}: expected memory of its own, got some of this buffer's advantages or returns")
         self._ops.gae(
             memory["rewards"],
             memory["values"],
@@ -439,6 +450,7 @@ class RolloutBuffer(Ring):
         normalize = normalize_advantages if normalize_advantages == "minibatch" else bool(normalize_advantages)
         if normalize_advantages not in (True, False, "minibatch"):
             raise ValueError(f"normalize_advantages: expected a bool or 'minibatch', got {normalize_advantages!r}")
+        boolean("drop_last", drop_last), boolean("reuse", reuse)
         self._need_gae("minibatches")
         subset = self._valid_samples()
         samples = self.num_envs * self.num_steps if subset is None else subset.shape[0]
@@ -477,11 +489,19 @@ class RolloutBuffer(Ring):
             raise ValueError(f"burn_in: expected an int of at least 0, got {burn_in!r}")
         if count > self.num_envs:
             raise ValueError(f"num_minibatches: expected at most one an environment, {self.num_envs}, got {count}")
+        boolean("normalize_advantages", normalize_advantages)
         self._need_gae("sequences")
         states = {}
+        if hidden is not None and not isinstance(hidden, Mapping):
+            raise TypeError(f"hidden: expected a mapping of names to fields or tensors, got {type(hidden).__name__}")
         for name, state in (hidden or {}).items():
-            if not isinstance(state, (str, Tensor)):
+            if isinstance(state, Tensor):
+                self._checked.check(f"hidden[{name!r}]", state)
+            elif not isinstance(state, str):
                 raise TypeError(f"hidden[{name!r}]: expected a field's name or a tensor, got {type(state).__name__}")
+            elif state not in self._layout.extra:
+                names = ", ".join(self._layout.extra) or "none"
+                raise ValueError(f"hidden[{name!r}]: expected the name of a field, one of {names}, got {state!r}")
             states[name] = self[state] if isinstance(state, str) else state
             if states[name].shape[:2] != (self.num_envs, self.num_steps):
                 expected = f"[{self.num_envs}, {self.num_steps}, ...]"

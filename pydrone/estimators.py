@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from .layout import boolean
 from .ops.dispatch import select, written
 from .ops.schema import BOOTSTRAP, workspace_size
 
@@ -74,6 +75,7 @@ def gae(
     if time_dim not in (0, 1):
         raise ValueError(f"time_dim: expected 0 or 1, got {time_dim!r}")
     gamma, lam = unit_interval("gamma", gamma), unit_interval("lam", lam)
+    boolean("stats", stats)
     _check_tensor("rewards", rewards, None)
     shape = tuple(rewards.shape)
     if len(shape) not in (2, 3) or (len(shape) == 3 and shape[2] != 1):
@@ -163,8 +165,10 @@ def pick_bootstrap(truncations: bool, *, timeout_bootstrap: str | None, **values
 def unit_interval(name: str, x: float) -> float:
     """``x`` as a float in [0, 1], or an error that names it."""
     try:
-        number = float(x)
-    except (TypeError, ValueError):
+        number = float(None if isinstance(x, (str, bytes)) else x)
+    except OverflowError:  # an int beyond all floats
+        number = math.inf
+    except (TypeError, ValueError, RuntimeError):  # the last of a tensor
         raise TypeError(f"{name}: expected a number, got {type(x).__name__}") from None
     if not math.isfinite(number) or not 0 <= number <= 1:
         raise ValueError(f"{name}: expected a number in [0, 1], got {x}")
@@ -179,6 +183,13 @@ def env_scalars(name: str, x: Tensor, num_envs: int, device: torch.device) -> Te
     return x.reshape(num_envs) if x.dim() == 1 else x.flatten(1)[:, 0]
 
 
+def check_strided(name: str, x: Tensor) -> None:
+    """Raises TypeError unless ``x`` is plain memory with strides."""
+    if x.layout != torch.strided or x.is_nested or x.is_quantized:
+        kind = "a nested one" if x.is_nested else x.dtype if x.is_quantized else x.layout
+        raise TypeError(f"{name}: expected a strided tensor, got {kind}")
+
+
 def _check_tensor(name: str, x: object, device: torch.device | None, floating: bool | None = None) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
@@ -186,8 +197,7 @@ def _check_tensor(name: str, x: object, device: torch.device | None, floating: b
         raise ValueError(f"{name}: expected device {device}, got {x.device}")
     if x.is_complex() or (floating and not x.is_floating_point()):
         raise TypeError(f"{name}: expected a {'floating' if floating else 'real'} dtype, got {x.dtype}")
-    if x.layout != torch.strided:
-        raise TypeError(f"{name}: expected a strided tensor, got {x.layout}")
+    check_strided(name, x)
     if x.requires_grad and torch.is_grad_enabled():
         raise RuntimeError(f"{name}: requires grad, which advantages do not pass on; pass {name}.detach()")
 
@@ -201,15 +211,25 @@ def _check_out(out: object, shape: tuple[int, ...], dtype: torch.dtype, inputs: 
             raise ValueError(f"out[{i}]: expected shape {list(shape)}, got {list(x.shape)}")
         if x.dtype != dtype:
             raise TypeError(f"out[{i}]: expected dtype {dtype}, got {x.dtype}")
-        if any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape, strict=True)):
-            raise ValueError(f"out[{i}]: expected memory of its own for every element, got an expanded tensor")
+        if _overlaps_itself(x):
+            raise ValueError(f"out[{i}]: expected memory of its own for every element, got strides {list(x.stride())}")
         others = [*inputs, *(out[:i])]
-        if any(_overlap(x, other) for other in others):
+        if any(overlap(x, other) for other in others):
             raise ValueError(f"out[{i}]: expected memory of its own, got some that another argument uses")
     return out[0], out[1]
 
 
-def _overlap(x: Tensor, y: Tensor) -> bool:
+def _overlaps_itself(x: Tensor) -> bool:
+    reach = 0  # of the dimensions with smaller strides
+    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
+        if size > 1 and stride <= reach:
+            return True
+        reach += stride * (size - 1)
+    return False
+
+
+def overlap(x: Tensor, y: Tensor) -> bool:
+    """Whether the memory from the first to the last element of each has bytes in common."""
     if x.numel() == 0 or y.numel() == 0 or x.untyped_storage().data_ptr() != y.untyped_storage().data_ptr():
         return False
     (x0, x1), (y0, y1) = _extent(x), _extent(y)

@@ -76,14 +76,11 @@ def parse_spec(name: str, spec: object, dtype: torch.dtype = torch.float32) -> S
     if dtype not in SCALAR_TYPES:
         raise TypeError(f"{name}: expected a dtype of {', '.join(map(str, SCALAR_TYPES))}, got {dtype}")
     shape = (spec,) if isinstance(spec, int) and not isinstance(spec, bool) else spec
-    try:
-        shape = tuple(shape)
-        fits = all(isinstance(size, int) and not isinstance(size, bool) and size > 0 for size in shape)
-    except TypeError:
-        fits = False
-    if not fits:
+    if not isinstance(shape, (tuple, list)) or not all(
+        isinstance(size, int) and not isinstance(size, bool) and size > 0 for size in shape
+    ):
         raise ValueError(f"{name}: expected a positive int, a shape or (shape, dtype), got {spec!r}")
-    return shape, dtype
+    return tuple(shape), dtype
 
 
 def parse_obs(obs: object, obs_dtype: torch.dtype) -> tuple[dict[str, Spec], bool]:
@@ -106,6 +103,13 @@ def positive(name: str, x: object) -> int:
         raise TypeError(f"{name}: expected an int, got {type(x).__name__}")
     if x < 1:
         raise ValueError(f"{name}: expected at least 1, got {x}")
+    return x
+
+
+def boolean(name: str, x: object) -> bool:
+    """``x`` if it is True or False, or an error that names it: "false" is true."""
+    if not isinstance(x, bool):
+        raise TypeError(f"{name}: expected a bool, got {type(x).__name__}")
     return x
 
 
@@ -154,8 +158,10 @@ class Layout:
                 raise ValueError(f"fields: {name!r} is no name for a field: not an identifier, or one of pydrone's own")
         self.extra = tuple(extra)
 
+        if max_episode_length is not None:
+            positive("max_episode_length", max_episode_length)
         if final_obs_rows is None:
-            ends = 0 if max_episode_length is None else num_steps // positive("max_episode_length", max_episode_length)
+            ends = 0 if max_episode_length is None else num_steps // max_episode_length
             final_obs_rows = min(num_envs * (1 + ends), num_envs * num_steps)
         elif isinstance(final_obs_rows, bool) or not isinstance(final_obs_rows, int) or final_obs_rows < 0:
             raise ValueError(f"final_obs_rows: expected an int of at least 0, or None, got {final_obs_rows!r}")

@@ -63,6 +63,9 @@ def plan(
     """
     positive("iterations", iterations)
     layout = Layout(num_envs, num_steps, obs, actions, **options)
+    if reused_minibatch is not None and positive("reused_minibatch", reused_minibatch) > num_envs * num_steps:
+        samples = num_envs * num_steps
+        raise ValueError(f"reused_minibatch: expected at most the rollout's {samples} samples, got {reused_minibatch}")
 
     def resident(layout: Layout) -> tuple[Allocation, ...]:
         reused = layout.minibatch(reused_minibatch) if reused_minibatch else []

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from .estimators import check_strided
 from .layout import Allocation, Field, Layout
 from .ops import pages
 from .ops.dispatch import select
@@ -301,16 +302,7 @@ class Ring:
         Raises ValueError, and changes nothing, where a size or a key differs.
         """
         own = self.state_dict()
-        if state.keys() != own.keys():
-            raise ValueError(f"state_dict: expected the keys {sorted(own)}, got {sorted(state)}")
-        if state["layout"] != own["layout"]:
-            raise ValueError(f"state_dict: expected the fields {own['layout']}, got {state['layout']}")
-        for name, x in own.items():
-            if isinstance(x, Tensor) and (state[name].shape != x.shape or state[name].dtype != x.dtype):
-                raise ValueError(
-                    f"state_dict: {name}: expected {list(x.shape)} {x.dtype}, "
-                    f"got {list(state[name].shape)} {state[name].dtype}"
-                )
+        self._check_state(state, own)
         for name, x in own.items():
             if isinstance(x, Tensor):
                 x.copy_(state[name])
@@ -319,6 +311,46 @@ class Ring:
         self._truncations, self._resets = list(state["truncations"]), list(state["resets"])
         self._key = mix_seed(self._seed, self._rank)
         self._open, self._subset, self._cursor_live = None, None, False
+
+    def _check_state(self, state: Mapping[str, object], own: Mapping[str, object]) -> None:
+        if not isinstance(state, Mapping):
+            raise TypeError(f"state_dict: expected a mapping, got {type(state).__name__}")
+        if state.keys() != own.keys():
+            raise ValueError(f"state_dict: expected the keys {sorted(own)}, got {sorted(map(str, state))}")
+        if state["layout"] != own["layout"]:
+            raise ValueError(f"state_dict: expected the fields {own['layout']}, got {state['layout']}")
+        for name, x in own.items():
+            if not isinstance(x, Tensor):
+                continue
+            given = state[name]
+            if not isinstance(given, Tensor):
+                raise TypeError(f"state_dict: {name}: expected a tensor, got {type(given).__name__}")
+            if given.device.type == "meta":
+                raise ValueError(f"state_dict: {name}: expected a tensor that holds data, got one on 'meta'")
+            check_strided(f"state_dict: {name}", given)
+            if given.shape != x.shape or given.dtype != x.dtype:
+                raise ValueError(
+                    f"state_dict: {name}: expected {list(x.shape)} {x.dtype}, got {list(given.shape)} {given.dtype}"
+                )
+        for name, kind in {**dict.fromkeys(_COUNTERS, int), "computed": bool}.items():
+            if type(state[name]) is not kind:
+                raise TypeError(f"state_dict: {name}: expected {kind.__name__}, got {type(state[name]).__name__}")
+        appended, discarded = state["appended"], state["discarded"]
+        if discarded < 0 or discarded % self.num_steps or state["epoch"] < 0:
+            raise ValueError(
+                f"state_dict: discarded: expected a multiple of {self.num_steps}, and an epoch of at least 0, "
+                f"got {discarded} and {state['epoch']}"
+            )
+        if not 0 <= appended - discarded <= self.capacity:
+            raise ValueError(
+                f"state_dict: appended: expected {discarded} to {discarded + self.capacity}, "
+                f"what a ring of {self.capacity} steps can hold, got {appended}"
+            )
+        for name in ("truncations", "resets"):
+            flags = state[name]
+            whole = isinstance(flags, (list, tuple)) and len(flags) == len(own[name])
+            if not whole or not all(isinstance(x, bool) for x in flags):
+                raise ValueError(f"state_dict: {name}: expected {len(own[name])} bools, got {flags!r}")
 
 
 def _rebuild(kind: type[Ring], arguments: tuple, state: dict[str, object]) -> Ring:
@@ -341,10 +373,17 @@ def _indexed(device: torch.device | str) -> torch.device:
         device = torch.device(device)
     except (RuntimeError, TypeError) as error:
         raise ValueError(f"device: expected a device that PyTorch knows, got {device!r}") from error
+    if device.type == "meta":
+        raise ValueError("device: expected one that holds data, got 'meta'")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(
             f"device: expected one that this PyTorch can use, got {str(device)!r}, and it finds no CUDA device"
         )
+    if device.type not in ("cpu", "cuda"):
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:  # NotImplementedError among them
+            raise ValueError(f"device: expected one that this PyTorch can use, got {str(device)!r}") from error
     if device.type == "cuda" and device.index is None:
         return torch.device("cuda", torch.cuda.current_device())
     return device
@@ -353,7 +392,14 @@ def _indexed(device: torch.device | str) -> torch.device:
 def _allocate(wanted: Sequence[Allocation], device: torch.device) -> dict[str, Tensor]:
     """Zeros; planes, [N, T or C], lie as their device's scan wants them."""
     planes = ("rewards", "values", "dones", "advantages", "returns") if device.type != "cuda" else ()
-    made = pages.together([(x.shape[::-1] if x.name in planes else x.shape, x.dtype) for x in wanted], device)
+    specs = [(x.shape[::-1] if x.name in planes else x.shape, x.dtype) for x in wanted]
+    try:
+        made = pages.together(specs, device)
+    except (OSError, OverflowError) as error:
+        size = sum(x.nbytes for x in wanted)
+        raise RuntimeError(
+            f"num_envs: the buffer takes {size} bytes of memory, which cannot be had: {error}"
+        ) from error
     return {x.name: y.zero_().t() if x.name in planes else y.zero_() for x, y in zip(wanted, made, strict=True)}
 
 

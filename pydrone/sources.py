@@ -8,6 +8,7 @@ from operator import itemgetter
 import torch
 from torch import Tensor
 
+from .estimators import check_strided
 from .layout import Field, Layout
 
 
@@ -57,7 +58,7 @@ class Sources:
                 for x in sources:
                     if x.requires_grad:
                         return None
-        except (KeyError, AttributeError):
+        except (KeyError, AttributeError, RuntimeError):  # the last of a nested tensor, which has no shape
             return None
         return sources
 
@@ -91,8 +92,7 @@ class Sources:
             raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
         if x.device != self.device:
             raise ValueError(f"{name}: expected device {self.device}, got {x.device}")
-        if x.layout != torch.strided:
-            raise TypeError(f"{name}: expected a strided tensor, got {x.layout}")
+        check_strided(name, x)
 
     def scalar(self, name: str, x: object, floating: bool) -> Tensor:
         """``x`` [N] or [N, 1], of any real dtype or of a floating one."""

@@ -9,8 +9,10 @@
 #include <cstring>
 
 // One wheel for every x86-64: a function marked so is compiled three times and picked when the library loads.
-// musl has no ifunc, other compilers and processors no such attribute: there the baseline serves.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__GLIBC__)
+// musl has no ifunc, other compilers and processors no such attribute: there the baseline serves. ThreadSanitizer is not
+// up yet when an executable's functions are picked.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__GLIBC__) && \
+    !defined(__SANITIZE_THREAD__)
 #define PYDRONE_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 // For those whose versions are written out, in the instructions of each.
 #define PYDRONE_VERSIONS
@@ -33,6 +35,12 @@
 
 #if defined(__SSE2__)
 #include <immintrin.h>
+#endif
+
+// The sanitizers do not see stores that bypass the cache: plain ones in their place, as strict about alignment.
+#if defined(__SSE2__) && (defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__))
+#define _mm_stream_si128 _mm_store_si128
+#define _mm256_stream_si256 _mm256_store_si256
 #endif
 
 namespace pydrone {

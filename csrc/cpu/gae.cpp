@@ -453,6 +453,14 @@ void gae(const Tensor& rewards, const Tensor& values, const Tensor& dones, const
     if (capacity) start = static_cast<const int64_t*>(cursor->data_ptr())[1] % capacity;
   }
   if (num_steps) check_range("start", start, 0, capacity);
+  for (const auto& [name, out] : {std::pair{"advantages", &advantages}, {"returns", returns ? &*returns : nullptr}}) {
+    if (!out) continue;
+    check_own(name, *out);
+    for (const Tensor* x : {&rewards, &values, &dones, &last_values}) check_apart(name, *out, *x);
+    for (const Optional* x : {&truncated, &valid, &final_values, &final_rows})
+      if (*x) check_apart(name, *out, **x);
+  }
+  if (returns) check_apart("returns", *returns, advantages);
 
   Job job{};
   job.rewards = Plane(rewards);

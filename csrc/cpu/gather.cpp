@@ -249,6 +249,7 @@ void gather(const Tensor& rows, const std::vector<int64_t>& offsets, const std::
                     job.count, ", got shape ", shape_of(x));
     check_contiguous(name, x);
     check_device(name, x, rows);
+    check_apart(name, x, rows);
     job.count = x.size(0);
   };
   for (size_t i = 0; i < outputs.size(); ++i) {

@@ -7,6 +7,7 @@ defined here, so that the operations exist without a compiler too.
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
 
@@ -32,6 +33,22 @@ def _fake(*args) -> None:
     devices = {x.device for x in tensors}
     if len(devices) > 1:
         raise RuntimeError(f"expected all tensors on one device, got {', '.join(sorted(map(str, devices)))}")
+
+
+def _plain(name: str):
+    """The reference; it runs on every device. What is no plain memory is refused before anything is written."""
+    run = getattr(reference, name)
+    names = list(inspect.signature(run).parameters)
+
+    def checked(*args) -> None:
+        for argument, value in zip(names, args, strict=True):
+            for x in value if isinstance(value, (list, tuple)) else (value,):
+                if isinstance(x, Tensor) and (x.layout != torch.strided or x.is_nested or x.is_quantized):
+                    kind = "nested" if x.is_nested else x.dtype if x.is_quantized else x.layout
+                    raise RuntimeError(f"{argument}: expected a strided tensor, got {kind}")
+        run(*args)
+
+    return checked
 
 
 def _triton(name: str):
@@ -69,6 +86,7 @@ CPU_MISSING = _load("_native_cpu")
 CUDA_MISSING = _load("_native_cuda") if torch.version.cuda else "this PyTorch is built without CUDA"
 
 for _name in SCHEMAS:
-    _library.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
+    for _key in ("CompositeExplicitAutograd", "MkldnnCPU", "AutogradNestedTensor"):
+        _library.impl(_name, _plain(_name), _key)
     if CUDA_MISSING is not None:
         _library.impl(_name, _triton(_name), "CUDA")
