@@ -6,6 +6,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .layout import boolean
 from .ops.dispatch import select, written
@@ -200,6 +201,8 @@ def _check_tensor(name: str, x: object, device: torch.device | None, floating: b
     check_strided(name, x)
     if x.requires_grad and torch.is_grad_enabled():
         raise RuntimeError(f"{name}: requires grad, which advantages do not pass on; pass {name}.detach()")
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:
+        raise RuntimeError(f"{name}: has a tangent, which advantages do not pass on; pass {name}.detach()")
 
 
 def _check_out(out: object, shape: tuple[int, ...], dtype: torch.dtype, inputs: list[Tensor]) -> tuple[Tensor, Tensor]:
@@ -211,6 +214,8 @@ def _check_out(out: object, shape: tuple[int, ...], dtype: torch.dtype, inputs: 
             raise ValueError(f"out[{i}]: expected shape {list(shape)}, got {list(x.shape)}")
         if x.dtype != dtype:
             raise TypeError(f"out[{i}]: expected dtype {dtype}, got {x.dtype}")
+        if not torch.compiler.is_compiling() and x.is_neg():
+            raise ValueError(f"out[{i}]: expected memory of its own, got a negated view")
         if _overlaps_itself(x):
             raise ValueError(f"out[{i}]: expected memory of its own for every element, got strides {list(x.stride())}")
         others = [*inputs, *(out[:i])]
@@ -229,7 +234,9 @@ def _overlaps_itself(x: Tensor) -> bool:
 
 
 def overlap(x: Tensor, y: Tensor) -> bool:
-    """Whether the memory from the first to the last element of each has bytes in common."""
+    """Whether the memory from the first to the last element of each has bytes in common; a trace has no memory."""
+    if torch.compiler.is_compiling():
+        return False
     if x.numel() == 0 or y.numel() == 0 or x.untyped_storage().data_ptr() != y.untyped_storage().data_ptr():
         return False
     (x0, x1), (y0, y1) = _extent(x), _extent(y)

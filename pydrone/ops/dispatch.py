@@ -91,7 +91,8 @@ def written(*tensors: torch.Tensor) -> None:
 
     The kernels write through raw pointers, which PyTorch does not see.
     """
-    bump([x for x in tensors if not x.is_inference()])
+    if not torch.compiler.is_compiling():  # a trace sees the schema, and what it says is written
+        bump([x for x in tensors if not x.is_inference()])
 
 
 def bump(tensors: list[torch.Tensor]) -> None:
