@@ -19,6 +19,8 @@ PYDRONE_CUDA    auto (default)  build the CUDA library where nvcc and a CUDA bui
                 1               an error where it cannot be built. With nvcc and a CPU build of torch the sources are
                                 compiled and not linked: a check of the code that installs no CUDA library, and says so.
                 0               never.
+PYDRONE_SANITIZE                the CPU library with these of GCC's sanitizers: address,undefined. Python must then be
+                                started with them preloaded, as `make sanitize` does.
 CUDA_HOME, CUDA_PATH            the CUDA toolkit; otherwise nvcc is looked for on PATH.
 TORCH_CUDA_ARCH_LIST            default 8.0;8.6;8.9;9.0;10.0;12.0+PTX, less what nvcc does not know.
 CXX, MAX_JOBS                   the C++ compiler; how many compile at once.
@@ -53,6 +55,10 @@ ARCHITECTURES = ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
 STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DTORCH_STABLE_ONLY"]
 # -Wno-psabi: vectors passed by value stay within the library, so how they are passed is nobody else's concern.
 CXX_FLAGS = ["-std=c++20", "-O3", "-g0", "-fvisibility=hidden", "-Wall", "-Wno-psabi", *STABLE_ABI]
+LINK_FLAGS = []
+if os.environ.get("PYDRONE_SANITIZE"):
+    LINK_FLAGS = [f"-fsanitize={os.environ['PYDRONE_SANITIZE']}"]
+    CXX_FLAGS += ["-O1", "-g", "-fno-omit-frame-pointer", *LINK_FLAGS]  # the last -O and -g count
 NVCC_FLAGS = ["-std=c++20", "-O3", "-Xcompiler=-fvisibility=hidden", "-DUSE_CUDA", *STABLE_ABI]
 
 
@@ -160,6 +166,7 @@ def cpu_extension() -> Extension:
         depends=HEADERS,
         include_dirs=INCLUDE,
         extra_compile_args={"cxx": CXX_FLAGS},
+        extra_link_args=LINK_FLAGS,
         py_limited_api=True,
     )
 

@@ -1,0 +1,122 @@
+// The CPU kernels on several std::threads, for ThreadSanitizer, which cannot follow torch's own: the sources of csrc/cpu
+// as they are, over the stand-ins for torch's headers beside this file. It loads no torch.
+//
+// Sizes are such that every parallel loop is divided. Run with an argument, two threads write to the same memory, to show
+// that a race is seen. The printed sums say that something was computed.
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdio>
+#include <deque>
+#include <optional>
+#include <random>
+#include <thread>
+#include <type_traits>
+#include <vector>
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Optional = std::optional<Tensor>;
+
+namespace pydrone {
+void gae(const Tensor&, const Tensor&, const Tensor&, const Optional&, const Optional&, const Tensor&, const Optional&,
+         const Optional&, double, double, int64_t, bool, int64_t, const Optional&, const Tensor&, const Optional&,
+         const Optional&, const Optional&);
+void gather(const Tensor&, const std::vector<int64_t>&, const std::vector<int64_t>&, const std::vector<Tensor>&, int64_t,
+            const Optional&, const Optional&, const Optional&, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t,
+            bool, int64_t, const Optional&, const Optional&, const Optional&, const Optional&);
+}  // namespace pydrone
+
+namespace {
+
+std::deque<std::vector<char>> memory;  // of every tensor made here
+std::mt19937 generator(0);
+
+template <class T>
+constexpr ScalarType type_of() {
+  if constexpr (std::is_same_v<T, float>) return ScalarType::Float;
+  if constexpr (std::is_same_v<T, double>) return ScalarType::Double;
+  if constexpr (std::is_same_v<T, int64_t>) return ScalarType::Long;
+  if constexpr (std::is_same_v<T, int32_t>) return ScalarType::Int;
+  return ScalarType::Byte;
+}
+
+// Random numbers in [0, most); `columns`: the first dimension is the one that lies together.
+template <class T>
+Tensor make(std::vector<int64_t> sizes, double most = 0, bool columns = false) {
+  int64_t count = 1;
+  std::vector<int64_t> strides(sizes.size());
+  for (size_t i = 0; i < sizes.size(); ++i) {
+    const size_t d = columns ? i : sizes.size() - 1 - i;
+    strides[d] = count;
+    count *= sizes[d];
+  }
+  memory.emplace_back(count * sizeof(T) + 64);
+  char* data = memory.back().data();
+  data += (64 - reinterpret_cast<uintptr_t>(data) % 64) % 64;
+  for (int64_t i = 0; i < count; ++i)
+    reinterpret_cast<T*>(data)[i] = static_cast<T>(most * std::generate_canonical<double, 32>(generator));
+  return Tensor(data, type_of<T>(), sizeof(T), std::move(sizes), std::move(strides));
+}
+
+double sum(const Tensor& x) {
+  double total = 0;
+  for (int64_t i = 0; i < x.numel(); ++i)
+    total += x.scalar_type() == ScalarType::Float ? static_cast<float*>(x.data_ptr())[i]
+                                                  : static_cast<double*>(x.data_ptr())[i];
+  return total;
+}
+
+// A scan of two layouts: planes used where they lie, and through tiles; with statistics and a pool of final values.
+template <class T>
+void run_gae(int64_t num_envs, int64_t num_steps, bool columns, bool pooled) {
+  const Tensor rewards = make<T>({num_envs, num_steps}, 1, columns), values = make<T>({num_envs, num_steps}, 1, columns);
+  const Tensor codes = make<uint8_t>({num_envs, num_steps}, 4, columns), last = make<T>({num_envs}, 1);
+  const Tensor advantages = make<T>({num_envs, num_steps}, 0, columns);
+  const Tensor returns = make<T>({num_envs, num_steps}, 0, columns), stats = make<double>({3});
+  const Tensor workspace = make<double>({3 * ((num_envs + 3) / 4) + 1});
+  Optional final_values, final_rows;
+  if (pooled) final_values = make<T>({50}, 1), final_rows = make<int32_t>({num_envs, num_steps}, 50, columns);
+  pydrone::gae(rewards, values, codes, {}, {}, last, final_values, final_rows, 0.99, 0.95, num_steps / 2, true,
+               pooled ? 1 : 3, {}, advantages, returns, stats, workspace);
+  std::printf("gae %lld x %lld: %.6g\n", (long long)num_envs, (long long)num_steps, sum(advantages) + sum(stats));
+}
+
+void run_gather(int64_t num_envs, int64_t num_steps, int64_t row_bytes, bool shuffle) {
+  const Tensor rows = make<uint8_t>({num_steps, num_envs, row_bytes}), advantages = make<float>({num_envs, num_steps}, 1);
+  const Tensor stats = make<double>({3}, 9);
+  const int64_t samples = num_envs * num_steps, count = samples - 7, wide = row_bytes / 4 - 1;
+  const std::vector<Tensor> outputs = {make<float>({count, wide}), make<float>({count})};
+  const Tensor out = make<float>({count}), returns = make<float>({count}), indices = make<int64_t>({count});
+  pydrone::gather(rows, {4, 0}, {6, 6}, outputs, 0, advantages, stats, {}, num_steps, num_steps / 3, samples, 1, 2, 3,
+                  shuffle, 5, {}, out, returns, indices);
+  std::printf("gather %lld x %lld, rows of %lld: %.6g\n", (long long)num_envs, (long long)num_steps,
+              (long long)row_bytes, sum(out) + sum(returns));
+}
+
+}  // namespace
+
+int main(int argc, char**) {
+  if (argc > 1) {
+    const Tensor from = make<float>({4096, 100}, 1, true), to = make<float>({4096, 100}, 0, true);
+    const Tensor last = make<float>({4096});
+    const auto scan = [&] {
+      pydrone::gae(from, from, from, {}, {}, last, {}, {}, 0.9, 0.9, 0, false, 0, {}, to, {}, {}, {});
+    };
+    std::thread other(scan);
+    scan();
+    other.join();
+    return 0;
+  }
+  for (const bool columns : {true, false})
+    for (const bool pooled : {true, false}) {
+      run_gae<float>(8192, 100, columns, pooled);
+      run_gae<double>(4099, 129, columns, pooled);
+    }
+  for (const bool shuffle : {true, false}) {
+    run_gather(4096, 100, 96, shuffle);   // past the cache
+    run_gather(301, 17, 64, shuffle);     // not so
+    run_gather(999, 7, 1024, shuffle);
+  }
+  return 0;
+}
