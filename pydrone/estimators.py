@@ -208,17 +208,18 @@ def _check_tensor(name: str, x: object, device: torch.device | None, floating: b
 def _check_out(out: object, shape: tuple[int, ...], dtype: torch.dtype, inputs: list[Tensor]) -> tuple[Tensor, Tensor]:
     if not isinstance(out, (tuple, list)) or len(out) != 2:
         raise TypeError(f"out: expected (advantages, returns), got {type(out).__name__}")
+    traced = torch.compiler.is_compiling()  # then there is no memory yet
     for i, x in enumerate(out):
         _check_tensor(f"out[{i}]", x, inputs[0].device, floating=True)
         if tuple(x.shape) != shape:
             raise ValueError(f"out[{i}]: expected shape {list(shape)}, got {list(x.shape)}")
         if x.dtype != dtype:
             raise TypeError(f"out[{i}]: expected dtype {dtype}, got {x.dtype}")
-        if not torch.compiler.is_compiling() and x.is_neg():
+        if not traced and x.is_neg():
             raise ValueError(f"out[{i}]: expected memory of its own, got a negated view")
         if _overlaps_itself(x):
             raise ValueError(f"out[{i}]: expected memory of its own for every element, got strides {list(x.stride())}")
-        others = [*inputs, *(out[:i])]
+        others = [] if traced else [*inputs, *(out[:i])]
         if any(overlap(x, other) for other in others):
             raise ValueError(f"out[{i}]: expected memory of its own, got some that another argument uses")
     return out[0], out[1]
@@ -234,9 +235,7 @@ def _overlaps_itself(x: Tensor) -> bool:
 
 
 def overlap(x: Tensor, y: Tensor) -> bool:
-    """Whether the memory from the first to the last element of each has bytes in common; a trace has no memory."""
-    if torch.compiler.is_compiling():
-        return False
+    """Whether the memory from the first to the last element of each has bytes in common."""
     if x.numel() == 0 or y.numel() == 0 or x.untyped_storage().data_ptr() != y.untyped_storage().data_ptr():
         return False
     (x0, x1), (y0, y1) = _extent(x), _extent(y)
