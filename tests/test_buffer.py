@@ -266,6 +266,29 @@ def test_pictures_turned_round():
     assert len(buf) == 1
 
 
+def test_a_view_of_the_step_that_is_written_is_refused():
+    """Kept from an earlier rollout: read and written in turn, it would store what it had just overwritten."""
+    buf = RolloutBuffer(64, 2, obs=24, actions=24)
+    step = {name: torch.rand(64) for name in ("rewards", "dones", "values", "log_probs")}
+    step |= {"obs": torch.rand(64, 24), "actions": torch.rand(64, 24)}
+    for _ in range(2):
+        buf.append(**step)
+    obs, actions, values = buf.obs[:, 0], buf.actions[:, 0], buf.values[:, 0]
+    buf.clear()
+    before = memory_bytes(buf)
+    for change in ({"obs": actions, "actions": obs}, {"rewards": values}):
+        if buf._ops.name != "reference":
+            with pytest.raises(
+                RuntimeError, match="expected memory of its own, got a view of the step that is written"
+            ):
+                buf.append(**step | change)
+            assert memory_bytes(buf) == before and len(buf) == 0
+    buf.append(**step)
+    kept = buf.obs[:, 0].clone()
+    buf.append(**step | {"obs": buf.obs[:, 0]})  # another step's
+    assert torch.equal(buf.obs[:, 1], kept)
+
+
 def test_missing_arguments():
     buf = RolloutBuffer(4, 2, obs=3, actions=((), torch.int64), fields={"mu": 2})
     with pytest.raises(TypeError, match=r"^mu: expected a tensor for this field, got none$"):
