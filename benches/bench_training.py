@@ -1,8 +1,8 @@
-"""A whole training iteration, simulator and networks included. See contenders.py."""
+"""A training iteration, whole with simulator and networks, and its update alone. See contenders.py."""
 
 from __future__ import annotations
 
-OPERATIONS = ["training"]
+OPERATIONS = ["update", "training"]
 
 
 def test_training(case, replay):

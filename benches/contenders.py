@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 from harness import Contender
-from peers import by_hand, gpu_kernels, ours, rl_games, rsl_rl, sb3, skrl, torchrl, train
+from peers import by_hand, gpu_kernels, ours, rl_games, rsl_rl, sb3, skrl, torchrl, train, update
 from workload import BATCH_BYTES, GAE_BYTES, NUM_EPOCHS, POLICY_BYTES, ROW_BYTES
 
 LEAN = "pydrone (no mean, std)"
@@ -95,12 +95,32 @@ def iteration() -> list[Contender]:
     )
 
 
+def ppo_update() -> list[Contender]:
+    """All epochs of one rollout: minibatches, networks forward and back, Adam."""
+    torch_learner, compiled = partial(update.ours, learner="torch"), partial(update.rsl_rl, compile_mode="default")
+    return _contenders(
+        [
+            ("pydrone", update.ours, 0, 0),
+            ("pydrone, --learner torch", torch_learner, 0, 0),
+            ("rsl_rl", update.rsl_rl, 0, 0),
+            ("rsl_rl, torch.compile", compiled, 0, 0),
+        ]
+    )
+
+
 def training() -> list[Contender]:
     """A whole training iteration: simulation, policy, storage, GAE, update of the networks."""
     return _contenders([("pydrone", train.ours, 0, 0), ("rsl_rl", train.rsl_rl, 0, 0)])
 
 
-OPERATIONS = {"gae": gae, "append": append, "minibatch epoch": epoch, "iteration": iteration, "training": training}
+OPERATIONS = {
+    "gae": gae,
+    "append": append,
+    "minibatch epoch": epoch,
+    "iteration": iteration,
+    "update": ppo_update,
+    "training": training,
+}
 # For the sweep: enough to see the slope.
 SWEEP = ("pydrone", "memcpy", "rsl_rl")
 

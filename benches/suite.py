@@ -18,7 +18,15 @@ SWEEP_SIZES = [
 ]
 SWEPT = ("gae", "append", "minibatch epoch")
 # Seconds of timed turns, a comparison.
-BUDGET = {"gae": 4.0, "append": 3.0, "minibatch epoch": 4.0, "iteration": 6.0, "training": 20.0, "sweep": 0.6}
+BUDGET = {
+    "gae": 4.0,
+    "append": 3.0,
+    "minibatch epoch": 4.0,
+    "iteration": 6.0,
+    "update": 20.0,
+    "training": 20.0,
+    "sweep": 0.6,
+}
 # An iteration's memory leaves every cache before it is used again.
 CACHES = {"gae": ("hot", "cold"), "append": ("hot", "cold"), "minibatch epoch": ("hot", "cold")}
 
@@ -48,7 +56,7 @@ class Case:
 def sizes(operation: str, device: str, chosen: list[Size] | None) -> list[Size]:
     if operation.startswith("sweep"):
         return [Size(*size) for size in SWEEP_SIZES]
-    if operation == "training":
+    if operation in ("update", "training"):
         return [Size(*size) for size in TRAINING_SIZES[torch.device(device).type]]
     return chosen or [Size(*size) for size in SIZES]
 
@@ -80,7 +88,7 @@ class Suite:
         return self.comparisons[key]
 
     def _inputs(self, operation: str, size: Size):  # type: ignore[no-untyped-def]
-        if operation == "training":
+        if operation in ("update", "training"):
             return Setting(size, self.device), Sound()
         key = (operation == "gae", size)
         if self._made is None or self._made[0] != key:

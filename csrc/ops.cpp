@@ -22,6 +22,12 @@ void gather(const Tensor& rows, const std::vector<int64_t>& offsets, const std::
             int64_t key, int64_t rollout, int64_t epoch, bool shuffle, int64_t first, const Optional& cursor,
             const Optional& advantages_out, const Optional& returns_out, const Optional& indices_out);
 
+void ppo_act(const std::vector<Tensor>& obs, const std::vector<Tensor>& critic_obs, const Tensor& noise,
+             const std::vector<Tensor>& actor, const std::vector<Tensor>& critic, const Tensor& std, int64_t activation,
+             const Optional& obs_shift, const Optional& obs_std, const Optional& critic_shift,
+             const Optional& critic_std, double obs_clip, const Optional& value_shift, const Optional& value_std,
+             const Tensor& actions, const Tensor& log_probs, const Tensor& values, const Tensor& mean);
+
 void ppo_gradients(const std::vector<Tensor>& obs, const std::vector<Tensor>& critic_obs, const Tensor& actions,
                    const Tensor& log_probs, const Tensor& advantages, const Tensor& returns, const Tensor& values,
                    const Optional& mu, const Optional& sigma, const std::vector<Tensor>& actor,
@@ -37,5 +43,6 @@ STABLE_TORCH_LIBRARY_IMPL(pydrone, CPU, m) {
   m.impl("gae", TORCH_BOX(&pydrone::gae));
   m.impl("append", TORCH_BOX(&pydrone::append));
   m.impl("gather", TORCH_BOX(&pydrone::gather));
+  m.impl("ppo_act", TORCH_BOX(&pydrone::ppo_act));
   m.impl("ppo_gradients", TORCH_BOX(&pydrone::ppo_gradients));
 }

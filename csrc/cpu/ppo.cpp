@@ -34,6 +34,8 @@ const MlpVersion& version() {
   return *picked;
 }
 
+constexpr double kHalfLog2Pi = 0.91893853320467274178;
+
 int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 
 // Memory that begins at a cache line; kept by the thread that calls, as much as the largest call has needed.
@@ -186,6 +188,7 @@ struct Normalizer {
         x[i * ld + k] = y < -clip ? -clip : y > clip ? clip : y;
       }
   }
+  float undo(float x) const { return shift ? x * *std + *shift : x; }
   void apply_scalar(float* x, int64_t count) const {
     if (!shift) return;
     for (int64_t i = 0; i < count; ++i) x[i] = (x[i] - *shift) / *std;
@@ -246,6 +249,55 @@ void write_grads(const Net& net, const Tensor* grads, const std::vector<const fl
   }
 }
 
+// What both operations are given: the networks, what they see, and what it is normalised by.
+struct Networks {
+  bool shared;
+  Input actor_input, critic_input;
+  Net actor, critic;
+  Normalizer obs_normalizer, critic_normalizer, value_normalizer;
+  bool one_input;  // the critic's input is the actor's
+
+  Networks(const std::vector<Tensor>& obs, const std::vector<Tensor>& critic_obs, const std::vector<Tensor>& actor_parameters,
+           const std::vector<Tensor>& critic_parameters, const Tensor& std, int64_t activation, int64_t samples,
+           int64_t num_actions, const Optional& obs_shift, const Optional& obs_std, const Optional& critic_shift,
+           const Optional& critic_std, double obs_clip, const Optional& value_shift, const Optional& value_std,
+           const Tensor& like)
+      : shared(critic_obs.empty()),
+        actor_input("obs", obs, samples, like),
+        critic_input("critic_obs", shared ? obs : critic_obs, samples, like),
+        actor("actor", actor_parameters, actor_input.width, num_actions, checked(activation), like),
+        critic("critic", critic_parameters, critic_input.width, 1, activation, like),
+        obs_normalizer("obs_shift", obs_shift, obs_std, actor_input.width, obs_clip, like),
+        critic_normalizer("critic_shift", critic_shift, critic_std, critic_input.width, obs_clip, like),
+        value_normalizer("value_shift", value_shift, value_std, -1, 0, like),
+        one_input(shared && critic_normalizer.shift == obs_normalizer.shift &&
+                  critic_normalizer.std == obs_normalizer.std) {
+    check_shape("std", std, {num_actions});
+    check_dtype("std", std, ScalarType::Float);
+    check_contiguous("std", std);
+    check_device("std", std, like);
+  }
+  static int64_t checked(int64_t activation) {
+    check_range("activation", activation, 0, kNumActivations);
+    return activation;
+  }
+  int64_t packed_size() const { return actor.packed_size() + critic.packed_size(); }
+  void pack(Arena& arena, bool backward) {
+    actor.pack(arena, backward);
+    critic.pack(arena, backward);
+  }
+};
+
+void check_output(const char* name, const Tensor& x, const Tensor& like) {
+  check_dtype(name, x, ScalarType::Float);
+  check_device(name, x, like);
+  check_own(name, x);
+}
+
+float& element(const Tensor& x, int64_t i, int64_t j = 0) {
+  return static_cast<float*>(x.data_ptr())[i * x.stride(0) + (x.dim() > 1 ? j * x.stride(1) : 0)];
+}
+
 }  // namespace
 
 void ppo_gradients(const std::vector<Tensor>& obs, const std::vector<Tensor>& critic_obs, const Tensor& actions,
@@ -263,28 +315,17 @@ void ppo_gradients(const std::vector<Tensor>& obs, const std::vector<Tensor>& cr
   const Column advantage = column("advantages", advantages, samples, -1, actions);
   const Column target = column("returns", returns, samples, -1, actions);
   const Column value = column("values", values, samples, -1, actions);
-  const Input actor_input("obs", obs, samples, actions);
-  const bool shared = critic_obs.empty();
-  const Input critic_input("critic_obs", shared ? obs : critic_obs, samples, actions);
   STD_TORCH_CHECK(mu.has_value() == sigma.has_value(), "sigma: expected both mu and sigma, or none");
   Column old_mean{}, old_std{};
   if (mu) {
     old_mean = column("mu", *mu, samples, num_actions, actions);
     old_std = column("sigma", *sigma, samples, num_actions, actions);
   }
-  check_range("activation", activation, 0, kNumActivations);
-  Net pi("actor", actor, actor_input.width, num_actions, activation, actions);
-  Net v("critic", critic, critic_input.width, 1, activation, actions);
-  check_shape("std", std, {num_actions});
-  check_dtype("std", std, ScalarType::Float);
-  check_contiguous("std", std);
-  check_device("std", std, actions);
+  Networks networks(obs, critic_obs, actor, critic, std, activation, samples, num_actions, obs_shift, obs_std,
+                    critic_shift, critic_std, obs_clip, value_shift, value_std, actions);
+  Net &pi = networks.actor, &v = networks.critic;
+  const Input &actor_input = networks.actor_input, &critic_input = networks.critic_input;
   STD_TORCH_CHECK(clip >= 0 && std::isfinite(clip), "clip: expected a number of at least 0, got ", clip);
-  const Normalizer obs_normalizer("obs_shift", obs_shift, obs_std, actor_input.width, obs_clip, actions);
-  const Normalizer critic_normalizer("critic_shift", critic_shift, critic_std, critic_input.width, obs_clip, actions);
-  const Normalizer value_normalizer("value_shift", value_shift, value_std, -1, 0, actions);
-  const bool one_input = shared && critic_normalizer.shift == obs_normalizer.shift &&
-                         critic_normalizer.std == obs_normalizer.std;
   STD_TORCH_CHECK(grads.size() == actor.size() + critic.size() + 1, "grads: expected one for each parameter and std, ",
                   actor.size() + critic.size() + 1, ", got ", grads.size());
   check_grads("grads", actor, grads.data(), actions);
@@ -301,10 +342,9 @@ void ppo_gradients(const std::vector<Tensor>& obs, const std::vector<Tensor>& cr
   const int64_t sums_size = v.place_grads(pi.place_grads(0)) + num_actions;
   const int64_t work = std::max(pi.work_size(), v.work_size());
   const int64_t per_thread = round_up(sums_size, 16) + work + 16 +
-                             kTile * (actor_input.ld + (one_input ? 0 : critic_input.ld) + 3 * num_actions + 4);
-  Arena arena(pi.packed_size() + v.packed_size() + threads * (per_thread + 256));
-  pi.pack(arena, true);
-  v.pack(arena, true);
+                             kTile * (actor_input.ld + (networks.one_input ? 0 : critic_input.ld) + 3 * num_actions + 4);
+  Arena arena(networks.packed_size() + threads * (per_thread + 256));
+  networks.pack(arena, true);
   std::vector<const float*> sums;
   std::vector<PpoTile> state(threads);
   std::vector<double> figures(threads * 8);  // a cache line each
@@ -318,7 +358,7 @@ void ppo_gradients(const std::vector<Tensor>& obs, const std::vector<Tensor>& cr
     x.actor_ld = actor_input.ld;
     x.critic_ld = critic_input.ld;
     x.actor_obs = arena.take(kTile * x.actor_ld);
-    x.critic_obs = one_input ? x.actor_obs : arena.take(kTile * x.critic_ld);
+    x.critic_obs = networks.one_input ? x.actor_obs : arena.take(kTile * x.critic_ld);
     x.actions = arena.take(kTile * num_actions);
     x.mu = arena.take(kTile * num_actions);
     x.sigma = arena.take(kTile * num_actions);
@@ -341,8 +381,8 @@ void ppo_gradients(const std::vector<Tensor>& obs, const std::vector<Tensor>& cr
       for (int64_t tile = tiles * t / threads; tile < tiles * (t + 1) / threads; ++tile) {
         const int64_t first = tile * kTile;
         x.count = std::min(kTile, samples - first);
-        actor_input.fill(first, x.count, x.actor_obs, obs_normalizer);
-        if (!one_input) critic_input.fill(first, x.count, x.critic_obs, critic_normalizer);
+        actor_input.fill(first, x.count, x.actor_obs, networks.obs_normalizer);
+        if (!networks.one_input) critic_input.fill(first, x.count, x.critic_obs, networks.critic_normalizer);
         copy_tile(action, first, x.count, kTile, x.actions, 1, kTile);
         if (loss.kl) {
           copy_tile(old_mean, first, x.count, kTile, x.mu, 1, kTile);
@@ -352,8 +392,8 @@ void ppo_gradients(const std::vector<Tensor>& obs, const std::vector<Tensor>& cr
         copy_tile(advantage, first, x.count, kTile, x.advantages, 1, 0);
         copy_tile(target, first, x.count, kTile, x.returns, 1, 0);
         copy_tile(value, first, x.count, kTile, x.values, 1, 0);
-        value_normalizer.apply_scalar(x.returns, x.count);
-        value_normalizer.apply_scalar(x.values, x.count);
+        networks.value_normalizer.apply_scalar(x.returns, x.count);
+        networks.value_normalizer.apply_scalar(x.values, x.count);
         version().step(actor_net, critic_net, loss, x);
       }
     }
@@ -373,6 +413,73 @@ void ppo_gradients(const std::vector<Tensor>& obs, const std::vector<Tensor>& cr
     results[i] /= static_cast<double>(samples);
   }
   if (!mu) results[2] = std::nan("");
+}
+
+void ppo_act(const std::vector<Tensor>& obs, const std::vector<Tensor>& critic_obs, const Tensor& noise,
+             const std::vector<Tensor>& actor, const std::vector<Tensor>& critic, const Tensor& std, int64_t activation,
+             const Optional& obs_shift, const Optional& obs_std, const Optional& critic_shift,
+             const Optional& critic_std, double obs_clip, const Optional& value_shift, const Optional& value_std,
+             const Tensor& actions, const Tensor& log_probs, const Tensor& values, const Tensor& mean) {
+  check_shape("noise", noise, {-1, -1});
+  const int64_t num_envs = noise.size(0), num_actions = noise.size(1);
+  const Column drawn = column("noise", noise, num_envs, num_actions, noise);
+  Networks networks(obs, critic_obs, actor, critic, std, activation, num_envs, num_actions, obs_shift, obs_std,
+                    critic_shift, critic_std, obs_clip, value_shift, value_std, noise);
+  for (const auto& [name, out] : {std::pair{"actions", &actions}, {"mean", &mean}}) {
+    check_shape(name, *out, {num_envs, num_actions});
+    check_output(name, *out, noise);
+  }
+  for (const auto& [name, out] : {std::pair{"log_probs", &log_probs}, {"values", &values}}) {
+    check_shape(name, *out, {num_envs});
+    check_output(name, *out, noise);
+  }
+  const int64_t tiles = (num_envs + kTile - 1) / kTile;
+  const int64_t threads = std::min<int64_t>(tiles, std::max<int64_t>(1, torch::stable::get_num_threads()));
+  const int64_t work = std::max(networks.actor.work_size(), networks.critic.work_size());
+  const int64_t inputs = kTile * (networks.actor_input.ld + networks.critic_input.ld);
+  Arena arena(networks.packed_size() + threads * (work + inputs + kTile * num_actions + 256));
+  networks.pack(arena, false);
+  std::vector<float*> memory;
+  for (int64_t t = 0; t < threads; ++t) memory.push_back(arena.take(work + inputs + kTile * num_actions + 64));
+  const auto* deviation = static_cast<const float*>(std.data_ptr());
+  double lacking = 0;
+  for (int64_t j = 0; j < num_actions; ++j) lacking += std::log(static_cast<double>(deviation[j])) + kHalfLog2Pi;
+
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) {
+      float* const actor_obs = memory[t];
+      float* const critic_obs_tile = actor_obs + kTile * networks.actor_input.ld;
+      float* const z = critic_obs_tile + kTile * networks.critic_input.ld;
+      float* const outputs = z + round_up(kTile * num_actions, 16);
+      const MlpNet pi = networks.actor.view(), v = networks.critic.view();
+      for (int64_t tile = tiles * t / threads; tile < tiles * (t + 1) / threads; ++tile) {
+        const int64_t first = tile * kTile, count = std::min(kTile, num_envs - first);
+        networks.actor_input.fill(first, count, actor_obs, networks.obs_normalizer);
+        copy_tile(drawn, first, count, kTile, z, num_actions, 1);
+        const float* y = version().forward(pi, actor_obs, networks.actor_input.ld, count, outputs);
+        int64_t ld = networks.actor.layers.back().ld;
+        for (int64_t i = 0; i < count; ++i) {
+          float squares = 0;
+          for (int64_t j = 0; j < num_actions; ++j) {
+            const float m = y[i * ld + j], e = z[i * num_actions + j];
+            squares += e * e;
+            element(mean, first + i, j) = m;
+            element(actions, first + i, j) = m + e * deviation[j];
+          }
+          element(log_probs, first + i) = static_cast<float>(-0.5 * squares - lacking);
+        }
+        const float* x = actor_obs;
+        if (!networks.one_input) {
+          networks.critic_input.fill(first, count, critic_obs_tile, networks.critic_normalizer);
+          x = critic_obs_tile;
+        }
+        y = version().forward(v, x, networks.critic_input.ld, count, outputs);
+        ld = networks.critic.layers.back().ld;
+        for (int64_t i = 0; i < count; ++i)
+          element(values, first + i) = networks.value_normalizer.undo(y[i * ld]);
+      }
+    }
+  });
 }
 
 }  // namespace pydrone

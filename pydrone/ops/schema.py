@@ -44,6 +44,9 @@ with numbers in it: hence two lists, and a tensor of numbers. :func:`pydrone.lay
     surrogate + value_loss_coef * value loss (pydrone/ppo/loss.py).  metrics: float64 [3], surrogate, value loss, and
     KL(mu, sigma || new), not a number without these.
 
+``ppo_act``  a step of the same policy: actions = mean + std * noise, their log-probabilities, and values, for N
+    environments; on the CPU alone.  noise, actions, mean [N, A]; log_probs, values [N]; outputs of any strides.
+
 ``cursor``: None, or int64 [CURSOR_SIZE] on the device: what a captured CUDA graph reads in place of the host's
 slot, start and rollout.  A captured append onto a rollout not discarded writes nothing and sets the flag.
 """
@@ -72,6 +75,12 @@ SCHEMAS = {
 
 # Of the CPU library alone: what calls them has another way where it is missing.
 CPU_SCHEMAS = {
+    "ppo_act": (
+        "(Tensor[] obs, Tensor[] critic_obs, Tensor noise, Tensor[] actor, Tensor[] critic, Tensor std, "
+        "int activation, Tensor? obs_shift, Tensor? obs_std, Tensor? critic_shift, Tensor? critic_std, "
+        "float obs_clip, Tensor? value_shift, Tensor? value_std, Tensor(a!) actions, Tensor(b!) log_probs, "
+        "Tensor(c!) values, Tensor(d!) mean) -> ()"
+    ),
     "ppo_gradients": (
         "(Tensor[] obs, Tensor[] critic_obs, Tensor actions, Tensor log_probs, Tensor advantages, Tensor returns, "
         "Tensor values, Tensor? mu, Tensor? sigma, Tensor[] actor, Tensor[] critic, Tensor std, int activation, "

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from pydrone.ops import native
 from pydrone.ops.schema import ACTIVATIONS
 from pydrone.ppo.loss import gaussian_entropy
+from pydrone.ppo.policy import ActorCritic, PolicyStep
 
 if TYPE_CHECKING:
     from pydrone.ppo.config import PPOConfig
     from pydrone.ppo.normalization import RunningMoments
-    from pydrone.ppo.policy import ActorCritic
 
 
 class Network(NamedTuple):
@@ -84,20 +84,11 @@ def fused_update(
         Unsupported: a RuntimeError; the networks, or this machine, are of another kind.
         RuntimeError: a tensor's shape, dtype or device does not fit; nothing was written.
     """
-    if native.CPU_MISSING is not None:
-        raise Unsupported(f"the native CPU library is missing: {native.CPU_MISSING}")
-    networks = take_apart(actor, "actor"), take_apart(critic, "critic")
-    # Without hidden layers any will do.
-    kinds = {x.activation for x in networks} - {None} or {ACTIVATIONS[0]}
-    if len(kinds) > 1:
-        raise Unsupported(f"critic: expected the actor's activation, got {' and '.join(sorted(kinds))}")
-    parameters = [*networks[0].parameters, *networks[1].parameters]
+    ours, theirs, activation = _both(actor, critic)
+    parameters = [*ours, *theirs]
     with torch.no_grad():
         grads = [torch.empty_like(x) for x in parameters]
         std_grad, metrics = torch.empty_like(std), torch.empty(3, dtype=torch.float64)
-        moments = [
-            x for y in (obs_normalizer, critic_normalizer) for x in ((None, None) if y is None else (y.shift, y.std))
-        ]
         torch.ops.pydrone.ppo_gradients(
             _groups(obs),
             [] if critic_obs is None else _groups(critic_obs),
@@ -108,16 +99,16 @@ def fused_update(
             values,
             mu,
             sigma,
-            [x.detach() for x in networks[0].parameters],
-            [x.detach() for x in networks[1].parameters],
+            [x.detach() for x in ours],
+            [x.detach() for x in theirs],
             std.detach(),
-            ACTIVATIONS.index(kinds.pop()),
+            activation,
             clip,
             -1.0 if value_clip is None else value_clip,
             value_loss_coef,
-            *moments,
+            *_moments(obs_normalizer, critic_normalizer),
             obs_clip,
-            *((None, None) if value_normalizer is None else (value_normalizer.shift, value_normalizer.std)),
+            *_moments(value_normalizer),
             [*grads, std_grad],
             metrics,
         )
@@ -136,6 +127,22 @@ def _through_std(std: Tensor, grad: Tensor, entropy_coef: float) -> Tensor:
         if std.requires_grad:
             torch.autograd.backward([std, entropy], [grad, torch.full_like(entropy, -entropy_coef)])
     return entropy.detach().reshape(1)
+
+
+def _both(actor: nn.Module, critic: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter], int]:
+    """The parameters of each, and the number of their activation."""
+    if native.CPU_MISSING is not None:
+        raise Unsupported(f"the native CPU library is missing: {native.CPU_MISSING}")
+    networks = take_apart(actor, "actor"), take_apart(critic, "critic")
+    # Without hidden layers any will do.
+    kinds = {x.activation for x in networks} - {None} or {ACTIVATIONS[0]}
+    if len(kinds) > 1:
+        raise Unsupported(f"critic: expected the actor's activation, got {' and '.join(sorted(kinds))}")
+    return networks[0].parameters, networks[1].parameters, ACTIVATIONS.index(kinds.pop())
+
+
+def _moments(*normalizers: RunningMoments | None) -> list[Tensor | None]:
+    return [x for y in normalizers for x in ((None, None) if y is None else (y.shift, y.std))]
 
 
 def take_apart(network: nn.Module, name: str) -> Network:
@@ -192,18 +199,13 @@ def why_not(policy: ActorCritic) -> str | None:
 
 def of_policy(policy: ActorCritic, minibatch: Mapping[str, Tensor], config: PPOConfig) -> Tensor:
     """:func:`fused_update` of a policy and a minibatch of its rollout buffer."""
-
-    def groups(names: tuple[str, ...]) -> list[Tensor]:
-        obs = minibatch.obs
-        return [obs[name] for name in names] if isinstance(obs, Mapping) else [obs]
-
-    apart = policy.critic_obs != policy.actor_obs
+    obs, critic_obs = _inputs(policy, minibatch.obs)
     return fused_update(
         policy.actor,
         policy.critic,
         policy.std,
-        obs=groups(policy.actor_obs),
-        critic_obs=groups(policy.critic_obs) if apart else None,
+        obs=obs,
+        critic_obs=critic_obs or None,
         actions=minibatch.actions,
         log_probs=minibatch.log_probs,
         advantages=minibatch.advantages,
@@ -220,3 +222,41 @@ def of_policy(policy: ActorCritic, minibatch: Mapping[str, Tensor], config: PPOC
         obs_clip=policy.obs_clip,
         value_normalizer=policy.value_normalizer,
     )
+
+
+@torch.no_grad()
+def act(policy: ActorCritic, obs: Tensor | Mapping[str, Tensor]) -> PolicyStep:
+    """``policy.act(obs)`` in one operation, both networks, the actions drawn and their log-probabilities."""
+    ours, theirs, activation = _both(policy.actor, policy.critic)
+    actor_obs, critic_obs = _inputs(policy, obs)
+    if policy._rounded is not None:  # as it is stored, and will be learnt from
+        actor_obs, critic_obs = ([policy._float(x) for x in groups] for groups in (actor_obs, critic_obs))
+    std = policy.std
+    num_envs = actor_obs[0].shape[0]
+    mean, actions = std.new_empty(2, num_envs, len(std)).unbind()
+    log_probs, values = std.new_empty(2, num_envs).unbind()
+    torch.ops.pydrone.ppo_act(
+        actor_obs,
+        critic_obs,
+        torch.randn_like(mean),
+        [x.detach() for x in ours],
+        [x.detach() for x in theirs],
+        std,
+        activation,
+        *_moments(policy.actor_normalizer, policy.critic_normalizer),
+        policy.obs_clip,
+        *_moments(policy.value_normalizer),
+        actions,
+        log_probs,
+        values,
+        mean,
+    )
+    return PolicyStep(actions, log_probs, values, mean, std.expand_as(mean))
+
+
+def _inputs(policy: ActorCritic, obs: Tensor | Mapping[str, Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """What the actor sees, and the critic; none for the critic where that is the same."""
+    if not isinstance(obs, Mapping) and not hasattr(obs, "keys"):
+        return _groups(obs), []
+    apart = policy.critic_obs != policy.actor_obs
+    return tuple(_groups([obs[x] for x in names]) for names in (policy.actor_obs, policy.critic_obs if apart else ()))

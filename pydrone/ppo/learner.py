@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from pydrone.ops.schema import INVALID
+from pydrone.ppo import fused
 from pydrone.ppo.config import PPOConfig
 from pydrone.ppo.distributed import ALONE, MeanGradients, Ranks
-from pydrone.ppo.fused import of_policy, why_not
 from pydrone.ppo.loss import surrogate_loss, value_loss
-from pydrone.ppo.policy import ActorCritic
+from pydrone.ppo.policy import ActorCritic, PolicyStep
 from pydrone.sequences import Sequences
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class Learner:
         self.learning_rate = torch.tensor(config.learning_rate, device=device)
         self.optimizer = torch.optim.Adam(policy.parameters(), lr=self.learning_rate, fused=True)
         #: why autograd computes the gradients; None: the fused operation does, which takes a minibatch whole
-        self.not_fused = "learner is torch" if config.learner == "torch" else why_not(policy)
+        self.not_fused = "learner is torch" if config.learner == "torch" else fused.why_not(policy)
         if config.learner == "fused" and self.not_fused is not None:
             raise ValueError(f"learner: 'fused' cannot be used: {self.not_fused}")
         self.chunk_size = config.chunk_size
@@ -60,6 +60,10 @@ class Learner:
             self.chunk_size = None
         self._past_max_kl = False
         self._over_ranks = MeanGradients(ranks, list(policy.parameters()), len(self.METRICS)) if ranks.several else None
+
+    def act(self, obs: Tensor | Mapping[str, Tensor]) -> PolicyStep:
+        """``policy.act(obs)``, fused where the gradients are."""
+        return self.policy.act(obs) if self.not_fused is not None else fused.act(self.policy, obs)
 
     def update(self, buffer: RolloutBuffer) -> dict[str, Tensor]:
         """Learns from a full rollout whose advantages are computed; the rollout stays.
@@ -126,7 +130,7 @@ class Learner:
         size = minibatch.actions.shape[0]
         self.optimizer.zero_grad(set_to_none=True)
         if self.not_fused is None and size > 0:
-            return of_policy(policy, minibatch, config)
+            return fused.of_policy(policy, minibatch, config)
         chunks = -(-size // self.chunk_size) if self.chunk_size else 1
         totals, stored = torch.zeros(len(self.METRICS), device=self.learning_rate.device), policy.fields()
         if size == 0:  # another rank has samples
@@ -156,8 +160,8 @@ class Learner:
     def adapt_learning_rate(self, kl: Tensor) -> None:
         """rsl_rl's schedule: divided by 1.5 above twice the desired KL, multiplied by 1.5 below half of it.
 
-        A KL of zero, as before a rollout's first step, or what rounding makes of it, leaves it alone; so does one that is
-        not a number.
+        A KL of zero, as before a rollout's first step, or what rounding makes of it, leaves it alone; so does one that
+        is not a number.
         """
         least, most = LEARNING_RATE_BOUNDS
         rate, desired = self.learning_rate, self.config.desired_kl

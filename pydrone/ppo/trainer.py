@@ -210,7 +210,7 @@ class Trainer:
         if policy.recurrent:
             policy.begin_rollout(env.num_envs)
         for _ in range(self.config.num_steps):
-            step = policy.act(obs)
+            step = self.learner.act(obs)
             lap("policy")
             buffer.begin(
                 obs=obs,

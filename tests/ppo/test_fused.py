@@ -403,3 +403,86 @@ def test_training_says_once_why_it_goes_the_torch_way(learner):
     Trainer(Quadrotor(8), config, echo=lines.append).train()
     said = [x for x in lines if "Gradients by autograd: autocast is on" in x]
     assert len(said) == (1 if learner == "auto" else 0)
+
+
+# ------------------------------------------------------------------------------------------------------- acting
+
+
+@pytest.mark.parametrize("settings", [{}, {"normalize_obs": True, "normalize_values": True, "activation": "elu"}])
+@pytest.mark.parametrize("obs", [5, {"policy": 5, "critic": 8, "other": 2}], ids=["shared", "privileged"])
+@pytest.mark.parametrize("num_envs", [1, 130])
+def test_acting_is_the_policys(num_envs, obs, settings):
+    torch.manual_seed(0)
+    policy = make_policy(obs, 3, PPOConfig(hidden_dims=(33, 16), **settings))
+    if settings:
+        policy.observe(
+            {k: torch.randn(10, 9, w) * 2 for k, w in obs.items()} if isinstance(obs, dict) else torch.randn(10, 9, obs)
+        )
+        policy.observe_returns(torch.randn(10, 9) * 3 + 1)
+        policy.observe_returns(torch.randn(10, 9) * 3 + 2)
+    seen = (
+        {k: torch.randn(num_envs, w) for k, w in obs.items()} if isinstance(obs, dict) else torch.randn(num_envs, obs)
+    )
+    torch.manual_seed(1)
+    expected = policy.act(seen)
+    torch.manual_seed(1)
+    found = fused.act(policy, seen)
+    for name, x in expected._asdict().items():
+        y = getattr(found, name)
+        assert y.shape == x.shape and not y.requires_grad
+        assert torch.allclose(y, x, rtol=1e-5, atol=1e-5), name
+    # What was acted by is what is learnt from: nothing to round, no divergence.
+    given = {"obs": seen if not isinstance(obs, dict) else seen["policy"]}
+    given |= {"critic_obs": seen["critic"]} if isinstance(obs, dict) else {}
+    zeros = torch.zeros(num_envs)
+    *_, kl = fused_update(
+        policy.actor,
+        policy.critic,
+        policy.std,
+        **given,
+        actions=found.actions,
+        log_probs=found.log_probs,
+        advantages=zeros,
+        returns=zeros,
+        values=zeros,
+        mu=found.mean,
+        sigma=found.std,
+        obs_normalizer=policy.actor_normalizer,
+        critic_normalizer=policy.critic_normalizer,
+        obs_clip=policy.obs_clip,
+    )
+    assert kl == 0
+
+
+def test_acting_by_what_is_stored():
+    """Half-precision storage: the policy sees its observations rounded to it when it acts too."""
+    torch.manual_seed(0)
+    policy = make_policy(4, 2, PPOConfig(hidden_dims=(16,), obs_dtype="bfloat16"))
+    obs = torch.randn(20, 4)
+    torch.manual_seed(1)
+    expected = policy.act(obs)
+    torch.manual_seed(1)
+    assert torch.allclose(fused.act(policy, obs).mean, expected.mean, atol=1e-6)
+    assert not torch.allclose(policy.actor(obs), expected.mean, atol=1e-6)
+
+
+def test_outputs_of_any_strides():
+    policy = make_policy(4, 2, PPOConfig(hidden_dims=(16,)))
+    obs, noise = torch.randn(200, 4), torch.randn(200, 2)
+    rows = torch.full((200, 12), math.nan)
+    dense = [torch.full((200, 2), math.nan), torch.full((200,), math.nan)]
+    dense += [x.clone() for x in reversed(dense)]
+    strided = [rows[:, :4:2], rows[:, 5], rows[:, 6], rows[:, 8::2]]
+    parameters = [[x.detach() for x in network.parameters()] for network in (policy.actor, policy.critic)]
+    for outputs in (dense, strided):
+        torch.ops.pydrone.ppo_act(
+            [obs], [], noise, *parameters, policy.std.detach(), 0, *[None] * 4, 10.0, None, None, *outputs
+        )
+    for x, y in zip(dense, strided):
+        assert torch.equal(x, y) and not x.isnan().any()
+    assert rows.isnan().sum() == 200 * 6
+    with pytest.raises(RuntimeError, match="mean: expected memory of its own for every element"):
+        bad = [*dense[:3], torch.zeros(1, 2).expand(200, 2)]
+        torch.ops.pydrone.ppo_act(
+            [obs], [], noise, *parameters, policy.std.detach(), 0, *[None] * 4, 10.0, None, None, *bad
+        )
