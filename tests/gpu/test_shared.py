@@ -14,6 +14,7 @@ import test_final_obs
 import test_gae
 import test_gae_contract
 import test_minibatches
+import test_properties
 import test_ring
 import torch
 
@@ -31,6 +32,7 @@ MODULES = (
     test_final_obs,
     test_minibatches,
     test_captured,
+    test_properties,
 )
 CPU = "its tensors are made on import, or it names the CPU"
 LEFT_OUT = {

@@ -1,4 +1,4 @@
-"""The Triton kernels against the reference: the cases of triton_cases.py, in a process of their own.
+"""The Triton kernels against the reference: the cases of triton_cases.py, and the properties, each in its own process.
 
 Triton decides when it is imported whether kernels are interpreted, for the whole process, and other tests may have
 imported it already. On a machine with a GPU the cases run compiled. One by one, and with their output:
@@ -20,12 +20,12 @@ pytest.importorskip("triton")
 CASES = Path(__file__).with_name("triton_cases.py")
 
 
-def run(expression: str, marker: str) -> None:
+def run(path: Path, *options: str) -> None:
     environment = dict(os.environ)
     environment.pop("TRITON_INTERPRET", None)
     if not torch.cuda.is_available():
         environment["TRITON_INTERPRET"] = "1"
-    command = [sys.executable, "-m", "pytest", "-q", "-x", str(CASES), "-k", expression, "-m", marker]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", str(path), *options]
     done = subprocess.run(command, env=environment, cwd=CASES.parents[2], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert " passed" in done.stdout and "skipped" not in done.stdout, done.stdout
@@ -33,9 +33,13 @@ def run(expression: str, marker: str) -> None:
 
 @pytest.mark.parametrize("operation", ["gae", "append", "gather"])
 def test_cases(operation):
-    run(f"test_{operation}", "not slow")
+    run(CASES, "-k", f"test_{operation}", "-m", "not slow")
+
+
+def test_properties():
+    run(CASES.with_name("triton_properties.py"), "--hypothesis-profile", "few")
 
 
 @pytest.mark.slow
 def test_the_whole_size():
-    run("test_gae", "slow")
+    run(CASES, "-k", "test_gae", "-m", "slow")
