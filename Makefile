@@ -22,7 +22,7 @@ SOURCES := $(shell find csrc -type f 2>/dev/null)
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help venv build train test test-slow sanitize lint bench compare gpu wheel clean
+.PHONY: help venv build train test test-slow sanitize faults lint bench compare gpu wheel clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -63,6 +63,9 @@ sanitize: $(VENV)/.stamp-test ## Run the CPU kernels under AddressSanitizer, Und
 	$(RACE) csrc/cpu/gae.cpp csrc/cpu/gather.cpp tests/trust/race/driver.cpp -o build/race
 	build/race
 	! build/race planted 2> /dev/null
+
+faults: $(VENV)/.stamp-test $(VENV)/.stamp-native ## Plant known mistakes, one at a time, and see that the tests fail for each
+	$(PY) tests/trust/plant.py $(ARGS)
 
 lint: $(VENV)/.stamp-lint ## Check style and formatting
 	$(VENV)/bin/ruff check .

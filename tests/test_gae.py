@@ -339,6 +339,17 @@ def test_two_rollouts_join(cut, backend):
     assert_close(torch.cat([head, tail], 1), whole)
 
 
+@pytest.mark.parametrize("num_envs", [5252, 5255])
+def test_outputs_that_bypass_the_cache(num_envs, backend):
+    """From 2 MiB on the CPU's kernel streams them: the last ones of a row, and rows not aligned."""
+    data = with_bootstrap(rollout(num_envs, 100), "final_values")
+    expected = gae(backend="reference", **{k: x.double() if x.is_floating_point() else x for k, x in data.items()})
+    columns = {name: x if x.dim() == 1 else x.t().contiguous().t() for name, x in data.items()}
+    out = tuple(torch.full((100, num_envs), math.nan).t() for _ in range(2))
+    for x, y in zip(gae(backend=backend, out=out, **columns), expected, strict=True):
+        assert_close(x, y)
+
+
 def test_bit_equal_from_run_to_run(backend):
     """And, where pydrone does the sums, for any number of threads."""
     data = with_bootstrap(rollout(1000, 80), "final_values")

@@ -1,0 +1,176 @@
+"""Plants known mistakes, one at a time, and shows that the tests fail for each: ``make faults``.
+
+    python tests/trust/plant.py [--only WORDS] [--relevant] [--list]
+
+In a copy of the tree, one fault of faults.py after the other is made, the C++ library is built again where csrc/
+changed, and the tests run until one fails: those that should catch it first, then all others. A fault that survives
+all of them is a test that is missing; the exit status is then 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from faults import FAULTS, Fault
+
+ROOT = Path(__file__).resolve().parents[2]
+# What the tests need of the tree; the rest of a checkout may be large.
+FOLDERS = ("benches", "csrc", "docs", "pydrone", "tests", "triton_kernels")
+TEST_LIMIT, BUILD_LIMIT = 1800, 900  # seconds; a fault that hangs is found
+
+
+class BadTable(Exception):
+    """A fault that cannot be planted: its text is not there once, it does not compile, or it cannot be imported."""
+
+
+def planted(text: str, fault: Fault) -> str:
+    """``text`` with the mistake in it."""
+    found = text.count(fault.old)
+    if found != 1:
+        raise BadTable(f"{fault.name}: expected its text once in {fault.file}, found it {found} times")
+    changed = text.replace(fault.old, fault.new)
+    if changed == text:
+        raise BadTable(f"{fault.name}: it changes nothing")
+    return changed
+
+
+class Tree:
+    """A copy of the tree that can be tested, built and put right again."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        junk = shutil.ignore_patterns("__pycache__", ".*", "_triton", "results")
+        for folder in FOLDERS:
+            shutil.copytree(ROOT / folder, path / folder, ignore=junk)
+        for file in ROOT.iterdir():
+            if file.is_file() and not file.name.startswith("."):
+                shutil.copy2(file, path)
+        # An editable install knows the other tree's: the packages of this one go before it.
+        (path / "pydrone" / "_triton").symlink_to("../triton_kernels")
+        self.environment = {**os.environ, "PYTHONPATH": str(path), "PYTHONDONTWRITEBYTECODE": "1"}
+        self._built = self._sources()
+
+    def _sources(self) -> dict[Path, bytes]:
+        return {file: file.read_bytes() for file in (self.path / "csrc").rglob("*") if file.is_file()}
+
+    def run(self, *command: str, limit: int) -> tuple[int, str]:
+        """(exit status, output) of a Python command; 124 where it ran past ``limit`` seconds."""
+        try:
+            done = subprocess.run(
+                [sys.executable, *command],
+                cwd=self.path,
+                env=self.environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                timeout=limit,
+            )
+        except subprocess.TimeoutExpired:
+            return 124, ""
+        return done.returncode, done.stdout
+
+    def test(self, *arguments: str) -> tuple[int, str]:
+        """pytest, until the first failure."""
+        return self.run("-m", "pytest", "-x", "-q", "--tb=line", "-p", "no:cacheprovider", *arguments, limit=TEST_LIMIT)
+
+    def build(self) -> None:
+        """Builds the C++ library if its sources are not those of the last build."""
+        sources = self._sources()
+        if sources == self._built:
+            return
+        status, output = self.run("setup.py", "-q", "build_ext", "--inplace", limit=BUILD_LIMIT)
+        if status:
+            raise BadTable(f"the C++ library does not build:\n{output[-2000:]}")
+        self._built = sources
+
+    def check(self) -> None:
+        """That what is imported is this tree's."""
+        code = "import os, pydrone, pydrone._triton as t; print(*map(os.path.realpath, (pydrone.__file__, t.__file__)))"
+        _, output = self.run("-c", code, limit=TEST_LIMIT)
+        wanted = f"{self.path}/pydrone/__init__.py {self.path}/triton_kernels/__init__.py"
+        if output.strip() != wanted:
+            raise BadTable(f"expected Python to import {wanted}, got {output}")
+
+    def caught(self, fault: Fault, relevant: bool) -> str | None:
+        """Plants it, and takes it out again. Returns what failed first; None: nothing did."""
+        file = self.path / fault.file
+        text = file.read_text(encoding="utf-8")
+        file.write_text(planted(text, fault), encoding="utf-8")
+        try:
+            self.build()
+            # The table's own test looks for the text that is gone now.
+            others = [] if relevant else [["tests", "--ignore", "tests/trust/test_faults.py"]]
+            for arguments in (fault.tests.split(), *others):
+                status, output = self.test(*arguments)
+                failed = failure(fault, status, output)
+                if failed is not None:
+                    return failed
+        finally:
+            file.write_text(text, encoding="utf-8")
+        return None
+
+
+def failure(fault: Fault, status: int, output: str) -> str | None:
+    """What failed first, of pytest's exit status and output; None if all tests passed."""
+    if status == 0:
+        return None
+    if status == 124:
+        return "ran too long"
+    if status < 0:
+        return f"crashed by signal {-status}"
+    found = re.search(r"^(?:FAILED|ERROR) (\S+)", output, re.MULTILINE)
+    if status != 1 or found is None:
+        raise BadTable(f"{fault.name}: pytest ended with status {status}:\n{output[-2000:]}")
+    return found[1]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="the faults whose name or file has this in it")
+    parser.add_argument("--relevant", action="store_true", help="only the tests that should catch a fault")
+    parser.add_argument("--list", action="store_true", help="name the faults, and plant none")
+    options = parser.parse_args(arguments)
+    faults = [x for x in FAULTS if options.only in x.name or options.only in x.file]
+    if options.list:
+        print(*(f"{x.file}: {x.name}" for x in faults), sep="\n")
+        return 0
+    if not faults:
+        parser.error(f"--only: expected a part of a fault's name or file, got {options.only!r}")
+    survivors = []
+    with tempfile.TemporaryDirectory(prefix="pydrone-faults-") as folder:
+        tree = Tree(Path(folder).resolve())
+        try:
+            tree.check()
+            # Where the tests fail without a fault, nothing is shown by their failing with one.
+            tests = sorted({test for fault in faults for test in fault.tests.split()})
+            status, output = tree.test(*tests)
+            if status:
+                raise BadTable(f"expected the tests to pass without a fault:\n{output[-2000:]}")
+            for number, fault in enumerate(faults, 1):
+                began = time.monotonic()
+                by = tree.caught(fault, options.relevant)
+                survivors += [] if by else [fault.name]
+                seconds = time.monotonic() - began
+                print(
+                    f"{number:3}/{len(faults)}  {fault.file}: {fault.name}: "
+                    f"{'caught by ' + by if by else 'SURVIVED'} ({seconds:.0f} s)",
+                    flush=True,
+                )
+        except BadTable as error:
+            print(f"tests/trust/faults.py is out of date: {error}", file=sys.stderr)
+            return 2
+    print(f"{len(faults) - len(survivors)} of {len(faults)} faults caught", *survivors, sep="\n  survived: ")
+    return 1 if survivors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
