@@ -170,7 +170,7 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("shape", [(70, 19), (3, 35)], ids=["70x19", "3x35"])
+@pytest.mark.parametrize("shape", [(70, 19), (3, 35), (21, 21)], ids=["70x19", "3x35", "21x21"])
 def test_any_layout(layout, shape, backend):
     arrange = LAYOUTS[layout]
     data = with_bootstrap(rollout(*shape), "final_values")

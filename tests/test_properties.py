@@ -340,11 +340,12 @@ def test_a_large_prefix_does_not_drown_a_small_suffix(backend, draw):
 
 # The sums of a row of at most 1024 samples run in 16 lanes of float32, so a number meets at most 64 + 4 roundings, and
 # the sum of squares about a pivot is trusted where it is at most 4 times M2: 2 * 4 * 68 roundings in all. A program of
-# Triton sums 128 samples by a tree. All that is merged is merged in float64, at most a sample at a time.
+# Triton sums 128 samples by a tree. All that is merged is merged in float64, at most a sample at a time; by Triton's
+# programs in plain sums of squares, which float32 advantages lose nothing by, and float64 ones the digits of the mean.
 STATISTICS_ROUNDINGS = 600
 
 
-def close_statistics(stats: Tensor, advantages: Tensor, counts: np.ndarray) -> None:
+def close_statistics(backend: str, stats: Tensor, advantages: Tensor, counts: np.ndarray) -> None:
     """(count, mean, M2) against two passes in float64."""
     count, mean, m2 = stats.tolist()
     sample = array(advantages)[counts]
@@ -357,6 +358,8 @@ def close_statistics(stats: Tensor, advantages: Tensor, counts: np.ndarray) -> N
     assert abs(mean - exact) <= slack * largest + merged
     # Moved by at most x each, deviations of squares S change by at most 2 x sqrt(count S) + count x^2.
     moved = 2 * merged * math.sqrt(count * squares) + count * (slack * largest + merged) ** 2
+    if order_of(backend) == TREE:
+        moved += 2 * merged * largest
     assert m2 >= 0 and abs(m2 - squares) <= slack * squares + moved + 1e-300
 
 
@@ -371,7 +374,7 @@ def test_statistics_equal_two_passes_in_float64(backend, draw):
     if columns:
         data = {k: x.t().contiguous().t() if isinstance(x, Tensor) and x.dim() == 2 else x for k, x in data.items()}
     advantages, _, stats = run(backend, case._replace(data=data), stats=True)
-    close_statistics(stats, advantages, case.codes != 3)
+    close_statistics(backend, stats, advantages, case.codes != 3)
 
 
 # ---------------------------------------------------------------------------------------------- the ring
@@ -414,7 +417,7 @@ def test_a_ring_at_any_head_equals_the_rollout_by_itself(backend, draw):
     )
     within(advantages, case.expected()[0], error_bound(case, c=order_of(backend)))
     assert torch.equal(returns, advantages + case.data["values"])
-    close_statistics(stats, advantages, case.codes != 3)
+    close_statistics(backend, stats, advantages, case.codes != 3)
 
 
 @given(draw=st.data())
@@ -460,7 +463,7 @@ def test_a_buffer_of_any_capacity(backend, draw):
         case = Case(data, codes, gamma, lam)
         buf.compute_gae(data["last_values"], gamma, lam, timeout_bootstrap=how)
         within(buf.advantages, case.expected()[0], error_bound(case, c=order_of(backend)))
-        close_statistics(buf.statistics, buf.advantages, codes != 3)
+        close_statistics(backend, buf.statistics, buf.advantages, codes != 3)
         check_minibatches(buf, torch.stack([x["obs"] for x in steps[:num_steps]], 1), codes != 3, draw)
         buf.clear()
         del steps[:num_steps]

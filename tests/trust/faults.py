@@ -31,7 +31,8 @@ OF_PROPERTIES, OF_SEQUENCES, OF_STATE = (
     "tests/test_sequences.py",
     "tests/test_buffer_state.py",
 )
-OF_TRITON = "tests/ops/test_triton.py"
+IN_TRITON = "tests/ops/test_triton.py::test_cases[{}] tests/ops/test_triton.py::test_properties"
+OF_TRITON, OF_GATHER, OF_APPEND = map(IN_TRITON.format, ("gae", "gather", "append"))
 OF_LEARNER, OF_LOSS = "tests/ppo/test_learner.py", "tests/ppo/test_loss.py"
 
 CPP = [
@@ -286,28 +287,28 @@ TRITON = [
         TRITON_GATHER,
         "tl.load(stats + 2) / tl.maximum(count - 1, 1.0)",
         "tl.load(stats + 2) / tl.maximum(count, 1.0)",
-        OF_TRITON,
+        OF_GATHER,
     ),
     Fault(
         "every minibatch the first one, in Triton",
         TRITON_GATHER,
         "position = tl.where(inside, first + sample, first).to(tl.uint32)",
         "position = tl.where(inside, sample, first).to(tl.uint32)",
-        OF_TRITON,
+        OF_GATHER,
     ),
     Fault(
         "one sample beyond the last not walked back, in Triton",
         TRITON_GATHER,
         "    outside = tl.max((x >= size).to(tl.int32))\n    while outside > 0:",
         "    outside = tl.max((x > size).to(tl.int32))\n    while outside > 0:",
-        OF_TRITON,
+        OF_GATHER,
     ),
     Fault(
         "two final observations in one place, in Triton",
         "triton_kernels/append.py",
         "place = place + tl.cumsum(wanted.to(tl.int32)) - 1",
         "place = place + tl.cumsum(wanted.to(tl.int32)) // 2",
-        OF_TRITON,
+        OF_APPEND,
     ),
 ]
 

@@ -127,7 +127,7 @@ def failure(fault: Fault, status: int, output: str) -> str | None:
         return "ran too long"
     if status < 0:
         return f"crashed by signal {-status}"
-    found = re.search(r"^(?:FAILED|ERROR) (\S+)", output, re.MULTILINE)
+    found = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", output, re.MULTILINE)
     if status != 1 or found is None:
         raise BadTable(f"{fault.name}: pytest ended with status {status}:\n{output[-2000:]}")
     return found[1]
