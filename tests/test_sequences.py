@@ -72,6 +72,36 @@ def test_every_step_is_in_one_trajectory(num_minibatches):
     assert orders[0] != orders[1]
 
 
+def test_initial_states_are_those_of_their_own_environment_and_step():
+    buf = filled(5, 6, [(0, 2), (3, 1), (3, 4)], fields={"state": 2})
+    given = 100 * torch.arange(5.0).unsqueeze(1) + torch.arange(6.0)
+    for batch in buf.sequences(hidden={"field": "state", "given": given}, num_minibatches=2):
+        expected = 100.0 * batch.envs + batch.starts
+        assert torch.equal(batch.hidden["given"], expected)
+        assert torch.equal(batch.hidden["field"], expected.unsqueeze(1).expand(-1, 2))
+
+
+def test_a_step_that_is_none_is_there_and_not_learnt_from():
+    # NEXT_STEP: the step after the end resets, and is a trajectory of its own.
+    buf = RolloutBuffer(1, 4, obs=1, actions=1)
+    for t in range(4):
+        one = torch.full((1,), float(t))
+        buf.append(
+            obs=one.unsqueeze(1),
+            actions=one.unsqueeze(1),
+            rewards=one,
+            dones=one == 1,
+            values=one,
+            log_probs=one,
+            valid=one != 2,
+        )
+    buf.compute_gae(torch.zeros(1))
+    (batch,) = buf.sequences()
+    assert batch.starts.tolist() == [0, 2, 3]
+    assert batch.mask.tolist() == [[True, True, True], [True, False, False]]
+    assert batch.learn.tolist() == [[True, False, True], [True, False, False]]
+
+
 def test_advantages_are_normalised_as_in_minibatches():
     buf = filled(5, 6, [(1, 2), (3, 3)])
     (batch,) = buf.sequences()
