@@ -15,8 +15,8 @@ CPU_BACKENDS = ("reference", "cpu")
 # Of hypothesis: the same examples in every run, unless `--hypothesis-profile soak` asks for many new ones. The fixtures
 # are the backend's name and a seed that no example depends on.
 _SETTINGS = {"deadline": None, "suppress_health_check": list(HealthCheck), "database": None}
-settings.register_profile("fixed", max_examples=20, derandomize=True, **_SETTINGS)
-settings.register_profile("few", max_examples=3, derandomize=True, **_SETTINGS)
+settings.register_profile("fixed", max_examples=15, derandomize=True, **_SETTINGS)
+settings.register_profile("few", max_examples=2, derandomize=True, **_SETTINGS)
 settings.register_profile("soak", max_examples=1000, print_blob=True, **_SETTINGS)
 settings.load_profile("fixed")
 

@@ -9,6 +9,7 @@ import torch
 from rollout_model import assert_close, gae_loop, memory_bytes, random_step, stacked
 
 from pydrone import BufferFull, RolloutBuffer
+from pydrone.ops.dispatch import select
 
 
 def step_of(obs: list[float], rewards: list[float], values: list[float], dones: list[int], **more) -> dict:
@@ -47,6 +48,19 @@ def test_by_hand(backend):
     assert buf.returns.tolist() == [[11, 7], [7.5, 16]]
     assert calls == [[2, 3]]
     assert buf.dones.tolist() == [[2, 0], [0, 2]]
+
+
+def test_a_final_value_that_is_missing_is_no_number(backend):
+    """Straight from the operation, as with ``check=False`` on a GPU: indices that lead nowhere."""
+    zeros, (stats, workspace) = torch.zeros(3, 2), torch.zeros(2, 8, dtype=torch.float64)
+    codes, rows = torch.tensor([[2, 0]] * 3, dtype=torch.uint8), torch.tensor([[0, 0], [1, 0], [-1, 0]]).int()
+    advantages, returns = torch.zeros(3, 2), torch.zeros(3, 2)
+    select(zeros.device, backend).gae(
+        *(zeros, zeros, codes, None, None, torch.zeros(3), torch.ones(1), rows, 0.5, 0.5, 0, True, 1, None),
+        *(advantages, returns, stats[:3], workspace),
+    )
+    assert advantages[0].tolist() == [0.5, 0]
+    assert advantages.isnan().tolist() == returns.isnan().tolist() == [[False, False], [True, False], [True, False]]
 
 
 def timed_out_step(buf: RolloutBuffer, rate: float = 0.3, **options) -> dict:

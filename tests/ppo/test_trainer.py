@@ -121,10 +121,20 @@ def test_episode_meter_leaves_reset_steps_out():
     ]
 
 
-def test_collect_stores_what_was_acted_on_and_not_what_came_of_it():
-    trainer = Trainer(Scripted([[0, 0]] * 4), config())
+class Fresh(Scripted):
+    """Hands out a tensor of its own in every step."""
+
+    def step(self, actions):
+        return super().step(actions)._replace(obs=self.held.clone())
+
+
+@pytest.mark.parametrize("env", [Scripted, Fresh])
+def test_collect_stores_what_was_acted_on_and_not_what_came_of_it(env):
+    trainer = Trainer(env([[0, 0]] * 4), config())
     trainer._start()
-    trainer.collect()
+    last_values, _ = trainer.collect()
+    # The value of what comes after the last step, which nobody has acted on yet.
+    assert torch.equal(last_values, trainer.policy.value(torch.full((2, 3), 4.0)))
     assert trainer.buffer.obs[:, :, 0].tolist() == [[0, 1, 2, 3]] * 2
     assert trainer.buffer.rewards.tolist() == [[1, 2, 3, 4]] * 2
     with torch.no_grad():

@@ -75,9 +75,9 @@ CPP = [
     ),
     Fault(
         "the stored value where the next one is asked for",
-        RECURRENCE,
-        "(bootstrap == kStoredValue ? value : next_value);",
-        "(bootstrap == kNextValue ? value : next_value);",
+        GAE,
+        "job_.bootstrap == kStoredValue ? values : (job_",
+        "job_.bootstrap != kFinalValues ? values : (job_",
         OF_GAE,
     ),
     Fault(
