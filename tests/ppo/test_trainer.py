@@ -124,6 +124,9 @@ def test_episode_meter_leaves_reset_steps_out():
 class Fresh(Scripted):
     """Hands out a tensor of its own in every step."""
 
+    def reset(self):
+        return self.held.clone()
+
     def step(self, actions):
         return super().step(actions)._replace(obs=self.held.clone())
 
