@@ -1,4 +1,5 @@
-"""Three trainers on one environment: rsl_rl, rsl_rl on pydrone's storage, and pydrone's own, seed after seed in turn.
+"""Trainers on one environment, seed after seed in turn: rsl_rl, rsl_rl on pydrone's storage, and pydrone's own, its
+gradients by autograd or by one operation.
 
     make compare ARGS="--env quadrotor --seeds 1"
 
@@ -34,7 +35,7 @@ from workload import Size
 import pydrone.envs
 
 WINDOW = 10
-TRAINERS = ("rsl_rl", "rsl_rl on pydrone", "pydrone")
+TRAINERS = ("rsl_rl", "rsl_rl on pydrone", "pydrone, --learner torch", "pydrone")
 
 
 class Probe:
@@ -123,11 +124,12 @@ def _rsl_rl(env: Probe, size: Size, seed: int, clock: Clock, class_name: str) ->
     return iterate
 
 
-def _pydrone(env: Probe, size: Size, seed: int, clock: Clock) -> Callable[[], None]:
-    from pydrone.ppo.config import TrainConfig
+def _pydrone(env: Probe, size: Size, seed: int, clock: Clock, learner: str) -> Callable[[], None]:
+    from pydrone.ppo.config import PPOConfig, TrainConfig
     from pydrone.ppo.trainer import Trainer
 
-    trainer = Trainer(env, TrainConfig(num_envs=size.num_envs, num_steps=size.num_steps, seed=seed))
+    ppo = PPOConfig(learner=learner)
+    trainer = Trainer(env, TrainConfig(num_envs=size.num_envs, num_steps=size.num_steps, seed=seed, ppo=ppo))
     trainer.buffer.minibatches = clock.generator("minibatches", trainer.buffer.minibatches)
 
     def iterate() -> None:
@@ -143,8 +145,8 @@ def train(name: str, env: Probe, size: Size, seed: int, iterations: int, target:
     clock = Clock()
     env.reset()
     env.begin()
-    if name == "pydrone":
-        iterate = _pydrone(env, size, seed, clock)
+    if name.startswith("pydrone"):
+        iterate = _pydrone(env, size, seed, clock, "torch" if name.endswith("torch") else "auto")
     else:
         iterate = _rsl_rl(env, size, seed, clock, "PPO" if name == "rsl_rl" else "pydrone.integrations.rsl_rl:PPO")
     rows: list[dict[str, float]] = []
@@ -179,7 +181,7 @@ def draw(document: dict[str, Any], path: Path) -> None:
 
     figure = Figure(figsize=(10, 4), layout="constrained")
     curves, bars = figure.subplots(1, 2)
-    colors = dict(zip(TRAINERS, ("#c9a227", "#5a9bd4", "#1b6ca8")))
+    colors = dict(zip(TRAINERS, ("#c9a227", "#d9b95b", "#5a9bd4", "#1b6ca8")))
     for run in document["runs"]:
         shown = run["trainer"] if run["seed"] == document["seeds"][0] else None
         curves.plot([row["length"] for row in run["rows"]], color=colors[run["trainer"]], lw=1, label=shown)
