@@ -11,6 +11,7 @@ import torch
 
 import pydrone
 import pydrone.envs
+from pydrone.ops import native
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
@@ -80,10 +81,19 @@ def test_the_readmes_code_runs():
 
 
 def test_the_learners_code_runs():
+    text = (ROOT / "docs/learner.md").read_text(encoding="utf-8")
+    code, fused = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    if native.CPU_MISSING is None:
+        actor, critic = torch.nn.Linear(3, 2), torch.nn.Linear(3, 1)
+        log_std = torch.zeros(2, requires_grad=True)
+        parameters = [*actor.parameters(), *critic.parameters(), log_std]
+        names = {"torch": torch, "optimizer": torch.optim.Adam(parameters), "parameters": parameters}
+        names |= {"actor": actor, "critic": critic, "log_std": log_std, "obs": torch.randn(8, 3)}
+        names |= dict.fromkeys(("log_probs", "advantages", "returns", "values"), torch.randn(8))
+        names |= {"actions": torch.randn(8, 2), "old_mean": torch.zeros(8, 2), "old_std": torch.ones(8, 2)}
+        exec(fused, names)
+        assert names["kl"] > 0 and log_std.detach().abs().min() > 0
     pytest.importorskip("gymnasium")
-    (code,) = re.findall(
-        r"```python\n(.*?)```", (ROOT / "docs/learner.md").read_text(encoding="utf-8"), flags=re.DOTALL
-    )
     names = {}
     exec(code.replace("iterations=60", "iterations=1"), names)
     assert names["env"].num_discrete_actions == 2
@@ -94,7 +104,7 @@ def test_the_learners_options_are_all_there():
 
     table = (ROOT / "docs/learner.md").read_text(encoding="utf-8").split("\n\n")[2]
     options = [name for row in table.splitlines()[2:] for name in re.findall(r"`(\w+)`", row.split("|")[2])]
-    assert len(options) == 16 and all(hasattr(PPOConfig(), name) for name in options), options
+    assert len(options) == 19 and all(hasattr(PPOConfig(), name) for name in options), options
 
 
 def test_the_environment_in_the_documents_learns():

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..estimators import gae
-from ..layout import pack
+from ..layout import of_append, pack
 from ..ops import pages
 from ..ops.dispatch import select, written
 from ..ops.reference import normalization
@@ -90,11 +90,11 @@ class _Rows:
         like = next(iter(tensors.values()))
         with torch.inference_mode(False):
             (self.rows,) = pages.together([((*like.shape[:2], row_bytes), torch.uint8)], like.device)
+            self._whole = of_append([self.fields[name] for name in tensors], 0, [])
         self.rows.zero_()
         for name, x in tensors.items():
             self.view(name).copy_(x)
         self._step = {name: (x.shape[1:], x.dtype) for name, x in tensors.items()}
-        self._whole = [number for pair in zip(*self._described(tensors)) for number in pair]
         self._recycler = pages.Recycler()
 
     def view(self, name: str) -> Tensor:
@@ -113,8 +113,8 @@ class _Rows:
             if x.dtype is not dtype and not (x.is_floating_point() and dtype.is_floating_point):
                 x = x.to(dtype)  # the choices of discrete actions, which skrl stores as numbers
             sources.append(x.detach() if x.requires_grad else x)
-        nothing = ([], None, None, None, [], [])  # planes, flags and final observations
-        select(device).append([self.rows], sources, self._whole, *nothing, slot, 0, None, True)
+        flags = (None, None, None)
+        select(device).append([self.rows], sources, self._whole, *flags, slot, 0, None, True)
         written(self.rows)
         return True
 
