@@ -250,6 +250,25 @@ def test_it_adds_to_what_is_there_as_backward_does():
         assert x is None or torch.equal(p.grad, 2 * x)
 
 
+def arguments(operation: str, size: int = 5) -> tuple:
+    policy = make_policy({"a": 4, "critic": 3}, 2, PPOConfig(hidden_dims=(6,), actor_obs=("a",)))
+    parameters = [[x.detach() for x in network.parameters()] for network in (policy.actor, policy.critic)]
+    obs, critic_obs, wide, scalar = torch.randn(size, 4), torch.randn(size, 3), torch.randn(size, 2), torch.randn(size)
+    std, moments = torch.ones(2), (torch.zeros(4), torch.ones(4), None, None)
+    if operation == "ppo_act":
+        outputs = [torch.full_like(x, math.nan) for x in (wide, scalar, scalar, wide)]
+        return [obs], [critic_obs], wide, *parameters, std, 0, *moments, 10.0, None, None, *outputs
+    grads = [torch.full_like(x, math.nan) for x in (*parameters[0], *parameters[1], std)]
+    given = [obs], [critic_obs], wide, *[scalar] * 4, wide, wide.abs() + 1
+    values = (torch.tensor(0.5), torch.tensor(2.0))
+    return *given, *parameters, std, 1, 0.2, 0.2, 1.0, *moments, 10.0, *values, grads, torch.zeros(3).double()
+
+
+@pytest.mark.parametrize("operation", ["ppo_act", "ppo_gradients"])
+def test_opcheck(operation):
+    assert torch.library.opcheck(getattr(torch.ops.pydrone, operation).default, arguments(operation))
+
+
 def test_runs_are_equal_to_the_bit():
     torch.manual_seed(7)
     actor, critic, std = network(17, (64, 64), 4, "tanh"), network(17, (64, 64), 1, "tanh"), torch.ones(4)

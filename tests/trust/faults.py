@@ -33,6 +33,7 @@ OF_PROPERTIES, OF_SEQUENCES, OF_STATE = (
 )
 IN_TRITON = "tests/ops/test_triton.py::test_cases[{}] tests/ops/test_triton.py::test_properties"
 OF_TRITON, OF_GATHER, OF_APPEND = map(IN_TRITON.format, ("gae", "gather", "append"))
+TILE, PPO, OF_FUSED = "csrc/cpu/mlp_tile.h", "csrc/cpu/ppo.cpp", "tests/ppo/test_fused.py"
 OF_LEARNER, OF_LOSS = "tests/ppo/test_learner.py", "tests/ppo/test_loss.py"
 
 CPP = [
@@ -548,4 +549,68 @@ PYTHON = [
     ),
 ]
 
-FAULTS = [*PYTHON, *TRITON, *CPP]
+UPDATE = [
+    Fault(
+        "a clipped ratio that goes on being learnt from",
+        TILE,
+        "const Vec grad = plain <= clipped ? plain :",
+        "const Vec grad = plain <= plain ? plain :",
+        OF_FUSED,
+    ),
+    Fault("the smaller value error, not the larger", TILE, "squared > square ? squared : square", "square", OF_FUSED),
+    Fault(
+        "a clipped value that goes on being learnt from",
+        TILE,
+        "moved == held ? 2.0f * other : Vec{}",
+        "moved == moved ? 2.0f * other : Vec{}",
+        OF_FUSED,
+    ),
+    Fault(
+        "tanh's slope of its input", TILE, "case kTanh: return 1.0f - y * y;", "case kTanh: return 1.0f - y;", OF_FUSED
+    ),
+    Fault(
+        "rows of the last tile that do not exist",
+        TILE,
+        "return index < static_cast<int32_t>(count);",
+        "return index < static_cast<int32_t>(kTile);",
+        OF_FUSED,
+    ),
+    Fault(
+        "the divergence the other way round",
+        TILE,
+        "logarithm(all(s)) - logarithm(old)",
+        "logarithm(old) - logarithm(all(s))",
+        OF_FUSED,
+    ),
+    Fault(
+        "a bias gradient without its odd sample",
+        TILE,
+        "if (n < count) sum += load(outputs[l] + n * layer.ld + j);",
+        "",
+        OF_FUSED,
+    ),
+    Fault(
+        "one thread's gradients alone",
+        PPO,
+        "for (const float* thread : sums) sum += thread[x.weight_grad",
+        "for (const float* thread : {sums[0]}) sum += thread[x.weight_grad",
+        OF_FUSED,
+    ),
+    Fault("a value that is not denormalised", PPO, "networks.value_normalizer.undo(y[i * ld])", "y[i * ld]", OF_FUSED),
+    Fault(
+        "gradients that replace what was there",
+        "pydrone/ppo/fused.py",
+        "parameter.grad.add_(grad)",
+        "parameter.grad.copy_(grad)",
+        OF_FUSED,
+    ),
+    Fault(
+        "the entropy bonus as a penalty",
+        "pydrone/ppo/fused.py",
+        "torch.full_like(entropy, -entropy_coef)",
+        "torch.full_like(entropy, entropy_coef)",
+        OF_FUSED,
+    ),
+]
+
+FAULTS = [*PYTHON, *TRITON, *CPP, *UPDATE]
