@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .schema import CPU_SCHEMAS, SCHEMAS
+from .schema import CPU_SCHEMAS, LEARNER_SCHEMAS, SCHEMAS
 
 PACKAGE = Path(__file__).resolve().parent.parent
 
@@ -78,15 +78,15 @@ def _load(stem: str) -> str | None:
     return None
 
 
-for _name, _schema in (SCHEMAS | CPU_SCHEMAS).items():
+for _name, _schema in (SCHEMAS | CPU_SCHEMAS | LEARNER_SCHEMAS).items():
     _library.define(_name + _schema)
     torch.library.register_fake(f"pydrone::{_name}", _fake, lib=_library)
 
 CPU_MISSING = _load("_native_cpu")
 CUDA_MISSING = _load("_native_cuda") if torch.version.cuda else "this PyTorch is built without CUDA"
 
-for _name in SCHEMAS:
+for _name in (*SCHEMAS, *LEARNER_SCHEMAS):
     for _key in ("CompositeExplicitAutograd", "MkldnnCPU", "AutogradNestedTensor"):
         _library.impl(_name, _plain(_name), _key)
-    if CUDA_MISSING is not None:
+    if CUDA_MISSING is not None or _name in LEARNER_SCHEMAS:
         _library.impl(_name, _triton(_name), "CUDA")

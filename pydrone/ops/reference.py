@@ -23,6 +23,7 @@ from .schema import (
 )
 
 MASK32 = 0xFFFFFFFF
+HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 ROUNDS = 8
 
 
@@ -204,6 +205,64 @@ def normalization(stats: Tensor) -> tuple[Tensor, Tensor]:
     count, mean, m2 = stats.unbind()
     std = torch.where(count > 1, m2 / (count - 1).clamp_min(1), 0).sqrt()
     return mean.float(), (1 / (std + STD_EPSILON)).float()
+
+
+def ppo_loss(
+    mean,
+    std,
+    actions,
+    log_probs,
+    advantages,
+    new_values,
+    values,
+    returns,
+    mu,
+    sigma,
+    clip,
+    value_clip,
+    value_loss_coef,
+    entropy_coef,
+    value_shift,
+    value_std,
+    num_samples,
+    mean_grad,
+    value_grad,
+    std_grad,
+    metrics,
+    workspace,
+) -> None:
+    """PPO's loss (the formulas of pydrone/ppo/loss.py) and its derivatives, term by term."""
+    mean, std, actions, log_probs, advantages, new, old, target = (
+        x.to(mean_grad.dtype) for x in (mean, std, actions, log_probs, advantages, new_values, values, returns)
+    )
+    if value_shift is not None:
+        old, target = (old - value_shift) / value_std, (target - value_shift) / value_std
+    share = len(mean) / num_samples
+    z = (actions - mean) / std
+    entropy = (std.log() + HALF_LOG_2PI + 0.5).sum()
+    ratio = (-0.5 * z.square().sum(1) - entropy + 0.5 * len(std) - log_probs).exp()
+    plain, clipped = ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages
+    # As torch differentiates minimum and clamp: the plain side where it is the smaller, or both are the same.
+    by_log_prob = -torch.where(clipped < plain, 0, plain)[:, None] / num_samples
+    mean_grad.copy_(by_log_prob * z / std)
+    std_grad.copy_((by_log_prob * (z.square() - 1) / std).sum(0) - entropy_coef * share / std)
+    error = new - target
+    square, by_value = error.square(), 2 * error
+    if value_clip >= 0:
+        moved = new - old
+        held = moved.clamp(-value_clip, value_clip)
+        other = held + (old - target)
+        larger = other.square() > square
+        by_value = torch.where(larger, torch.where(moved == held, 2 * other, 0), by_value)
+        square = torch.maximum(square, other.square())
+    value_grad.copy_(by_value * (value_loss_coef / num_samples))
+    kl = torch.full_like(entropy, math.nan)
+    if mu is not None:
+        apart, s = mu.to(mean.dtype) - mean, sigma.to(mean.dtype)
+        # Exactly 0 where nothing has changed.
+        kl = ((apart.square() + (s - std) * (s + std)) / (2 * std.square()) + (std.log() - s.log())).sum() / num_samples
+    surrogate = -torch.minimum(plain, clipped).sum() / num_samples
+    metrics.copy_(torch.stack([surrogate, square.sum() / num_samples, entropy * share, kl]))
 
 
 def permute(position: Tensor, num_samples: int, key: int, rollout: int, epoch: int) -> Tensor:

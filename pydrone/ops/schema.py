@@ -47,6 +47,17 @@ with numbers in it: hence two lists, and a tensor of numbers. :func:`pydrone.lay
 ``ppo_act``  a step of the same policy: actions = mean + std * noise, their log-probabilities, and values, for N
     environments; on the CPU alone.  noise, actions, mean [N, A]; log_probs, values [N]; outputs of any strides.
 
+``ppo_loss``  the loss of one minibatch and its derivatives by what the networks put out; Triton on CUDA, on every other
+    device the reference.
+
+    mean, actions, mu, sigma [B, A]; std [A]; log_probs, advantages, new_values, values, returns [B]; any strides. mean,
+    std and new_values are the policy's, the others the minibatch's. mu and sigma None: KL is not a number.
+    value_clip below 0: the value loss is plain. value_shift, value_std []: of values and returns, as above.
+    num_samples: what means are taken over, B, or more where these are a part of the minibatch, whose parts add up.
+    mean_grad [B, A], value_grad [B], std_grad [A], contiguous: of surrogate + value_loss_coef * value loss -
+    entropy_coef * entropy. metrics [4]: surrogate, value loss, entropy, KL. Computed in mean_grad's dtype, summed in a
+    fixed order. workspace: float64 [loss_workspace_size(B, A)], zero before the first launch, private to one stream.
+
 ``cursor``: None, or int64 [CURSOR_SIZE] on the device: what a captured CUDA graph reads in place of the host's
 slot, start and rollout.  A captured append onto a rollout not discarded writes nothing and sets the flag.
 """
@@ -90,6 +101,17 @@ CPU_SCHEMAS = {
     ),
 }
 
+# Of every device, without an own version in the native libraries.
+LEARNER_SCHEMAS = {
+    "ppo_loss": (
+        "(Tensor mean, Tensor std, Tensor actions, Tensor log_probs, Tensor advantages, Tensor new_values, "
+        "Tensor values, Tensor returns, Tensor? mu, Tensor? sigma, float clip, float value_clip, "
+        "float value_loss_coef, float entropy_coef, Tensor? value_shift, Tensor? value_std, int num_samples, "
+        "Tensor(a!) mean_grad, Tensor(b!) value_grad, Tensor(c!) std_grad, Tensor(d!) metrics, "
+        "Tensor(e!)? workspace) -> ()"
+    ),
+}
+
 ACTIVATIONS = ("tanh", "elu", "relu", "silu")
 
 # What a truncated step bootstraps with.
@@ -127,3 +149,8 @@ MAX_SAMPLES = 2**31 - 1
 def workspace_size(num_envs: int) -> int:
     """Elements of ``gae``'s float64 workspace: a ticket, then (count, mean, M2) of each program of at least 4 envs."""
     return 3 * ((num_envs + 3) // 4) + 1
+
+
+def loss_workspace_size(num_samples: int, num_actions: int) -> int:
+    """Elements of ``ppo_loss``'s float64 workspace: a ticket, then the sums of each program of at least 16 samples."""
+    return 1 + (num_actions + 3) * ((num_samples + 15) // 16)

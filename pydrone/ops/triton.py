@@ -38,3 +38,9 @@ def gather(*args) -> None:
     from pydrone._triton.gather import gather as launch
 
     launch(*args)
+
+
+def ppo_loss(*args) -> None:
+    from pydrone._triton.ppo_loss import ppo_loss as launch
+
+    launch(*args)

@@ -31,7 +31,7 @@ def run(path: Path, *options: str) -> None:
     assert " passed" in done.stdout and "skipped" not in done.stdout, done.stdout
 
 
-@pytest.mark.parametrize("operation", ["gae", "append", "gather"])
+@pytest.mark.parametrize("operation", ["gae", "append", "gather", "loss"])
 def test_cases(operation):
     run(CASES, "-k", f"test_{operation}", "-m", "not slow")
 

@@ -41,6 +41,12 @@ BUDGET = {
     # Four programs of 128 threads to a multiprocessor hide the latency of rows read out of order.
     "gather": (128, 2048),
     "gather, cursor": (128, 2048),
+    # Two programs of 256 threads; two samples of four actions to a thread. Shared memory: sums of 8 warps.
+    "loss": (128, 4096),
+    "loss, normalised values": (128, 4096),
+    "loss, strided": (128, 4096),
+    "loss, one action": (128, 4096),
+    "loss, 17 actions": (128, 4096),
 }
 # ptxas keeps to 48 registers, five programs to a multiprocessor, by sparing one or two for a while: bytes of stack that
 # may be used for it, off the path of the loads. Nothing else may have any.
@@ -118,3 +124,11 @@ def test_fields_are_loaded_before_the_first_is_stored(kernels):
     for name, later in {"append": 8, "append, cursor": 8, "gather": 5, "gather, cursor": 5}.items():
         kernel = kernels[name]
         assert count(kernel, "LDG") - kernel["loads before the first store"] <= later, name
+
+
+def test_the_loss_is_read_and_written_in_128_bits(kernels):
+    """Two samples to a thread, of mean, actions, mu, sigma; their gradient. And std, twice."""
+    kernel = kernels["loss"]
+    assert 8 <= count(kernel, "LDG.E.128") <= 10
+    assert count(kernel, "STG.E.128") == 2
+    assert kernel["loads before the first store"] >= 8 + 2 * 5, "everything is in flight before the first result"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 
+import loss_cases
 import pytest
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
 from pydrone._triton import append as append_module
 from pydrone._triton import gae as gae_module
 from pydrone._triton import gather as gather_module
+from pydrone._triton import ppo_loss as loss_module
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 NAN = float("nan")
@@ -422,3 +424,66 @@ def test_gather_nothing():
         rows, [0], [0], [torch.zeros(0, 4, dtype=torch.uint8)], 0, None, None, None, 2, 0, 6, 1, 0, 0, True, 0, None,
         None, None, None,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize(("given", "expected"), loss_cases.HAND)
+def test_loss_by_hand(given, expected):
+    loss_cases.check_by_hand(loss_module.ppo_loss, given, expected)
+
+
+@pytest.mark.parametrize("actions", range(1, 18))
+@pytest.mark.parametrize("size", [1, 130])
+def test_loss_actions(size, actions):
+    loss_cases.check(loss_module.ppo_loss, loss_cases.random_case(size, actions, value_clip=0.2, entropy_coef=0.01))
+
+
+@pytest.mark.parametrize("size", [2, 511, 512, 513, 5000])
+def test_loss_sizes(size):
+    """Several programs, and partial sums of several rounds."""
+    options = {"value_clip": 0.1, "value_loss_coef": 0.7, "entropy_coef": 0.3, "num_samples": 2 * size}
+    case = loss_cases.random_case(size, 4, **options)
+    loss_cases.check(loss_module.ppo_loss, case)
+    first, second = (loss_cases.run(loss_module.ppo_loss, case) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_loss_more_programs_than_partial_sums(monkeypatch):
+    monkeypatch.setattr(loss_module, "TILE", 64)  # 16 samples a program, 16 partial sums at a time
+    loss_cases.check(loss_module.ppo_loss, loss_cases.random_case(700, 4, value_clip=0.2))
+
+
+def test_loss_options():
+    loss = loss_module.ppo_loss
+    loss_cases.check(loss, loss_cases.random_case(70, 4))  # plain value loss
+    loss_cases.check(loss, loss_cases.random_case(70, 4, value_clip=0.0))
+    loss_cases.check(loss, loss_cases.random_case(70, 4) | {"mu": None, "sigma": None})
+    moments = {"value_shift": torch.tensor(0.7), "value_std": torch.tensor(1.9)}
+    loss_cases.check(loss, loss_cases.random_case(70, 4, **moments, value_clip=0.2))
+    loss_cases.check(loss, loss_cases.random_case(70, 4, torch.float64, value_clip=0.2), torch.float64)
+
+
+def test_loss_any_strides():
+    case = loss_cases.random_case(70, 3, value_clip=0.2)
+    for name, x in case.items():
+        if isinstance(x, Tensor):
+            spread = torch.full([2 * n for n in x.shape], NAN)
+            case[name] = (spread[1::2, ::2] if x.dim() == 2 else spread[::2]).copy_(x)
+    loss_cases.check(loss_module.ppo_loss, case)
+
+
+def test_loss_what_is_not_a_number_shows():
+    case = loss_cases.random_case(40, 2, value_clip=0.2)
+    case["mean"][7, 1] = NAN
+    found = loss_cases.run(loss_module.ppo_loss, case)
+    assert found["metrics"].isnan().tolist() == [True, False, False, True]
+    assert found["mean_grad"].isnan().any(1).nonzero().tolist() == [[7]] and found["std_grad"].isnan().any()
+    for name in ("values", "returns", "new_values"):
+        case = loss_cases.random_case(40, 2, value_clip=0.2)
+        case[name][3] = NAN
+        found = loss_cases.run(loss_module.ppo_loss, case)
+        assert found["metrics"].isnan().tolist() == [False, True, False, False], name
+
+
+def test_loss_nothing():
+    found = loss_cases.run(loss_module.ppo_loss, loss_cases.random_case(0, 2, num_samples=5))
+    assert found["std_grad"].tolist() == [0, 0] and found["metrics"].tolist() == [0] * 4

@@ -25,7 +25,8 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 from pydrone._triton.append import append
 from pydrone._triton.gae import gae
 from pydrone._triton.gather import gather
-from pydrone.ops.schema import SCALAR_TYPES, workspace_size
+from pydrone._triton.ppo_loss import ppo_loss
+from pydrone.ops.schema import SCALAR_TYPES, loss_workspace_size, workspace_size
 
 OPCODE = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)", re.MULTILINE)
 TARGET = GPUTarget("cuda", int(sys.argv[1]), 32)
@@ -115,6 +116,19 @@ def launch_gather(cursor: bool, num_envs: int = 8192, num_steps: int = 4) -> Non
     )  # fmt: skip
 
 
+def launch_loss(actions: int = 4, batch: int = 8192 * 25, strided: bool = False, moments: bool = False) -> None:
+    def wide() -> torch.Tensor:
+        return torch.empty(batch, 2 * actions)[:, ::2] if strided else torch.empty(batch, actions)
+
+    scalar, std = torch.empty(batch), torch.empty(actions)
+    one = torch.empty(()) if moments else None
+    ppo_loss(
+        wide(), std, wide(), *[scalar] * 5, wide(), wide(), 0.2, 0.2, 1.0, 0.01, one, one, batch,
+        torch.empty(batch, actions), scalar, std, torch.empty(4),
+        torch.empty(loss_workspace_size(batch, actions), dtype=torch.float64),
+    )  # fmt: skip
+
+
 def reports() -> Iterator[dict]:
     yield report("gae rows", launch_gae)
     yield report("gae rows, no statistics", partial(launch_gae, stats=False))
@@ -132,6 +146,11 @@ def reports() -> Iterator[dict]:
     yield report("append, cursor", partial(launch_append, True))
     yield report("gather", partial(launch_gather, False))
     yield report("gather, cursor", partial(launch_gather, True))
+    yield report("loss", launch_loss)
+    yield report("loss, normalised values", partial(launch_loss, moments=True))
+    yield report("loss, strided", partial(launch_loss, strided=True))
+    yield report("loss, one action", partial(launch_loss, 1))
+    yield report("loss, 17 actions", partial(launch_loss, 17))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import sys
 
 import pytest
 import torch
+from loss_cases import HAND, LOG_PROB
 from torch import Tensor, nn
 
 from pydrone.buffer import RolloutBuffer
@@ -136,31 +137,6 @@ def test_an_unknown_version_is_an_error():
     assert b"PYDRONE_ISA: expected baseline, x86-64-v3 or x86-64-v4" in done.stderr and b"got z80" in done.stderr
 
 
-# One sample, one action, networks of a bias alone: mean 0.5, value 1; std 2, so log p(a) = -z^2 / 2 - log 2 - 0.919.
-HAND = [
-    # ratio 1, inside the range: d/dmean = -A z / s with z = (1.5 - 0.5) / 2; d/ds = -A (z^2 - 1) / s
-    ({"advantages": 3.0, "ratio": 1.0}, {"mean": -3 * 0.5 / 2, "std": -3 * (0.25 - 1) / 2, "surrogate": -3.0}),
-    # ratio 1.5, A > 0: held at 1.2, no gradient
-    ({"advantages": 2.0, "ratio": 1.5}, {"mean": 0.0, "std": 0.0, "surrogate": -2.4}),
-    # ratio 1.5, A < 0: not held
-    ({"advantages": -2.0, "ratio": 1.5}, {"mean": 3 * 0.5 / 2, "std": 3 * -0.75 / 2, "surrogate": 3.0}),
-    # ratio 0.5, A < 0: held at 0.8
-    ({"advantages": -1.0, "ratio": 0.5}, {"mean": 0.0, "std": 0.0, "surrogate": 0.8}),
-    # ratio 0.5, A > 0: not held
-    ({"advantages": 1.0, "ratio": 0.5}, {"mean": -0.5 * 0.5 / 2, "std": -0.5 * -0.75 / 2, "surrogate": -0.5}),
-    # value 1, old 0.9, return 3: inside the range, (1 - 3)^2
-    ({"values": 0.9, "returns": 3.0}, {"value": -4.0, "value_loss": 4.0}),
-    # old 0, return 3: held at 0.2, whose error is the larger one: no gradient
-    ({"values": 0.0, "returns": 3.0}, {"value": 0.0, "value_loss": 2.8**2}),
-    # old 2, return -1: held at 1.8, the larger error again
-    ({"values": 2.0, "returns": -1.0}, {"value": 0.0, "value_loss": 2.8**2}),
-    # old 0, return 0: held at 0.2, the plain error 1 is the larger one
-    ({"values": 0.0, "returns": 0.0}, {"value": 2.0, "value_loss": 1.0}),
-    # KL(N(0.25, 1) || N(0.5, 2)) = log 2 + (1 + 0.0625) / 8 - 1/2
-    ({"mu": 0.25, "sigma": 1.0}, {"kl": math.log(2) + 1.0625 / 8 - 0.5}),
-]
-
-
 @pytest.mark.parametrize(("given", "expected"), HAND)
 def test_by_hand(given, expected):
     def bias(value):
@@ -170,9 +146,8 @@ def test_by_hand(given, expected):
         return layer
 
     actor, critic, std = bias(0.5), bias(1.0), torch.tensor([2.0], requires_grad=True)
-    log_prob = -0.125 - math.log(2) - 0.5 * math.log(2 * math.pi)
     values = {"advantages": 0.0, "returns": 1.0, "values": 1.0, "mu": 0.5, "sigma": 2.0, "ratio": 1.0} | given
-    values["log_probs"] = log_prob - math.log(values.pop("ratio"))
+    values["log_probs"] = LOG_PROB - math.log(values.pop("ratio"))
     tensors = {name: torch.tensor([x]) for name, x in values.items()}
     tensors |= {name: tensors[name][None] for name in ("mu", "sigma")}
     surrogate, value, entropy, kl = fused_update(

@@ -1,0 +1,221 @@
+"""PPO's loss of a minibatch, forward and backward, in one launch: what autograd does in some sixty.
+
+A program takes a block of samples, one or a few to a thread with all of their actions in its registers, so that the
+sums over actions need no shuffle. Each leaves its sums in the workspace, and the last one to finish adds them in a
+fixed order, so that runs are bit-equal.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import on_device_of, power_of_2, take_ticket
+
+# Numbers of a program's tile [samples, actions], eight of each argument to a thread, and its samples at most.
+TILE, SAMPLES, WARPS = 2048, 512, 8
+
+HALF_LOG_2PI = tl.constexpr(0.9189385332046727)
+
+
+@triton.jit
+def load_rows(source, strides, row, action, mask, other, dtype: tl.constexpr, NUM_ACTIONS: tl.constexpr):
+    """[SAMPLES, ACTIONS] of a tensor [B, A]. Strides of None: it is contiguous, and the compiler sees how it lies."""
+    if strides is None:
+        x = tl.load(source + row[:, None] * NUM_ACTIONS + action[None, :], mask=mask, other=other)
+    else:
+        x = tl.load(source + row[:, None] * strides[0] + action[None, :] * strides[1], mask=mask, other=other)
+    return x.to(dtype)
+
+
+@triton.jit
+def load_scalars(source, stride, row, exists, dtype: tl.constexpr):
+    return tl.load(source + row * stride, mask=exists, other=0.0).to(dtype)
+
+
+@triton.jit
+def surrogate(log_prob, old_log_prob, advantage, clip):
+    """A sample's clipped surrogate, to be maximised, and its derivative by the log-probability."""
+    ratio = tl.exp(log_prob - old_log_prob)
+    kept = tl.maximum(tl.minimum(ratio, 1 + clip), 1 - clip)
+    plain = ratio * advantage
+    clipped = kept * advantage
+    # As torch differentiates minimum and clamp: the plain side where it is the smaller, or both are the same.
+    grad = tl.where(plain <= clipped, plain, tl.where(plain != plain, plain, 0.0))
+    return tl.where(plain <= clipped, plain, tl.where(clipped < plain, clipped, plain + clipped)), grad
+
+
+@triton.jit
+def squared_error(new, old, target, clip, CLIPPED: tl.constexpr):
+    """A sample's value loss and its derivative by ``new``."""
+    error = new - target
+    square = error * error
+    grad = 2.0 * error
+    if CLIPPED:
+        moved = new - old
+        held = tl.maximum(tl.minimum(moved, clip), -clip)
+        other = held + (old - target)
+        squared = other * other
+        grad = tl.where(squared > square, tl.where(moved == held, 2.0 * other, 0.0), grad)
+        square = tl.where(squared <= square, square, squared)  # what is not a number shows
+    return square, grad
+
+
+@triton.jit
+def merge_programs(
+    metrics, std, std_stride, std_grad, workspace, own, entropy_coef, samples, total_samples,
+    NUM_ACTIONS: tl.constexpr, ACTIONS: tl.constexpr, PARTIALS: tl.constexpr, WITH_KL: tl.constexpr,
+    dtype: tl.constexpr,
+):  # fmt: skip
+    """Leaves a program's sums, ``own``, in the workspace; the last program adds all of them."""
+    programs = tl.num_programs(0)
+    WIDTH: tl.constexpr = NUM_ACTIONS + 3
+    action = tl.arange(0, ACTIONS)
+    partials = workspace + 1
+    mine = partials + tl.program_id(0) * WIDTH
+    tl.store(mine + action, own[0], mask=action < NUM_ACTIONS)
+    for k in tl.static_range(3):
+        tl.store(mine + NUM_ACTIONS + k, own[1 + k])
+    ticket = workspace.to(tl.pointer_type(tl.int32), bitcast=True)
+    if take_ticket(ticket) == programs - 1:
+        # Which program is the last changes from run to run; the order of the sums does not.
+        by_action = tl.zeros([PARTIALS, ACTIONS], tl.float64)
+        surrogates = tl.zeros([PARTIALS], tl.float64)
+        errors = tl.zeros([PARTIALS], tl.float64)
+        divergences = tl.zeros([PARTIALS], tl.float64)
+        for first in range(0, programs, PARTIALS):
+            i = first + tl.arange(0, PARTIALS)
+            rows = partials + i * WIDTH
+            mask = (i < programs)[:, None] & (action < NUM_ACTIONS)[None, :]
+            by_action += tl.load(rows[:, None] + action[None, :], mask=mask, other=0.0, cache_modifier=".cg")
+            sums = rows + NUM_ACTIONS
+            surrogates += tl.load(sums, mask=i < programs, other=0.0, cache_modifier=".cg")
+            errors += tl.load(sums + 1, mask=i < programs, other=0.0, cache_modifier=".cg")
+            divergences += tl.load(sums + 2, mask=i < programs, other=0.0, cache_modifier=".cg")
+        total = total_samples.to(tl.float64)
+        share = samples.to(tl.float64) / total
+        s = tl.load(std + action * std_stride, mask=action < NUM_ACTIONS, other=1.0).to(tl.float64)
+        logs = tl.where(action < NUM_ACTIONS, tl.log(s) + (HALF_LOG_2PI + 0.5), 0.0)
+        grad = tl.sum(by_action, 0) - entropy_coef * share / s
+        tl.store(std_grad + action, grad.to(dtype), mask=action < NUM_ACTIONS)
+        metric = metrics.dtype.element_ty
+        tl.store(metrics, (-tl.sum(surrogates) / total).to(metric))
+        tl.store(metrics + 1, (tl.sum(errors) / total).to(metric))
+        tl.store(metrics + 2, (tl.sum(logs) * share).to(metric))
+        divergence = tl.sum(divergences) / total
+        tl.store(metrics + 3, tl.where(WITH_KL, divergence, float("nan")).to(metric))
+        tl.store(ticket, 0)
+
+
+@triton.jit(do_not_specialize=["num_samples", "total_samples"])
+def ppo_loss_kernel(
+    tensors, strides, scalars, scalar_strides, std, std_stride, value_shift, value_std, mean_grad, value_grad,
+    std_grad, metrics, workspace, clip: tl.float64, value_clip: tl.float64, value_loss_coef: tl.float64,
+    entropy_coef: tl.float64, num_samples, total_samples,
+    NUM_ACTIONS: tl.constexpr, ACTIONS: tl.constexpr, SAMPLES: tl.constexpr, PARTIALS: tl.constexpr,
+    CLIPPED: tl.constexpr,
+):  # fmt: skip
+    """``tensors``: mean, actions, mu, sigma; ``scalars``: log_probs, advantages, new_values, values, returns;
+    ``strides`` and ``scalar_strides``: theirs."""
+    dtype: tl.constexpr = mean_grad.dtype.element_ty
+    WITH_KL: tl.constexpr = tensors[2] is not None
+    clip = tl.full((), clip, dtype)
+    held = tl.full((), value_clip, dtype)
+    row = (tl.program_id(0) * SAMPLES + tl.arange(0, SAMPLES)).to(tl.int64)
+    action = tl.arange(0, ACTIONS)
+    exists = row < num_samples
+    mask = exists[:, None] & (action < NUM_ACTIONS)[None, :]
+    mean = load_rows(tensors[0], strides[0], row, action, mask, 0.0, dtype, NUM_ACTIONS)
+    actions = load_rows(tensors[1], strides[1], row, action, mask, 0.0, dtype, NUM_ACTIONS)
+    if WITH_KL:
+        old_mean = load_rows(tensors[2], strides[2], row, action, mask, 0.0, dtype, NUM_ACTIONS)
+        # Outside, as std below: a divergence of nothing.
+        old_std = load_rows(tensors[3], strides[3], row, action, mask, 1.0, dtype, NUM_ACTIONS)
+    old_log_prob = load_scalars(scalars[0], scalar_strides[0], row, exists, dtype)
+    advantage = load_scalars(scalars[1], scalar_strides[1], row, exists, dtype)
+    new = load_scalars(scalars[2], scalar_strides[2], row, exists, dtype)
+    old = load_scalars(scalars[3], scalar_strides[3], row, exists, dtype)
+    target = load_scalars(scalars[4], scalar_strides[4], row, exists, dtype)
+    s = tl.load(std + action * std_stride, mask=action < NUM_ACTIONS, other=1.0).to(dtype)
+    log_s = tl.log(s)
+    inverse = 1.0 / s
+    if value_shift is not None:
+        shift = tl.load(value_shift).to(dtype)
+        spread = tl.load(value_std).to(dtype)
+        old = (old - shift) / spread
+        target = (target - shift) / spread
+
+    z = (actions - mean) * inverse[None, :]
+    lacking = tl.sum(tl.where(action < NUM_ACTIONS, log_s + HALF_LOG_2PI, 0.0), 0)
+    gained, grad = surrogate(-0.5 * tl.sum(z * z, 1) - lacking, old_log_prob, advantage, clip)
+    grad = tl.where(exists, -grad / total_samples.to(dtype), 0.0)
+    along = grad[:, None] * z * inverse[None, :]
+    tl.store(mean_grad + row[:, None] * NUM_ACTIONS + action[None, :], along, mask=mask)
+    by_std = tl.sum(tl.where(mask, grad[:, None] * (z * z - 1.0) * inverse[None, :], 0.0), 0)
+    divergence = tl.zeros((), dtype)
+    if WITH_KL:
+        apart = old_mean - mean
+        # Differences of what may be equal: exactly 0 where nothing has changed, however products and sums are joined.
+        widths = (old_std - s[None, :]) * (old_std + s[None, :])
+        nats = (apart * apart + widths) * (0.5 * inverse * inverse)[None, :] + (log_s[None, :] - tl.log(old_std))
+        divergence = tl.sum(tl.sum(tl.where(mask, nats, 0.0), 1), 0)
+    error, value_by = squared_error(new, old, target, held, CLIPPED)
+    scale = tl.full((), value_loss_coef, dtype) / total_samples.to(dtype)
+    tl.store(value_grad + row, value_by * scale, mask=exists)
+    merge_programs(
+        metrics, std, std_stride, std_grad, workspace,
+        (by_std.to(tl.float64), tl.sum(tl.where(exists, gained, 0.0), 0).to(tl.float64),
+         tl.sum(tl.where(exists, error, 0.0), 0).to(tl.float64), divergence.to(tl.float64)),
+        entropy_coef, num_samples, total_samples, NUM_ACTIONS, ACTIONS, PARTIALS, WITH_KL, dtype,
+    )  # fmt: skip
+
+
+def ppo_loss(
+    mean,
+    std,
+    actions,
+    log_probs,
+    advantages,
+    new_values,
+    values,
+    returns,
+    mu,
+    sigma,
+    clip,
+    value_clip,
+    value_loss_coef,
+    entropy_coef,
+    value_shift,
+    value_std,
+    num_samples,
+    mean_grad,
+    value_grad,
+    std_grad,
+    metrics,
+    workspace,
+) -> None:
+    """PPO's loss of a minibatch and its gradients, see :mod:`pydrone.ops.schema`."""
+    batch, num_actions = mean_grad.shape
+    if batch == 0:
+        std_grad.zero_()
+        metrics.zero_()
+        return
+    columns = power_of_2(num_actions, 1, num_actions * 2)
+    samples = power_of_2(TILE // columns, 16, SAMPLES)
+    programs = triton.cdiv(batch, samples)
+    tensors = (mean, actions, mu, sigma)
+    scalars = (log_probs, advantages, new_values, values, returns)
+    with on_device_of(mean_grad):
+        ppo_loss_kernel[(programs,)](
+            tensors, tuple(_strides(x) for x in tensors), scalars, tuple(x.stride(0) for x in scalars),
+            std, std.stride(0), value_shift, value_std, mean_grad, value_grad, std_grad, metrics, workspace,
+            clip, value_clip, value_loss_coef, entropy_coef, batch, num_samples,
+            NUM_ACTIONS=num_actions, ACTIONS=columns, SAMPLES=samples,
+            PARTIALS=power_of_2(programs, 1, power_of_2(TILE // columns, 1, 256)),
+            CLIPPED=value_clip >= 0, num_warps=WARPS, enable_fp_fusion=True,
+        )  # fmt: skip
+
+
+def _strides(tensor: Tensor | None) -> tuple[int, int] | None:
+    return None if tensor is None or tensor.is_contiguous() else tensor.stride()
