@@ -160,6 +160,12 @@ class LogMeter:
             self._sums[key] = self._sums.get(key, 0.0) + value.detach().to(torch.float32)
             self._steps[key] = self._steps.get(key, 0) + 1
 
+    def copy(self) -> LogMeter:
+        """The same sums, to which it adds on its own."""
+        other = LogMeter()
+        other._sums, other._steps = dict(self._sums), dict(self._steps)
+        return other
+
     def keys(self) -> set[str]:
         """What has been logged since the last call of ``means``."""
         return set(self._sums)

@@ -72,6 +72,8 @@ class Quadrotor:
     action_limits = ACTION_LIMITS
     obs = OBS_DIM
     actions = ACTION_DIM
+    #: whether a CUDA graph can capture a step
+    capturable = True
     task_type: ClassVar[type[HoverTask]] = HoverTask
 
     @torch.inference_mode(False)

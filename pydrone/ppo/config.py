@@ -92,7 +92,8 @@ class PPOConfig:
     learner: Literal["auto", "torch", "fused"] = option(
         "auto",
         "How gradients are computed. fused: by one operation of the CPU library, about five times as fast; multilayer "
-        "perceptrons and continuous actions in float32. torch: autograd. auto: fused where it can be.",
+        "perceptrons and continuous actions in float32. On CUDA the loss alone, by a Triton kernel; continuous actions. "
+        "torch: autograd. auto: fused where it can be.",
     )
     init_std: float = option(1.0, "First standard deviation of the actions.")
     chunk_size: int | None = option(
@@ -164,6 +165,10 @@ class TrainConfig:
     tensorboard: bool = option(True, "Write TensorBoard event files.")
     wandb: bool = option(False, "Log to Weights & Biases too; needs wandb.")
     wandb_project: str = option("pydrone", "Its project.")
+    capture: bool = option(
+        False,
+        "Replay rollouts and updates as CUDA graphs: CUDA and the pure-torch quadrotor. Not yet run on a GPU.",
+    )
     live: bool = option(True, "Draw the progress where the output is a terminal; elsewhere it is a line an iteration.")
     ppo: PPOConfig = field(default_factory=PPOConfig, metadata={"help": "The algorithm.", "aliases": ()})
     task: TaskOptions = field(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pydrone.ops.schema import INVALID
-from pydrone.ppo import fused
+from pydrone.ppo import fused, fused_loss
 from pydrone.ppo.config import PPOConfig
 from pydrone.ppo.distributed import ALONE, MeanGradients, Ranks
 from pydrone.ppo.loss import surrogate_loss, value_loss
@@ -51,7 +51,13 @@ class Learner:
         self.optimizer = torch.optim.Adam(policy.parameters(), lr=self.learning_rate, fused=True)
         #: why autograd computes the gradients; None: the fused operation does, which takes a minibatch whole
         self.not_fused = "learner is torch" if config.learner == "torch" else fused.why_not(policy)
-        if config.learner == "fused" and self.not_fused is not None:
+        #: computes the loss alone by one operation, where that cannot be; None: autograd does
+        self.fused_loss: fused_loss.FusedLoss | None = None
+        if config.learner != "torch" and device.type == "cuda":
+            self.not_fused = fused_loss.why_not(policy)
+            self.fused_loss = fused_loss.FusedLoss() if self.not_fused is None else None
+            self.not_fused = self.not_fused or "its networks are torch's on CUDA"
+        if config.learner == "fused" and self.not_fused is not None and self.fused_loss is None:
             raise ValueError(f"learner: 'fused' cannot be used: {self.not_fused}")
         self.chunk_size = config.chunk_size
         if self.chunk_size is None and device.type == "cpu":
@@ -138,6 +144,10 @@ class Learner:
         for chunk in range(chunks):
             rows = slice(chunk * size // chunks, (chunk + 1) * size // chunks)
             share = (rows.stop - rows.start) / size
+            if self.fused_loss is not None:
+                samples = {name: minibatch[name][rows] for name in self.fused_loss.SAMPLES}
+                totals += self.fused_loss.backward(policy, _rows(minibatch.obs, rows), samples, size, config)
+                continue
             new = policy.evaluate(_rows(minibatch.obs, rows), minibatch.actions[rows])
             old = {name: minibatch[name][rows] for name in stored}
             surrogate = surrogate_loss(

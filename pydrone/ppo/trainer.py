@@ -146,6 +146,11 @@ class Trainer:
         self._env_log, self._log_keys = LogMeter(), []
         self._watch = Stopwatch(self.device)
         self._obs: Any = None
+        self._graphs = None
+        if config.capture:
+            from pydrone.ppo.graphs import Graphs
+
+            self._graphs = Graphs(self)
         # What an iteration without an end of an episode goes on showing.
         self._episode_figures = dict.fromkeys(("episode_length", "episode_return", "success_rate"), math.nan)
         self._lengths: deque[float] = deque(maxlen=WINDOW)
@@ -173,7 +178,7 @@ class Trainer:
             self._start()
         buffer, ppo = self.buffer, self.config.ppo
         self._watch.start()
-        last_values, bootstrap = self.collect()
+        last_values, bootstrap = self.collect() if self._graphs is None else self._graphs.collect()
         if self._rewards is not None:
             self._rewards.apply_to(buffer.rewards, buffer.dones, self.ranks)
         # On CUDA the pool's counts are read below, with the figures.
@@ -184,7 +189,7 @@ class Trainer:
         self._watch.lap("gae")
         self._before_update = copy.deepcopy(self._learnt())
         self.learner.set_progress(self.iteration / self.config.iterations)
-        learnt = self.learner.update(buffer)
+        learnt = self.learner.update(buffer) if self._graphs is None else self._graphs.update()
         self._watch.lap("update")
         figures, culprit = self._read(learnt)
         buffer.clear()
@@ -372,7 +377,8 @@ class Trainer:
         if self._not_restored is not None:
             self.echo(f"Resumed at iteration {self.iteration}; {self._not_restored}.")
         # That the library is missing has been said of the buffer.
-        if self.config.ppo.learner == "auto" and self.learner.not_fused is not None and native.CPU_MISSING is None:
+        by_autograd = self.learner.not_fused is not None and self.learner.fused_loss is None
+        if self.config.ppo.learner == "auto" and by_autograd and native.CPU_MISSING is None:
             self.echo(f"Gradients by autograd: {self.learner.not_fused}.")
         try:
             with _Interrupt(self.echo) as interrupt:

@@ -1,0 +1,90 @@
+"""What torch.cuda.graph does, on a CPU: operations are recorded while Python runs, and run again on the same memory.
+
+Nothing has happened after a capture: what was written is put back, and the generators are. What would make the host
+wait for the device is an error, as in a capture; so is reading what the ring's host counters say in a kernel, since
+the buffer is told that it is being captured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from pydrone.buffer import RolloutBuffer
+
+aten = torch.ops.aten
+# Of what only a GPU's version does without the host: fused Adam reads its learning rate there.
+WAITS = {aten._local_scalar_dense.default, aten.nonzero.default, aten.is_nonzero.default, aten.equal.default}
+
+
+class Recorder(TorchDispatchMode):
+    """Keeps each operation with its arguments and results."""
+
+    def __init__(self, generators: list[torch.Generator]) -> None:
+        super().__init__()
+        self.generators = [torch.default_generator, *generators]
+        self.operations: list[tuple[Callable, tuple, dict, Any]] = []
+        self.before: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def __enter__(self) -> Recorder:
+        self.states = [x.get_state() for x in self.generators]
+        return super().__enter__()
+
+    def __exit__(self, *reason: object) -> None:
+        super().__exit__(*reason)
+        for memory, was in reversed(self.before.values()):
+            memory.copy_(was)
+        for generator, state in zip(self.generators, self.states, strict=True):
+            generator.set_state(state)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func in WAITS:
+            raise RuntimeError(f"{func} waits for the device")
+        for x in written(func, args, kwargs):
+            storage = x.untyped_storage()
+            if storage.data_ptr() not in self.before:
+                memory = torch.empty(0, dtype=torch.uint8).set_(storage)
+                self.before[storage.data_ptr()] = memory, memory.clone()
+        result = func(*args, **kwargs)
+        self.operations.append((func, args, kwargs, result))
+        return result
+
+    def replay(self) -> None:
+        for func, args, kwargs, result in self.operations:
+            again = func(*args, **kwargs)
+            for old, new in zip(tensors(result), tensors(again), strict=True):
+                if old.data_ptr() != new.data_ptr():  # else a view, or written in place
+                    old.detach().copy_(new)
+
+
+def tensors(x: object) -> Iterator[Tensor]:
+    if isinstance(x, Tensor):
+        yield x
+    elif isinstance(x, (list, tuple)):
+        for y in x:
+            yield from tensors(y)
+
+
+def written(func: torch._ops.OpOverload, args: tuple, kwargs: dict) -> Iterator[Tensor]:
+    for i, argument in enumerate(func._schema.arguments):
+        if argument.is_write:
+            yield from tensors(args[i] if i < len(args) else kwargs.get(argument.name))
+
+
+def emulated(monkeypatch) -> Callable:
+    """In place of pydrone.ppo.graphs.capture."""
+
+    def capture(run: Callable, generators: list[torch.Generator]) -> tuple[Callable[[], None], Any]:
+        recorder = Recorder(generators)
+        with monkeypatch.context() as patch, recorder:
+            patch.setattr(RolloutBuffer, "_capturing", lambda self: True)
+            result = run()
+        with torch.no_grad():
+            return torch.no_grad()(recorder.replay), result
+
+    return capture
