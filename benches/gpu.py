@@ -107,6 +107,20 @@ class Clock:
             self.wait()
         return sum(event.device_type == DeviceType.CUDA for event in recorded.events())
 
+    def host_calls(self, run: Run) -> dict[str, int]:
+        """How often the host launched something (a graph is one), and waited for the device, in one call of ``run``."""
+        if not self.cuda:
+            return {}
+        from torch.profiler import ProfilerActivity, profile
+
+        self.wait()
+        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as recorded:
+            run()
+        names = [event.name for event in recorded.events()]
+        launch = ("cudaLaunch", "cuLaunch", "cudaGraphLaunch", "cudaMemcpyAsync", "cudaMemsetAsync")
+        waits = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
+        return {"host_launches": sum(x.startswith(launch) for x in names), "host_waits": sum(x in waits for x in names)}
+
 
 class Data:
     """A rollout's inputs, [T, N, ...]; 2 % of the steps end an episode."""
@@ -390,6 +404,63 @@ def rsl_rl(data: Data, clock: Clock) -> dict:
     return row | {"launches": clock.count(run), "eager_us": 1e6 * clock.calls(run, 1)}
 
 
+def trainings(clock: Clock, num_envs: int, num_steps: int) -> list[dict]:
+    """A whole iteration on the pure-torch quadrotor: pydrone's trainer, the same captured, and rsl_rl's on the same."""
+    sys.path.insert(0, str(ROOT / "benches"))
+    rows = []
+    for backend, iteration in (
+        ("pydrone", partial(pydrone_training, clock, num_envs, num_steps, False)),
+        ("pydrone, captured", partial(pydrone_training, clock, num_envs, num_steps, True)),
+        ("rsl_rl", partial(rsl_rl_training, clock, num_envs, num_steps)),
+    ):
+        row = {"what": "training iteration", "backend": backend}
+        try:
+            run = iteration()
+        except (ImportError, ValueError) as error:
+            rows.append(row | {"absent": str(error)})
+            continue
+        for _ in range(3):  # a captured one is captured in the second
+            run()
+        rows.append(
+            row | {"launches": clock.count(run), **clock.host_calls(run), "eager_us": 1e6 * clock.calls(run, 1)}
+        )
+    return rows
+
+
+def pydrone_training(clock: Clock, num_envs: int, num_steps: int, capture: bool) -> Run:
+    from pydrone.envs.quadrotor import Quadrotor
+    from pydrone.ppo.config import TrainConfig
+    from pydrone.ppo.trainer import Trainer
+
+    config = TrainConfig(num_envs=num_envs, num_steps=num_steps, capture=capture)
+    return Trainer(Quadrotor(num_envs, "cuda" if clock.cuda else "cpu"), config, echo=lambda line: None).iterate
+
+
+def rsl_rl_training(clock: Clock, num_envs: int, num_steps: int) -> Run:
+    """Its own runner with TrainConfig's settings, as benches/peers/train.py has them."""
+    import contextlib
+    import io
+    from types import SimpleNamespace
+
+    from peers.train import _runner_config
+    from rsl_rl.runners import OnPolicyRunner
+
+    from pydrone.envs.quadrotor import Quadrotor
+    from pydrone.integrations.rsl_rl_env import VecEnvWrapper
+
+    device = "cuda" if clock.cuda else "cpu"
+    config = _runner_config(SimpleNamespace(size=SimpleNamespace(num_envs=num_envs, num_steps=num_steps)))
+    with contextlib.redirect_stdout(io.StringIO()):
+        env = VecEnvWrapper(Quadrotor(num_envs, device))
+        runner = OnPolicyRunner(env, config, log_dir=None, device=device)
+
+    def run() -> None:
+        with contextlib.redirect_stdout(io.StringIO()):
+            runner.learn(1)
+
+    return run
+
+
 def copy_bandwidth(clock: Clock, nbytes: int) -> float:
     """GB/s of a large copy on the device, bytes read and written counted."""
     source = torch.randint(0, 255, (nbytes,), dtype=torch.uint8, device="cuda" if clock.cuda else "cpu")
@@ -442,6 +513,8 @@ def table(rows: list[dict], copy_gb_s: float) -> str:
     for row in rows:
         numbers = [f"{row[key]:.2f}" if key in row else "" for key in ("hot_us", "cold_us", "eager_us", "graph_us")]
         speed = f"{row['cold_gb_s']:.0f} ({100 * row['cold_gb_s'] / copy_gb_s:.0f} %)" if "cold_gb_s" in row else ""
+        if "host_waits" in row:
+            speed = f"launched by the host {row['host_launches']}, waited {row['host_waits']}"
         note = row.get("absent") or speed
         lines.append(
             f"{row['what']:24}{row['backend']:22}{row.get('launches') or '':>9}"
@@ -475,6 +548,7 @@ def main() -> None:
     for backend in backends:
         rows += ours(data, backend, clock)
     rows += [by_hand(data, clock), rsl_rl(data, clock)]
+    rows += trainings(clock, options.num_envs, options.num_steps)
     print(table(rows, copy_gb_s))
     if not cuda:
         print("\nA trial on the CPU: the figures mean nothing.")

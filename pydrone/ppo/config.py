@@ -92,8 +92,8 @@ class PPOConfig:
     learner: Literal["auto", "torch", "fused"] = option(
         "auto",
         "How gradients are computed. fused: by one operation of the CPU library, about five times as fast; multilayer "
-        "perceptrons and continuous actions in float32. On CUDA the loss alone, by a Triton kernel; continuous actions. "
-        "torch: autograd. auto: fused where it can be.",
+        "perceptrons and continuous actions in float32. On CUDA the loss alone, by a Triton kernel. torch: autograd. "
+        "auto: fused where it can be.",
     )
     init_std: float = option(1.0, "First standard deviation of the actions.")
     chunk_size: int | None = option(

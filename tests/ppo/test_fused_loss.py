@@ -31,7 +31,7 @@ def with_fused_loss(policy, config: PPOConfig) -> Learner:
 
 
 def rollout(policy) -> RolloutBuffer:
-    """Acted by the policy before some noise is put on its parameters, so that ratios are not one."""
+    """Acted by the policy before some noise is put on its parameters, so that ratios and values are clipped."""
     dtype = policy._rounded or torch.float32
     buf = RolloutBuffer(N, T, obs=policy.obs, actions=ACTIONS, obs_dtype=dtype, fields=policy.fields())
     for _ in range(T):
@@ -42,8 +42,8 @@ def rollout(policy) -> RolloutBuffer:
         buf.append(**given, rewards=rewards, dones=dones, **policy.stored(step))
     buf.compute_gae(torch.randn(N))
     with torch.no_grad():
-        for parameter in policy.parameters():
-            parameter.add_(0.03 * torch.randn_like(parameter))
+        for name, parameter in policy.named_parameters():
+            parameter.add_((0.3 if name.startswith("critic") else 0.03) * torch.randn_like(parameter))
     return buf
 
 

@@ -1,0 +1,71 @@
+"""Training on a GPU: the loss's kernel, and rollouts and updates as CUDA graphs, as one iteration shows them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from pydrone.envs.quadrotor import Quadrotor
+from pydrone.ppo.config import PPOConfig, TrainConfig
+from pydrone.ppo.trainer import Trainer
+
+if not torch.cuda.is_available():
+    pytest.skip("no CUDA device", allow_module_level=True)
+
+pytestmark = pytest.mark.gpu
+
+N, T, ITERATIONS = 256, 12, 4
+
+
+def make(capture: bool, **ppo: object) -> Trainer:
+    env = Quadrotor(N, "cuda", seed=3, max_episode_length=20)
+    config = TrainConfig(num_steps=T, capture=capture, ppo=PPOConfig(hidden_dims=(32, 32), **ppo))
+    return Trainer(env, config, echo=lambda line: None)
+
+
+def compared(figures: dict[str, float]) -> dict[str, float]:
+    return {name: x for name, x in figures.items() if not name.startswith(("time/", "steps_per_second"))}
+
+
+def calls(run: Callable[[], object]) -> Counter[str]:
+    """The host's calls of CUDA, by name."""
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as recorded:
+        run()
+    return Counter(event.name for event in recorded.events() if event.name.startswith("cu"))
+
+
+@pytest.mark.parametrize("options", [{}, {"normalize_obs": True, "normalize_values": True, "learner": "torch"}])
+def test_a_captured_training_is_the_uncaptured_one(options):
+    eager, replayed = make(False, **options), make(True, **options)
+    expected = [compared(eager.iterate()) for _ in range(ITERATIONS)]
+    found = [compared(replayed.iterate()) for _ in range(ITERATIONS)]
+    for ours, theirs in zip(found, expected, strict=True):
+        # cuBLAS may take other algorithms on another stream: its sums then differ in the last bits.
+        assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-4, nan_ok=True)
+    for name, x in eager.policy.state_dict().items():
+        torch.testing.assert_close(replayed.policy.state_dict()[name], x, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_the_losss_kernel_equals_autograd():
+    ours, theirs = make(False), make(False, learner="torch")
+    assert ours.learner.fused_loss is not None and theirs.learner.fused_loss is None
+    for _ in range(2):
+        found, expected = compared(ours.iterate()), compared(theirs.iterate())
+    assert found == pytest.approx(expected, rel=1e-2, abs=1e-3, nan_ok=True)
+
+
+@pytest.mark.parametrize("capture", [False, True])
+def test_the_host_reads_once_an_iteration(capture):
+    trainer = make(capture)
+    for _ in range(3):
+        trainer.iterate()
+    found = calls(trainer.iterate)
+    waits = {name: n for name, n in found.items() if "Synchronize" in name and "Event" not in name}
+    assert sum(waits.values()) <= 2, waits  # the read, and the profiler's own
+    if capture:
+        assert found["cudaGraphLaunch"] == 2
