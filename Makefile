@@ -22,10 +22,10 @@ SOURCES := $(shell find csrc -type f 2>/dev/null)
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help venv build train test test-slow sanitize faults lint bench compare gpu wheel clean
+.PHONY: help venv build train test test-slow sanitize faults install-check soak lint bench compare gpu wheel clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 venv: $(VENV)/.stamp-tools ## Create the virtual environment, with torch and the build tools
 
@@ -67,6 +67,14 @@ sanitize: $(VENV)/.stamp-test ## Run the CPU kernels under AddressSanitizer, Und
 
 faults: $(VENV)/.stamp-test $(VENV)/.stamp-native ## Plant known mistakes, one at a time, and see that the tests fail for each
 	$(PY) tests/trust/plant.py $(ARGS)
+
+install-check: $(VENV)/.stamp-tools ## Build sdist and wheel and try them in clean environments (ARGS=--quick: in one)
+	$(PY) tests/trust/install.py $(ARGS)
+
+soak: $(VENV)/.stamp-test $(VENV)/.stamp-native ## Run for long: 301 iterations, 10,000 rollouts, 1000 examples of each property
+	$(PY) -m pytest -q -m "" -rP tests/trust/test_soak.py
+	$(PY) -m pytest -q tests/test_properties.py --hypothesis-profile soak
+	$(PY) -m pytest -q -m slow tests/ppo tests/trust --ignore tests/trust/test_soak.py $(ARGS)
 
 lint: $(VENV)/.stamp-lint ## Check style and formatting
 	$(VENV)/bin/ruff check .

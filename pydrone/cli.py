@@ -177,7 +177,10 @@ def _base(argv: list[str]) -> dict[str, Any]:
     path = _checkpoint(Path(resume))
     argv += ["--resume", str(path)]
     saved = read_checkpoint(path)["config"]
-    saved = configfile.checked(TrainConfig, saved, known_only=True)
+    try:
+        saved = configfile.checked(TrainConfig, saved, known_only=True)
+    except ValueError as error:
+        raise ValueError(f"{path}: config: {error}") from None
     # The first run's folder is gone on in where the folder was named.
     saved |= {"run_dir": str(path.parent) if Path(resume).is_dir() else None, "resume": None}
     return configfile.merged(saved, base)

@@ -99,14 +99,15 @@ def _wandb_run(run_dir: Path, project: str, settings: Mapping[str, Any] | None) 
 
 def read(run_dir: str | os.PathLike[str]) -> list[dict[str, float]]:
     """The figures of a run, iteration by iteration; of one that was done twice, as after a resume, the later."""
-    lines = (Path(run_dir) / PROGRESS).read_text(encoding="utf-8").splitlines()
+    lines = (Path(run_dir) / PROGRESS).read_text(encoding="utf-8", errors="replace").splitlines()
     rows = {}
     for line in lines:
         try:
             row = json.loads(line)
         except json.JSONDecodeError:
             continue  # a process that was killed while it wrote
-        rows[row["iteration"]] = row
+        if isinstance(row, dict) and type(row.get("iteration")) is int:
+            rows[row["iteration"]] = row
     return [rows[iteration] for iteration in sorted(rows)]
 
 

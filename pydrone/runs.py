@@ -55,19 +55,20 @@ def load(run: str | os.PathLike[str], device: torch.device | str = "cpu") -> Run
     """
     path = checkpoint_of(run)
     state = read_checkpoint(path, device)
-    settings = state["config"]
-    if not (isinstance(settings, Mapping) and isinstance(settings.get("env"), str) and "ppo" in settings):
-        raise ValueError(f"{path}: config: expected the settings of a training, got {type(settings).__name__}")
-    return Run(path.parent, path, state["iteration"], settings, state)
+    return Run(path.parent, path, state["iteration"], state["config"], state)
 
 
 def load_policy(run: Run, env: Env) -> ActorCritic:
     """The run's policy on ``env``'s device, to fly ``env``.
 
     Raises:
-        ValueError: the environment's observations or actions are not those the policy was trained with.
+        ValueError: the environment's observations or actions are not those the policy was trained with, or the run
+            holds no such policy.
     """
-    settings = PPOConfig(**run.settings["ppo"])
+    try:
+        settings = PPOConfig(**run.settings["ppo"])
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{run.checkpoint}: config: expected the settings of a policy, got others: {error}") from error
     try:
         policy = make_policy(env.obs, env.actions, settings, getattr(env, "num_discrete_actions", None)).to(env.device)
         policy.load_state_dict(run.state["policy"])

@@ -50,7 +50,10 @@ def load(
     name = os.fspath(path)
     content = Path(path).read_bytes()
     if content.startswith(b"PK") and not _intact(content):
-        raise ValueError(f"{name}: expected a checkpoint, got a file whose checksum is missing or wrong")
+        raise ValueError(
+            f"{name}: expected a checkpoint, got a file whose checksum is missing or wrong: it "
+            "is damaged, or another program's"
+        )
     try:
         state = torch.load(io.BytesIO(content), map_location=device, weights_only=True)
     except (MemoryError, torch.OutOfMemoryError):

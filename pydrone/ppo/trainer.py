@@ -604,6 +604,9 @@ def read_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dic
     state = checkpoint.load(path, device, CHECKPOINT_KEYS)
     if type(state["iteration"]) is not int or state["iteration"] < 0:
         raise ValueError(f"{path}: iteration: expected an int of at least 0, got {state['iteration']!r}")
+    settings = state["config"]
+    if not (isinstance(settings, Mapping) and isinstance(settings.get("env"), str) and "ppo" in settings):
+        raise ValueError(f"{path}: config: expected the settings of a training, got {type(settings).__name__}")
     return state
 
 

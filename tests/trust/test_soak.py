@@ -1,0 +1,113 @@
+"""Long runs: what is resident stays flat, and the buffer takes what was planned. A few iterations here; `make soak`
+runs them all."""
+
+from __future__ import annotations
+
+import gc
+import math
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from pydrone import memory
+from pydrone.buffer import RolloutBuffer
+from pydrone.envs import make
+from pydrone.ppo.config import PPOConfig, TrainConfig
+from pydrone.ppo.trainer import Trainer
+
+STATM = Path("/proc/self/statm")
+# Bytes by which a process may grow once it is warm: allocators and interpreters round up. A rollout kept in each of the
+# 20 iterations of the short run below would be 12 MB; over 301 iterations it is 20 kB each, over 10,000 rollouts 400.
+GROWTH = 4e6
+
+pytestmark = pytest.mark.skipif(not STATM.exists(), reason="what is resident is read from /proc")
+
+
+def resident() -> int:
+    """Bytes of this process in memory now."""
+    return int(STATM.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+class Watch:
+    """What is resident after each of so many rounds, the first third of which (at most 100) warm up."""
+
+    def __init__(self, rounds: int) -> None:
+        gc.collect()
+        self.warm, self.seen = min(rounds // 3, 100), []
+
+    def look(self) -> None:
+        self.seen.append(resident())
+
+    @property
+    def grown(self) -> int:
+        return max(self.seen[self.warm :]) - self.seen[self.warm]
+
+
+def train(iterations: int, run_dir: Path, keep=lambda trainer: None) -> Watch:
+    """Collect, GAE, minibatches, update on quadrotors that crash and time out; checkpoints and a log as ever."""
+    ppo = PPOConfig(hidden_dims=(32, 32), num_epochs=2, num_minibatches=3)  # 256 * 24 / 3 = 2048 samples
+    settings = {"env": "quadrotor", "num_steps": 24, "save_interval": 50, "tensorboard": False, "seed": 1}
+    config = TrainConfig(**settings, iterations=iterations, ppo=ppo)
+    env = make("quadrotor", num_envs=256, seed=1, max_episode_length=100)
+    watch, bytes_of_the_buffer = Watch(iterations), set()
+
+    def show(figures, total, seconds_left) -> None:
+        assert math.isfinite(figures["surrogate_loss"]) and math.isfinite(figures["value_loss"])
+        keep(trainer)
+        bytes_of_the_buffer.add(trainer.buffer.nbytes)
+        watch.look()
+
+    trainer = Trainer(env, config, run_dir, echo=lambda line: None, show=show)
+    assert trainer.train().iterations == len(watch.seen) == iterations
+    assert bytes_of_the_buffer == {trainer.planned_nbytes}
+    return watch
+
+
+@pytest.mark.parametrize("iterations", [30, pytest.param(301, marks=pytest.mark.slow)])
+def test_training_holds_what_was_planned(iterations, tmp_path):
+    watch = train(iterations, tmp_path)
+    print(f"{iterations} iterations: grown by {watch.grown:,} bytes once warm, of {watch.seen[-1]:,} resident")
+    assert watch.grown < GROWTH
+
+
+def test_a_rollout_that_is_kept_is_seen(tmp_path):
+    kept = []
+    assert train(30, tmp_path, keep=lambda trainer: kept.append(trainer.buffer._rows.clone())).grown > GROWTH
+
+
+@pytest.mark.parametrize("rollouts", [1000, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_the_ring_alone(rollouts):
+    """A ring that wraps, pools, reused and fresh minibatches: every rollout is the steps that went in last."""
+    sizes = {"num_envs": 8, "num_steps": 4, "obs": 3, "actions": 2, "capacity": 6, "max_episode_length": 2}
+    buffer, watch, parts = RolloutBuffer(**sizes), Watch(rollouts), 2
+    planned = memory.plan(**sizes, reused_minibatch=8 * 4 // parts).nbytes
+    steps = 8 * torch.arange(4).view(1, 4) + torch.arange(8).view(8, 1)
+    for rollout in range(rollouts):
+        first = 32.0 * (rollout % 1000)  # exact in float32
+        for t in range(4):
+            number = first + 8 * t + torch.arange(8.0)
+            ends = torch.arange(8) % 4 == t
+            final = (number + 0.5).unsqueeze(1).expand(8, 3)
+            scalars = {"rewards": number, "values": -number, "log_probs": number, "dones": ends, "truncated": ends}
+            obs = number.unsqueeze(1).expand(8, 3)
+            buffer.append(obs=obs, actions=obs[:, :2], **scalars, final_obs=final)
+        # gamma 1, lambda 0: A = r + V' - V, V' being -(number + 0.5) at a time-out, else the next step's, or the last.
+        buffer.compute_gae(torch.full((8,), -7.0), 1.0, 0.0, value_fn=lambda obs: -obs[:, 0])
+        number = first + steps
+        following = torch.where(torch.arange(4) == 3, -7.0, -(number + 8))
+        following = torch.where(torch.arange(8).view(8, 1) % 4 == torch.arange(4), -(number + 0.5), following)
+        expected = (2 * number + following).flatten()
+        seen = []
+        for minibatch in buffer.minibatches(parts, normalize_advantages=False, reuse=rollout % 2 == 0):
+            i = minibatch.indices
+            assert torch.equal(minibatch.obs[:, 2], number.flatten()[i])
+            assert torch.equal(minibatch.advantages, expected[i])
+            seen.append(i)
+        assert torch.equal(torch.cat(seen).sort().values, torch.arange(32))
+        buffer.clear()
+        assert buffer.nbytes == planned
+        watch.look()
+    print(f"{rollouts} rollouts: grown by {watch.grown:,} bytes once warm, of {watch.seen[-1]:,} resident")
+    assert watch.grown < GROWTH
