@@ -74,7 +74,7 @@ install-check: $(VENV)/.stamp-tools ## Build sdist and wheel and try them in cle
 soak: $(VENV)/.stamp-test $(VENV)/.stamp-native ## Run for long: 301 iterations, 10,000 rollouts, 1000 examples of each property
 	$(PY) -m pytest -q -m "" -rP tests/trust/test_soak.py
 	$(PY) -m pytest -q tests/test_properties.py --hypothesis-profile soak
-	$(PY) -m pytest -q -m slow tests/ppo tests/trust --ignore tests/trust/test_soak.py $(ARGS)
+	$(PY) -m pytest -q -m slow tests/ppo tests/trust/test_contracts.py $(ARGS)
 
 lint: $(VENV)/.stamp-lint ## Check style and formatting
 	$(VENV)/bin/ruff check .

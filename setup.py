@@ -116,7 +116,7 @@ def find_cxx() -> str:
 
 
 def warn(message: str) -> None:
-    """Said through Python's warnings, which recent pips show even where they hide the build's output."""
+    """Said through Python's warnings. pip hides them without -v, so pydrone.backends() and doctor give the reason."""
     warnings.warn(f"pydrone: {message}.", stacklevel=2)
 
 

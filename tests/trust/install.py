@@ -198,7 +198,7 @@ def usable(python: str) -> str | None:
 
 
 def row(*cells: object) -> None:
-    print("{:<9} {:<14} {:<26} {:<46} {}".format(*(str(x) for x in cells)), flush=True)
+    print("{:<9} {:<14} {:<26} {:<48} {}".format(*(str(x) for x in cells)), flush=True)
 
 
 def main() -> int:
@@ -220,7 +220,7 @@ def main() -> int:
             return
         library = found["library"] and f"built, sha256 {found['library']}..."
         libraries.update({found["library"]} - {None})
-        row(found["python"], found["torch"], source, library or found["cpu"], "passed")
+        row(found["python"], found["torch"], source, library or f"none: {found['cpu'].partition(':')[0]}", "passed")
 
     with tempfile.TemporaryDirectory(prefix="pydrone-install-") as temporary:
         folder = Path(temporary)
