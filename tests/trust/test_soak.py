@@ -6,6 +6,8 @@ from __future__ import annotations
 import gc
 import math
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -45,7 +47,7 @@ class Watch:
         return max(self.seen[self.warm :]) - self.seen[self.warm]
 
 
-def train(iterations: int, run_dir: Path, keep=lambda trainer: None) -> Watch:
+def train(iterations: int, run_dir: Path | str, keep=lambda trainer: None) -> Watch:
     """Collect, GAE, minibatches, update on quadrotors that crash and time out; checkpoints and a log as ever."""
     ppo = PPOConfig(hidden_dims=(32, 32), num_epochs=2, num_minibatches=3)  # 256 * 24 / 3 = 2048 samples
     settings = {"env": "quadrotor", "num_steps": 24, "save_interval": 50, "tensorboard": False, "seed": 1}
@@ -65,20 +67,40 @@ def train(iterations: int, run_dir: Path, keep=lambda trainer: None) -> Watch:
     return watch
 
 
+def alone(call: str) -> int:
+    """Bytes that ``call`` of this file makes a process of its own grow by: other tests leave memory to take from."""
+    script = (
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_soak; print(test_soak.{call})"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    *_, grown = done.stdout.split()
+    print(f"{call}: grown by {int(grown):,} bytes once warm")
+    return int(grown)
+
+
 @pytest.mark.parametrize("iterations", [30, pytest.param(301, marks=pytest.mark.slow)])
 def test_training_holds_what_was_planned(iterations, tmp_path):
-    watch = train(iterations, tmp_path)
-    print(f"{iterations} iterations: grown by {watch.grown:,} bytes once warm, of {watch.seen[-1]:,} resident")
-    assert watch.grown < GROWTH
+    assert alone(f"train({iterations}, {str(tmp_path)!r}).grown") < GROWTH
 
 
 def test_a_rollout_that_is_kept_is_seen(tmp_path):
-    kept = []
-    assert train(30, tmp_path, keep=lambda trainer: kept.append(trainer.buffer._rows.clone())).grown > GROWTH
+    assert alone(f"train(30, {str(tmp_path)!r}, keep=test_soak.hoard).grown") > GROWTH
 
 
 @pytest.mark.parametrize("rollouts", [1000, pytest.param(10_000, marks=pytest.mark.slow)])
 def test_the_ring_alone(rollouts):
+    assert alone(f"ring({rollouts}).grown") < GROWTH
+
+
+KEPT: list[torch.Tensor] = []
+
+
+def hoard(trainer: Trainer) -> None:
+    KEPT.append(trainer.buffer._rows.clone())
+
+
+def ring(rollouts: int) -> Watch:
     """A ring that wraps, pools, reused and fresh minibatches: every rollout is the steps that went in last."""
     sizes = {"num_envs": 8, "num_steps": 4, "obs": 3, "actions": 2, "capacity": 6, "max_episode_length": 2}
     buffer, watch, parts = RolloutBuffer(**sizes), Watch(rollouts), 2
@@ -109,5 +131,4 @@ def test_the_ring_alone(rollouts):
         buffer.clear()
         assert buffer.nbytes == planned
         watch.look()
-    print(f"{rollouts} rollouts: grown by {watch.grown:,} bytes once warm, of {watch.seen[-1]:,} resident")
-    assert watch.grown < GROWTH
+    return watch
