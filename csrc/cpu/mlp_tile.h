@@ -259,12 +259,10 @@ static void backward(const MlpNet& net, const float* x, int64_t ld, int64_t coun
     float* bias = grads + layer.bias_grad;
     for (int64_t j = 0; j < layer.out_padded; j += V) {
       Vec sum = load(bias + j), other = Vec{};
-      int64_t n = 0;
-      for (; n + 1 < count; n += 2) {
+      for (int64_t n = 0; n < count; n += 2) {  // whole blocks of samples: an even number
         sum += load(outputs[l] + n * layer.ld + j);
         other += load(outputs[l] + (n + 1) * layer.ld + j);
       }
-      if (n < count) sum += load(outputs[l] + n * layer.ld + j);
       store(bias + j, sum + other);
     }
     // W^T's gradient, [in, out]: as many rows as inputs, which are seldom a multiple of anything.

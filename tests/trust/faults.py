@@ -583,13 +583,6 @@ UPDATE = [
         OF_FUSED,
     ),
     Fault(
-        "a bias gradient without its odd sample",
-        TILE,
-        "if (n < count) sum += load(outputs[l] + n * layer.ld + j);",
-        "",
-        OF_FUSED,
-    ),
-    Fault(
         "one thread's gradients alone",
         PPO,
         "for (const float* thread : sums) sum += thread[x.weight_grad",
