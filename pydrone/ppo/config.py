@@ -98,8 +98,8 @@ class PPOConfig:
     init_std: float = option(1.0, "First standard deviation of the actions.")
     chunk_size: int | None = option(
         None,
-        "Samples that go through the networks at a time; the gradients add up. None: 3200 a thread on the "
-        "CPU, where the activations then stay in the caches, the whole minibatch on CUDA.",
+        "Samples that autograd takes through the networks at a time; the gradients add up. None: 3200 a thread on the "
+        "CPU, where the activations then stay in the caches, the whole minibatch on CUDA. fused has its own.",
     )
 
     def __post_init__(self) -> None:

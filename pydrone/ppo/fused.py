@@ -180,8 +180,6 @@ def why_not(policy: ActorCritic) -> str | None:
     parameter = next(policy.parameters())
     if parameter.device.type != "cpu":
         return f"it runs on the CPU, the policy is on {parameter.device.type}"
-    if native.CPU_MISSING is not None:
-        return f"the native CPU library is missing: {native.CPU_MISSING}"
     if policy.recurrent:
         return "the policy is recurrent"
     if not hasattr(policy, "std_param"):
@@ -191,7 +189,7 @@ def why_not(policy: ActorCritic) -> str | None:
     if parameter.dtype != torch.float32:
         return f"the policy is {str(parameter.dtype).removeprefix('torch.')}"
     try:
-        take_apart(policy.actor, "actor"), take_apart(policy.critic, "critic")
+        _both(policy.actor, policy.critic)
     except Unsupported as error:
         return str(error)
     return None
