@@ -1,4 +1,4 @@
-// Multilayer perceptrons and PPO's loss over a tile of samples: what update.cpp hands to the versions of mlp_tile.h.
+// Multilayer perceptrons and PPO's loss over a tile of samples: what networks.h hands to the versions of mlp_tile.h.
 // Plain structs and pointers: each version is compiled for its own instructions, and shares no inline code with others.
 #pragma once
 
@@ -56,6 +56,9 @@ struct MlpVersion {
   // Outputs of the last layer, [kTile, ld]; `x` as actor_obs.
   const float* (*forward)(const MlpNet&, const float* x, int64_t ld, int64_t count, float* work);
 };
+
+// The best that the processor has, or a lesser one by PYDRONE_ISA, for tests and comparisons.
+const MlpVersion& version();
 
 extern const MlpVersion kMlpBase;
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)

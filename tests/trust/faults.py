@@ -33,7 +33,8 @@ OF_PROPERTIES, OF_SEQUENCES, OF_STATE = (
 )
 IN_TRITON = "tests/ops/test_triton.py::test_cases[{}] tests/ops/test_triton.py::test_properties"
 OF_TRITON, OF_GATHER, OF_APPEND = map(IN_TRITON.format, ("gae", "gather", "append"))
-TILE, PPO, OF_FUSED = "csrc/cpu/mlp_tile.h", "csrc/cpu/ppo.cpp", "tests/ppo/test_fused.py"
+TILE, GRADIENTS, ACT = "csrc/cpu/mlp_tile.h", "csrc/cpu/ppo.cpp", "csrc/cpu/act.cpp"
+OF_FUSED = "tests/ppo/test_fused.py"
 OF_LEARNER, OF_LOSS = "tests/ppo/test_learner.py", "tests/ppo/test_loss.py"
 
 CPP = [
@@ -584,12 +585,12 @@ UPDATE = [
     ),
     Fault(
         "one thread's gradients alone",
-        PPO,
+        GRADIENTS,
         "for (const float* thread : sums) sum += thread[x.weight_grad",
         "for (const float* thread : {sums[0]}) sum += thread[x.weight_grad",
         OF_FUSED,
     ),
-    Fault("a value that is not denormalised", PPO, "networks.value_normalizer.undo(y[i * ld])", "y[i * ld]", OF_FUSED),
+    Fault("a value that is not denormalised", ACT, "networks.value_normalizer.undo(y[i * ld])", "y[i * ld]", OF_FUSED),
     Fault(
         "gradients that replace what was there",
         "pydrone/ppo/fused.py",

@@ -1,0 +1,91 @@
+// One step of acting on the CPU: both networks, the actions drawn, their log-probabilities, a tile of environments at a
+// time.
+#include "networks.h"
+
+#include <cmath>
+
+namespace pydrone {
+namespace {
+
+constexpr double kHalfLog2Pi = 0.91893853320467274178;
+
+void check_output(const char* name, const Tensor& x, const Tensor& like) {
+  check_dtype(name, x, ScalarType::Float);
+  check_device(name, x, like);
+  check_own(name, x);
+}
+
+float& element(const Tensor& x, int64_t i, int64_t j = 0) {
+  return static_cast<float*>(x.data_ptr())[i * x.stride(0) + (x.dim() > 1 ? j * x.stride(1) : 0)];
+}
+
+}  // namespace
+
+void ppo_act(const std::vector<Tensor>& obs, const std::vector<Tensor>& critic_obs, const Tensor& noise,
+             const std::vector<Tensor>& actor, const std::vector<Tensor>& critic, const Tensor& std, int64_t activation,
+             const Optional& obs_shift, const Optional& obs_std, const Optional& critic_shift,
+             const Optional& critic_std, double obs_clip, const Optional& value_shift, const Optional& value_std,
+             const Tensor& actions, const Tensor& log_probs, const Tensor& values, const Tensor& mean) {
+  check_shape("noise", noise, {-1, -1});
+  const int64_t num_envs = noise.size(0), num_actions = noise.size(1);
+  const Column drawn = column("noise", noise, num_envs, num_actions, noise);
+  Networks networks(obs, critic_obs, actor, critic, std, activation, num_envs, num_actions, obs_shift, obs_std,
+                    critic_shift, critic_std, obs_clip, value_shift, value_std, noise);
+  for (const auto& [name, out] : {std::pair{"actions", &actions}, {"mean", &mean}}) {
+    check_shape(name, *out, {num_envs, num_actions});
+    check_output(name, *out, noise);
+  }
+  for (const auto& [name, out] : {std::pair{"log_probs", &log_probs}, {"values", &values}}) {
+    check_shape(name, *out, {num_envs});
+    check_output(name, *out, noise);
+  }
+  const int64_t tiles = (num_envs + kTile - 1) / kTile;
+  const int64_t threads = std::min<int64_t>(tiles, std::max<int64_t>(1, torch::stable::get_num_threads()));
+  const int64_t work = std::max(networks.actor.work_size(), networks.critic.work_size());
+  const int64_t inputs = kTile * (networks.actor_input.ld + networks.critic_input.ld);
+  Arena arena(networks.packed_size() + threads * (work + inputs + kTile * num_actions + 256));
+  networks.pack(arena, false);
+  std::vector<float*> memory;
+  for (int64_t t = 0; t < threads; ++t) memory.push_back(arena.take(work + inputs + kTile * num_actions + 64));
+  const auto* deviation = static_cast<const float*>(std.data_ptr());
+  double lacking = 0;
+  for (int64_t j = 0; j < num_actions; ++j) lacking += std::log(static_cast<double>(deviation[j])) + kHalfLog2Pi;
+
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) {
+      float* const actor_obs = memory[t];
+      float* const critic_obs_tile = actor_obs + kTile * networks.actor_input.ld;
+      float* const z = critic_obs_tile + kTile * networks.critic_input.ld;
+      float* const outputs = z + round_up(kTile * num_actions, 16);
+      const MlpNet pi = networks.actor.view(), v = networks.critic.view();
+      for (int64_t tile = tiles * t / threads; tile < tiles * (t + 1) / threads; ++tile) {
+        const int64_t first = tile * kTile, count = std::min(kTile, num_envs - first);
+        networks.actor_input.fill(first, count, actor_obs, networks.obs_normalizer);
+        copy_tile(drawn, first, count, kTile, z, num_actions, 1);
+        const float* y = version().forward(pi, actor_obs, networks.actor_input.ld, count, outputs);
+        int64_t ld = networks.actor.layers.back().ld;
+        for (int64_t i = 0; i < count; ++i) {
+          float squares = 0;
+          for (int64_t j = 0; j < num_actions; ++j) {
+            const float m = y[i * ld + j], e = z[i * num_actions + j];
+            squares += e * e;
+            element(mean, first + i, j) = m;
+            element(actions, first + i, j) = m + e * deviation[j];
+          }
+          element(log_probs, first + i) = static_cast<float>(-0.5 * squares - lacking);
+        }
+        const float* x = actor_obs;
+        if (!networks.one_input) {
+          networks.critic_input.fill(first, count, critic_obs_tile, networks.critic_normalizer);
+          x = critic_obs_tile;
+        }
+        y = version().forward(v, x, networks.critic_input.ld, count, outputs);
+        ld = networks.critic.layers.back().ld;
+        for (int64_t i = 0; i < count; ++i)
+          element(values, first + i) = networks.value_normalizer.undo(y[i * ld]);
+      }
+    }
+  });
+}
+
+}  // namespace pydrone

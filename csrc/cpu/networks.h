@@ -1,0 +1,240 @@
+// What the fused learner's operations are given: both networks, what they see, what that is normalised by, and the
+// memory they work in.
+#pragma once
+
+#include "common.h"
+#include "mlp.h"
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <vector>
+
+namespace pydrone {
+namespace {
+
+int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
+
+// Memory that begins at a cache line; kept by the thread that calls, as much as the largest call has needed.
+class Arena {
+ public:
+  explicit Arena(int64_t floats) {
+    static thread_local std::vector<float> kept;
+    if (static_cast<int64_t>(kept.size()) < floats + 16) kept.resize(floats + 16);
+    const auto address = reinterpret_cast<uintptr_t>(kept.data());
+    next_ = kept.data() + (round_up(address, 64) - address) / 4;
+    end_ = next_ + floats;
+  }
+  float* take(int64_t floats) {
+    float* const taken = next_;
+    next_ += round_up(floats, 16);
+    STD_TORCH_CHECK(next_ <= end_, "scratch memory of ", floats, " floats does not fit: a mistake in pydrone");
+    return taken;
+  }
+
+ private:
+  float *next_, *end_;
+};
+
+// A network's layers, their weights packed; `grads` counts the floats of a thread's sums.
+struct Net {
+  std::vector<MlpLayer> layers;
+  int64_t activation;
+
+  Net(const char* name, const std::vector<Tensor>& parameters, int64_t inputs, int64_t outputs, int64_t activation,
+      const Tensor& like)
+      : activation(activation) {
+    STD_TORCH_CHECK(!parameters.empty() && parameters.size() % 2 == 0 && parameters.size() <= 128, name,
+                    ": expected a weight and a bias for each of 1 to 64 layers, got ", parameters.size(), " tensors");
+    const int64_t vector = version().vector;
+    int64_t width = inputs;
+    for (size_t i = 0; i < parameters.size(); i += 2) {
+      const Tensor &weight = parameters[i], &bias = parameters[i + 1];
+      const bool last = i + 2 == parameters.size();
+      check_shape(name, weight, {last ? outputs : -1, width});
+      check_shape(name, bias, {weight.size(0)});
+      for (const Tensor& x : {weight, bias}) {
+        check_dtype(name, x, ScalarType::Float);
+        check_contiguous(name, x);
+        check_device(name, x, like);
+      }
+      STD_TORCH_CHECK(weight.size(0) > 0 && weight.size(0) <= kMaxWidth && width > 0 && width <= kMaxWidth, name,
+                      ": expected 1 to ", kMaxWidth, " units in a layer, got shape ", shape_of(weight));
+      MlpLayer layer{};
+      layer.weight = static_cast<const float*>(weight.data_ptr());
+      layer.bias = static_cast<const float*>(bias.data_ptr());
+      layer.in = width;
+      layer.out = weight.size(0);
+      layer.in_padded = round_up(layer.in, vector);
+      layer.out_padded = round_up(layer.out, vector);
+      layer.ld = leading(layer.out);
+      layers.push_back(layer);
+      width = layer.out;
+    }
+  }
+
+  // From one sample to the next: off the powers of two, whose lines would share few sets of a cache.
+  static int64_t leading(int64_t width) { return round_up(width, 16) + 16; }
+
+  int64_t packed_size() const {
+    int64_t size = 0;
+    for (const MlpLayer& x : layers) size += round_up((x.in + 1) * x.out_padded, 16) + round_up(x.out * x.in_padded, 16);
+    return size;
+  }
+  int64_t work_size() const {
+    int64_t size = 0;
+    for (const MlpLayer& x : layers) size += kTile * x.ld * (activation == kSilu ? 2 : 1);
+    return size;
+  }
+  // Lays out the gradients from `at` on; returns where they end.
+  int64_t place_grads(int64_t at) {
+    for (MlpLayer& x : layers) {
+      x.weight_grad = at;
+      x.bias_grad = at + x.in * x.out_padded;
+      at = round_up(x.bias_grad + x.out_padded, 16);
+    }
+    return at;
+  }
+  void pack(Arena& arena, bool backward) {
+    for (size_t i = 0; i < layers.size(); ++i) {
+      MlpLayer& x = layers[i];
+      x.forward = arena.take((x.in + 1) * x.out_padded);
+      if (backward && i) x.backward = arena.take(x.out * x.in_padded);
+      version().pack(x, backward && i);
+    }
+  }
+  MlpNet view() { return {layers.data(), static_cast<int64_t>(layers.size()), activation}; }
+
+  static constexpr int64_t kMaxWidth = 1 << 14;
+};
+
+// A field of the minibatch, [B, ...] of any strides.
+struct Column {
+  const char* data;
+  int64_t width, sample, element;  // elements a sample; strides in elements
+  ScalarType type;
+};
+
+Column column(const char* name, const Tensor& x, int64_t samples, int64_t width, const Tensor& like) {
+  if (width >= 0) check_shape(name, x, {samples, width});
+  else check_shape(name, x, {samples});
+  check_real(name, x);
+  check_device(name, x, like);
+  return {static_cast<const char*>(x.data_ptr()), std::max<int64_t>(width, 1), x.stride(0), width < 0 ? 0 : x.stride(1),
+          x.scalar_type()};
+}
+
+// to[i * sample + k * element], zero from `count` on to `rows`.
+void copy_tile(const Column& from, int64_t first, int64_t count, int64_t rows, float* to, int64_t sample,
+               int64_t element) {
+  for_real("batch", from.type, [&](auto kind) {
+    using From = decltype(kind);
+    const auto* source = reinterpret_cast<const From*>(from.data) + first * from.sample;
+    for (int64_t i = 0; i < count; ++i)
+      for (int64_t k = 0; k < from.width; ++k)
+        to[i * sample + k * element] = convert<float>(source[i * from.sample + k * from.element]);
+  });
+  for (int64_t i = count; i < rows; ++i)
+    for (int64_t k = 0; k < from.width; ++k) to[i * sample + k * element] = 0.0f;
+}
+
+// (x - shift) / std, clipped: pydrone/ppo/normalization.py.
+struct Normalizer {
+  const float *shift = nullptr, *std = nullptr;
+  float clip = 0;
+
+  Normalizer(const char* name, const Optional& shift_tensor, const Optional& std_tensor, int64_t width, double clip,
+             const Tensor& like)
+      : clip(static_cast<float>(clip)) {
+    STD_TORCH_CHECK(shift_tensor.has_value() == std_tensor.has_value(), name, ": expected both shift and std, or none");
+    if (!shift_tensor) return;
+    for (const Tensor& x : {*shift_tensor, *std_tensor}) {
+      if (width < 0) check_shape(name, x, {});
+      else check_shape(name, x, {width});
+      check_dtype(name, x, ScalarType::Float);
+      check_contiguous(name, x);
+      check_device(name, x, like);
+    }
+    shift = static_cast<const float*>(shift_tensor->data_ptr());
+    std = static_cast<const float*>(std_tensor->data_ptr());
+  }
+  void apply(float* x, int64_t count, int64_t width, int64_t ld) const {
+    if (!shift) return;
+    for (int64_t i = 0; i < count; ++i)
+      for (int64_t k = 0; k < width; ++k) {
+        const float y = (x[i * ld + k] - shift[k]) / std[k];
+        x[i * ld + k] = y < -clip ? -clip : y > clip ? clip : y;
+      }
+  }
+  float undo(float x) const { return shift ? x * *std + *shift : x; }
+  void apply_scalar(float* x, int64_t count) const {
+    if (!shift) return;
+    for (int64_t i = 0; i < count; ++i) x[i] = (x[i] - *shift) / *std;
+  }
+};
+
+// What a network sees: groups side by side.
+struct Input {
+  std::vector<Column> groups;
+  int64_t width = 0, ld = 0;
+
+  Input(const char* name, const std::vector<Tensor>& tensors, int64_t samples, const Tensor& like) {
+    STD_TORCH_CHECK(!tensors.empty(), name, ": expected at least one group of observations, got none");
+    for (const Tensor& x : tensors) {
+      STD_TORCH_CHECK(x.dim() == 2, name, ": expected shape [", samples, ", width], got ", shape_of(x));
+      groups.push_back(column(name, x, samples, x.size(1), like));
+      width += x.size(1);
+    }
+    ld = Net::leading(width);
+  }
+  void fill(int64_t first, int64_t count, float* to, const Normalizer& normalizer) const {
+    int64_t at = 0;
+    for (const Column& x : groups) {
+      copy_tile(x, first, count, kTile, to + at, ld, 1);
+      at += x.width;
+    }
+    normalizer.apply(to, count, width, ld);
+  }
+};
+
+// What both operations are given: the networks, what they see, and what it is normalised by.
+struct Networks {
+  bool shared;
+  Input actor_input, critic_input;
+  Net actor, critic;
+  Normalizer obs_normalizer, critic_normalizer, value_normalizer;
+  bool one_input;  // the critic's input is the actor's
+
+  Networks(const std::vector<Tensor>& obs, const std::vector<Tensor>& critic_obs, const std::vector<Tensor>& actor_parameters,
+           const std::vector<Tensor>& critic_parameters, const Tensor& std, int64_t activation, int64_t samples,
+           int64_t num_actions, const Optional& obs_shift, const Optional& obs_std, const Optional& critic_shift,
+           const Optional& critic_std, double obs_clip, const Optional& value_shift, const Optional& value_std,
+           const Tensor& like)
+      : shared(critic_obs.empty()),
+        actor_input("obs", obs, samples, like),
+        critic_input("critic_obs", shared ? obs : critic_obs, samples, like),
+        actor("actor", actor_parameters, actor_input.width, num_actions, checked(activation), like),
+        critic("critic", critic_parameters, critic_input.width, 1, activation, like),
+        obs_normalizer("obs_shift", obs_shift, obs_std, actor_input.width, obs_clip, like),
+        critic_normalizer("critic_shift", critic_shift, critic_std, critic_input.width, obs_clip, like),
+        value_normalizer("value_shift", value_shift, value_std, -1, 0, like),
+        one_input(shared && critic_normalizer.shift == obs_normalizer.shift &&
+                  critic_normalizer.std == obs_normalizer.std) {
+    check_shape("std", std, {num_actions});
+    check_dtype("std", std, ScalarType::Float);
+    check_contiguous("std", std);
+    check_device("std", std, like);
+  }
+  static int64_t checked(int64_t activation) {
+    check_range("activation", activation, 0, kNumActivations);
+    return activation;
+  }
+  int64_t packed_size() const { return actor.packed_size() + critic.packed_size(); }
+  void pack(Arena& arena, bool backward) {
+    actor.pack(arena, backward);
+    critic.pack(arena, backward);
+  }
+};
+
+}  // namespace
+}  // namespace pydrone
