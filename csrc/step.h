@@ -2,6 +2,7 @@
 #pragma once
 
 #include "checks.h"
+#include "recurrence.h"
 
 #include <utility>
 #include <vector>
@@ -24,6 +25,8 @@ struct Step {
   const Tensor* codes;  // null: rows alone
   const Tensor* planes;
   const Tensor* pool;  // final_obs, count, final_rows; or null
+  const Tensor* not_finite;  // one number a rollout; or null
+  int64_t looked_at;         // so many fields of a row, the first ones, are looked at for numbers that are not finite
   Sources row, plane, final;
 
   Step(const std::vector<Tensor>& memory, const std::vector<Tensor>& sources, const Tensor& layout)
@@ -45,13 +48,18 @@ struct Step {
     row = {"sources", sources.data(), fields, counts[0]};
     plane = {"sources of planes", row.tensors + counts[0], nullptr, counts[1]};
     final = {"final sources", plane.tensors + counts[1], fields + counts[0], counts[2]};
-    const auto held = static_cast<int64_t>(memory.size()) - 2 - plane.count;
-    const bool alone = memory.size() == 1 && plane.count == 0;
+    looked_at = counts[3];
+    STD_TORCH_CHECK(looked_at >= 0 && looked_at <= counts[0], "layout: expected 0 to ", counts[0],
+                    " fields to look at, got ", looked_at);
+    const auto held = static_cast<int64_t>(memory.size()) - 2 - plane.count - (looked_at ? 1 : 0);
+    const bool alone = memory.size() == 1 && plane.count == 0 && !looked_at;
     STD_TORCH_CHECK(alone || held == 0 || held == 3, "memory: expected rows, codes, ", plane.count,
-                    " planes, and a pool's three tensors or none, got ", memory.size(), " tensors");
+                    " planes, and a pool's three tensors or none", looked_at ? ", then not_finite" : "", ", got ",
+                    memory.size(), " tensors");
     codes = alone ? nullptr : &memory[1];
     planes = alone ? nullptr : memory.data() + 2;
     pool = held == 3 ? planes + plane.count : nullptr;
+    not_finite = looked_at ? &memory.back() : nullptr;
     check_shape("rows", rows, {-1, -1, -1});
     check_dtype("rows", rows, ScalarType::Byte);
     check_contiguous("rows", rows);
@@ -62,6 +70,13 @@ struct Step {
       check_device(plane.name, plane[i], rows);
       check_scalars(plane.name, plane[i], rows.size(1));
       check_real(plane.name, plane[i]);
+    }
+    if (not_finite) {
+      check_device("not_finite", *not_finite, rows);
+      check_shape("not_finite", *not_finite, {-1});
+      STD_TORCH_CHECK(not_finite->size(0) > 0, "not_finite: expected at least one rollout, got shape [0]");
+      check_dtype("not_finite", *not_finite, ScalarType::Int);
+      check_contiguous("not_finite", *not_finite);
     }
     if (!codes) return;
     check_device("codes", *codes, rows);
@@ -98,6 +113,23 @@ struct Step {
     return memory[0];
   }
 };
+
+// The exponent of 32 bits of a row, seen as `type`: two of a half-precision type, half of a double. `(x & mask) + add`
+// carries into kCarry where it is all ones, which infinities and NaN alone have.
+struct Exponent {
+  uint32_t mask, add;
+};
+constexpr uint32_t kCarry = 0x80008000;
+
+PYDRONE_HD Exponent exponent_of(int32_t type, bool high) {
+  if (type == static_cast<int32_t>(ScalarType::Float)) return {0x7F800000, 0x00800000};
+  if (type == static_cast<int32_t>(ScalarType::Half)) return {0x7C007C00, 0x04000400};
+  if (type == static_cast<int32_t>(ScalarType::BFloat16)) return {0x7F807F80, 0x00800080};
+  if (type == static_cast<int32_t>(ScalarType::Double) && high) return {0x7FF00000, 0x00100000};
+  return {0, 0};
+}
+
+PYDRONE_HD bool not_finite(uint32_t bits, Exponent of) { return ((bits & of.mask) + of.add) & kCarry; }
 
 // A field's source: [N, ...] of as many dimensions and elements an environment as the layout says, a scalar [N] or
 // [N, 1].

@@ -23,11 +23,11 @@ from .ops.dispatch import bump, written
 from .ops.pages import Recycler
 from .ops.reference import normalization, permute
 from .ops.schema import CURSOR_DISCARDED, INVALID
-from .ring import BufferFull, Ring, field_view
+from .ring import BufferFull, NonFinite, Ring, field_view
 from .sequences import Sequences, pad
 from .sources import Sources
 
-__all__ = ["BufferFull", "Minibatch", "RolloutBuffer"]
+__all__ = ["BufferFull", "Minibatch", "NonFinite", "RolloutBuffer"]
 
 
 class RolloutBuffer(Ring):
@@ -51,6 +51,9 @@ class RolloutBuffer(Ring):
         final_obs_rows: rows of that pool for one rollout; None: N * (1 + T // max_episode_length); 0: no pool.
         rank: this process's number among several, so that each shuffles on its own.
         backend: "reference", "cpu", "triton" or "cuda"; None: ``PYDRONE_BACKEND`` or the best for the device.
+        non_finite: what happens where an observation, a reward or a value is NaN or infinite: "warn", "raise" or
+            "ignore". The launches that store and scan them find it; see :meth:`compute_gae` for when it is said.
+            Observations written by way of :meth:`slot` are not looked at.
     """
 
     def __init__(
@@ -68,6 +71,7 @@ class RolloutBuffer(Ring):
         final_obs_rows: int | None = None,
         rank: int = 0,
         backend: str | None = None,
+        non_finite: str = "warn",
     ) -> None:
         super().__init__(
             {
@@ -85,6 +89,7 @@ class RolloutBuffer(Ring):
             seed,
             rank,
             backend,
+            non_finite,
         )
         self._checked = Sources(self._layout, self.device)
         self._recycler = Recycler()
@@ -103,9 +108,13 @@ class RolloutBuffer(Ring):
             ("slot", [], [values, rewards]),
         ):
             memory = [rows, self._codes, *planes]
+            # Observations are the first fields; the scan sees what rewards and values are.
+            looked_at = len(self._layout.obs) if fields and non_finite != "ignore" else 0
+            flag = [self._not_finite] if looked_at else []
             with torch.inference_mode(False):
-                layout, with_final = (of_append(fields, len(planes), final) for final in ([], pool_fields))
-            self._constants[call] = (memory, layout), (memory + self._pool, layout), (memory + self._pool, with_final)
+                layout, with_final = (of_append(fields, len(planes), final, looked_at) for final in ([], pool_fields))
+            pooled = [*memory, *self._pool, *flag]
+            self._constants[call] = ([*memory, *flag], layout), (pooled, layout), (pooled, with_final)
 
     def append(
         self,
@@ -321,7 +330,9 @@ class RolloutBuffer(Ring):
             timeout_bootstrap: "stored_value" or "next_value".
             check: read the pool's count from the device (one host sync on a GPU; nothing to read without final
                 observations) and raise if it has overflowed. With False, call :meth:`check` later: until then a
-                truncation whose final observation found no place has NaN advantages.
+                truncation whose final observation found no place has NaN advantages. It also says what is not finite,
+                by ``non_finite``: on a CPU here; on a GPU here (one host sync) with "raise", with "warn" in
+                :meth:`check`, which goes with whatever else is read from the device once a rollout.
 
         Raises:
             RuntimeError: the rollout has fewer than T steps; the pool has overflowed; a truncation came without its
@@ -377,6 +388,13 @@ class RolloutBuffer(Ring):
         written(memory["advantages"], memory["returns"], memory["statistics"])
         self._captured_gae |= captured
         self._computed, self._subset = True, None
+        if check and not captured and (self._policy == "raise" or (self._policy == "warn" and not self._on_cuda)):
+            if self._on_cuda:
+                observed, advantages = self.flags()[3:].tolist()
+            else:  # nothing to wait for: the two are read where they lie
+                observed = self._not_finite.tolist()[rollout]
+                advantages = sum(memory["statistics"].tolist()[1:])
+            self._check_finite(observed, advantages, 3)
 
     def _evaluate(self, value_fn: Callable, rollout: int, check: bool) -> Tensor:
         """The values of the rollout's pool of final observations: of the rows in use where their number is known."""

@@ -47,10 +47,14 @@ class Field(NamedTuple):
         return torch.float32 if self.dtype in HALVES else self.dtype
 
 
-def of_append(fields: Sequence[Field], num_planes: int, final_fields: Sequence[Field]) -> torch.Tensor:
+def of_append(
+    fields: Sequence[Field], num_planes: int, final_fields: Sequence[Field], looked_at: int = 0
+) -> torch.Tensor:
     """The ``layout`` of a step with these fields, see :mod:`pydrone.ops.schema`."""
     rows = [(x.offset, SCALAR_TYPES[x.dtype], x.width, len(x.shape)) for x in (*fields, *final_fields)]
-    return torch.tensor([(len(fields), num_planes, len(final_fields), 0), *rows], dtype=torch.int64, device="cpu")
+    return torch.tensor(
+        [(len(fields), num_planes, len(final_fields), looked_at), *rows], dtype=torch.int64, device="cpu"
+    )
 
 
 class Allocation(NamedTuple):
@@ -193,6 +197,7 @@ class Layout:
             Allocation("statistics", (3,), torch.float64, "count, mean, M2 of the advantages"),
             Allocation("workspace", (workspace_size(n),), torch.float64, "partial statistics"),
             Allocation("cursor", (CURSOR_SIZE,), torch.int64, "the ring's counters, for CUDA graphs"),
+            Allocation("not_finite", (self.num_rollouts,), torch.int32, "whether an observation is not finite"),
         ]
         if self.final_obs_rows:
             shape = (self.num_rollouts, self.final_obs_rows, self.pool_row_bytes)

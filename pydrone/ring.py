@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,11 +14,24 @@ from .estimators import check_strided
 from .layout import Allocation, Field, Layout
 from .ops import pages
 from .ops.dispatch import select
-from .ops.schema import CURSOR_DISCARDED, CURSOR_FLAG, CURSOR_NUM_STEPS, SCALAR_TYPES, TRUNCATED
+from .ops.schema import CURSOR_DISCARDED, CURSOR_FLAG, CURSOR_NUM_STEPS, INVALID, SCALAR_TYPES, TRUNCATED
 
 
 class BufferFull(RuntimeError):
     """An append would overwrite a rollout that has not been discarded; nothing was written."""
+
+
+class NonFinite(NamedTuple):
+    """A field of a rollout with ``count`` numbers that are NaN or infinite: first in ``step``, and there in ``env``."""
+
+    name: str
+    count: int
+    env: int
+    step: int
+
+    def __str__(self) -> str:
+        values = "1 value that is" if self.count == 1 else f"{self.count} values that are"
+        return f"{self.name}: {values} not finite, the first of environment {self.env} at step {self.step}"
 
 
 class Ring:
@@ -25,8 +41,17 @@ class Ring:
     """
 
     def __init__(
-        self, arguments: dict[str, object], device: torch.device | str, seed: int, rank: int, backend: str | None
+        self,
+        arguments: dict[str, object],
+        device: torch.device | str,
+        seed: int,
+        rank: int,
+        backend: str | None,
+        non_finite: str,
     ) -> None:
+        if non_finite not in ("ignore", "warn", "raise"):
+            raise ValueError(f"non_finite: expected 'ignore', 'warn' or 'raise', got {non_finite!r}")
+        self._policy = non_finite
         self.device = _indexed(device)
         self._on_cuda = self.device.type == "cuda"
         self._arguments = arguments
@@ -50,6 +75,7 @@ class Ring:
         self._pool = [] if self._final_obs is None else [self._final_obs, self._pool_count, self._final_rows]
         self._cursor = memory["cursor"]
         self._cursor[CURSOR_NUM_STEPS] = self.num_steps
+        self._not_finite = memory["not_finite"]
         self._sources = [field for name, field in self._layout.fields.items() if name != "final_row"]
         self._offsets = [field.offset for field in self._sources]
         self._dtypes = [SCALAR_TYPES[field.dtype] for field in self._sources]
@@ -63,6 +89,7 @@ class Ring:
         # What captured calls were given holds for every replay.
         self._captured_truncations = self._captured_resets = self._captured_gae = False
         self._computed = False
+        self._not_finite_in: int | None = None  # the last rollout that was found to be so
         self._pool_valued = self._captured_pool_valued = False  # whether compute_gae read the pool
         self._epoch = 0
         self._subset: Tensor | None = None
@@ -142,27 +169,75 @@ class Ring:
             self._computed, self._subset, self._epoch = False, None, 0
 
     def flags(self) -> Tensor:
-        """float64 [3] on the device, for :meth:`check`, to be read along with other figures.
+        """float64 [5] on the device, for :meth:`check`, to be read along with other figures.
 
         Whether a captured append found the ring full; of the oldest rollout, if :meth:`compute_gae` valued its final
-        observations: how many there are, and the truncations that came without one.
+        observations: how many there are, and the truncations that came without one; whether an observation is not
+        finite; a number that is not finite if an advantage is not.
         """
-        full = self._cursor[CURSOR_FLAG : CURSOR_FLAG + 1].double()
+        full, rollout = self._cursor[CURSOR_FLAG : CURSOR_FLAG + 1].double(), self._rollout % self._layout.num_rollouts
         if self._pool_count is None or not (self._pool_valued or self._captured_pool_valued):
-            return torch.cat((full, full.new_zeros(2)))
-        return torch.cat((full, self._pool_count[self._rollout % self._layout.num_rollouts].double()))
+            pool = full.new_zeros(2)
+        else:
+            pool = self._pool_count[rollout].double()
+        if self._policy == "ignore":
+            return torch.cat((full, pool, full.new_zeros(2)))
+        observed = self._not_finite[rollout : rollout + 1].double()
+        mean, m2 = self._memory["statistics"][1:2], self._memory["statistics"][2:]
+        known = self._computed or self._captured_gae
+        return torch.cat((full, pool, observed, mean + m2 if known else full.new_zeros(1)))
 
     def check(self, flags: Sequence[float] | None = None) -> None:
-        """Raises what :meth:`flags` say; None reads them, one host sync.
+        """Raises, or warns of, what :meth:`flags` say; None reads them, one host sync.
 
         BufferFull: a captured append found the ring full and wrote nothing. RuntimeError: as :meth:`compute_gae`.
+        FloatingPointError, or with ``non_finite="warn"`` a RuntimeWarning once a rollout: what
+        :meth:`non_finite` finds. To be called before :meth:`clear`.
         """
-        full, used, missing = self.flags().tolist() if flags is None else flags
+        full, used, missing, observed, advantages = self.flags().tolist() if flags is None else flags
         if full:
             raise BufferFull(
                 "a captured append found the ring full; nothing was written: call advance() before replays"
             )
         self._check_pool(int(used), int(missing))
+        self._check_finite(observed, advantages, 3)
+
+    def non_finite(self) -> list[NonFinite]:
+        """What is NaN or infinite in the oldest rollout, in the order of steps: observations by group, actions, values
+        and rewards.
+
+        If all of these are finite, the advantages, whose cause is then ``last_values``, a final value or an overflow.
+        Steps that are none (``valid`` 0) do not count. Plain PyTorch over the whole rollout, with host syncs:
+        :meth:`compute_gae` and :meth:`check` call it where a launch has found something.
+        """
+        groups = self.obs if self._layout.obs_is_mapping else {"": self.obs}
+        # A step's observation comes before its action and its reward: of one step the first is the cause.
+        fields = {f"obs[{name!r}]" if name else "obs": x for name, x in groups.items()}
+        fields |= {"actions": self.actions, "values": self.values, "rewards": self.rewards}
+        sampled = self.dones != INVALID
+        found = [x for name, field in fields.items() if (x := _look(name, field, sampled)) is not None]
+        if not found and self._computed:
+            found = [x for x in [_look("advantages", self._memory["advantages"], sampled)] if x is not None]
+        return sorted(found, key=lambda x: x.step)
+
+    def _check_finite(self, observed: float, advantages: float, level: int) -> None:
+        """Acts by the policy on what the launches have found, two of :meth:`flags`; ``level`` of a warning's caller."""
+        rollout = self._rollout
+        if not observed and math.isfinite(advantages) and self._not_finite_in != rollout:
+            return
+        found = self.non_finite()
+        # What append's launches have said was of this rollout, or of one that was begun anew.
+        self._not_finite[rollout % self._layout.num_rollouts] = 0
+        if not found:  # steps that are none; finite numbers whose squares are not; gone with a captured clear()
+            return
+        warned, self._not_finite_in = self._not_finite_in == rollout, rollout
+        message = f"rollout {rollout}: {'; '.join(map(str, found))}"
+        if found[0].name == "advantages":
+            message += ", and observations, rewards and values are finite: last_values, a final value or an overflow"
+        if self._policy == "raise":
+            raise FloatingPointError(message)
+        if not warned:
+            warnings.warn(message, RuntimeWarning, stacklevel=level)
 
     def _check_pool(self, used: int, missing: int) -> None:
         if missing:
@@ -278,12 +353,13 @@ class Ring:
         if device == self.device:
             return self
         backend = self._backend if self._backend == "reference" else None
-        moved = type(self)(**self._arguments, device=device, seed=self._seed, rank=self._rank, backend=backend)
+        options = {"seed": self._seed, "rank": self._rank, "backend": backend, "non_finite": self._policy}
+        moved = type(self)(**self._arguments, device=device, **options)
         moved.load_state_dict(self.state_dict())
         return moved
 
     def __reduce__(self) -> tuple:
-        arguments = (self._arguments, str(self.device), self._seed, self._rank, self._backend)
+        arguments = (self._arguments, str(self.device), self._seed, self._rank, self._backend, self._policy)
         return _rebuild, (type(self), arguments, self.state_dict())
 
     def state_dict(self) -> dict[str, object]:
@@ -310,7 +386,8 @@ class Ring:
             setattr(self, f"_{name}", state[name])
         self._truncations, self._resets = list(state["truncations"]), list(state["resets"])
         self._key = mix_seed(self._seed, self._rank)
-        self._open, self._subset, self._cursor_live = None, None, False
+        self._open, self._subset, self._cursor_live, self._not_finite_in = None, None, False, None
+        self._not_finite.fill_(1)  # what its launches have found is not known: look once
 
     def _check_state(self, state: Mapping[str, object], own: Mapping[str, object]) -> None:
         if not isinstance(state, Mapping):
@@ -355,14 +432,14 @@ class Ring:
 
 def _rebuild(kind: type[Ring], arguments: tuple, state: dict[str, object]) -> Ring:
     """A pickled or copied buffer."""
-    sizes, device, seed, rank, backend = arguments
-    made = kind(**sizes, device=device, seed=seed, rank=rank, backend=backend)
+    sizes, device, seed, rank, backend, non_finite = arguments
+    made = kind(**sizes, device=device, seed=seed, rank=rank, backend=backend, non_finite=non_finite)
     made.load_state_dict(state)
     return made
 
 
 # Rebuilt by the next launch, or by advance().
-_TRANSIENT = ("workspace", "cursor")
+_TRANSIENT = ("workspace", "cursor", "not_finite")
 _NAMES = ("rewards", "dones", "truncated", "advantages", "returns")  # what buf[...] knows beside the fields
 _COUNTERS = ("appended", "discarded", "computed", "epoch", "seed")
 
@@ -401,6 +478,18 @@ def _allocate(wanted: Sequence[Allocation], device: torch.device) -> dict[str, T
             f"num_envs: the buffer takes {size} bytes of memory, which cannot be had: {error}"
         ) from error
     return {x.name: y.zero_().t() if x.name in planes else y.zero_() for x, y in zip(wanted, made, strict=True)}
+
+
+def _look(name: str, x: Tensor, sampled: Tensor) -> NonFinite | None:
+    """What is not finite in ``x`` [N, T, ...] where ``sampled``, bool [N, T]."""
+    if not x.is_floating_point():
+        return None
+    bad = ~x.isfinite().flatten(2) & sampled[..., None] if x.dim() > 2 else (~x.isfinite() & sampled)[..., None]
+    count = int(bad.sum())
+    if not count:
+        return None
+    step, env = bad.any(2).t().nonzero()[0].tolist()
+    return NonFinite(name, count, env, step)
 
 
 def field_view(rows: Tensor, field: Field) -> Tensor:

@@ -314,14 +314,14 @@ def test_check_asks_of_the_pool_only_if_it_was_used(backend):
         buf.append(rewards=ones, dones=ones, values=ones, log_probs=ones, truncated=ones, **step)
     buf.compute_gae(ones, timeout_bootstrap="stored_value")
     buf.check()
-    assert buf.flags().tolist() == [0, 0, 0]
+    assert buf.flags().tolist()[:3] == [0, 0, 0]
     with pytest.raises(RuntimeError, match="6 truncations of this rollout came without"):
         buf.compute_gae(ones, value_fn=lambda obs: obs.squeeze(1))
-    assert buf.flags().tolist() == [0, 0, 6]
+    assert buf.flags().tolist()[:3] == [0, 0, 6]
     with pytest.raises(RuntimeError, match="6 truncations of this rollout came without"):
         buf.check()
-    buf.check([0, 3, 0])
+    buf.check([0, 3, 0, 0, 0])
     with pytest.raises(RuntimeError, match="4 truncations in this rollout, the pool has room for 3"):
-        buf.check([0, 4, 0])
+        buf.check([0, 4, 0, 0, 0])
     with pytest.raises(BufferFull):
-        buf.check([1, 0, 0])
+        buf.check([1, 0, 0, 0, 0])

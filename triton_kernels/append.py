@@ -47,8 +47,8 @@ def load_field(source, env, mask, first, FIELDS: tl.constexpr, AT: tl.constexpr)
 
 
 @triton.jit
-def store_field(rows, row, mask, first, x, ROW_BYTES: tl.constexpr, FIELDS: tl.constexpr, AT: tl.constexpr):
-    """A tile of the field described at AT to the rows numbered ``row``."""
+def store_field(rows, row, mask, first, x, not_finite, ROW_BYTES: tl.constexpr, FIELDS: tl.constexpr, AT: tl.constexpr):
+    """A tile of the field described at AT to the rows numbered ``row``; 1 to ``not_finite`` where a number is not."""
     column = first + tl.arange(0, FIELDS[AT + TILE])[None, :]
     mask = mask[:, None] & (column < FIELDS[AT + WIDTH])
     kind: tl.constexpr = FIELDS[AT + KIND]
@@ -63,10 +63,25 @@ def store_field(rows, row, mask, first, x, ROW_BYTES: tl.constexpr, FIELDS: tl.c
             x = x.to(tl.float32)  # as torch does
         x = x.to(kind)
     tl.store(elements + row[:, None] * (ROW_BYTES // item) + FIELDS[AT + OFFSET] // item + column, x, mask=mask)
+    if not_finite is not None:  # noqa: SIM102, both known when the kernel is compiled
+        if kind.is_floating():
+            # By the bits, as x - x may be taken for 0. A store that hardly any thread ever does.
+            if item == 8:
+                bad = (x.to(tl.int64, bitcast=True) & 0x7FF0000000000000) == 0x7FF0000000000000
+            elif item == 4:
+                bad = (x.to(tl.int32, bitcast=True) & 0x7F800000) == 0x7F800000
+            elif kind == tl.float16:
+                bad = (x.to(tl.int16, bitcast=True) & 0x7C00) == 0x7C00
+            else:
+                bad = (x.to(tl.int16, bitcast=True) & 0x7F80) == 0x7F80
+            tl.store(not_finite + tl.zeros(x.shape, tl.int32), tl.full(x.shape, 1, tl.int32), mask=mask & bad)
 
 
 @triton.jit
-def copy_fields(rows, row, sources, env, mask, ROW_BYTES: tl.constexpr, FIELDS: tl.constexpr, NARROW: tl.constexpr):
+def copy_fields(
+    rows, row, sources, env, mask, not_finite, ROW_BYTES: tl.constexpr, FIELDS: tl.constexpr, LOOKED_AT: tl.constexpr,
+    NARROW: tl.constexpr,
+):  # fmt: skip
     held = ()
     for i in tl.static_range(len(FIELDS) // LENGTH):
         if FIELDS[i * LENGTH + WIDTH] <= min(FIELDS[i * LENGTH + TILE], NARROW):
@@ -75,18 +90,22 @@ def copy_fields(rows, row, sources, env, mask, ROW_BYTES: tl.constexpr, FIELDS: 
             held = held + (0,)
     for i in tl.static_range(len(FIELDS) // LENGTH):
         if FIELDS[i * LENGTH + WIDTH] <= min(FIELDS[i * LENGTH + TILE], NARROW):
-            store_field(rows, row, mask, 0, held[i], ROW_BYTES, FIELDS, i * LENGTH)
+            store_field(
+                rows, row, mask, 0, held[i], not_finite if i < LOOKED_AT else None, ROW_BYTES, FIELDS, i * LENGTH
+            )
         else:
             for first in range(0, FIELDS[i * LENGTH + WIDTH], FIELDS[i * LENGTH + TILE]):
                 x = load_field(sources[i], env, mask, first, FIELDS, i * LENGTH)
-                store_field(rows, row, mask, first, x, ROW_BYTES, FIELDS, i * LENGTH)
+                store_field(
+                    rows, row, mask, first, x, not_finite if i < LOOKED_AT else None, ROW_BYTES, FIELDS, i * LENGTH
+                )
 
 
 @triton.jit
 def store_step(
-    rows, sources, planes, plane_sources, codes, flags, pool, final_sources, pool_count, final_rows, strides, env,
-    exists, num_envs, slot, pool_slot, pool_rows, ROW_BYTES: tl.constexpr, FIELDS: tl.constexpr,
-    POOL_ROW_BYTES: tl.constexpr, FINAL_FIELDS: tl.constexpr, NARROW: tl.constexpr,
+    rows, sources, planes, plane_sources, codes, flags, pool, final_sources, pool_count, final_rows, not_finite,
+    strides, env, exists, num_envs, slot, pool_slot, pool_rows, ROW_BYTES: tl.constexpr, FIELDS: tl.constexpr,
+    LOOKED_AT: tl.constexpr, POOL_ROW_BYTES: tl.constexpr, FINAL_FIELDS: tl.constexpr, NARROW: tl.constexpr,
 ):  # fmt: skip
     # All of the flags and scalars are loaded before the fields are stored.
     if codes is not None:
@@ -103,7 +122,11 @@ def store_step(
         held = held + (tl.load(plane_sources[i] + env * strides[2][i], mask=exists, other=0),)
 
     if len(FIELDS) > 0:
-        copy_fields(rows, slot.to(tl.int64) * num_envs + env, sources, env, exists, ROW_BYTES, FIELDS, NARROW)
+        looked = None
+        if not_finite is not None:
+            looked = not_finite + pool_slot
+        row = slot.to(tl.int64) * num_envs + env
+        copy_fields(rows, row, sources, env, exists, looked, ROW_BYTES, FIELDS, LOOKED_AT, NARROW)
     for i in tl.static_range(len(planes)):
         plane = planes[i] + env * strides[1][i][0] + slot.to(tl.int64) * strides[1][i][1]
         tl.store(plane, held[i].to(planes[i].dtype.element_ty), mask=exists)
@@ -122,7 +145,7 @@ def store_step(
                 tl.store(final_row, tl.where(fits, place, -1), mask=wanted)
                 if number > 0:
                     row = pool_slot.to(tl.int64) * pool_rows + place
-                    copy_fields(pool, row, final_sources, env, fits, POOL_ROW_BYTES, FINAL_FIELDS, NARROW)
+                    copy_fields(pool, row, final_sources, env, fits, None, POOL_ROW_BYTES, FINAL_FIELDS, 0, NARROW)
             else:
                 tl.atomic_add(count + strides[5][1], number, mask=number > 0, sem="relaxed")
                 tl.store(final_row, tl.full(env.shape, -1, tl.int32), mask=wanted)
@@ -130,10 +153,10 @@ def store_step(
 
 @triton.jit(do_not_specialize=["num_envs", "capacity", "slot", "pool_slot", "num_pools", "pool_rows"])
 def append_kernel(
-    rows, sources, planes, plane_sources, codes, flags, pool, final_sources, pool_count, final_rows, cursor, strides,
-    num_envs, capacity, slot, pool_slot, num_pools, pool_rows, ROW_BYTES: tl.constexpr, FIELDS: tl.constexpr,
-    POOL_ROW_BYTES: tl.constexpr, FINAL_FIELDS: tl.constexpr, COMMIT: tl.constexpr, ENVS: tl.constexpr,
-    NARROW: tl.constexpr,
+    rows, sources, planes, plane_sources, codes, flags, pool, final_sources, pool_count, final_rows, not_finite, cursor,
+    strides, num_envs, capacity, slot, pool_slot, num_pools, pool_rows, ROW_BYTES: tl.constexpr, FIELDS: tl.constexpr,
+    LOOKED_AT: tl.constexpr, POOL_ROW_BYTES: tl.constexpr, FINAL_FIELDS: tl.constexpr, COMMIT: tl.constexpr,
+    ENVS: tl.constexpr, NARROW: tl.constexpr,
 ):  # fmt: skip
     """``flags``: dones, truncated, valid. ``strides``: of the flags, the planes, their sources, codes, final_rows and
     pool_count."""
@@ -141,20 +164,21 @@ def append_kernel(
     exists = env < num_envs
     if cursor is None:
         store_step(
-            rows, sources, planes, plane_sources, codes, flags, pool, final_sources, pool_count, final_rows, strides,
-            env, exists, num_envs, slot, pool_slot, pool_rows, ROW_BYTES, FIELDS, POOL_ROW_BYTES, FINAL_FIELDS, NARROW,
+            rows, sources, planes, plane_sources, codes, flags, pool, final_sources, pool_count, final_rows, not_finite,
+            strides, env, exists, num_envs, slot, pool_slot, pool_rows, ROW_BYTES, FIELDS, LOOKED_AT, POOL_ROW_BYTES,
+            FINAL_FIELDS, NARROW,
         )  # fmt: skip
     else:
         appended = tl.load(cursor + CURSOR_APPENDED)
         if appended - tl.load(cursor + CURSOR_DISCARDED) < capacity:
             slot = (appended.to(tl.uint64) % capacity.to(tl.uint64)).to(tl.int32)
-            if pool_count is not None:
+            if (pool_count is not None) or (not_finite is not None):
                 num_steps = tl.maximum(tl.load(cursor + CURSOR_NUM_STEPS), 1)
                 pool_slot = (appended.to(tl.uint64) // num_steps.to(tl.uint64) % num_pools.to(tl.uint64)).to(tl.int32)
             store_step(
                 rows, sources, planes, plane_sources, codes, flags, pool, final_sources, pool_count, final_rows,
-                strides, env, exists, num_envs, slot, pool_slot, pool_rows, ROW_BYTES, FIELDS, POOL_ROW_BYTES,
-                FINAL_FIELDS, NARROW,
+                not_finite, strides, env, exists, num_envs, slot, pool_slot, pool_rows, ROW_BYTES, FIELDS, LOOKED_AT,
+                POOL_ROW_BYTES, FINAL_FIELDS, NARROW,
             )  # fmt: skip
             if COMMIT:  # noqa: SIM102, known when the kernel is compiled
                 # The last program moves the head: all the others have read it by then.
@@ -167,7 +191,8 @@ def append_kernel(
 
 def append(memory, sources, layout, dones, truncated, valid, slot, pool_slot, cursor, commit) -> None:
     """Stores one step of all environments, see :mod:`pydrone.ops.schema`."""
-    (num_fields, num_planes, _, _), *described = layout.tolist()
+    (num_fields, num_planes, _, looked_at), *described = layout.tolist()
+    *memory, not_finite = memory if looked_at else (*memory, None)
     rows, planes = memory[0], memory[2 : 2 + num_planes]
     capacity, num_envs, row_bytes = rows.shape
     if num_envs == 0:
@@ -191,12 +216,13 @@ def append(memory, sources, layout, dones, truncated, valid, slot, pool_slot, cu
         (0, 0) if final_rows is None else final_rows.stride(),
         (0, 0) if count is None else count.stride(),
     )
+    num_rollouts = next((x.shape[0] for x in (count, not_finite) if x is not None), 1)
     with on_device_of(rows):
         append_kernel[(triton.cdiv(num_envs, envs),)](
             rows, tuple(given), tuple(planes), tuple(plane_sources), codes, (dones, truncated, valid), final_obs,
-            tuple(final_sources), count, final_rows, cursor, strides, num_envs, capacity, slot, pool_slot,
-            1 if count is None else count.shape[0], final_obs.shape[1] if final_sources else 0,
-            ROW_BYTES=row_bytes, FIELDS=fields, POOL_ROW_BYTES=pool_bytes,
+            tuple(final_sources), count, final_rows, not_finite, cursor, strides, num_envs, capacity, slot, pool_slot,
+            num_rollouts, final_obs.shape[1] if final_sources else 0,
+            ROW_BYTES=row_bytes, FIELDS=fields, LOOKED_AT=looked_at, POOL_ROW_BYTES=pool_bytes,
             FINAL_FIELDS=final_fields, COMMIT=commit, ENVS=envs, NARROW=NARROW, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
 

@@ -14,6 +14,7 @@ namespace {
 
 constexpr int64_t kInner = 6;         // most inner dimensions of a source, after merging what is dense
 constexpr int64_t kBlockBytes = 4096;   // of rows put together at a time: few, for reads and writes to take turns
+constexpr int64_t kLookBlocks = 4;      // looked at together; they stay in L1 until they are copied
 constexpr int64_t kSlack = 16;        // a copy in 16-byte pieces may run over a field's end by so much
 
 // A source [N, ...] and where it goes in a row.
@@ -24,6 +25,7 @@ struct Field {
   int64_t offset, width, from_size, to_size;  // byte offset in the row, elements, bytes an element
   int64_t dims;                               // inner dimensions; 0: dense
   std::array<int64_t, kInner> sizes, strides;
+  bool looked_at;  // for numbers that are not finite
 
   bool plain() const { return from == to && dims == 0; }
   int64_t bytes() const { return width * to_size; }
@@ -172,13 +174,16 @@ int64_t span(const Field& field, int64_t num_envs) {
   return (num_envs - 1) * field.env + (last + 1) * field.from_size;
 }
 
-// In ascending order of their offsets.
-std::vector<Field> describe_all(const Step::Sources& sources, const Tensor& rows, int64_t num_envs) {
+// In ascending order of their offsets; the first `looked_at` sources are looked at.
+std::vector<Field> describe_all(const Step::Sources& sources, const Tensor& rows, int64_t num_envs,
+                                int64_t looked_at = 0) {
   std::vector<Field> fields;
   fields.reserve(sources.count);
   const int64_t row_bytes = rows.size(2);
-  for (int64_t i = 0; i < sources.count; ++i)
+  for (int64_t i = 0; i < sources.count; ++i) {
     fields.push_back(describe(sources.name, sources[i], sources.fields[i], rows, num_envs, row_bytes));
+    fields.back().looked_at = i < looked_at && is_real(fields.back().to);
+  }
   auto before = [](const Field& x, const Field& y) { return x.offset < y.offset; };
   if (!std::is_sorted(fields.begin(), fields.end(), before)) std::sort(fields.begin(), fields.end(), before);
   return fields;
@@ -219,6 +224,78 @@ PYDRONE_STREAM_ROWS(PYDRONE_DEFAULT, Word, load_word, store_word)
 #endif
 #undef PYDRONE_STREAM_ROWS
 
+// What has been found so far, in lanes: all zeros while every number was finite.
+struct Found {
+  alignas(64) uint64_t lanes[8] = {};
+  bool any() const {
+    uint64_t all = 0;
+    for (uint64_t lane : lanes) all |= lane;
+    return all;
+  }
+};
+
+#if defined(__GNUC__)
+typedef float Floats __attribute__((vector_size(64)));
+typedef double Doubles __attribute__((vector_size(64)));
+typedef uint32_t Words __attribute__((vector_size(64)));
+
+// x - x is +0, all zeros, unless x is infinite or NaN.
+template <class V>
+PYDRONE_INLINE Words difference(const char* from) {
+  V x;
+  std::memcpy(&x, from, sizeof(V));
+  return reinterpret_cast<Words>(x - x);
+}
+
+// As many bytes as there are whole vectors of them; returns how many. Four chains: one would wait for itself.
+template <class V>
+PYDRONE_INLINE int64_t look_body(const char* from, int64_t bytes, Found& found) {
+  constexpr int64_t kSize = sizeof(V);
+  Words a, b{}, c{}, d{};
+  std::memcpy(&a, found.lanes, sizeof(a));
+  int64_t i = 0;
+  for (; i + 4 * kSize <= bytes; i += 4 * kSize) {
+    a |= difference<V>(from + i);
+    b |= difference<V>(from + i + kSize);
+    c |= difference<V>(from + i + 2 * kSize);
+    d |= difference<V>(from + i + 3 * kSize);
+  }
+  for (; i + kSize <= bytes; i += kSize) b |= difference<V>(from + i);
+  a |= b | (c | d);
+  std::memcpy(found.lanes, &a, sizeof(a));
+  return i;
+}
+PYDRONE_CLONES int64_t look_floats(const char* from, int64_t bytes, Found& found) {
+  return look_body<Floats>(from, bytes, found);
+}
+PYDRONE_CLONES int64_t look_doubles(const char* from, int64_t bytes, Found& found) {
+  return look_body<Doubles>(from, bytes, found);
+}
+#endif
+
+// Looks at numbers of one type, side by side.
+void look(const char* from, int64_t bytes, ScalarType type, Found& found) {
+  int64_t i = 0;
+#if defined(__GNUC__)
+  if (type == ScalarType::Float) i = look_floats(from, bytes, found);
+  if (type == ScalarType::Double) i = look_doubles(from, bytes, found);
+#endif
+  const Exponent low = exponent_of(static_cast<int32_t>(type), false), high = exponent_of(static_cast<int32_t>(type), true);
+  const uint64_t mask = uint64_t{high.mask} << 32 | low.mask, add = uint64_t{high.add} << 32 | low.add;
+  uint64_t carries = 0, bits = 0;
+  if (bytes >= 8) {
+    for (; i + 8 <= bytes; i += 8) {
+      std::memcpy(&bits, from + i, 8);
+      carries |= (bits & mask) + add;
+    }
+    std::memcpy(&bits, from + bytes - 8, 8);  // what is left, and some of what went before
+  } else {
+    for (; i < bytes; ++i) bits |= uint64_t{static_cast<uint8_t>(from[i])} << 8 * i;
+  }
+  carries |= (bits & mask) + add;
+  found.lanes[0] |= carries & (uint64_t{kCarry} << 32 | kCarry);
+}
+
 // Bytes [begin, end) of a row that a field has there: what does not fill whole units, and is put together in L1.
 Field part(const Field& field, int64_t begin, int64_t end) {
   Field x = field;
@@ -230,10 +307,22 @@ Field part(const Field& field, int64_t begin, int64_t end) {
   return x;
 }
 
-void append_rows(char* rows, int64_t row_bytes, const std::vector<Field>& fields, int64_t num_envs) {
+// Returns whether something that is looked at is not finite.
+bool append_rows(char* rows, int64_t row_bytes, const std::vector<Field>& fields, int64_t num_envs) {
+  Found found;
   if (row_bytes > kBlockBytes) {  // pictures: a row is longer than what is put together at a time
-    for (const Field& field : fields) copy_general(field, rows, row_bytes, 0, num_envs);
-    return;
+    for (const Field& field : fields) {
+      if (!field.looked_at) {
+        copy_general(field, rows, row_bytes, 0, num_envs);
+        continue;
+      }
+      for (int64_t n = 0; n < num_envs; ++n) {
+        char* const row = rows + n * row_bytes;
+        copy_general(field, row, row_bytes, n, 1);
+        look(row + field.offset, field.bytes(), field.to, found);
+      }
+    }
+    return found.any();
   }
   alignas(64) char staged[kBlockBytes + kSlack];
   std::memset(staged, 0, sizeof(staged));
@@ -270,10 +359,23 @@ void append_rows(char* rows, int64_t row_bytes, const std::vector<Field>& fields
       if (i % 2) copy_field<1>(parts[i], staged, row_bytes, n0, envs, num_envs);
       else copy_field<0>(parts[i], staged, row_bytes, n0, envs, num_envs);
     }
+    // What is copied as it is, is looked at where it comes from; what is converted or gathered, where it has been put.
+    for (const Field& field : fields) {
+      if (!field.looked_at) continue;
+      if (field.plain() && field.env == field.bytes()) {
+        if (n0 % (kLookBlocks * block) == 0)
+          look(field.data + n0 * field.env, std::min(kLookBlocks * block, num_envs - n0) * field.env, field.to, found);
+      } else {
+        for (int64_t n = 0; n < envs; ++n)
+          look(field.plain() ? field.data + (n0 + n) * field.env : staged + n * row_bytes + field.offset, field.bytes(),
+               field.to, found);
+      }
+    }
     stream_rows(rows + n0 * row_bytes, row_bytes, runs, num_runs, envs);
     for (int64_t r = 0; r < num_runs; ++r)
       if (runs[r].from < staged || runs[r].from >= staged + kBlockBytes) runs[r].from += envs * runs[r].stride;
   }
+  return found.any();
 }
 
 template <class To>
@@ -354,7 +456,7 @@ void append(const std::vector<Tensor>& memory, const std::vector<Tensor>& source
   const Step step(memory, sources, layout);
   const Tensor& rows = step.rows;
   const int64_t capacity = rows.size(0), num_envs = rows.size(1), row_bytes = rows.size(2);
-  const std::vector<Field> fields = describe_all(step.row, rows, num_envs);
+  const std::vector<Field> fields = describe_all(step.row, rows, num_envs, step.looked_at);
   const bool pooled = step.check_ends(dones, truncated, valid);
   Pool target{};
   if (pooled) {
@@ -373,9 +475,16 @@ void append(const std::vector<Tensor>& memory, const std::vector<Tensor>& source
       return;
     }
     slot = state[0] % capacity;
-    if (pooled) pool_slot = state[0] / std::max<int64_t>(state[4], 1) % step.pool[0].size(0);
+    if (pooled || step.not_finite)
+      pool_slot = state[0] / std::max<int64_t>(state[4], 1) % (pooled ? step.pool[0] : *step.not_finite).size(0);
   }
   check_range("slot", slot, 0, capacity);
+  if (step.not_finite) {
+    const int64_t rollouts = step.not_finite->size(0);
+    STD_TORCH_CHECK(!pooled || rollouts == step.pool[0].size(0), "not_finite: expected ", pooled ? step.pool[0].size(0) : 0,
+                    " rollouts as final_obs has, got ", rollouts);
+    check_range("pool_slot", pool_slot, 0, rollouts);
+  }
   if (pooled) {
     const Tensor &final_obs = step.pool[0], &final_rows = step.pool[2];
     check_range("pool_slot", pool_slot, 0, final_obs.size(0));
@@ -401,7 +510,8 @@ void append(const std::vector<Tensor>& memory, const std::vector<Tensor>& source
                     4 * num_envs);
     }
   }
-  if (num_envs && row_bytes && !fields.empty()) append_rows(row, row_bytes, fields, num_envs);
+  if (num_envs && row_bytes && !fields.empty() && append_rows(row, row_bytes, fields, num_envs) && step.not_finite)
+    static_cast<int32_t*>(step.not_finite->data_ptr())[pool_slot] = 1;
   for (int64_t i = 0; i < step.plane.count; ++i) {
     const Tensor& plane = step.planes[i];
     copy_plane(static_cast<float*>(plane.data_ptr()) + slot * plane.stride(1), plane.stride(0), step.plane[i],

@@ -44,7 +44,8 @@ struct Args {
   int32_t *pool_count, *final_rows;
   int64_t pool_rows, pool_row_bytes, num_pools, pool_slot, final_rows_env, final_rows_step;
   int64_t plane_step[kMaxPlanes];
-  int32_t num_fields, num_planes, num_finals;
+  int32_t* not_finite;  // one number a rollout
+  int32_t num_fields, num_planes, num_finals, looked_at;
   bool commit;
   PlaneJob planes[kMaxPlanes];
   Field fields[kMaxFields], finals[kMaxFinals];
@@ -63,10 +64,22 @@ __device__ int64_t inner(const Field& field, uint32_t i) {
   return at;
 }
 
+__device__ bool is_bad(uint8_t, Exponent, Exponent) { return false; }
+__device__ bool is_bad(uint16_t x, Exponent low, Exponent) { return not_finite(x, low); }
+__device__ bool is_bad(uint32_t x, Exponent low, Exponent) { return not_finite(x, low); }
+__device__ bool is_bad(uint2 x, Exponent low, Exponent high) { return not_finite(x.x, low) || not_finite(x.y, high); }
+__device__ bool is_bad(uint4 x, Exponent low, Exponent high) {
+  return is_bad(uint2{x.x, x.y}, low, high) || is_bad(uint2{x.z, x.w}, low, high);
+}
+
+// Returns whether something that the thread copied is not finite, of a field that is `looked_at`.
 template <typename Word>
-__device__ void copy_words(const Field& field, char* rows, int64_t row_bytes, int64_t total, int64_t first,
-                           int64_t step) {
+__device__ bool copy_words(const Field& field, char* rows, int64_t row_bytes, int64_t total, int64_t first,
+                           int64_t step, bool looked_at) {
   const uint32_t width = field.width;
+  const Exponent none{0, 0}, low = looked_at ? exponent_of(field.to, false) : none,
+                 high = looked_at ? exponent_of(field.to, true) : none;
+  bool bad = false;
   for (int64_t i0 = first; i0 < total; i0 += kUnroll * step) {
     Word words[kUnroll];
     Word* to[kUnroll];
@@ -79,9 +92,12 @@ __device__ void copy_words(const Field& field, char* rows, int64_t row_bytes, in
       to[u] = reinterpret_cast<Word*>(rows + n * row_bytes + field.offset) + k;
     }
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u)
+    for (int u = 0; u < kUnroll; ++u) {
       if (i0 + u * step < total) *to[u] = words[u];
+      bad = is_bad(words[u], low, high) || bad;  // beyond the end stands the first one
+    }
   }
+  return bad;
 }
 
 __device__ void convert_one(const Field& field, char* row, int64_t n, uint32_t k) {
@@ -89,21 +105,35 @@ __device__ void convert_one(const Field& field, char* row, int64_t n, uint32_t k
              read_real<double>(field.data, field.from, n * field.env + inner(field, k)));
 }
 
-__device__ void copy_field(const Field& field, char* rows, int64_t row_bytes, int64_t num_envs) {
+__device__ bool copy_field(const Field& field, char* rows, int64_t row_bytes, int64_t num_envs, bool looked_at) {
   const int64_t total = num_envs * field.width;  // below 2^32, as the host has checked
   const int64_t first = blockIdx.x * kThreads + threadIdx.x, step = static_cast<int64_t>(gridDim.x) * kThreads;
   switch (field.word) {
-    case 1: return copy_words<uint8_t>(field, rows, row_bytes, total, first, step);
-    case 2: return copy_words<uint16_t>(field, rows, row_bytes, total, first, step);
-    case 4: return copy_words<uint32_t>(field, rows, row_bytes, total, first, step);
-    case 8: return copy_words<uint2>(field, rows, row_bytes, total, first, step);
-    case 16: return copy_words<uint4>(field, rows, row_bytes, total, first, step);
+    case 1: return copy_words<uint8_t>(field, rows, row_bytes, total, first, step, looked_at);
+    case 2: return copy_words<uint16_t>(field, rows, row_bytes, total, first, step, looked_at);
+    case 4: return copy_words<uint32_t>(field, rows, row_bytes, total, first, step, looked_at);
+    case 8: return copy_words<uint2>(field, rows, row_bytes, total, first, step, looked_at);
+    case 16: return copy_words<uint4>(field, rows, row_bytes, total, first, step, looked_at);
   }
   const uint32_t width = field.width;
+  const Exponent low = exponent_of(field.to, false), high = exponent_of(field.to, true);
+  bool bad = false;
   for (int64_t i = first; i < total; i += step) {
     const int64_t n = static_cast<uint32_t>(i) / width;
-    convert_one(field, rows + n * row_bytes, n, static_cast<uint32_t>(i) % width);
+    const uint32_t k = static_cast<uint32_t>(i) % width;
+    char* const row = rows + n * row_bytes;
+    convert_one(field, row, n, k);
+    if (!looked_at) continue;
+    // What was stored, by the thread that stored it: a large number may be infinite in fewer bits.
+    const char* const stored = row + field.offset;
+    if (low.mask == 0)
+      bad = not_finite(reinterpret_cast<const uint2*>(stored)[k].y, high) || bad;
+    else if (low.mask == 0x7F800000)
+      bad = not_finite(reinterpret_cast<const uint32_t*>(stored)[k], low) || bad;
+    else
+      bad = not_finite(reinterpret_cast<const uint16_t*>(stored)[k], low) || bad;
   }
+  return bad;
 }
 
 template <typename Word>
@@ -167,14 +197,17 @@ __global__ void __launch_bounds__(kThreads) append_step(const __grid_constant__ 
       return;
     }
     slot = ring_slot(appended, args.capacity);
-    if (args.pool_count) {
+    if (args.pool_count || args.not_finite) {
       const int64_t num_steps = args.cursor[kNumSteps] > 0 ? args.cursor[kNumSteps] : 1;
       pool_slot = ring_slot(static_cast<int64_t>(static_cast<uint64_t>(appended) / num_steps), args.num_pools);
     }
   }
   int job = blockIdx.y;
   if (job < args.num_fields) {
-    copy_field(args.fields[job], args.rows + slot * args.num_envs * args.row_bytes, args.row_bytes, args.num_envs);
+    const bool looked_at = job < args.looked_at;
+    if (copy_field(args.fields[job], args.rows + slot * args.num_envs * args.row_bytes, args.row_bytes, args.num_envs,
+                   looked_at) && looked_at)
+      args.not_finite[pool_slot] = 1;
   } else if ((job -= args.num_fields) < args.num_planes) {
     const PlaneJob& plane = args.planes[job];
     for (int64_t n = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; n < args.num_envs;
@@ -193,9 +226,10 @@ __global__ void __launch_bounds__(kThreads) append_step(const __grid_constant__ 
   }
 }
 
-// `words`: the most words of a field, for the grid.
+// `words`: the most words of a field, for the grid. `looked_at`: how many of the fields, the first ones, came of the
+// first `look` sources; a source without elements is no field.
 int32_t describe(Field* fields, int most, const Step::Sources& sources, const Tensor& rows, int64_t num_envs,
-                 int64_t& words) {
+                 int64_t& words, int64_t look = 0, int32_t* looked_at = nullptr) {
   const char* name = sources.name;
   STD_TORCH_CHECK(sources.count <= most, name, ": expected at most ", most, " tensors, got ", sources.count);
   const int64_t row_bytes = rows.size(2);
@@ -257,6 +291,7 @@ int32_t describe(Field* fields, int most, const Step::Sources& sources, const Te
     }
     words = std::max<int64_t>(words, field.width);
     fields[count++] = field;
+    if (looked_at && i < look) *looked_at = count;
   }
   return count;
 }
@@ -273,7 +308,7 @@ void append(const std::vector<Tensor>& memory, const std::vector<Tensor>& source
   args.row_bytes = rows.size(2);
   const int64_t capacity = args.capacity, num_envs = args.num_envs;
   int64_t words = 1, final_words = 1;
-  args.num_fields = describe(args.fields, kMaxFields, step.row, rows, num_envs, words);
+  args.num_fields = describe(args.fields, kMaxFields, step.row, rows, num_envs, words, step.looked_at, &args.looked_at);
   STD_TORCH_CHECK(step.plane.count <= kMaxPlanes, "memory: expected at most ", kMaxPlanes, " planes, got ",
                   step.plane.count);
   args.num_planes = static_cast<int32_t>(step.plane.count);
@@ -303,6 +338,14 @@ void append(const std::vector<Tensor>& memory, const std::vector<Tensor>& source
     args.final_rows_env = final_rows.stride(0);
     args.final_rows_step = final_rows.stride(1);
     if (!cursor) check_range("pool_slot", pool_slot, 0, args.num_pools);
+  }
+  if (step.not_finite) {
+    args.not_finite = static_cast<int32_t*>(step.not_finite->data_ptr());
+    const int64_t rollouts = step.not_finite->size(0);
+    STD_TORCH_CHECK(!pooled || rollouts == args.num_pools, "not_finite: expected ", args.num_pools,
+                    " rollouts as final_obs has, got ", rollouts);
+    args.num_pools = rollouts;
+    if (!cursor) check_range("pool_slot", pool_slot, 0, rollouts);
   }
   check_cursor(cursor, rows);
   if (cursor) args.cursor = static_cast<int64_t*>(cursor->data_ptr());

@@ -102,7 +102,8 @@ def _final_value(final_values: Tensor, final_rows: Tensor | None, slot: int, dty
 
 def append(memory, sources, layout, dones, truncated, valid, slot, pool_slot, cursor, commit) -> None:
     """Stores one step: fields into packed rows, scalars into planes, flags as codes, final observations in the pool."""
-    (num_fields, num_planes, _, _), *fields = layout.tolist()
+    (num_fields, num_planes, _, looked_at), *fields = layout.tolist()
+    *memory, not_finite = memory if looked_at else (*memory, None)
     rows, codes, planes = memory[0], memory[1] if len(memory) > 1 else None, memory[2 : 2 + num_planes]
     pool = memory[2 + num_planes :]
     final_sources = sources[num_fields + num_planes :]
@@ -114,11 +115,15 @@ def append(memory, sources, layout, dones, truncated, valid, slot, pool_slot, cu
             cursor[CURSOR_FLAG] = 1
             return
         slot = appended % capacity
-        if pool:
-            pool_slot = appended // int(cursor[CURSOR_NUM_STEPS]) % final_obs.shape[0]
+        if pool or looked_at:
+            num_rollouts = (final_obs if pool else not_finite).shape[0]
+            pool_slot = appended // int(cursor[CURSOR_NUM_STEPS]) % num_rollouts
         cursor[CURSOR_APPENDED] += int(commit)
-    for source, (offset, dtype, width, _) in zip(sources, fields[:num_fields]):
-        _field(rows[slot], offset, DTYPES[dtype], width).copy_(source.reshape(num_envs, width))
+    for i, (source, (offset, dtype, width, _)) in enumerate(zip(sources, fields[:num_fields])):
+        field = _field(rows[slot], offset, DTYPES[dtype], width)
+        field.copy_(source.reshape(num_envs, width))
+        if i < looked_at and not field.isfinite().all():
+            not_finite[pool_slot] = 1
     for plane, source in zip(planes, sources[num_fields:]):
         plane[:, slot] = source.reshape(num_envs)
     if dones is None:

@@ -11,7 +11,8 @@ C = capacity of the ring in steps. All outputs are written in place; nothing is 
     last_values [N].  final_values: [N, C] values of the true final observations, read at code 2 alone; or, with
     final_rows (int32 [N, C]), a pool [P] indexed by it, where an index outside [0, P) stands for a missing value (NaN).
     bootstrap: one of BOOTSTRAP.  advantages, returns: [N, T], float32 or float64, the dtype of the computation.
-    stats: float64 [3] (count, mean, M2) of the advantages of valid samples.  workspace: float64 [workspace_size(N)],
+    stats: float64 [3] (count, mean, M2) of the advantages of valid samples; mean or M2 is not finite if one of their
+    rewards or values is not, since each of these enters an advantage.  workspace: float64 [workspace_size(N)],
     zero before the first launch, private to one stream.
 
 ``append``  stores one step of N environments. (An argument costs a tenth of a microsecond, a list half of one and more
@@ -21,9 +22,12 @@ with numbers in it: hence two lists, and a tensor of numbers. :func:`pydrone.lay
     With a pool of final observations also final_obs, count, final_rows: uint8 [R, P, pool_row_bytes], rows where
     truncated is set, in no particular order; int32 [R, 2] (rows wanted, truncations that came without a final
     observation); int32 [N, C], the row's index in the pool, -1 where it found no place.
+    Where layout asks for it, last of all: int32 [R], 1 written at the rollout's place where something looked at is not
+    finite, and nothing else.
     sources: all fields of a row, or none; a scalar for each plane; all fields of a row of the pool, or none.
-    layout: int64 [1 + fields, 4] on the CPU: how many sources of each of the three kinds, then a 0; and for each field
-    of a row, then of the pool's, the byte where it begins, its dtype (SCALAR_TYPES), its elements and its dimensions.
+    layout: int64 [1 + fields, 4] on the CPU: how many sources of each of the three kinds, then how many fields of a
+    row, the first ones, are looked at as they are stored (0: none); and for each field of a row, then of the pool's,
+    the byte where it begins, its dtype (SCALAR_TYPES), its elements and its dimensions.
     A field is [N, ...] of any strides, stored contiguous; a scalar is [N] or [N, 1].
     dones, truncated, valid: flags, [N] or [N, 1], any dtype, that form the codes; dones None: there are none yet.
 

@@ -86,7 +86,7 @@ def pool(
 FIELDS = [[0, F32, 2, 1], [8, SHORT, 1, 0], [0, F32, 2, 1]]  # two of a row, one of the pool
 
 
-def step(row=None, plane=None, final=None, fields=None, memory=None, pools=None) -> dict:
+def step(row=None, plane=None, final=None, fields=None, memory=None, pools=None, looked_at=0) -> dict:
     """append's lists and the layout for them: of a row of 32 bytes, two floats at 0, an int16 at 8; of a pool's row,
     two floats at 0."""
     row = [torch.randn(N, 2), torch.ones(N, dtype=torch.int16)] if row is None else row
@@ -96,8 +96,13 @@ def step(row=None, plane=None, final=None, fields=None, memory=None, pools=None)
     return {
         "memory": [*(ring() if memory is None else memory), *(pool() if pools is None else pools)],
         "sources": [*row, *plane, *final],
-        "layout": torch.tensor([[len(row), len(plane), len(final), 0], *fields]),
+        "layout": torch.tensor([[len(row), len(plane), len(final), looked_at], *fields]),
     }
+
+
+def look(not_finite: Tensor) -> dict:
+    """A step whose first field is looked at."""
+    return step(pools=[*pool(), not_finite], looked_at=1)
 
 
 def at(offset: int, dtype: int = F32) -> dict:
@@ -171,6 +176,7 @@ VARIANTS = [
     ("append", step(pools=[], final=[], fields=FIELDS[:2]) | {"dones": None, "truncated": None}),
     ("append", step(memory=[u8(C, N, 32)], plane=[], pools=[]) | {"dones": None, "truncated": None}),
     ("append", {"cursor": cursor()}),
+    ("append", look(i32(2))),
     ("gather", {}),
     ("gather", {"subset": torch.arange(12), "shuffle": False, "first": 7}),
     (
@@ -271,6 +277,13 @@ BAD = [
     ("gae", {"cursor": i64(1).expand(5)}, "cursor: expected a contiguous"),
     ("gae", {"cursor": cursor(0, -1)}, "start: expected"),
     # append
+    ("append", look(i64(2)), "not_finite: expected dtype Int, got Long"),
+    ("append", look(i32(1, 1)), "not_finite: expected shape"),
+    ("append", look(i32(0)), "not_finite: expected at least one rollout"),
+    ("append", look(i32(5)), "not_finite: expected 2 rollouts as final_obs has, got 5"),
+    ("append", look(i32(4)[::2]), "not_finite: expected a contiguous"),
+    ("append", step(looked_at=3), "layout: expected 0 to 2 fields to look at, got 3"),
+    ("append", step(looked_at=-1), "layout: expected 0 to 2 fields to look at, got -1"),
     ("append", {"memory": []}, "memory: expected rows, codes and planes, got no tensor"),
     ("append", step(memory=[u8(C, N, 32)], plane=[], pools=[]), "memory: expected codes with dones, got rows alone"),
     ("append", step(memory=ring()[:2]), r"memory: expected rows, codes, 1 planes, and a pool's .*, got 5 tensors"),

@@ -330,6 +330,26 @@ def test_append_in_halves():
     assert torch.equal(states[0]["codes"], states[1]["codes"])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("by_cursor", [False, True])
+def test_append_looks_for_what_is_not_finite(by_cursor, dtype):
+    """Of the first field alone, as it is stored, at the place of the rollout; the largest number is one."""
+    for number, expected in ((NAN, 1), (-float("inf"), 1), (torch.finfo(dtype).max, 0)):
+        for env, k, field in ((0, 0, 0), (36, 69, 0), (5, 3, 1)):
+            sources = [torch.zeros(37, 70, dtype=dtype), torch.zeros(37, 70, dtype=dtype)]
+            sources[field][env, k] = number
+            offset = 70 * dtype.itemsize
+            number_of = SCALAR_TYPES[dtype]
+            layout = torch.tensor([[2, 0, 0, 1], [0, number_of, 70, 1], [offset, number_of, 70, 1]])
+            rows, codes = torch.zeros(4, 37, 1120, dtype=torch.uint8), torch.zeros(37, 4, dtype=torch.uint8)
+            not_finite = torch.zeros(2, dtype=torch.int32)
+            cursor = torch.tensor([6, 4, 0, 0, 2]) if by_cursor else None
+            append_module.append(
+                [rows, codes, not_finite], sources, layout, None, None, None, 2, 1, cursor, False
+            )  # fmt: skip
+            assert not_finite.tolist() == [0, expected if field == 0 else 0]
+
+
 def test_append_names_what_it_cannot_store():
     state = append_state(3)
     tangled = torch.zeros(3, 4, 4, 4, 4)[:, ::2, ::3, ::2, ::3]

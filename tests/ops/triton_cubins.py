@@ -99,8 +99,8 @@ def launch_append(cursor: bool, num_envs: int = 8192, capacity: int = 4) -> None
     fields = [(offset, F32, width, 1) for offset, width in zip((*OFFSETS, 0), (*WIDTHS, WIDTHS[0]), strict=True)]
     append(
         [torch.empty(capacity, num_envs, 128, dtype=torch.uint8), plane.to(torch.uint8), plane, plane, pool,
-         torch.zeros(2, 2, dtype=torch.int32), plane.int()],
-        [*sources, sources[2], sources[3], sources[0]], torch.tensor([(len(sources), 2, 1, 0), *fields]), flag, flag,
+         torch.zeros(2, 2, dtype=torch.int32), plane.int(), torch.zeros(2, dtype=torch.int32)],
+        [*sources, sources[2], sources[3], sources[0]], torch.tensor([(len(sources), 2, 1, 1), *fields]), flag, flag,
         None, 1, 1, torch.zeros(5, dtype=torch.int64) if cursor else None, True,
     )  # fmt: skip
 
