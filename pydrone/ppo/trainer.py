@@ -181,8 +181,8 @@ class Trainer:
         last_values, bootstrap = self.collect() if self._graphs is None else self._graphs.collect()
         if self._rewards is not None:
             self._rewards.apply_to(buffer.rewards, buffer.dones, self.ranks)
-        # On CUDA the pool's counts are read below, with the figures.
-        buffer.compute_gae(last_values, ppo.gamma, ppo.lam, check=self.device.type == "cpu", **bootstrap)
+        # What its flags say is read below, with the figures.
+        buffer.compute_gae(last_values, ppo.gamma, ppo.lam, check=False, **bootstrap)
         if self.ranks.several and ppo.advantage_scope == "rollout":
             merged = self.ranks.moments(*buffer.statistics)
             buffer.statistics.copy_(torch.stack(merged))
@@ -265,7 +265,10 @@ class Trainer:
             last_values, bootstrap = self.collect()
             if self._rewards is not None:
                 self._rewards.apply_to(buffer.rewards, buffer.dones, self.ranks)
-            buffer.compute_gae(last_values, ppo.gamma, ppo.lam, **bootstrap)
+            buffer.compute_gae(last_values, ppo.gamma, ppo.lam, check=False, **bootstrap)
+            culprit, details = self._find_culprit()  # running statistics would never be rid of it
+            if culprit is not None:
+                raise FloatingPointError(f"the rollout before the first iteration: {culprit}{details}")
             self.policy.observe_returns(buffer.returns, buffer.dones != INVALID, self.ranks)
             self.policy.observe(buffer.obs, self.ranks)
             buffer.clear()
@@ -292,12 +295,15 @@ class Trainer:
         # A reset step's reward is anything, and counts for nothing.
         skipped = codes == INVALID
         finite = [(x.isfinite() | skipped).all() for x in (rewards, buffer.values, buffer.advantages)]
+        finite.append(buffer.flags()[3] == 0)  # observations, as append's launches have seen them
         timeouts = (codes == TRUNCATED).sum()
         scalars = [*learnt.values(), self.policy.std.mean(), rewards.mean(), *episodes.unbind(), timeouts, *finite]
         rows, log = self._gather(scalars)
         # The losses and the standard deviation are those of all ranks on each of them.
         *losses, std = rows[0][: len(learnt) + 1]
-        rewards, *ended, good_rewards, good_values, good_advantages = zip(*(row[len(learnt) + 1 :] for row in rows))
+        rewards, *ended, good_rewards, good_values, good_advantages, good_obs = zip(
+            *(row[len(learnt) + 1 :] for row in rows)
+        )
         reward, (count, length, total, timeouts) = sum(rewards) / len(rows), map(sum, ended)
         figures = dict(zip(learnt, losses))
         if count:
@@ -309,11 +315,11 @@ class Trainer:
         figures |= {"action_std": std, "reward": reward, "episodes": count, **self._episode_figures}
         figures |= {f"env/{name}": value for name, value in log.items()}
         figures |= {f"time/{stage}": seconds for stage, seconds in self._watch.seconds().items()}
-        culprit = None
-        if not all(good_rewards):
-            culprit = "the rewards of the environment are not finite"
-        elif not all(good_values):
-            culprit = "the values of the critic are not finite; an observation of the environment may not be, either"
+        culprit, details = None, ""
+        if not all(itertools.chain(good_obs, good_rewards, good_values, good_advantages)):
+            culprit, details = self._find_culprit()
+        if culprit is not None:
+            pass
         elif not all(good_advantages):
             culprit = "the advantages are not finite"
         elif not math.isfinite(figures["surrogate_loss"] + figures["value_loss"]):
@@ -322,7 +328,20 @@ class Trainer:
             finite = zip(good_rewards, good_values, good_advantages)
             bad = [str(rank) for rank, good in enumerate(finite) if not all(good)]
             culprit = culprit and culprit + (f" (rank {', '.join(bad)})" if bad else "")
-        return figures, culprit
+        return figures, culprit and culprit + details
+
+    def _find_culprit(self) -> tuple[str | None, str]:
+        """What was not finite first on any rank, and all that is not; None where nothing but advantages is."""
+        ranks = self.ranks.gather_objects([x for x in self.buffer.non_finite() if x.name != "advantages"])
+        found = [(x.step, rank, i, x) for rank, each in enumerate(ranks) for i, x in enumerate(each)]
+        if not found:
+            return None, ""
+        name = min(found, key=lambda x: x[:3])[-1].name
+        whose = {"actions": "actions of the policy", "values": "values of the critic"}
+        culprit = whose.get(name, f"{'rewards' if name == 'rewards' else 'observations'} of the environment")
+        several = self.ranks.several
+        details = "; ".join((f"rank {rank}, " if several else "") + str(x) for _, rank, _, x in found)
+        return f"the {culprit} are not finite", f": {details}"
 
     def _gather(self, scalars: list[Tensor]) -> tuple[list[list[float]], dict[str, float]]:
         """``scalars`` of each rank, and the means of all environments' logs, in one message.
@@ -333,8 +352,8 @@ class Trainer:
         if not ranks.several:
             sums = [x.to(self.device).double() for x in log.totals()]
             row = torch.cat((torch.stack(scalars + sums).double(), flags)).tolist()
-            self.buffer.check(row[-3:])
-            return [row[: len(scalars)]], log.means(row[len(scalars) : -3])
+            self.buffer.check(_but_finite(row[-len(flags) :]))
+            return [row[: len(scalars)]], log.means(row[len(scalars) : -len(flags)])
         norm = torch.stack(torch._foreach_norm(list(self.policy.parameters()))).sum()
         while True:
             new = not log.keys() <= set(self._log_keys)
@@ -346,13 +365,13 @@ class Trainer:
             host = norm.new_tensor([new, stop, *([0] * known if new else log.steps())], dtype=torch.float64)
             own = torch.stack([x.double() for x in [*scalars, *sums, norm]])
             rows = ranks.gather(torch.cat((own, host, flags))).tolist()
-            parts = [_split(row, len(scalars), known, 1, 1, 1, known, 3) for row in rows]
+            parts = [_split(row, len(scalars), known, 1, 1, 1, known, len(flags)) for row in rows]
             figures, sums, norms, news, stops, steps, flags_ = zip(*parts)
             if not any(x for (x,) in news):
                 break
             self._log_keys = sorted({*self._log_keys, *itertools.chain(*ranks.gather_objects(log.keys()))})
         for row in flags_:
-            self.buffer.check(row)
+            self.buffer.check(_but_finite(row))
         norms = [x for (x,) in norms]
         # Rounding differs between processors; what is more is no longer one policy.
         if max(norms) - min(norms) > DRIFT * max(norms):
@@ -608,6 +627,11 @@ def read_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dic
     if not (isinstance(settings, Mapping) and isinstance(settings.get("env"), str) and "ppo" in settings):
         raise ValueError(f"{path}: config: expected the settings of a training, got {type(settings).__name__}")
     return state
+
+
+def _but_finite(flags: list[float]) -> list[float]:
+    """A buffer's flags without what is not finite, which the trainer reports itself, with the iteration's figures."""
+    return [*flags[:3], 0.0, 0.0]
 
 
 def _split(row: list[float], *sizes: int) -> list[list[float]]:

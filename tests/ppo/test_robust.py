@@ -189,7 +189,7 @@ class Broken(Clock):
 
 
 @pytest.mark.parametrize(
-    ("what", "culprit"), [("rewards", "rewards of the environment"), ("obs", "values of the critic")]
+    ("what", "culprit"), [("rewards", "rewards of the environment"), ("obs", "observations of the environment")]
 )
 def test_what_is_not_finite_is_named_and_its_iteration_is_logged(what, culprit, tmp_path):
     lines = []
@@ -199,6 +199,33 @@ def test_what_is_not_finite_is_named_and_its_iteration_is_logged(what, culprit, 
     assert [row["iteration"] for row in rows] == [1, 2]
     assert sum("steps/s" in line for line in lines) == 2
     assert not list(tmp_path.glob("model_*.pt")), "nothing is worth keeping"
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+def test_the_first_that_is_not_finite_is_the_culprit(number):
+    """With its field, environment and step; an observation ends a training that would clip it, too."""
+
+    class Crash(Clock):
+        def step(self, actions):
+            result = super().step(actions)
+            result.obs[2, 0] = number if self.t == 2 else result.obs[2, 0]
+            return result
+
+    text = r"the observations of the environment are not finite: obs: 1 value .* environment 2 at step 2"
+    with pytest.raises(NotFinite, match=text):
+        trainer(Crash()).iterate()
+    with pytest.raises(FloatingPointError, match=rf"^the rollout before the first iteration: {text}"):
+        trainer(Crash(), ppo={"normalize_obs": True, "obs_clip": 5.0}).iterate()
+
+
+def test_a_policy_that_diverged_is_not_a_crash():
+    """Values are not finite before any reward is."""
+    trained = trainer(Clock())
+    trained.iterate()
+    with torch.no_grad():
+        next(iter(trained.policy.critic.parameters())).fill_(math.nan)
+    with pytest.raises(NotFinite, match=r"the values of the critic are not finite: values: \d+ values .* 0 at step 0"):
+        trained.iterate()
 
 
 def test_advantages_that_are_not_finite_are_named():
