@@ -14,7 +14,6 @@ namespace {
 
 constexpr int64_t kInner = 6;         // most inner dimensions of a source, after merging what is dense
 constexpr int64_t kBlockBytes = 4096;   // of rows put together at a time: few, for reads and writes to take turns
-constexpr int64_t kLookBlocks = 4;      // looked at together; they stay in L1 until they are copied
 constexpr int64_t kSlack = 16;        // a copy in 16-byte pieces may run over a field's end by so much
 
 // A source [N, ...] and where it goes in a row.
@@ -363,8 +362,7 @@ bool append_rows(char* rows, int64_t row_bytes, const std::vector<Field>& fields
     for (const Field& field : fields) {
       if (!field.looked_at) continue;
       if (field.plain() && field.env == field.bytes()) {
-        if (n0 % (kLookBlocks * block) == 0)
-          look(field.data + n0 * field.env, std::min(kLookBlocks * block, num_envs - n0) * field.env, field.to, found);
+        look(field.data + n0 * field.env, envs * field.env, field.to, found);
       } else {
         for (int64_t n = 0; n < envs; ++n)
           look(field.plain() ? field.data + (n0 + n) * field.env : staged + n * row_bytes + field.offset, field.bytes(),
