@@ -84,6 +84,11 @@ def test_the_count_and_the_first(backend):
     with pytest.raises(FloatingPointError, match=buf_says):
         buf.compute_gae(torch.zeros(N))
     assert buf.non_finite() == [NonFinite("obs['a']", 4, 9, 1), NonFinite("rewards", 2, 4, 1)]
+    buf.clear()
+    steps = steps_of(buf)
+    steps[3]["obs"]["a"][2, 0] = steps[2]["rewards"][4] = math.nan
+    store(buf, steps)
+    assert buf.non_finite() == [NonFinite("rewards", 1, 4, 2), NonFinite("obs['a']", 1, 2, 3)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
