@@ -54,7 +54,8 @@ ARCHITECTURES = ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
 
 STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DTORCH_STABLE_ONLY"]
 # -Wno-psabi: vectors passed by value stay within the library, so how they are passed is nobody else's concern.
-CXX_FLAGS = ["-std=c++20", "-O3", "-g0", "-fvisibility=hidden", "-Wall", "-Wno-psabi", *STABLE_ABI]
+# -fno-math-errno: a square root that may set errno is not vectorised.
+CXX_FLAGS = ["-std=c++20", "-O3", "-g0", "-fno-math-errno", "-fvisibility=hidden", "-Wall", "-Wno-psabi", *STABLE_ABI]
 LINK_FLAGS = []
 if os.environ.get("PYDRONE_SANITIZE"):
     LINK_FLAGS = [f"-fsanitize={os.environ['PYDRONE_SANITIZE']}"]

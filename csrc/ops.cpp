@@ -37,6 +37,11 @@ void ppo_gradients(const std::vector<Tensor>& obs, const std::vector<Tensor>& cr
                    const Optional& value_shift, const Optional& value_std, const std::vector<Tensor>& grads,
                    const Tensor& metrics);
 
+void clipped_adam(const std::vector<Tensor>& parameters, const std::vector<Tensor>& grads,
+                  const std::vector<Tensor>& exp_avgs, const std::vector<Tensor>& exp_avg_sqs,
+                  const std::vector<Tensor>& steps, const std::vector<int64_t>& groups, double max_norm,
+                  const Tensor& learning_rate, double beta1, double beta2, double epsilon, const Tensor& norms);
+
 }  // namespace pydrone
 
 STABLE_TORCH_LIBRARY_IMPL(pydrone, CPU, m) {
@@ -45,4 +50,5 @@ STABLE_TORCH_LIBRARY_IMPL(pydrone, CPU, m) {
   m.impl("gather", TORCH_BOX(&pydrone::gather));
   m.impl("ppo_act", TORCH_BOX(&pydrone::ppo_act));
   m.impl("ppo_gradients", TORCH_BOX(&pydrone::ppo_gradients));
+  m.impl("clipped_adam", TORCH_BOX(&pydrone::clipped_adam));
 }

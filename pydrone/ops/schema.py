@@ -51,6 +51,12 @@ with numbers in it: hence two lists, and a tensor of numbers. :func:`pydrone.lay
 ``ppo_act``  a step of the same policy: actions = mean + std * noise, their log-probabilities, and values, for N
     environments; on the CPU alone.  noise, actions, mean [N, A]; log_probs, values [N]; outputs of any strides.
 
+``clipped_adam``  gradient clipping and a step of Adam for a list of parameters, of any shapes; on the CPU alone.
+
+    grads, exp_avgs, exp_avg_sqs: as parameters; steps: [] float32 each; contiguous. groups: for each parameter the
+    number of its group in norms [groups], which get the norms of the groups' gradients; gradients are left as they are,
+    and count as min(1, max_norm / (norm + 1e-6)) times that. learning_rate: [] float32.
+
 ``ppo_loss``  the loss of one minibatch and its derivatives by what the networks put out; Triton on CUDA, on every other
     device the reference.
 
@@ -102,6 +108,11 @@ CPU_SCHEMAS = {
         "float clip, float value_clip, float value_loss_coef, Tensor? obs_shift, Tensor? obs_std, "
         "Tensor? critic_shift, Tensor? critic_std, float obs_clip, Tensor? value_shift, Tensor? value_std, "
         "Tensor(a!)[] grads, Tensor(b!) metrics) -> ()"
+    ),
+    "clipped_adam": (
+        "(Tensor(a!)[] parameters, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
+        "Tensor(d!)[] steps, int[] groups, float max_norm, Tensor learning_rate, float beta1, float beta2, "
+        "float epsilon, Tensor(e!) norms) -> ()"
     ),
 }
 

@@ -1,7 +1,7 @@
-"""PPO on the rollout buffer: a policy, a loss, a learner, a trainer. Import the modules; for other codebases there is
-:func:`fused_update`."""
+"""PPO on the rollout buffer: a policy, a loss, a learner, a trainer. Import the modules; for other codebases there are
+:func:`fused_update` and :func:`clipped_step`."""
 
-__all__ = ["fused_update"]
+__all__ = ["clipped_step", "fused_update"]
 
 
 def __getattr__(name: str) -> object:
@@ -10,4 +10,8 @@ def __getattr__(name: str) -> object:
         from pydrone.ppo.fused import fused_update
 
         return fused_update
+    if name == "clipped_step":
+        from pydrone.ppo.adam import clipped_step
+
+        return clipped_step
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pydrone.ops.schema import INVALID
-from pydrone.ppo import fused, fused_loss
+from pydrone.ppo import adam, fused, fused_loss
 from pydrone.ppo.config import PPOConfig
 from pydrone.ppo.distributed import ALONE, MeanGradients, Ranks
 from pydrone.ppo.loss import surrogate_loss, value_loss
@@ -125,8 +125,12 @@ class Learner:
             self._past_max_kl = True
             return metrics
         # Each on its own, as rsl_rl does: a large value error must not shorten the actor's step.
-        nn.utils.clip_grad_norm_(self.policy.actor_parameters(), self.config.max_grad_norm, foreach=True)
-        nn.utils.clip_grad_norm_(self.policy.critic_parameters(), self.config.max_grad_norm, foreach=True)
+        groups = self.policy.actor_parameters(), self.policy.critic_parameters()
+        if self.not_fused is None and adam.why_not(self.optimizer) is None:
+            adam.clipped_step(self.optimizer, groups, self.config.max_grad_norm)
+            return metrics
+        for parameters in groups:
+            nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm, foreach=True)
         self.optimizer.step()
         return metrics
 

@@ -35,6 +35,7 @@ IN_TRITON = "tests/ops/test_triton.py::test_cases[{}] tests/ops/test_triton.py::
 OF_TRITON, OF_GATHER, OF_APPEND = map(IN_TRITON.format, ("gae", "gather", "append"))
 TILE, GRADIENTS, ACT = "csrc/cpu/mlp_tile.h", "csrc/cpu/ppo.cpp", "csrc/cpu/act.cpp"
 OF_FUSED = "tests/ppo/test_fused.py"
+ADAM, OF_ADAM = "csrc/cpu/adam.cpp", "tests/ppo/test_adam.py"
 OF_LEARNER, OF_LOSS = "tests/ppo/test_learner.py", "tests/ppo/test_loss.py"
 
 CPP = [
@@ -589,6 +590,28 @@ UPDATE = [
         "for (const float* thread : sums) sum += thread[x.weight_grad",
         "for (const float* thread : {sums[0]}) sum += thread[x.weight_grad",
         OF_FUSED,
+    ),
+    Fault("one norm for all groups", ADAM, "totals[groups[piece.index]] +=", "totals[0] +=", OF_ADAM),
+    Fault(
+        "the first moment's bias correction for the second",
+        ADAM,
+        "std::sqrt(1 - std::pow(beta2, static_cast<double>(step)))",
+        "std::sqrt(1 - std::pow(beta1, static_cast<double>(step)))",
+        OF_ADAM,
+    ),
+    Fault(
+        "a decay that is rounded before it is taken from 1",
+        ADAM,
+        "static_cast<float>(1 - beta2)",
+        "1 - static_cast<float>(beta2)",
+        OF_ADAM,
+    ),
+    Fault(
+        "clipping that lengthens",
+        ADAM,
+        "shorter >= 1 ? 1.0f : static_cast<float>(shorter)",
+        "static_cast<float>(shorter)",
+        OF_ADAM,
     ),
     Fault("a value that is not denormalised", ACT, "networks.value_normalizer.undo(y[i * ld])", "y[i * ld]", OF_FUSED),
     Fault(

@@ -1,0 +1,137 @@
+// Gradient clipping and Adam on the CPU: one pass for the norms, one for everything else, in place of two dozen launches
+// over small tensors.
+#include "common.h"
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+namespace pydrone {
+namespace {
+
+constexpr int64_t kPiece = 8192;    // elements handled at a time, 32 kB of each of the four
+constexpr int64_t kGrain = 8;       // pieces that are worth a thread
+constexpr int64_t kLanes = 16;
+constexpr double kNormEpsilon = 1e-6;  // torch.nn.utils.clip_grad_norm_'s
+
+struct Piece {
+  float *parameter, *exp_avg, *exp_avg_sq;
+  const float* grad;
+  int64_t size, index;  // of the parameter
+  double squares;
+};
+
+struct Rates {
+  float rest1, beta2, rest2, epsilon;  // rest: 1 - beta, not rounded before it is taken
+  float scale;                         // of the gradients
+  float step_size, correction;         // lr / (1 - beta1^t); sqrt(1 - beta2^t)
+};
+
+// Each lane's sum in float64: a float's square is exact there.
+PYDRONE_CLONES double sum_of_squares(const float* x, int64_t size) {
+  double lanes[kLanes] = {};
+  int64_t i = 0;
+  for (; i + kLanes <= size; i += kLanes)
+    for (int64_t k = 0; k < kLanes; ++k) lanes[k] += static_cast<double>(x[i + k]) * x[i + k];
+  for (; i < size; ++i) lanes[0] += static_cast<double>(x[i]) * x[i];
+  double total = 0;
+  for (double lane : lanes) total += lane;
+  return total;
+}
+
+PYDRONE_CLONES void update(float* __restrict parameter, float* __restrict exp_avg, float* __restrict exp_avg_sq,
+                           const float* __restrict grad, int64_t size, const Rates& rates) {
+  const auto [rest1, beta2, rest2, epsilon, scale, step_size, correction] = rates;
+  for (int64_t i = 0; i < size; ++i) {
+    const float g = grad[i] * scale;
+    const float m = exp_avg[i] + rest1 * (g - exp_avg[i]);
+    const float v = beta2 * exp_avg_sq[i] + rest2 * g * g;
+    exp_avg[i] = m;
+    exp_avg_sq[i] = v;
+    parameter[i] -= step_size * m / (std::sqrt(v) / correction + epsilon);
+  }
+}
+
+float& scalar(const char* name, const Tensor& x) {
+  check_shape(name, x, {});
+  check_dtype(name, x, ScalarType::Float);
+  return *static_cast<float*>(x.data_ptr());
+}
+
+}  // namespace
+
+void clipped_adam(const std::vector<Tensor>& parameters, const std::vector<Tensor>& grads,
+                  const std::vector<Tensor>& exp_avgs, const std::vector<Tensor>& exp_avg_sqs,
+                  const std::vector<Tensor>& steps, const std::vector<int64_t>& groups, double max_norm,
+                  const Tensor& learning_rate, double beta1, double beta2, double epsilon, const Tensor& norms) {
+  const size_t count = parameters.size();
+  STD_TORCH_CHECK(count > 0, "parameters: expected at least one, got none");
+  const auto lists = {std::pair{"grads", &grads}, {"exp_avgs", &exp_avgs}, {"exp_avg_sqs", &exp_avg_sqs}, {"steps", &steps}};
+  for (const auto& [name, list] : lists)
+    STD_TORCH_CHECK(list->size() == count, name, ": expected one for each of ", count, " parameters, got ", list->size());
+  STD_TORCH_CHECK(groups.size() == count, "groups: expected one for each of ", count, " parameters, got ", groups.size());
+  check_shape("norms", norms, {-1});
+  check_dtype("norms", norms, ScalarType::Float);
+  check_contiguous("norms", norms);
+  check_device("norms", norms, parameters[0]);
+  check_device("learning_rate", learning_rate, parameters[0]);
+  STD_TORCH_CHECK(max_norm > 0, "max_norm: expected a number above 0, got ", max_norm);
+  for (const auto& [name, beta] : {std::pair{"beta1", beta1}, {"beta2", beta2}})
+    STD_TORCH_CHECK(beta >= 0 && beta < 1, name, ": expected 0 <= ", name, " < 1, got ", beta);
+  STD_TORCH_CHECK(epsilon >= 0 && std::isfinite(epsilon), "epsilon: expected a number of at least 0, got ", epsilon);
+  const float rate = scalar("learning_rate", learning_rate);
+  std::vector<Piece> pieces;
+  for (size_t i = 0; i < count; ++i) {
+    const Tensor& parameter = parameters[i];
+    for (const auto& [name, x] : {std::pair{"parameters", &parameter}, {"grads", &grads[i]}, {"exp_avgs", &exp_avgs[i]},
+                                  {"exp_avg_sqs", &exp_avg_sqs[i]}}) {
+      check_dtype(name, *x, ScalarType::Float);
+      check_contiguous(name, *x);
+      check_device(name, *x, parameters[0]);
+      bool same = x->dim() == parameter.dim();
+      for (int64_t d = 0; same && d < x->dim(); ++d) same = x->size(d) == parameter.size(d);
+      STD_TORCH_CHECK(same, name, ": expected shape ", shape_of(parameter), ", got ", shape_of(*x));
+      if (x != &parameter) check_apart(name, parameter, *x);
+    }
+    check_apart("exp_avgs", exp_avgs[i], exp_avg_sqs[i]);
+    check_apart("grads", exp_avgs[i], grads[i]);
+    check_apart("grads", exp_avg_sqs[i], grads[i]);
+    check_device("steps", steps[i], parameters[0]);
+    scalar("steps", steps[i]);
+    check_range("groups", groups[i], 0, norms.size(0));
+    const int64_t size = parameter.numel();
+    for (int64_t at = 0; at < size; at += kPiece) {
+      auto from = [&](const Tensor& x) { return static_cast<float*>(x.data_ptr()) + at; };
+      pieces.push_back({from(parameter), from(exp_avgs[i]), from(exp_avg_sqs[i]), from(grads[i]),
+                        std::min(kPiece, size - at), static_cast<int64_t>(i), 0});
+    }
+  }
+  const auto num_pieces = static_cast<int64_t>(pieces.size());
+  torch::stable::parallel_for(0, num_pieces, kGrain, [&](int64_t begin, int64_t end) {
+    for (int64_t p = begin; p < end; ++p) pieces[p].squares = sum_of_squares(pieces[p].grad, pieces[p].size);
+  });
+  std::vector<double> totals(norms.size(0));
+  for (const Piece& piece : pieces) totals[groups[piece.index]] += piece.squares;
+  auto* results = static_cast<float*>(norms.data_ptr());
+  for (size_t g = 0; g < totals.size(); ++g) results[g] = static_cast<float>(std::sqrt(totals[g]));
+  std::vector<Rates> rates(count);
+  for (size_t i = 0; i < count; ++i) {
+    float& step = scalar("steps", steps[i]);
+    step += 1;
+    const double shorter = max_norm / (std::sqrt(totals[groups[i]]) + kNormEpsilon);
+    rates[i] = {static_cast<float>(1 - beta1), static_cast<float>(beta2), static_cast<float>(1 - beta2),
+                static_cast<float>(epsilon),
+                // Also where it is not a number: as torch does, it then spoils all of the group, which nobody can miss.
+                shorter >= 1 ? 1.0f : static_cast<float>(shorter),
+                static_cast<float>(rate / (1 - std::pow(beta1, static_cast<double>(step)))),
+                static_cast<float>(std::sqrt(1 - std::pow(beta2, static_cast<double>(step))))};
+  }
+  torch::stable::parallel_for(0, num_pieces, kGrain, [&](int64_t begin, int64_t end) {
+    for (int64_t p = begin; p < end; ++p) {
+      const Piece& x = pieces[p];
+      update(x.parameter, x.exp_avg, x.exp_avg_sq, x.grad, x.size, rates[x.index]);
+    }
+  });
+}
+
+}  // namespace pydrone
