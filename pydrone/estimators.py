@@ -77,7 +77,7 @@ def gae(
         raise ValueError(f"time_dim: expected 0 or 1, got {time_dim!r}")
     gamma, lam = unit_interval("gamma", gamma), unit_interval("lam", lam)
     boolean("stats", stats)
-    _check_tensor("rewards", rewards, None)
+    check_tensor("rewards", rewards, None)
     shape = tuple(rewards.shape)
     if len(shape) not in (2, 3) or (len(shape) == 3 and shape[2] != 1):
         names = "[N, T]" if time_dim else "[T, N]"
@@ -85,7 +85,7 @@ def gae(
     num_envs, num_steps = shape[1 - time_dim], shape[time_dim]
 
     def plane(name: str, x: Tensor, floating: bool) -> Tensor:
-        _check_tensor(name, x, rewards.device, floating)
+        check_tensor(name, x, rewards.device, floating)
         if tuple(x.shape[:2]) != shape[:2] or x.dim() > 3 or x.shape[2:].numel() != 1:
             raise ValueError(f"{name}: expected shape {list(shape)}, got {list(x.shape)}")
         x = x[:, :, 0] if x.dim() == 3 else x
@@ -178,7 +178,7 @@ def unit_interval(name: str, x: float) -> float:
 
 def env_scalars(name: str, x: Tensor, num_envs: int, device: torch.device) -> Tensor:
     """``x``, floating, as [N]; accepts [N] and [N, 1]."""
-    _check_tensor(name, x, device, floating=True)
+    check_tensor(name, x, device, floating=True)
     if x.shape[:1] != (num_envs,) or x.numel() != num_envs:
         raise ValueError(f"{name}: expected shape [{num_envs}] or [{num_envs}, 1], got {list(x.shape)}")
     return x.reshape(num_envs) if x.dim() == 1 else x.flatten(1)[:, 0]
@@ -191,7 +191,10 @@ def check_strided(name: str, x: Tensor) -> None:
         raise TypeError(f"{name}: expected a strided tensor, got {kind}")
 
 
-def _check_tensor(name: str, x: object, device: torch.device | None, floating: bool | None = None) -> None:
+def check_tensor(
+    name: str, x: object, device: torch.device | None, floating: bool | None = None, result: str = "advantages do"
+) -> None:
+    """Raises unless ``x`` is a tensor of real numbers there, without a gradient that ``result`` would drop."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
     if device is not None and x.device != device:
@@ -200,9 +203,9 @@ def _check_tensor(name: str, x: object, device: torch.device | None, floating: b
         raise TypeError(f"{name}: expected a {'floating' if floating else 'real'} dtype, got {x.dtype}")
     check_strided(name, x)
     if x.requires_grad and torch.is_grad_enabled():
-        raise RuntimeError(f"{name}: requires grad, which advantages do not pass on; pass {name}.detach()")
+        raise RuntimeError(f"{name}: requires grad, which {result} not pass on; pass {name}.detach()")
     if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:
-        raise RuntimeError(f"{name}: has a tangent, which advantages do not pass on; pass {name}.detach()")
+        raise RuntimeError(f"{name}: has a tangent, which {result} not pass on; pass {name}.detach()")
 
 
 def _check_out(out: object, shape: tuple[int, ...], dtype: torch.dtype, inputs: list[Tensor]) -> tuple[Tensor, Tensor]:
@@ -210,7 +213,7 @@ def _check_out(out: object, shape: tuple[int, ...], dtype: torch.dtype, inputs: 
         raise TypeError(f"out: expected (advantages, returns), got {type(out).__name__}")
     traced = torch.compiler.is_compiling()  # then there is no memory yet
     for i, x in enumerate(out):
-        _check_tensor(f"out[{i}]", x, inputs[0].device, floating=True)
+        check_tensor(f"out[{i}]", x, inputs[0].device, floating=True)
         if tuple(x.shape) != shape:
             raise ValueError(f"out[{i}]: expected shape {list(shape)}, got {list(x.shape)}")
         if x.dtype != dtype:

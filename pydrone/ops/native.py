@@ -22,17 +22,23 @@ PACKAGE = Path(__file__).resolve().parent.parent
 _library = torch.library.Library("pydrone", "DEF")
 
 
-def _fake(*args) -> None:
+def _fake(name: str):
     """The operations write into given outputs: a trace needs nothing computed.
 
     A tensor on "meta" among others ends up here too, and must not be taken for done.
     """
-    if isinstance(args[0], (list, tuple)) and isinstance(args[2], Tensor):
-        args = (*args[:2], *args[3:])  # append's layout, on the CPU for every device
-    tensors = [x for arg in args for x in (arg if isinstance(arg, (list, tuple)) else (arg,)) if isinstance(x, Tensor)]
-    devices = {x.device for x in tensors}
-    if len(devices) > 1:
-        raise RuntimeError(f"expected all tensors on one device, got {', '.join(sorted(map(str, devices)))}")
+    layout = 2 if name == "append" else None  # on the CPU for every device
+
+    def fake(*args) -> None:
+        if layout is not None and args[layout].device.type != "cpu":
+            raise RuntimeError(f"layout: expected a tensor on the CPU, got one on {args[layout].device}")
+        given = [x for i, x in enumerate(args) if i != layout]
+        tensors = [x for arg in given for x in (arg if isinstance(arg, (list, tuple)) else (arg,))]
+        devices = {x.device for x in tensors if isinstance(x, Tensor)}
+        if len(devices) > 1:
+            raise RuntimeError(f"expected all tensors on one device, got {', '.join(sorted(map(str, devices)))}")
+
+    return fake
 
 
 def _plain(name: str):
@@ -80,7 +86,7 @@ def _load(stem: str) -> str | None:
 
 for _name, _schema in (SCHEMAS | CPU_SCHEMAS | LEARNER_SCHEMAS).items():
     _library.define(_name + _schema)
-    torch.library.register_fake(f"pydrone::{_name}", _fake, lib=_library)
+    torch.library.register_fake(f"pydrone::{_name}", _fake(_name), lib=_library)
 
 CPU_MISSING = _load("_native_cpu")
 CUDA_MISSING = _load("_native_cuda") if torch.version.cuda else "this PyTorch is built without CUDA"

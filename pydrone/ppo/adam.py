@@ -17,7 +17,7 @@ def why_not(optimizer: torch.optim.Optimizer) -> str | None:
     """Why :func:`clipped_step` cannot take this optimiser's steps, or None where it can."""
     if native.CPU_MISSING is not None:
         return f"the native CPU library is missing: {native.CPU_MISSING}"
-    if type(optimizer) is not torch.optim.Adam:
+    if type(optimizer) is not torch.optim.Adam:  # nor one that is derived from it
         return f"it takes the steps of torch.optim.Adam, this is {type(optimizer).__name__}"
     if len(optimizer.param_groups) != 1:
         return f"expected one group of parameters, got {len(optimizer.param_groups)}"
@@ -58,7 +58,10 @@ def clipped_step(
     if reason := why_not(optimizer):
         raise RuntimeError(f"optimizer: {reason}")
     (options,) = optimizer.param_groups
-    index = {id(x): i for i, group in enumerate(groups) for x in group}
+    try:
+        index = {id(x): i for i, group in enumerate(groups) for x in group}
+    except TypeError:
+        raise TypeError(f"groups: expected lists of parameters, got {groups!r:.80}") from None
     if index.keys() != {id(x) for x in options["params"]}:
         raise ValueError("groups: expected each of the optimiser's parameters in one of them, and no others")
     parameters = [x for x in options["params"] if x.grad is not None]

@@ -6,12 +6,14 @@ Tiles of 128 samples go through both networks, the loss and back, and never leav
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from pydrone.estimators import check_tensor
 from pydrone.ops import native
 from pydrone.ops.schema import ACTIVATIONS
 from pydrone.ppo.loss import gaussian_entropy
@@ -20,6 +22,9 @@ from pydrone.ppo.policy import ActorCritic, PolicyStep
 if TYPE_CHECKING:
     from pydrone.ppo.config import PPOConfig
     from pydrone.ppo.normalization import RunningMoments
+
+
+CPU = torch.device("cpu")
 
 
 class Network(NamedTuple):
@@ -82,16 +87,25 @@ def fused_update(
 
     Raises:
         Unsupported: a RuntimeError; the networks, or this machine, are of another kind.
-        RuntimeError: a tensor's shape, dtype or device does not fit; nothing was written.
+        TypeError, ValueError, RuntimeError: an argument does not fit; nothing was written.
     """
     ours, theirs, activation = _both(actor, critic)
     parameters = [*ours, *theirs]
+    check_tensor("std", std.detach() if isinstance(std, Tensor) else std, CPU, True)
+    tensors = {"actions": actions, "log_probs": log_probs, "advantages": advantages, "returns": returns}
+    tensors |= {"values": values, **({} if mu is None else {"mu": mu}), **({} if sigma is None else {"sigma": sigma})}
+    for name, x in tensors.items():
+        check_tensor(name, x, CPU, True, "the policy's gradients do")
+    for name, x in (("clip", clip), ("value_clip", 0.0 if value_clip is None else value_clip)):
+        _check_number(name, x, 0.0)
+    for name, x in (("value_loss_coef", value_loss_coef), ("entropy_coef", entropy_coef)):
+        _check_number(name, x, -math.inf)
     with torch.no_grad():
         grads = [torch.empty_like(x) for x in parameters]
         std_grad, metrics = torch.empty_like(std), torch.empty(3, dtype=torch.float64)
         torch.ops.pydrone.ppo_gradients(
             _groups(obs),
-            [] if critic_obs is None else _groups(critic_obs),
+            [] if critic_obs is None else _groups(critic_obs, "critic_obs"),
             actions,
             log_probs,
             advantages,
@@ -141,6 +155,13 @@ def _both(actor: nn.Module, critic: nn.Module) -> tuple[list[nn.Parameter], list
     return networks[0].parameters, networks[1].parameters, ACTIVATIONS.index(kinds.pop())
 
 
+def _check_number(name: str, x: float, least: float) -> None:
+    if isinstance(x, bool) or not isinstance(x, (int, float)):
+        raise TypeError(f"{name}: expected a number, got {type(x).__name__}")
+    if not math.isfinite(x) or x < least:
+        raise ValueError(f"{name}: expected a finite number{f' of at least {least:g}' * (least == 0)}, got {x}")
+
+
 def _moments(*normalizers: RunningMoments | None) -> list[Tensor | None]:
     return [x for y in normalizers for x in ((None, None) if y is None else (y.shift, y.std))]
 
@@ -154,6 +175,9 @@ def take_apart(network: nn.Module, name: str) -> Network:
         if i % 2 == 0:
             if type(layer) is not nn.Linear or layer.bias is None:
                 raise Unsupported(f"{name}: expected a Linear layer with a bias in place {i}, got {layer}")
+            for x in (layer.weight, layer.bias):
+                if x.device != CPU or x.dtype != torch.float32:
+                    raise Unsupported(f"{name}: expected float32 parameters on the CPU, got {x.dtype} on {x.device}")
             parameters += [layer.weight, layer.bias]
             continue
         kind = type(layer).__name__.lstrip("_").lower()
@@ -167,8 +191,12 @@ def take_apart(network: nn.Module, name: str) -> Network:
     return Network(parameters, next(iter(activations), None))
 
 
-def _groups(obs: Tensor | Sequence[Tensor]) -> list[Tensor]:
+def _groups(obs: Tensor | Sequence[Tensor], name: str = "obs") -> list[Tensor]:
+    if not isinstance(obs, (Tensor, list, tuple)):
+        raise TypeError(f"{name}: expected a tensor or several, got {type(obs).__name__}")
     groups = [obs] if isinstance(obs, Tensor) else list(obs)
+    for x in groups:
+        check_tensor(name, x, CPU, None, "the policy's gradients do")
     return [x if x.is_floating_point() else x.float() for x in groups]
 
 

@@ -297,16 +297,22 @@ BAD = [
     ({"log_probs": torch.zeros(4, 1)}, "log_probs: expected shape"),
     ({"values": torch.zeros(4, dtype=torch.int64)}, "values: expected a floating dtype"),
     ({"sigma": None}, "sigma: expected both"),
-    ({"clip": math.nan}, "clip: expected a number"),
-    ({"returns": torch.zeros(4, device="meta")}, "returns|device"),
+    ({"clip": math.nan}, "clip: expected a finite number of at least 0, got nan"),
+    ({"returns": torch.zeros(4, device="meta")}, "returns: expected device cpu, got meta"),
+    (
+        {"advantages": torch.zeros(4, requires_grad=True)},
+        "advantages: requires grad, which the policy",
+    ),
+    ({"std": None}, "std: expected a tensor, got NoneType"),
+    ({"obs": 3.0}, "obs: expected a tensor or several, got float"),
 ]
 
 
 @pytest.mark.parametrize(("change", "message"), BAD, ids=[next(iter(x)) for x, _ in BAD])
 def test_wrong_arguments_are_named(change, message):
     line, value, given = nn.Linear(3, 1), nn.Linear(3, 1), batch(4, (3, 3), 1)
-    with pytest.raises(RuntimeError, match=message):
-        fused_update(line, value, torch.ones(1), **(given | change))
+    with pytest.raises((RuntimeError, TypeError, ValueError), match=message):
+        fused_update(line, value, **({"std": torch.ones(1)} | given | change))
     assert line.weight.grad is None
 
 

@@ -15,7 +15,6 @@ import random
 import re
 import sys
 import time
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -32,11 +31,26 @@ from pydrone.ops.native import build_info
 TESTS = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(TESTS), str(TESTS / "ops")]
 
+from bad_learner import clipped_step, fused_update, learner_op  # noqa: E402
+from bad_values import (  # noqa: E402
+    BIG,
+    HUGE,
+    NAN,
+    Bad,
+    Subject,
+    bad_bool,
+    bad_choice,
+    bad_int,
+    bad_tensor,
+    bad_unit,
+    not_tensors,
+    other_layouts,
+    other_shapes,
+    overlapping,
+)
 from rollout_model import random_step  # noqa: E402
-from test_ops import ARGUMENTS, BIG  # noqa: E402
+from test_ops import ARGUMENTS  # noqa: E402
 
-NAN, INF = float("nan"), float("inf")
-HUGE = 10**400
 NATIVE = pydrone.backends()["cpu"] is None
 
 
@@ -50,102 +64,7 @@ class Case(NamedTuple):
     held: tuple[object, ...]
 
 
-class Bad(NamedTuple):
-    """A wrong value; ``names`` that an error may give beside the argument's own."""
-
-    value: object
-    names: tuple[str, ...] = ()
-
-
-# ---------------------------------------------------------------------------------------------- wrong values
-
-
-# Nested and quantized tensors are to be refused, whatever becomes of them.
-warnings.filterwarnings("ignore", message=".*(nested tensors|quantize|Sparse CSR)")
-
-
-def not_tensors(x: Tensor, optional: bool) -> list[object]:
-    wrong: list[object] = [3.0, "x", [1.0, 2.0], object(), {"a": x}]
-    if x.dtype not in (torch.bfloat16,):
-        wrong.append(x.detach().numpy())
-    return wrong if optional else [*wrong, None]
-
-
-def other_layouts(x: Tensor) -> list[Tensor]:
-    """What is no plain memory. Those that PyTorch warns of are made for few: a warning takes milliseconds."""
-    x = x.detach()
-    made = [x.to("meta"), x.to_sparse()]
-    if x.dtype == torch.float32:
-        made.append(x.to_mkldnn())
-    seldom = int(torch.randint(24, ()))
-    if seldom == 0:
-        made += [torch.nested.nested_tensor([x, x])] * 3
-    if seldom == 1 and x.dim() == 2:
-        made += [x.to_sparse_csr()] * 3
-    if seldom == 2 and x.dtype == torch.float32:
-        made += [torch.quantize_per_tensor(x, 0.1, 0, torch.quint8)] * 3
-    return made
-
-
-def other_shapes(x: Tensor) -> list[Tensor]:
-    """None of them valid where N, T > 1: one environment more or less, another dimension, none at all."""
-    made = [torch.cat([x, x[:1]]), x[:-1], x.unsqueeze(0), x.new_zeros(0), x.new_zeros(())]
-    made.append(x.unsqueeze(-1).expand(*x.shape, 2))
-    if x.dim() > 1:
-        made += [x[:, :-1], torch.cat([x, x[:, :1]], 1), torch.cat([x] * 5, 1)]
-        made += [x.flatten()] if x.shape[1] > 1 else []  # [N, 1] is as good as [N]
-    return made
-
-
-def bad_tensor(x: Tensor, kind: str, optional: bool = False) -> list[object]:
-    """``kind``: "real", floating; "flag", any dtype that has a zero; "exact", its own dtype."""
-    dtypes = {"real": (torch.int64, torch.bool), "flag": (), "exact": (torch.float32, torch.int16, torch.bool)}[kind]
-    made = [x.to(dtype) for dtype in (*dtypes, torch.complex64, torch.complex128) if dtype != x.dtype]
-    return [*not_tensors(x, optional), *other_layouts(x), *other_shapes(x), *made]
-
-
-def bad_unit() -> list[object]:
-    wrong = [NAN, INF, -INF, -1e-9, 1 + 1e-9, 2, -1, HUGE, -HUGE, "0.5", "x", None, [0.5], 1j, object(), b"1"]
-    return [*wrong, torch.tensor([0.1, 0.2]), torch.tensor(NAN), torch.tensor([]), torch.tensor(0.5, device="meta")]
-
-
-def bad_int(least: int, optional: bool = False) -> list[object]:
-    wrong = [least - 1, -BIG, -HUGE, 1.0, 2.5, NAN, INF, "3", True, [3], 3j, object(), torch.tensor(3)]
-    return wrong if optional else [*wrong, None]
-
-
-def bad_choice(optional: bool = False) -> list[object]:
-    wrong = ["nonsense", "", b"full", 3, 0.5, [], {}, object()]
-    return wrong if optional else [*wrong, None]
-
-
-def bad_bool() -> list[object]:
-    return ["false", "", 2, 0.5, None, [], object()]
-
-
-def overlapping(outputs: tuple[Tensor, Tensor], inputs: Iterable[Tensor]) -> list[tuple]:
-    """In place of ``outputs``: memory of an input, of each other, or of itself."""
-    first, second = outputs
-    shape = first.shape
-    both = first.new_zeros(first.numel() + 1)
-    made = [(first, first), (first, second[:1].expand(shape)), (second[..., :1].expand(shape), second)]
-    made.append((both[:-1].view(shape), both[1:].view(shape)))
-    made.append((both.as_strided(shape, (1,) * len(shape)), second))
-    made += [(x, second) for x in inputs if x.shape == shape and x.dtype == first.dtype]
-    return made
-
-
 # ---------------------------------------------------------------------------------------------- the functions
-
-
-class Subject(NamedTuple):
-    """A valid call. ``wrong``: what each argument may be replaced with. ``held``: what a refused call leaves alone."""
-
-    name: str
-    call: Callable[..., object]
-    arguments: dict[str, object]
-    wrong: dict[str, list]
-    held: tuple[object, ...] = ()
 
 
 def gae(rng: random.Random) -> Subject:
@@ -574,6 +493,7 @@ def an_op(rng: random.Random) -> Subject:
 SUBJECTS: dict[Callable[[random.Random], Subject], int] = {
     **{gae: 6, append: 6, begin: 2, end: 3, compute_gae: 4, minibatches: 2, sequences: 2, constructor: 4},
     **{memory_plan: 2, load_state_dict: 3, others: 2, order: 3, an_op: 6 if NATIVE else 0},
+    **dict.fromkeys((fused_update, clipped_step, learner_op), 2 if NATIVE else 0),
 }
 
 # ---------------------------------------------------------------------------------------------- cases

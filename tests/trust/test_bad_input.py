@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import random
 
 import bad_input
 import pytest
 import torch
 from rollout_model import fill, memory_bytes, random_step
 
-import pydrone
+import pydrone.ppo
 from pydrone import RolloutBuffer
 from pydrone.memory import plan
 
@@ -295,3 +296,21 @@ def test_a_state_is_checked_before_anything_is_written(kind, backend):
     assert memory_bytes(buf) == before and len(buf) == 2
     buf.load_state_dict(copy.deepcopy(other.state_dict()))
     assert torch.equal(buf.advantages, other.advantages)
+
+
+def test_a_layout_without_data_is_refused():
+    arguments = bad_input.ARGUMENTS["append"]()
+    arguments["layout"] = arguments["layout"].to("meta")
+    with pytest.raises(RuntimeError, match="layout: expected a tensor on the CPU, got one on meta"):
+        torch.ops.pydrone.append(*arguments.values())
+
+
+@native
+def test_networks_without_data_are_not_taken_for_learnt_from():
+    rng = random.Random(1)
+    arguments = bad_input.fused_update(rng).arguments
+    for name in ("actor", "critic"):
+        with pytest.raises(
+            RuntimeError, match=rf"{name}: expected float32 parameters on the CPU, got torch\.float32 on meta"
+        ):
+            pydrone.ppo.fused_update(**arguments | {name: copy.deepcopy(arguments[name]).to("meta")})
