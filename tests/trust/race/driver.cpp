@@ -25,6 +25,14 @@ void gae(const Tensor&, const Tensor&, const Tensor&, const Optional&, const Opt
 void gather(const Tensor&, const std::vector<int64_t>&, const std::vector<int64_t>&, const std::vector<Tensor>&, int64_t,
             const Optional&, const Optional&, const Optional&, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t,
             bool, int64_t, const Optional&, const Optional&, const Optional&, const Optional&);
+void ppo_gradients(const std::vector<Tensor>&, const std::vector<Tensor>&, const Tensor&, const Tensor&, const Tensor&,
+                   const Tensor&, const Tensor&, const Optional&, const Optional&, const std::vector<Tensor>&,
+                   const std::vector<Tensor>&, const Tensor&, int64_t, double, double, double, const Optional&,
+                   const Optional&, const Optional&, const Optional&, double, const Optional&, const Optional&,
+                   const std::vector<Tensor>&, const Tensor&);
+void clipped_adam(const std::vector<Tensor>&, const std::vector<Tensor>&, const std::vector<Tensor>&,
+                  const std::vector<Tensor>&, const std::vector<Tensor>&, const std::vector<int64_t>&, double,
+                  const Tensor&, double, double, double, const Tensor&);
 }  // namespace pydrone
 
 namespace {
@@ -94,6 +102,37 @@ void run_gather(int64_t num_envs, int64_t num_steps, int64_t row_bytes, bool shu
               (long long)row_bytes, sum(out) + sum(returns));
 }
 
+// Weights and biases of two hidden layers, or tensors shaped as these.
+std::vector<Tensor> network(int64_t inputs, int64_t width, int64_t outputs, double most) {
+  return {make<float>({width, inputs}, most), make<float>({width}, most), make<float>({width, width}, most),
+          make<float>({width}, most), make<float>({outputs, width}, most), make<float>({outputs}, most)};
+}
+
+void run_ppo(int64_t samples, int64_t width, int64_t activation) {
+  const std::vector<Tensor> actor = network(17, width, 4, 0.1), critic = network(17, width, 1, 0.1);
+  std::vector<Tensor> grads = network(17, width, 4, 0), more = network(17, width, 1, 0);
+  grads.insert(grads.end(), more.begin(), more.end());
+  grads.push_back(make<float>({4}));
+  const Tensor metrics = make<double>({3}), std = make<float>({4}, 1), mu = make<float>({samples, 4}, 1);
+  for (int64_t j = 0; j < 4; ++j) static_cast<float*>(std.data_ptr())[j] += 0.5f;
+  const Tensor sigma = make<float>({samples, 4}, 1);
+  for (int64_t j = 0; j < 4 * samples; ++j) static_cast<float*>(sigma.data_ptr())[j] += 0.5f;
+  auto vector = [&] { return make<float>({samples}, 1); };
+  pydrone::ppo_gradients({make<float>({samples, 17}, 1)}, {}, make<float>({samples, 4}, 1), vector(), vector(), vector(),
+                         vector(), mu, sigma, actor, critic, std, activation, 0.2, 0.2, 1, {}, {}, {}, {}, 10, {}, {},
+                         grads, metrics);
+  std::printf("ppo %lld: %.6g\n", (long long)samples, sum(grads[0]) + sum(grads[6]) + sum(metrics));
+}
+
+void run_adam(int64_t width) {
+  const std::vector<Tensor> parameters = network(17, width, 4, 1), norms = {make<float>({2})};
+  std::vector<Tensor> steps;
+  for (size_t i = 0; i < parameters.size(); ++i) steps.push_back(make<float>({}));
+  pydrone::clipped_adam(parameters, network(17, width, 4, 1), network(17, width, 4, 1), network(17, width, 4, 1), steps,
+                        {0, 0, 0, 0, 1, 1}, 0.5, make<float>({}, 1), 0.9, 0.999, 1e-8, norms[0]);
+  std::printf("adam %lld: %.6g\n", (long long)width, sum(parameters[2]) + sum(norms[0]));
+}
+
 }  // namespace
 
 int main(int argc, char**) {
@@ -118,5 +157,8 @@ int main(int argc, char**) {
     run_gather(301, 17, 64, shuffle);     // not so
     run_gather(999, 7, 1024, shuffle);
   }
+  for (const int64_t activation : {0, 1, 2, 3}) run_ppo(4099, 33, activation);
+  run_ppo(130, 128, 0);
+  run_adam(512);
   return 0;
 }

@@ -11,6 +11,8 @@ namespace torch::stable {
 
 inline constexpr int64_t kThreads = 4;
 
+inline int64_t get_num_threads() { return kThreads; }
+
 template <class F>
 void parallel_for(int64_t begin, int64_t end, int64_t grain, const F& f) {
   if (begin >= end) return;
