@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, TextIO
 
-from pydrone.ppo.meters import STAGES
+from pydrone.ppo.meters import stages_of
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -98,7 +98,7 @@ def picture(title: str, figures: Mapping[str, float], iterations: int, left: flo
     )
     rewards = {name.removeprefix(REWARD): x for name, x in figures.items() if name.startswith(REWARD)}
     whole = figures["time/iteration"]
-    shares = {stage: figures[f"time/{stage}"] for stage in STAGES}
+    shares = stages_of(figures)
     shares["other"] = max(0.0, whole - sum(shares.values()))
     columns = {
         "episode": ((label, _number(figures.get(name), form)) for label, name, form in EPISODES),

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -88,6 +89,7 @@ class Ring:
         self._resets = [False] * layout.num_rollouts
         # What captured calls were given holds for every replay.
         self._captured_truncations = self._captured_resets = self._captured_gae = False
+        self._as_captured = False
         self._computed = False
         self._not_finite_in: int | None = None  # the last rollout that was found to be so
         self._pool_valued = self._captured_pool_valued = False  # whether compute_gae read the pool
@@ -345,7 +347,20 @@ class Ring:
         return self._discarded % self.capacity
 
     def _capturing(self) -> bool:
-        return self._on_cuda and torch.cuda.is_current_stream_capturing()
+        return self._as_captured or (self._on_cuda and torch.cuda.is_current_stream_capturing())
+
+    @contextlib.contextmanager
+    def as_captured(self) -> Iterator[None]:
+        """Calls within it do at once what a captured graph's do: they follow the device's counters.
+
+        Before a capture they load the kernels that it needs, which a capture may not be able to. :meth:`advance` comes
+        before them, as before a replay.
+        """
+        before, self._as_captured = self._as_captured, True
+        try:
+            yield
+        finally:
+            self._as_captured = before
 
     def to(self, device: torch.device | str) -> Ring:
         """This buffer if it lies on ``device``, else a new one there with the same contents."""

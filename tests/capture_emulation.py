@@ -1,20 +1,17 @@
 """What torch.cuda.graph does, on a CPU: operations are recorded while Python runs, and run again on the same memory.
 
 Nothing has happened after a capture: what was written is put back, and the generators are. What would make the host
-wait for the device is an error, as in a capture; so is reading what the ring's host counters say in a kernel, since
-the buffer is told that it is being captured.
+wait for the device is an error, as in a capture.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-
-from pydrone.buffer import RolloutBuffer
 
 aten = torch.ops.aten
 # Of what only a GPU's version does without the host: fused Adam reads its learning rate there.
@@ -76,15 +73,9 @@ def written(func: torch._ops.OpOverload, args: tuple, kwargs: dict) -> Iterator[
             yield from tensors(args[i] if i < len(args) else kwargs.get(argument.name))
 
 
-def emulated(monkeypatch) -> Callable:
+def capture(run: Callable[[], None], generators: Sequence[torch.Generator], device: torch.device) -> Callable[[], None]:
     """In place of pydrone.ppo.graphs.capture."""
-
-    def capture(run: Callable, generators: list[torch.Generator]) -> tuple[Callable[[], None], Any]:
-        recorder = Recorder(generators)
-        with monkeypatch.context() as patch, recorder:
-            patch.setattr(RolloutBuffer, "_capturing", lambda self: True)
-            result = run()
-        with torch.no_grad():
-            return torch.no_grad()(recorder.replay), result
-
-    return capture
+    recorder = Recorder(list(generators))
+    with recorder:
+        run()
+    return torch.no_grad()(recorder.replay)

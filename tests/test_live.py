@@ -75,6 +75,12 @@ def test_what_it_shows():
     assert "distance" not in text and all(len(line) <= 110 for line in rows)
 
 
+def test_an_iteration_replayed_whole_has_no_stages():
+    figures = {name: x for name, x in FIGURES.items() if not name.startswith("time/")}
+    text = "\n".join(drawn(figures | {"time/iteration": 2.0, "time/replay": 1.5}))
+    assert re.search(r"replay +75%", text) and re.search(r"other +25%", text) and "policy" not in text
+
+
 def test_what_is_not_known_yet_is_a_dash():
     unknown = dict.fromkeys(("episode_length", "episode_return", "success_rate"), math.nan)
     figures = {name: x for name, x in FIGURES.items() if not name.startswith("env/")} | unknown

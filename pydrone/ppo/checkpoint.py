@@ -38,6 +38,15 @@ def save(path: str | os.PathLike[str], state: dict[str, Any]) -> Path:
     return path
 
 
+def copied(state: Any) -> Any:
+    """``state`` with copies of the tensors in its dicts, lists and tuples."""
+    if isinstance(state, torch.Tensor):
+        return state.detach().clone()
+    if isinstance(state, dict):
+        return {name: copied(x) for name, x in state.items()}
+    return type(state)(map(copied, state)) if isinstance(state, (list, tuple)) else state
+
+
 def load(
     path: str | os.PathLike[str], device: torch.device | str = "cpu", required: Sequence[str] = ()
 ) -> dict[str, Any]:

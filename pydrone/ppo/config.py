@@ -167,7 +167,7 @@ class TrainConfig:
     wandb_project: str = option("pydrone", "Its project.")
     capture: bool = option(
         False,
-        "Replay rollouts and updates as CUDA graphs: CUDA and the pure-torch quadrotor. Not yet run on a GPU.",
+        "Replay iterations as one CUDA graph: CUDA and the pure-torch quadrotor. Not yet run on a GPU.",
     )
     live: bool = option(True, "Draw the progress where the output is a terminal; elsewhere it is a line an iteration.")
     ppo: PPOConfig = field(default_factory=PPOConfig, metadata={"help": "The algorithm.", "aliases": ()})

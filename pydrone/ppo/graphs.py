@@ -1,25 +1,26 @@
-"""A rollout and an update as CUDA graphs: hundreds of launches become two, and the host has nothing to do in between.
+"""A training iteration as one CUDA graph: thousands of launches become one, and the host has nothing to do in between.
 
-The first of each runs as ever, on a side stream: it loads kernels, and makes what the optimiser and the libraries keep.
-Before the second, the same Python code is captured; it and all later ones are replays, of the same operations on the
-same memory. What changes from one to the next is on the device: the ring's counters, which key the shuffle too, the
-generators' offsets, the learning rate.
+The first iteration runs as ever, on a side stream: it loads the kernels, and makes what the optimiser and the libraries
+keep. Before the second, the same Python code is captured; it and all later ones are replays, of the same operations on
+the same memory. What changes from one to the next is on the device: the ring's counters, which key the shuffle too, the
+generators' offsets, the learning rate, running statistics and episodes.
+
+Python runs once then, at the capture. What it would have counted and remembered is done here, beside the replay.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from pydrone.envs.base import LogMeter
+from pydrone.ppo.meters import REPLAY, Stopwatch
 
 if TYPE_CHECKING:
-    from pydrone.ppo.trainer import Trainer
-
-R = TypeVar("R")
+    from pydrone.ppo.trainer import Computed, Trainer
 
 
 def why_not(trainer: Trainer) -> str | None:
@@ -42,57 +43,8 @@ def why_not(trainer: Trainer) -> str | None:
     return None
 
 
-class Captured(Generic[R]):
-    """``run`` without arguments, whose tensors stay where they are: run once, then captured, then replayed.
-
-    Args:
-        run: launches what it does on the current stream and waits for nothing.
-        generators: those it draws from besides torch's own.
-        before: called before each replay and not captured.
-    """
-
-    def __init__(self, run: Callable[[], R], generators: list[torch.Generator], before: Callable[[], None]) -> None:
-        self._run, self._generators, self._before = run, generators, before
-        self._warm = False
-        self._replay: Callable[[], None] | None = None
-        self._result: R
-
-    def __call__(self) -> R:
-        """Does what ``run`` does. The result's tensors are written over by the next replay."""
-        if not self._warm:
-            self._warm = True
-            return aside(self._run)
-        if self._replay is None:
-            self._replay, self._result = capture(self._run, self._generators)
-        self._before()
-        self._replay()
-        return self._result
-
-
-def aside(run: Callable[[], R]) -> R:
-    """Runs on a side stream, as PyTorch wants it of what is captured later; the current one waits for it."""
-    current, stream = torch.cuda.current_stream(), torch.cuda.Stream()
-    stream.wait_stream(current)
-    with torch.cuda.stream(stream):
-        result = run()
-    current.wait_stream(stream)
-    return result
-
-
-def capture(run: Callable[[], R], generators: list[torch.Generator]) -> tuple[Callable[[], None], R]:
-    """How to replay it, and what ``run`` returned; nothing has been computed yet."""
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    for generator in generators:
-        graph.register_generator_state(generator)
-    # relaxed: kernels that follow the device's counters are loaded here.
-    with torch.cuda.graph(graph, capture_error_mode="relaxed"):
-        result = run()
-    return graph.replay, result
-
-
-class Graphs:
-    """The rollout and the update of a trainer, in place of its own; the rest of an iteration stays as it is.
+class Graph:
+    """A trainer's iteration, but for the reading of its figures, in place of the trainer's own ``compute``.
 
     Raises ValueError, with the reason, where a training cannot be captured.
     """
@@ -102,45 +54,82 @@ class Graphs:
         if reason is not None:
             raise ValueError(f"capture: expected False here: {reason}")
         self._trainer = trainer
-        self._log: LogMeter | None = None
+        trainer._watch = Stopwatch(trainer.device, (REPLAY,))
         generator = getattr(trainer.env, "generator", None)
-        steps = trainer.config.num_steps
-        self._rollout = Captured(
-            self._collect, [] if generator is None else [generator], lambda: trainer.buffer.advance(steps)
-        )
-        self._update = Captured(self._learn, [], lambda: None)
+        self._generators = [] if generator is None else [generator]
+        self._warm = False
+        self._replay: Callable[[], None] | None = None
+        # What the captured code left in Python: its result, the sums of the log, the state before the update.
+        self._computed: Computed
+        self._log: LogMeter
+        self._before_update: dict[str, Any]
 
-    def collect(self) -> tuple[Tensor, dict[str, Any]]:
-        """As the trainer's; its stopwatch counts all of it as the environment's."""
+    def compute(self) -> Computed:
+        """As the trainer's, and the rollout is discarded. The next call writes over its tensors."""
         trainer = self._trainer
-        result = self._rollout()
+        trainer.buffer.advance(trainer.config.num_steps)  # what the appends would count on the host
+        if self._warm and self._replay is None:
+            self._capture()
+        if self._replay is None:
+            aside(self._compute, trainer.device)
+            self._warm = True
+        else:
+            self._replay()
+        trainer.buffer.advance(0, rollouts=1)  # and clear()
         trainer._env_log = self._log.copy()
-        trainer._watch.lap("env")
-        return result
+        trainer._before_update = {**self._before_update, "iteration": trainer.iteration}
+        trainer._watch.lap(REPLAY)
+        return self._computed
 
-    def update(self) -> dict[str, Tensor]:
-        """As the learner's."""
-        return self._update()
-
-    def _collect(self) -> tuple[Tensor, dict[str, Any]]:
+    def _compute(self) -> None:
         trainer = self._trainer
-        watch, before = trainer._watch, trainer._obs
-        trainer._watch, trainer._env_log = _Stopped(), LogMeter()
+        watch, trainer._watch, trainer._env_log = trainer._watch, _Stopped(), LogMeter()
         try:
-            result = trainer.collect()
+            # With the device's counters the first time too: the kernels are those of the capture.
+            with trainer.buffer.as_captured():
+                self._computed = trainer.compute()
+                trainer.buffer.clear()
         finally:
-            trainer._watch, self._log = watch, trainer._env_log
-        if places(before) != places(trainer._obs):
-            raise RuntimeError(
-                "capture: expected an environment that writes its observations to the same memory in reset() and step()"
-            )
-        return result
+            trainer._watch = watch
+        self._log, self._before_update = trainer._env_log, trainer._before_update
 
-    def _learn(self) -> dict[str, Tensor]:
-        learner = self._trainer.learner
-        for group in learner.optimizer.param_groups:
-            group["capturable"] = learner.learning_rate.is_cuda
-        return learner.update(self._trainer.buffer)
+    def _capture(self) -> None:
+        trainer, before = self._trainer, places(self._trainer._obs)
+        groups = trainer.learner.optimizer.param_groups
+        try:
+            for group in groups:
+                group["capturable"] = trainer.learner.learning_rate.is_cuda
+            replay = capture(self._compute, self._generators, trainer.device)
+        finally:
+            trainer._before_update = None  # nothing has been computed yet
+            for group in groups:
+                group["capturable"] = False  # Adam warns where it is set, and nothing is captured
+        if before != places(trainer._obs):
+            raise RuntimeError(
+                "capture: expected an environment that writes its observations to the same memory in every step()"
+            )
+        self._replay = replay
+
+
+def aside(run: Callable[[], None], device: torch.device) -> None:
+    """Runs on a side stream, as PyTorch wants it of what is captured later; the current one waits for it."""
+    current, stream = torch.cuda.current_stream(device), torch.cuda.Stream(device)
+    stream.wait_stream(current)
+    with torch.cuda.stream(stream):
+        run()
+    current.wait_stream(stream)
+
+
+def capture(run: Callable[[], None], generators: Sequence[torch.Generator], device: torch.device) -> Callable[[], None]:
+    """How to replay it; nothing has been computed yet."""
+    torch.cuda.synchronize(device)
+    graph = torch.cuda.CUDAGraph()
+    for generator in generators:
+        graph.register_generator_state(generator)
+    # relaxed: what a library loads or allocates for the first time on this stream is no mistake.
+    with torch.cuda.graph(graph, stream=torch.cuda.Stream(device), capture_error_mode="relaxed"):
+        run()
+    return graph.replay
 
 
 class _Stopped:

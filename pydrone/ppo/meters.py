@@ -3,30 +3,42 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from pydrone.ops.schema import INVALID, RUNNING
 
-# The parts of an iteration whose time is taken.
+# The parts of an iteration whose time is taken; of one that is replayed whole, that of the replay.
 STAGES = ("env", "policy", "storage", "gae", "update")
+REPLAY = "replay"
+
+
+def stages_of(figures: Mapping[str, float]) -> dict[str, float]:
+    """The seconds of an iteration's parts, as far as ``figures`` have them."""
+    return {stage: figures[f"time/{stage}"] for stage in (*STAGES, REPLAY) if f"time/{stage}" in figures}
 
 
 class Stopwatch:
-    """Seconds by stage. On CUDA by events in the stream, so that taking the time does not wait for the device."""
+    """Seconds by stage. On CUDA by events in the stream, so that taking the time does not wait for the device.
 
-    def __init__(self, device: torch.device) -> None:
+    Args:
+        device: what is timed.
+        stages: those of an iteration.
+    """
+
+    def __init__(self, device: torch.device, stages: Sequence[str] = STAGES) -> None:
+        self._stages = tuple(stages)
         self._cuda = device.type == "cuda"
         self._spare: list[torch.cuda.Event] = []
         self._laps: list[tuple[str | None, torch.cuda.Event]] = []
-        self._seconds = dict.fromkeys(STAGES, 0.0)
+        self._seconds = dict.fromkeys(self._stages, 0.0)
         self._last = 0.0
 
     def start(self) -> None:
         """Begins an iteration at zero."""
-        self._seconds = dict.fromkeys(STAGES, 0.0)
+        self._seconds = dict.fromkeys(self._stages, 0.0)
         self._last = time.perf_counter()
         if self._cuda:
             self._spare += [event for _, event in self._laps]
@@ -39,13 +51,13 @@ class Stopwatch:
             self._record(stage)
         else:
             now = time.perf_counter()
-            self._seconds[stage] += now - self._last
+            self._seconds[stage] = self._seconds.get(stage, 0.0) + now - self._last
             self._last = now
 
     def seconds(self) -> dict[str, float]:
         """By stage, since :meth:`start`. On CUDA the device must have been waited for."""
         for (_, before), (stage, after) in zip(self._laps, self._laps[1:]):
-            self._seconds[stage] += before.elapsed_time(after) * 1e-3
+            self._seconds[stage] = self._seconds.get(stage, 0.0) + before.elapsed_time(after) * 1e-3
         return dict(self._seconds)
 
     def _record(self, stage: str | None) -> None:
@@ -88,8 +100,9 @@ class EpisodeMeter:
                 (reward_before + torch.where(ended, self._reward, 0)).sum(),
             )
         )
-        self._length = length_after + torch.where(ended, 0, self._length)
-        self._reward = reward_after + torch.where(ended, 0, self._reward)
+        # In place: a captured graph goes on reading, and writing, where it did.
+        self._length.copy_(length_after + torch.where(ended, 0, self._length))
+        self._reward.copy_(reward_after + torch.where(ended, 0, self._reward))
         return totals
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -98,4 +111,5 @@ class EpisodeMeter:
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Takes over what ``state_dict`` returned."""
-        self._length, self._reward = state["length"].to(self._length), state["reward"].to(self._reward)
+        self._length.copy_(state["length"])
+        self._reward.copy_(state["reward"])

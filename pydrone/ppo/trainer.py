@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import itertools
 import json
@@ -30,7 +29,7 @@ from pydrone.ppo import checkpoint, configfile
 from pydrone.ppo.config import TrainConfig, check_minibatches
 from pydrone.ppo.distributed import Ranks
 from pydrone.ppo.learner import Learner
-from pydrone.ppo.meters import STAGES, EpisodeMeter, Stopwatch
+from pydrone.ppo.meters import EpisodeMeter, Stopwatch, stages_of
 from pydrone.ppo.normalization import RewardScaler
 from pydrone.ppo.policy import make_policy
 
@@ -50,6 +49,14 @@ class NotFinite(FloatingPointError):
     def __init__(self, message: str, figures: dict[str, float]) -> None:
         super().__init__(message)
         self.figures = figures
+
+
+class Computed(NamedTuple):
+    """What an iteration has left on the device for its figures."""
+
+    metrics: tuple[str, ...]  # the learner's
+    scalars: list[Tensor]  # of :meth:`Trainer._figures`
+    row: Tensor | None  # float64: ``scalars``, the environment's log and the buffer's flags; None with several ranks
 
 
 class Outcome(NamedTuple):
@@ -146,11 +153,11 @@ class Trainer:
         self._env_log, self._log_keys = LogMeter(), []
         self._watch = Stopwatch(self.device)
         self._obs: Any = None
-        self._graphs = None
+        self._graph = None
         if config.capture:
-            from pydrone.ppo.graphs import Graphs
+            from pydrone.ppo.graphs import Graph
 
-            self._graphs = Graphs(self)
+            self._graph = Graph(self)
         # What an iteration without an end of an episode goes on showing.
         self._episode_figures = dict.fromkeys(("episode_length", "episode_return", "success_rate"), math.nan)
         self._lengths: deque[float] = deque(maxlen=WINDOW)
@@ -176,23 +183,13 @@ class Trainer:
         began = time.perf_counter()
         if self._obs is None:
             self._start()
-        buffer, ppo = self.buffer, self.config.ppo
-        self._watch.start()
-        last_values, bootstrap = self.collect() if self._graphs is None else self._graphs.collect()
-        if self._rewards is not None:
-            self._rewards.apply_to(buffer.rewards, buffer.dones, self.ranks)
-        # What its flags say is read below, with the figures.
-        buffer.compute_gae(last_values, ppo.gamma, ppo.lam, check=False, **bootstrap)
-        if self.ranks.several and ppo.advantage_scope == "rollout":
-            merged = self.ranks.moments(*buffer.statistics)
-            buffer.statistics.copy_(torch.stack(merged))
-        self._watch.lap("gae")
-        self._before_update = copy.deepcopy(self._learnt())
+        buffer = self.buffer
         self.learner.set_progress(self.iteration / self.config.iterations)
-        learnt = self.learner.update(buffer) if self._graphs is None else self._graphs.update()
-        self._watch.lap("update")
-        figures, culprit = self._read(learnt)
-        buffer.clear()
+        self._watch.start()
+        computed = self.compute() if self._graph is None else self._graph.compute()
+        figures, culprit = self._read(computed)
+        if self._graph is None:
+            buffer.clear()
         self.iteration += 1
         self._before_update = None
         seconds = time.perf_counter() - began
@@ -206,6 +203,23 @@ class Trainer:
                 figures,
             )
         return figures
+
+    def compute(self) -> Computed:
+        """What the device has to do in an iteration; the host waits for nothing, but for what a learner does."""
+        buffer, ppo = self.buffer, self.config.ppo
+        last_values, bootstrap = self.collect()
+        if self._rewards is not None:
+            self._rewards.apply_to(buffer.rewards, buffer.dones, self.ranks)
+        # What its flags say is read with the figures.
+        buffer.compute_gae(last_values, ppo.gamma, ppo.lam, check=False, **bootstrap)
+        if self.ranks.several and ppo.advantage_scope == "rollout":
+            merged = self.ranks.moments(*buffer.statistics)
+            buffer.statistics.copy_(torch.stack(merged))
+        self._watch.lap("gae")
+        self._before_update = checkpoint.copied(self._learnt())
+        learnt = self.learner.update(buffer)
+        self._watch.lap("update")
+        return self._figures(learnt)
 
     @torch.no_grad()
     def collect(self) -> tuple[Tensor, dict[str, Any]]:
@@ -285,8 +299,8 @@ class Trainer:
             self.env.randomize_episode_lengths()
 
     @torch.no_grad()
-    def _read(self, learnt: dict[str, Tensor]) -> tuple[dict[str, float], str | None]:
-        """The figures on the host, and what is not finite. Raises what the buffer's flags say."""
+    def _figures(self, learnt: dict[str, Tensor]) -> Computed:
+        """The sums and flags that the figures are made of, on the device."""
         buffer = self.buffer
         rewards, codes = buffer.rewards, buffer.dones
         if self._rewards is not None:
@@ -298,14 +312,22 @@ class Trainer:
         finite.append(buffer.flags()[3] == 0)  # observations, as append's launches have seen them
         timeouts = (codes == TRUNCATED).sum()
         scalars = [*learnt.values(), self.policy.std.mean(), rewards.mean(), *episodes.unbind(), timeouts, *finite]
-        rows, log = self._gather(scalars)
+        row = None
+        if not self.ranks.several:
+            sums = [x.to(self.device).double() for x in self._env_log.totals()]
+            row = torch.cat((torch.stack(scalars + sums).double(), buffer.flags()))
+        return Computed(tuple(learnt), scalars, row)
+
+    @torch.no_grad()
+    def _read(self, computed: Computed) -> tuple[dict[str, float], str | None]:
+        """The figures on the host, and what is not finite. Raises what the buffer's flags say."""
+        rows, log = self._gather(computed)
         # The losses and the standard deviation are those of all ranks on each of them.
-        *losses, std = rows[0][: len(learnt) + 1]
-        rewards, *ended, good_rewards, good_values, good_advantages, good_obs = zip(
-            *(row[len(learnt) + 1 :] for row in rows)
-        )
+        own = len(computed.metrics) + 1
+        *losses, std = rows[0][:own]
+        rewards, *ended, good_rewards, good_values, good_advantages, good_obs = zip(*(row[own:] for row in rows))
         reward, (count, length, total, timeouts) = sum(rewards) / len(rows), map(sum, ended)
-        figures = dict(zip(learnt, losses))
+        figures = dict(zip(computed.metrics, losses))
         if count:
             means = {"episode_length": length, "episode_return": total, "success_rate": timeouts}
             self._episode_figures = {name: value / count for name, value in means.items()}
@@ -343,17 +365,17 @@ class Trainer:
         details = "; ".join((f"rank {rank}, " if several else "") + str(x) for _, rank, _, x in found)
         return f"the {culprit} are not finite", f": {details}"
 
-    def _gather(self, scalars: list[Tensor]) -> tuple[list[list[float]], dict[str, float]]:
-        """``scalars`` of each rank, and the means of all environments' logs, in one message.
+    def _gather(self, computed: Computed) -> tuple[list[list[float]], dict[str, float]]:
+        """The scalars of each rank, and the means of all environments' logs, in one message.
 
         In two where a log has keys that it had not before. Raises what the flags of any rank's buffer say.
         """
-        log, ranks, flags = self._env_log, self.ranks, self.buffer.flags()
-        if not ranks.several:
-            sums = [x.to(self.device).double() for x in log.totals()]
-            row = torch.cat((torch.stack(scalars + sums).double(), flags)).tolist()
-            self.buffer.check(_but_finite(row[-len(flags) :]))
-            return [row[: len(scalars)]], log.means(row[len(scalars) : -len(flags)])
+        log, ranks, scalars = self._env_log, self.ranks, computed.scalars
+        if computed.row is not None:
+            row, own = computed.row.tolist(), len(scalars) + len(log.totals())
+            self.buffer.check(_but_finite(row[own:]))
+            return [row[: len(scalars)]], log.means(row[len(scalars) : own])
+        flags = self.buffer.flags()
         norm = torch.stack(torch._foreach_norm(list(self.policy.parameters()))).sum()
         while True:
             new = not log.keys() <= set(self._log_keys)
@@ -607,7 +629,7 @@ class Trainer:
 def progress_line(figures: dict[str, float], iterations: int, seconds_left: float) -> str:
     """One iteration in a line: the reward of an episode, its length, speed, seconds by stage, time left."""
     number = f"{int(figures['iteration']):>{len(str(iterations))}}/{iterations}"
-    stages = " ".join(f"{stage} {figures[f'time/{stage}']:.2f}" for stage in STAGES)
+    stages = " ".join(f"{stage} {seconds:.2f}" for stage, seconds in stages_of(figures).items())
     minutes, seconds = divmod(round(seconds_left), 60)
     reward, length = figures["episode_return"], figures["episode_length"]
     # Unknown until an episode has ended.
