@@ -18,6 +18,7 @@ from torch import Tensor
 
 import pydrone
 from pydrone import RolloutBuffer
+from pydrone.ops.schema import loss_workspace_size
 
 # (num_envs, num_steps): sizes of one, multiples of nothing, wide rows, and more than a block of each kernel.
 SIZES = ((1, 1), (3, 7), (37, 20), (131, 33))
@@ -116,6 +117,29 @@ def functions(num_envs: int, num_steps: int, device: str, backend: str) -> None:
             )
 
 
+def losses(num_envs: int, num_steps: int, device: str) -> None:
+    """PPO's loss, a Triton kernel on every GPU: of an odd number of samples, dense and with strides, every option."""
+    size = num_envs * num_steps
+    for actions in (1, 4, 17):
+        matrices = [torch.randn(2 * size, 3 * actions, device=device).abs() + 0.1 for _ in range(4)]
+        mean, drawn, mu, sigma = (x[::2, ::3] for x in matrices)
+        scalars = [torch.randn(2 * size, device=device)[::2] for _ in range(5)]
+        workspace = torch.zeros(loss_workspace_size(size, actions), dtype=torch.float64, device=device)
+        moments = [torch.tensor(x, device=device) for x in (0.7, 1.9)]
+        for dense, with_kl, value_clip in ((True, True, 0.2), (False, True, -1.0), (True, False, 0.2)):
+            a, b, c, d = (x.contiguous() if dense else x for x in (mean, drawn, mu, sigma))
+            old_log_probs, advantages, *values = (x.contiguous() if dense else x for x in scalars)
+            shapes = ((size, actions), (size,), (actions,), (4,))
+            outputs = [torch.full(shape, float("nan"), device=device) for shape in shapes]
+            torch.ops.pydrone.ppo_loss(
+                a, torch.full((actions,), 0.8, device=device), b, old_log_probs, advantages, *values,
+                *((c, d) if with_kl else (None, None)), 0.2, value_clip, 1.0, 0.01,
+                *(moments if dense else (None, None)), size, *outputs, workspace,
+            )  # fmt: skip
+            assert all(bool(x.isfinite().all()) for x in outputs[:3]) and workspace[0] == 0
+            assert bool(outputs[3][: 3 + with_kl].isfinite().all())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("backend", choices=("cuda", "triton", "cpu", "reference"))
@@ -128,6 +152,8 @@ def main() -> None:
             rollouts(num_envs, num_steps, capacity, device, options.backend)
         captured(num_envs, num_steps, device, options.backend)
         functions(num_envs, num_steps, device, options.backend)
+        if options.backend != "cuda":  # on a GPU it is Triton's whatever the backend
+            losses(num_envs, num_steps, device)
     if device == "cuda":
         # The statistics of more than a warp's and a block's programs, and two rows of a warp.
         functions(4099, 5, device, options.backend)

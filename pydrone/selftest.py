@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -17,6 +18,8 @@ from torch import Tensor
 
 from pydrone.buffer import RolloutBuffer
 from pydrone.estimators import gae as estimate
+from pydrone.ops import reference, triton
+from pydrone.ops.schema import loss_workspace_size
 
 # Environments x steps: one, less than a vector, multiples of nothing, more than a block.
 SHAPES = ((1, 1), (3, 7), (37, 13), (131, 33))
@@ -31,9 +34,13 @@ class Wrong(Exception):
     """A kernel's result is not the expected one; the message says where."""
 
 
-def kernels() -> dict[str, Callable[[str, str], int]]:
-    """The tests by the kernel's name: called with a backend and a device they return how many cases they checked."""
-    return {"gae": check_gae, "append": check_append, "gather": check_gather}
+def kernels(backend: str) -> dict[str, Callable[[str, str], int]]:
+    """The tests by the kernel's name: called with a backend and a device they return how many cases they checked.
+
+    The loss is there for those that have a version of it: the native libraries have none.
+    """
+    tests = {"gae": check_gae, "append": check_append, "gather": check_gather}
+    return tests | {"ppo_loss": check_ppo_loss} if backend in LOSSES else tests
 
 
 # -------------------------------------------------------------------------------------------------------- self-tests
@@ -121,6 +128,93 @@ def check_gather(backend: str, device: str) -> int:
             _same(f"samples of epoch {epoch} of {num_envs} x {num_steps}", torch.arange(num_envs * num_steps), seen)
         cases += 1
     return cases
+
+
+def check_ppo_loss(backend: str, device: str) -> int:
+    """A sample worked out by hand, then random minibatches, of one program and of several, with every option."""
+    # One action: mean 0.5, std 2, drawn 1.5, so z = 1/2; ratio 1, advantage 3. The old policy is N(0.25, 1). Value 1,
+    # old 0.9, return 3: within the clip of 0.2.
+    log_prob = -0.125 - math.log(2) - 0.5 * math.log(2 * math.pi)
+    sample = {"mean": 0.5, "std": 2.0, "actions": 1.5, "log_probs": log_prob, "advantages": 3.0}
+    sample |= {"new_values": 1.0, "values": 0.9, "returns": 3.0, "mu": 0.25, "sigma": 1.0}
+    given = {name: torch.tensor([x]) for name, x in sample.items()}
+    given |= {name: given[name][None] for name in ("mean", "actions", "mu", "sigma")}
+    found = _ppo_loss(given, LOSSES[backend], device, value_clip=0.2, coefs=(1.0, 0.0))
+    entropy, kl = 0.5 + 0.5 * math.log(2 * math.pi) + math.log(2), math.log(2) + 1.0625 / 8 - 0.5
+    expected = ([-0.75], [-4.0], [1.125], [-3.0, 4.0, entropy, kl])
+    for name, wanted, got in zip(OUTPUTS, expected, found):
+        _close(f"{name} of the sample worked out by hand", torch.tensor(wanted), got.flatten())
+    cases = 1
+    for size, actions in ((1, 1), (37, 3), (513, 4), (1500, 17)):
+        for value_clip, with_kl, moments in ((0.2, True, None), (-1.0, False, (0.7, 1.9))):
+            given = _minibatch(size, actions)
+            options: dict[str, Any] = {"value_clip": value_clip, "moments": moments}
+            if not with_kl:
+                given["mu"] = given["sigma"] = None
+            wide = {name: None if x is None else x.double() for name, x in given.items()}
+            expected = _ppo_loss(wide, reference.ppo_loss, "cpu", **options)
+            found = _ppo_loss(given, LOSSES[backend], device, **options)
+            for name, wanted, got in zip(OUTPUTS, expected, found):
+                where = f"{name} of {size} x {actions}, value_clip={value_clip:g}"
+                if name == "metrics" and not with_kl:
+                    _same(f"{where}: the divergence", torch.tensor([True]), got[3:].isnan())
+                    wanted, got = wanted[:3], got[:3]
+                _close(where, size * wanted, size * got)  # means, of numbers of the size of 1
+            cases += 1
+    return cases
+
+
+# Versions of an operation that serves no buffer, and so is no part of a dispatch.Backend.
+LOSSES: dict[str, Callable[..., None]] = {"reference": reference.ppo_loss, "triton": triton.ppo_loss}
+OUTPUTS = ("mean_grad", "value_grad", "std_grad", "metrics")
+
+
+def _ppo_loss(
+    given: dict[str, Tensor | None],
+    loss: Callable[..., None],
+    device: str,
+    value_clip: float,
+    moments: tuple[float, float] | None = None,
+    coefs: tuple[float, float] = (0.7, 0.01),
+) -> list[Tensor]:
+    """OUTPUTS, which begin as NaN; twice, since the first launch must leave the workspace fit for the next."""
+    on = {name: None if x is None else x.to(device) for name, x in given.items()}
+    mean = on["mean"]
+    size, actions = mean.shape
+    shift_and_std = (None, None) if moments is None else [mean.new_tensor(x) for x in moments]
+    workspace = torch.zeros(loss_workspace_size(size, actions), dtype=torch.float64, device=device)
+    runs = []
+    for _ in range(2):
+        outputs = [mean.new_full(shape, math.nan) for shape in ((size, actions), (size,), (actions,), (4,))]
+        loss(*on.values(), 0.2, value_clip, *coefs, *shift_and_std, size, *outputs, workspace)
+        runs.append(outputs)
+    for name, first, second in zip(OUTPUTS, *runs):
+        _same(f"{name} of {size} x {actions} from launch to launch", first.nan_to_num(), second.nan_to_num())
+    return runs[0]
+
+
+def _minibatch(size: int, actions: int) -> dict[str, Tensor]:
+    """Arguments of ``ppo_loss``, in its order: ratios and values on both sides of what they are held within."""
+    draw = torch.Generator().manual_seed(size)
+
+    def normal(*shape: int, scale: float = 1.0) -> Tensor:
+        return torch.randn(shape, generator=draw) * scale
+
+    mean, std = normal(size, actions, scale=0.3), torch.rand(actions, generator=draw) + 0.5
+    drawn = normal(size, actions)
+    log_probs = (-0.5 * ((drawn - mean) / std).square() - std.log() - 0.5 * math.log(2 * math.pi)).sum(1)
+    return {
+        "mean": mean,
+        "std": std,
+        "actions": drawn,
+        "log_probs": log_probs + normal(size, scale=0.3),
+        "advantages": normal(size),
+        "new_values": normal(size, scale=0.3),
+        "values": normal(size, scale=0.3),
+        "returns": normal(size, scale=2),
+        "mu": normal(size, actions, scale=0.1),
+        "sigma": torch.rand(size, actions, generator=draw) + 0.5,
+    }
 
 
 def _gae(rollout: dict[str, Tensor], backend: str, device: str, **options: Any) -> tuple[Tensor, ...]:
@@ -310,7 +404,7 @@ def _seconds(call: Callable[[], object], device: str) -> float:
 
 def run(backend: str, device: str) -> Iterator[dict[str, Any]]:
     """For each kernel what came of its test: ``kernel``, ``cases``, and ``error``, None where it passed."""
-    for kernel, check in kernels().items():
+    for kernel, check in kernels(backend).items():
         cases, error = 0, None
         try:
             cases = check(backend, device)

@@ -81,10 +81,12 @@ def run(
     tests = [line for line in lines if "kernel" in line]
     speeds = [line for line in lines if "ratios" in line]
     if ended is not None:
+        from pydrone.selftest import kernels
+
         last = errors.strip().splitlines()[-1:]
         reason = ": ".join([ended, *last])
         # Only that is left out which came after: the first without a line is the one that failed.
-        left = [kernel for kernel in ("gae", "append", "gather") if kernel not in {test["kernel"] for test in tests}]
+        left = [kernel for kernel in kernels(backend) if kernel not in {test["kernel"] for test in tests}]
         tests += [
             {"kernel": kernel, "cases": 0, "error": reason if i == 0 else f"not run: {left[0]} failed before"}
             for i, kernel in enumerate(left)
@@ -169,7 +171,7 @@ def _self_tests(report: dict[str, Any]) -> list[str]:
     lines = []
     for test in report["self_tests"]:
         outcome = f"passed, {test['cases']} cases" if test["error"] is None else f"FAILED: {test['error']}"
-        lines.append(f"{test['backend']:<10}{test['device']:<6}{test['kernel']:<8}{outcome}")
+        lines.append(f"{test['backend']:<10}{test['device']:<6}{test['kernel']:<10}{outcome}")
     return lines
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ import torch
 import pydrone
 from pydrone import machine, selftest
 from pydrone.commands import doctor
-from pydrone.ops import dispatch, reference
+from pydrone.ops import dispatch, reference, triton
 
 # ------------------------------------------------------------------------------------------------------- self-tests
 
@@ -92,10 +94,55 @@ def test_the_self_test_notices_a_mistake(kernel, mistake, message, monkeypatch):
 
 
 def test_the_self_test_passes(backend):
-    results = list(selftest.run(backend, "cpu"))
-    assert [result["kernel"] for result in results] == ["gae", "append", "gather"]
+    results = {result["kernel"]: (result["cases"], result["error"]) for result in selftest.run(backend, "cpu")}
     # one by hand and 4 shapes x 2 memory orders x 3 bootstraps; 4 shapes; 4 shapes
-    assert [(result["cases"], result["error"]) for result in results] == [(25, None), (4, None), (4, None)]
+    expected = {"gae": (25, None), "append": (4, None), "gather": (4, None)}
+    if backend == "reference":  # as Triton; the native libraries have no loss
+        expected["ppo_loss"] = (9, None)  # one by hand and 4 sizes x 2 sets of options
+    assert results == expected
+
+
+def loss_off_by(output: int, much: float) -> Callable[..., None]:
+    def wrong(*args) -> None:
+        reference.ppo_loss(*args)
+        args[17 + output].view(-1)[-1] += much
+
+    return wrong
+
+
+def loss_without_a_sample(*args) -> None:
+    rest = [x[:-1] if isinstance(x, torch.Tensor) and x.dim() and len(x) == len(args[0]) else x for x in args[2:10]]
+    reference.ppo_loss(args[0][:-1], args[1], *rest, *args[10:17], args[17][:-1], args[18][:-1], *args[19:])
+
+
+def loss_that_leaves_its_workspace(*args) -> None:
+    reference.ppo_loss(*args)
+    args[20].add_(args[21][0])
+    args[21][0] += 1
+
+
+@pytest.mark.parametrize(
+    ("mistake", "message"),
+    [
+        (loss_off_by(0, 1e-4), "mean_grad of the sample worked out by hand"),
+        (loss_off_by(1, math.nan), "value_grad of the sample worked out by hand"),
+        (loss_off_by(2, 1e-4), "std_grad of the sample worked out by hand"),
+        (loss_off_by(3, 1e-3), "metrics of the sample worked out by hand"),
+        (loss_without_a_sample, "mean_grad of"),
+        (loss_that_leaves_its_workspace, "metrics of 1 x 1 from launch to launch"),
+        (raising, "RuntimeError no kernel image is available"),
+    ],
+)
+def test_the_self_test_notices_a_mistake_in_the_loss(mistake, message, monkeypatch):
+    monkeypatch.setitem(selftest.LOSSES, "triton", mistake)
+    with pytest.raises((selftest.Wrong, RuntimeError)) as found:
+        selftest.check_ppo_loss("triton", "cpu")
+    assert message in f"{type(found.value).__name__} {found.value}".replace("\n", " ")
+
+
+def test_triton_has_the_loss_tested():
+    assert list(selftest.kernels("triton")) == ["gae", "append", "gather", "ppo_loss"]
+    assert selftest.LOSSES["triton"] is triton.ppo_loss
 
 
 def test_the_speed_check_says_what_it_measured():
