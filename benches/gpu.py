@@ -111,6 +111,10 @@ class Clock:
         """How often the host launched something (a graph is one), and waited for the device, in one call of ``run``."""
         if not self.cuda:
             return {}
+        own, found = self._host_calls(lambda: None), self._host_calls(run)
+        return {name: n - own[name] for name, n in found.items()}  # without the profiler's
+
+    def _host_calls(self, run: Run) -> dict[str, int]:
         from torch.profiler import ProfilerActivity, profile
 
         self.wait()
@@ -118,7 +122,7 @@ class Clock:
             run()
         names = [event.name for event in recorded.events()]
         launch = ("cudaLaunch", "cuLaunch", "cudaGraphLaunch", "cudaMemcpyAsync", "cudaMemsetAsync")
-        waits = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
+        waits = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cudaMemcpy")
         return {"host_launches": sum(x.startswith(launch) for x in names), "host_waits": sum(x in waits for x in names)}
 
 
@@ -405,26 +409,51 @@ def rsl_rl(data: Data, clock: Clock) -> dict:
 
 
 def trainings(clock: Clock, num_envs: int, num_steps: int) -> list[dict]:
-    """A whole iteration on the pure-torch quadrotor: pydrone's trainer, the same captured, and rsl_rl's on the same."""
+    """A whole iteration on the pure-torch quadrotor: pydrone's trainer, rsl_rl's, and pydrone's as one graph, in turn.
+
+    What fails is a row that says so; the captured one comes last, since a failed capture can leave CUDA unusable.
+    """
     sys.path.insert(0, str(ROOT / "benches"))
-    rows = []
-    for backend, iteration in (
+    rows, runs = [], {}
+    for backend, make_run in (
         ("pydrone", partial(pydrone_training, clock, num_envs, num_steps, False)),
-        ("pydrone, captured", partial(pydrone_training, clock, num_envs, num_steps, True)),
         ("rsl_rl", partial(rsl_rl_training, clock, num_envs, num_steps)),
+        ("pydrone, captured", partial(pydrone_training, clock, num_envs, num_steps, True)),
     ):
-        row = {"what": "training iteration", "backend": backend}
+        rows.append(row := {"what": "training iteration", "backend": backend})
         try:
-            run = iteration()
-        except (ImportError, ValueError) as error:
-            rows.append(row | {"absent": str(error)})
-            continue
-        for _ in range(3):  # a captured one is captured in the second
-            run()
-        rows.append(
-            row | {"launches": clock.count(run), **clock.host_calls(run), "eager_us": 1e6 * clock.calls(run, 1)}
-        )
+            run = make_run()
+            for _ in range(3):  # a captured one is captured in the second
+                run()
+            row |= {"launches": clock.count(run), **clock.host_calls(run)}
+        except Exception as error:
+            known = isinstance(error, ImportError) or (isinstance(error, ValueError) and not clock.cuda)
+            row["absent" if known else "failed"] = in_a_line(error)
+        else:
+            runs[backend] = row, run
+    seconds: dict[str, list[float]] = {backend: [] for backend in runs}
+    try:
+        for _ in range(min(clock.repeats, 10)):
+            for backend, (row, run) in runs.items():
+                clock.wait()
+                start = time.perf_counter()
+                figures = run()
+                clock.wait()
+                seconds[backend].append(time.perf_counter() - start)
+                if figures:  # the last ones' stay
+                    row["stages_us"] = {name: 1e6 * x for name, x in figures.items() if name.startswith("time/")}
+    except Exception as error:
+        row["failed"] = in_a_line(error)
+    for backend, (row, _) in runs.items():
+        if seconds[backend]:
+            row["eager_us"] = 1e6 * statistics.median(seconds[backend])
+            if seconds.get("rsl_rl"):
+                row["of_rsl_rl"] = row["eager_us"] / (1e6 * statistics.median(seconds["rsl_rl"]))
     return rows
+
+
+def in_a_line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:400]
 
 
 def pydrone_training(clock: Clock, num_envs: int, num_steps: int, capture: bool) -> Run:
@@ -515,7 +544,9 @@ def table(rows: list[dict], copy_gb_s: float) -> str:
         speed = f"{row['cold_gb_s']:.0f} ({100 * row['cold_gb_s'] / copy_gb_s:.0f} %)" if "cold_gb_s" in row else ""
         if "host_waits" in row:
             speed = f"launched by the host {row['host_launches']}, waited {row['host_waits']}"
-        note = row.get("absent") or speed
+        if "of_rsl_rl" in row and row["backend"] != "rsl_rl":
+            speed += f"{', ' if speed else ''}{row['of_rsl_rl']:.2f} of rsl_rl's time"
+        note = row.get("absent") or row.get("failed") or speed
         lines.append(
             f"{row['what']:24}{row['backend']:22}{row.get('launches') or '':>9}"
             f"{numbers[0]:>9}{numbers[1]:>9}{numbers[2]:>11}{numbers[3]:>9}  {note}"
@@ -561,6 +592,8 @@ def main() -> None:
         path = options.out / f"{name}.json"
         path.write_text(json.dumps(found, indent=1) + "\n")
         print(f"\n{path}, {found['seconds']} s")
+    if failed := [f"{row['what']}, {row['backend']}" for row in rows if "failed" in row]:
+        raise SystemExit(f"gpu.py: failed: {'; '.join(failed)}")
 
 
 if __name__ == "__main__":

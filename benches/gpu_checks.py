@@ -27,6 +27,7 @@ WORK = (
     "tests of the backends cuda and triton, CUDA graphs, launches, streams: not run",
     "compute-sanitizer memcheck and racecheck: not run",
     "benchmarks: not run, benches/results not written",
+    "training iterations, eager, captured and rsl_rl's: not timed, their launches and waits not counted",
 )
 NEEDED = ("triton", "pytest", "hypothesis", "numpy", "setuptools", "ninja")
 PEERS = {"rsl_rl": "rsl-rl-lib", "tensordict": "tensordict"}
