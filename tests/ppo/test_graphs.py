@@ -144,6 +144,37 @@ def test_a_replayed_iteration_is_one_launch_and_one_read(schedule, on_the_cpu):
     assert f"steps/s  replay {figures['time/replay']:.2f} s  left" in progress_line(figures, ITERATIONS, 0.0)
 
 
+def launched(x: object) -> object:
+    """What of an operation's argument decides which kernel is compiled for it, and how its memory is read."""
+    if isinstance(x, torch.Tensor):
+        return x.dtype, tuple(x.shape), x.stride(), x.data_ptr() % 16
+    return tuple(map(launched, x)) if isinstance(x, (list, tuple)) else type(x)
+
+
+@cpu
+def test_a_capture_launches_no_kernel_that_the_first_iteration_has_not(on_the_cpu):
+    """Of pydrone's own, which Triton compiles and loads at the first call: not to be done in a capture."""
+    trainer = make(True, {"normalize_values": True})
+    trainer._start()
+    seen: list[set] = [set(), set()]
+
+    def noted(operation):
+        def call(*args) -> None:
+            seen[trainer.iteration].add((getattr(operation, "__name__", ""), launched(args)))
+            operation(*args)
+
+        return call
+
+    ops, loss = trainer.buffer._ops, torch.ops.pydrone.ppo_loss
+    trainer.buffer._ops = ops._replace(gae=noted(ops.gae), append=noted(ops.append), gather=noted(ops.gather))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.ops.pydrone, "ppo_loss", noted(loss))
+        trainer.iterate()
+        trainer.iterate()
+    assert on_the_cpu == ["_compute"] and len(seen[0]) >= 5
+    assert seen[1] == seen[0]
+
+
 @cpu
 def test_a_captured_training_goes_on_from_its_checkpoint(on_the_cpu, tmp_path):
     whole = make(False)
