@@ -73,7 +73,7 @@ def written(func: torch._ops.OpOverload, args: tuple, kwargs: dict) -> Iterator[
             yield from tensors(args[i] if i < len(args) else kwargs.get(argument.name))
 
 
-def capture(run: Callable[[], None], generators: Sequence[torch.Generator], device: torch.device) -> Callable[[], None]:
+def capture(run: Callable[[], None], generators: Sequence[torch.Generator], stream: None) -> Callable[[], None]:
     """In place of pydrone.ppo.graphs.capture."""
     recorder = Recorder(list(generators))
     with recorder:

@@ -57,7 +57,7 @@ class Graph:
         trainer._watch = Stopwatch(trainer.device, (REPLAY,))
         generator = getattr(trainer.env, "generator", None)
         self._generators = [] if generator is None else [generator]
-        self._warm = False
+        self._stream, self._warm = side_stream(trainer.device), False
         self._replay: Callable[[], None] | None = None
         # What the captured code left in Python: its result, the sums of the log, the state before the update.
         self._computed: Computed
@@ -71,7 +71,7 @@ class Graph:
         if self._warm and self._replay is None:
             self._capture()
         if self._replay is None:
-            aside(self._compute, trainer.device)
+            aside(self._compute, self._stream)
             self._warm = True
         else:
             self._replay()
@@ -99,7 +99,7 @@ class Graph:
         try:
             for group in groups:
                 group["capturable"] = trainer.learner.learning_rate.is_cuda
-            replay = capture(self._compute, self._generators, trainer.device)
+            replay = capture(self._compute, self._generators, self._stream)
         finally:
             trainer._before_update = None  # nothing has been computed yet
             for group in groups:
@@ -111,23 +111,30 @@ class Graph:
         self._replay = replay
 
 
-def aside(run: Callable[[], None], device: torch.device) -> None:
+def side_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream of the first run and of the capture: what libraries and autograd keep for a stream is there then."""
+    return torch.cuda.Stream(device)
+
+
+def aside(run: Callable[[], None], stream: torch.cuda.Stream) -> None:
     """Runs on a side stream, as PyTorch wants it of what is captured later; the current one waits for it."""
-    current, stream = torch.cuda.current_stream(device), torch.cuda.Stream(device)
+    current = torch.cuda.current_stream(stream.device)
     stream.wait_stream(current)
     with torch.cuda.stream(stream):
         run()
     current.wait_stream(stream)
 
 
-def capture(run: Callable[[], None], generators: Sequence[torch.Generator], device: torch.device) -> Callable[[], None]:
+def capture(
+    run: Callable[[], None], generators: Sequence[torch.Generator], stream: torch.cuda.Stream
+) -> Callable[[], None]:
     """How to replay it; nothing has been computed yet."""
-    torch.cuda.synchronize(device)
+    torch.cuda.synchronize(stream.device)
     graph = torch.cuda.CUDAGraph()
     for generator in generators:
         graph.register_generator_state(generator)
-    # relaxed: what a library loads or allocates for the first time on this stream is no mistake.
-    with torch.cuda.graph(graph, stream=torch.cuda.Stream(device), capture_error_mode="relaxed"):
+    # relaxed: what a library loads or allocates only now is no mistake.
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode="relaxed"):
         run()
     return graph.replay
 

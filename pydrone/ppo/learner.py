@@ -204,6 +204,7 @@ class Learner:
             if self.config.schedule == "adaptive":
                 self.learning_rate.copy_(torch.as_tensor(group["lr"]))
             group["lr"] = self.learning_rate
+            group["capturable"] = False  # as a checkpoint from within a captured iteration has it not
 
 
 def _rows(obs: Tensor | Mapping[str, Tensor] | Sequences, rows: slice) -> Tensor | dict[str, Tensor] | Sequences:

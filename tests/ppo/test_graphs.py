@@ -34,13 +34,14 @@ def on_the_cpu(monkeypatch) -> list[str]:
         with self.as_captured():
             return evaluate(self, *arguments)
 
-    def recorded(run, generators, device):
+    def recorded(run, generators, stream):
         seen.append(run.__name__)
-        return capture_emulation.capture(run, generators, device)
+        return capture_emulation.capture(run, generators, stream)
 
     monkeypatch.setattr(RolloutBuffer, "_evaluate", of_the_whole_pool)
     monkeypatch.setattr(graphs, "why_not", lambda trainer: None)
-    monkeypatch.setattr(graphs, "aside", lambda run, device: run())
+    monkeypatch.setattr(graphs, "side_stream", lambda device: None)
+    monkeypatch.setattr(graphs, "aside", lambda run, stream: run())
     monkeypatch.setattr(graphs, "capture", recorded)
     return seen
 
@@ -173,6 +174,30 @@ def test_a_capture_launches_no_kernel_that_the_first_iteration_has_not(on_the_cp
         trainer.iterate()
     assert on_the_cpu == ["_compute"] and len(seen[0]) >= 5
     assert seen[1] == seen[0]
+
+
+@cpu
+@pytest.mark.parametrize("fused", [False, True])
+def test_no_autograd_graph_outlives_an_iteration(fused, on_the_cpu):
+    """A node of one that did would run on the stream that it was made on, in the middle of a capture of another."""
+    trainer, kept = make(False), []
+    if not fused:
+        trainer.learner.fused_loss = None
+    weight, mean = trainer.policy.actor[0].weight, trainer.policy.mean
+
+    def node():
+        return weight.expand_as(weight).grad_fn.next_functions[0][0]  # that there is, or a new one
+
+    def marked(obs):
+        result = mean(obs)
+        if result.requires_grad:
+            node().metadata["seen"] = True
+            kept.append(node().metadata.get("seen"))
+        return result
+
+    trainer.policy.mean = marked
+    trainer.iterate()
+    assert kept == [True] * 6 and "seen" not in node().metadata
 
 
 @cpu
