@@ -10,6 +10,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from pydrone.envs.quadrotor import Quadrotor
+from pydrone.ppo import checkpoint
 from pydrone.ppo.config import PPOConfig, TrainConfig
 from pydrone.ppo.trainer import Trainer
 
@@ -21,9 +22,9 @@ pytestmark = pytest.mark.gpu
 N, T, ITERATIONS = 256, 12, 4
 
 
-def make(capture: bool, **ppo: object) -> Trainer:
+def make(capture: bool, resume: str | None = None, **ppo: object) -> Trainer:
     env = Quadrotor(N, "cuda", seed=3, max_episode_length=20)
-    config = TrainConfig(num_steps=T, capture=capture, ppo=PPOConfig(hidden_dims=(32, 32), **ppo))
+    config = TrainConfig(num_steps=T, capture=capture, resume=resume, ppo=PPOConfig(hidden_dims=(32, 32), **ppo))
     return Trainer(env, config, echo=lambda line: None)
 
 
@@ -39,11 +40,17 @@ def calls(run: Callable[[], object]) -> Counter[str]:
     return Counter(event.name for event in recorded.events() if event.name.startswith("cu"))
 
 
+def iterated(iterations: int, capture: bool, **ppo: object) -> tuple[Trainer, list[dict[str, float]]]:
+    """A trainer and its figures; made here, since it seeds the generator that all of them draw actions from."""
+    trainer = make(capture, **ppo)
+    return trainer, [compared(trainer.iterate()) for _ in range(iterations)]
+
+
 @pytest.mark.parametrize("options", [{}, {"normalize_obs": True, "normalize_values": True, "learner": "torch"}])
 def test_a_captured_training_is_the_uncaptured_one(options):
-    eager, replayed = make(False, **options), make(True, **options)
-    expected = [compared(eager.iterate()) for _ in range(ITERATIONS)]
-    found = [compared(replayed.iterate()) for _ in range(ITERATIONS)]
+    eager, expected = iterated(ITERATIONS, False, **options)
+    replayed, found = iterated(ITERATIONS, True, **options)
+    assert replayed._graph._replay is not None
     for ours, theirs in zip(found, expected, strict=True):
         # cuBLAS may take other algorithms on another stream: its sums then differ in the last bits.
         assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-4, nan_ok=True)
@@ -51,12 +58,20 @@ def test_a_captured_training_is_the_uncaptured_one(options):
         torch.testing.assert_close(replayed.policy.state_dict()[name], x, rtol=1e-3, atol=1e-4, msg=name)
 
 
+def test_a_captured_training_goes_on_from_its_checkpoint(tmp_path):
+    _, expected = iterated(ITERATIONS, True)
+    first, _ = iterated(2, True)
+    path = checkpoint.save(tmp_path / "model_2.pt", first.state_dict())
+    resumed = make(True, resume=str(path))
+    for figures in expected[2:]:
+        assert compared(resumed.iterate()) == pytest.approx(figures, rel=1e-3, abs=1e-4, nan_ok=True)
+
+
 def test_the_losss_kernel_equals_autograd():
-    ours, theirs = make(False), make(False, learner="torch")
+    (ours, found), (theirs, expected) = iterated(2, False), iterated(2, False, learner="torch")
     assert ours.learner.fused_loss is not None and theirs.learner.fused_loss is None
-    for _ in range(2):
-        found, expected = compared(ours.iterate()), compared(theirs.iterate())
-    assert found == pytest.approx(expected, rel=1e-2, abs=1e-3, nan_ok=True)
+    for figures, others in zip(found, expected, strict=True):
+        assert figures == pytest.approx(others, rel=1e-2, abs=1e-3, nan_ok=True)
 
 
 @pytest.mark.parametrize("capture", [False, True])
