@@ -87,6 +87,7 @@ def jobs() -> list[Job]:
     for i in range(shards):
         command = [*pytest, "tests/ops/triton_cases.py", "-m", ""]
         made.append(Job(f"triton_cases {i + 1} of {shards}", command, {"PYDRONE_SHARD": f"{i}/{shards}"}))
+    made.append(Job("quadrotor as a graph", [*pytest, "-m", "gpu", "tests/envs/test_quadrotor.py"]))
     tool = sanitizer() or "compute-sanitizer"
     for backend in ("cuda", "triton"):
         for check in ("memcheck", "racecheck"):

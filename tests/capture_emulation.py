@@ -13,9 +13,20 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-aten = torch.ops.aten
-# Of what only a GPU's version does without the host: fused Adam reads its learning rate there.
-WAITS = {aten._local_scalar_dense.default, aten.nonzero.default, aten.is_nonzero.default, aten.equal.default}
+# By the packet's name. multinomial looks at the probabilities' sum.
+WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "unique", "equal", "multinomial"}
+
+
+def refused(func: torch._ops.OpOverload, args: tuple) -> str | None:
+    """What a capture has against an operation: a wait for the device, or a copy from the host's memory."""
+    name = func.overloadpacket.__name__
+    if name in WAITS:
+        return f"{name} waits for the device"
+    if name in ("index", "index_put_") and any(x is not None and x.dtype == torch.bool for x in args[1]):
+        return f"{name} by a mask waits for the device"
+    if name in ("lift_fresh", "lift_fresh_copy"):
+        return f"{name}: a tensor made of Python numbers is a copy from the host"
+    return None
 
 
 class Recorder(TorchDispatchMode):
@@ -40,8 +51,8 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func in WAITS:
-            raise RuntimeError(f"{func} waits for the device")
+        if (reason := refused(func, args)) is not None:
+            raise RuntimeError(reason)
         for x in written(func, args, kwargs):
             storage = x.untyped_storage()
             if storage.data_ptr() not in self.before:
