@@ -549,6 +549,27 @@ PYTHON = [
         "truncated = timeout",
         "tests/envs/test_hover_task.py tests/envs/test_quadrotor.py",
     ),
+    Fault(
+        "running episodes in memory that a replay does not read",
+        "pydrone/ppo/meters.py",
+        "self._length.copy_(length_after + torch.where(ended, 0, self._length))",
+        "self._length = length_after + torch.where(ended, 0, self._length)",
+        "tests/ppo/test_graphs.py",
+    ),
+    Fault(
+        "a log that is forgotten with the first replay's figures",
+        "pydrone/ppo/graphs.py",
+        "trainer._env_log = self._log.copy()",
+        "trainer._env_log = self._log",
+        "tests/ppo/test_graphs.py",
+    ),
+    Fault(
+        "a first iteration by the host's counters, whose kernels are not the capture's",
+        "pydrone/ppo/graphs.py",
+        "with trainer.buffer.as_captured():",
+        "if trainer.buffer is not None:",
+        "tests/ppo/test_graphs.py",
+    ),
 ]
 
 UPDATE = [
