@@ -65,7 +65,7 @@ class Graph:
         self._before_update: dict[str, Any]
 
     def compute(self) -> Computed:
-        """As the trainer's, and the rollout is discarded. The next call writes over its tensors."""
+        """As the trainer's; :meth:`clear` is to follow. The next call writes over its tensors."""
         trainer = self._trainer
         trainer.buffer.advance(trainer.config.num_steps)  # what the appends would count on the host
         if self._warm and self._replay is None:
@@ -75,11 +75,14 @@ class Graph:
             self._warm = True
         else:
             self._replay()
-        trainer.buffer.advance(0, rollouts=1)  # and clear()
         trainer._env_log = self._log.copy()
         trainer._before_update = {**self._before_update, "iteration": trainer.iteration}
         trainer._watch.lap(REPLAY)
         return self._computed
+
+    def clear(self) -> None:
+        """Discards the rollout on the host: on the device it is, and its numbers stay until the next one's."""
+        self._trainer.buffer.advance(0, rollouts=1)
 
     def _compute(self) -> None:
         trainer = self._trainer

@@ -188,8 +188,7 @@ class Trainer:
         self._watch.start()
         computed = self.compute() if self._graph is None else self._graph.compute()
         figures, culprit = self._read(computed)
-        if self._graph is None:
-            buffer.clear()
+        buffer.clear() if self._graph is None else self._graph.clear()
         self.iteration += 1
         self._before_update = None
         seconds = time.perf_counter() - began

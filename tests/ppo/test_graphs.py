@@ -17,7 +17,7 @@ from pydrone.ppo import checkpoint, fused_loss, graphs
 from pydrone.ppo.config import PPOConfig, TrainConfig
 from pydrone.ppo.distributed import ALONE
 from pydrone.ppo.meters import Stopwatch
-from pydrone.ppo.trainer import Trainer, progress_line
+from pydrone.ppo.trainer import NotFinite, Trainer, progress_line
 
 cpu = pytest.mark.skipif(pydrone.backends()["cpu"] is not None, reason=str(pydrone.backends()["cpu"]))
 N, T, ITERATIONS = 12, 6, 4
@@ -286,4 +286,30 @@ def test_observations_that_move_are_refused(on_the_cpu, monkeypatch):
     with pytest.raises(RuntimeError, match="writes its observations to the same memory"):
         trainer = make(True)
         trainer.iterate()
+        trainer.iterate()
+
+
+class Crashing(Quadrotor):
+    """In its 15th step, the third iteration's third, one environment's observation is NaN."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.steps = torch.zeros(())
+
+    def step(self, actions):
+        result = super().step(actions)
+        self.steps += 1
+        result.obs[2, 0] = torch.where(self.steps == 2 * T + 2, torch.nan, result.obs[2, 0])
+        return result
+
+
+@cpu
+@pytest.mark.parametrize("capture", [False, True])
+def test_what_is_not_finite_is_named_after_a_replay(capture, on_the_cpu):
+    trainer = make(capture, kind=Crashing)
+    trainer.iterate()
+    trainer.iterate()
+    with pytest.raises(
+        NotFinite, match=r"the observations of the environment are not finite: obs: 1 value .* 2 at step 2"
+    ):
         trainer.iterate()
