@@ -24,16 +24,16 @@ void gather(const Tensor& rows, const std::vector<int64_t>& offsets, const std::
 
 void ppo_act(const std::vector<Tensor>& obs, const std::vector<Tensor>& critic_obs, const Tensor& noise,
              const std::vector<Tensor>& actor, const std::vector<Tensor>& critic, const Tensor& std, int64_t activation,
-             const Optional& obs_shift, const Optional& obs_std, const Optional& critic_shift,
+             bool bf16, const Optional& obs_shift, const Optional& obs_std, const Optional& critic_shift,
              const Optional& critic_std, double obs_clip, const Optional& value_shift, const Optional& value_std,
              const Tensor& actions, const Tensor& log_probs, const Tensor& values, const Tensor& mean);
 
 void ppo_gradients(const std::vector<Tensor>& obs, const std::vector<Tensor>& critic_obs, const Tensor& actions,
                    const Tensor& log_probs, const Tensor& advantages, const Tensor& returns, const Tensor& values,
                    const Optional& mu, const Optional& sigma, const std::vector<Tensor>& actor,
-                   const std::vector<Tensor>& critic, const Tensor& std, int64_t activation, double clip,
-                   double value_clip, double value_loss_coef, const Optional& obs_shift, const Optional& obs_std,
-                   const Optional& critic_shift, const Optional& critic_std, double obs_clip,
+                   const std::vector<Tensor>& critic, const Tensor& std, int64_t activation, bool bf16,
+                   double clip, double value_clip, double value_loss_coef, const Optional& obs_shift,
+                   const Optional& obs_std, const Optional& critic_shift, const Optional& critic_std, double obs_clip,
                    const Optional& value_shift, const Optional& value_std, const std::vector<Tensor>& grads,
                    const Tensor& metrics);
 
@@ -41,6 +41,8 @@ void clipped_adam(const std::vector<Tensor>& parameters, const std::vector<Tenso
                   const std::vector<Tensor>& exp_avgs, const std::vector<Tensor>& exp_avg_sqs,
                   const std::vector<Tensor>& steps, const std::vector<int64_t>& groups, double max_norm,
                   const Tensor& learning_rate, double beta1, double beta2, double epsilon, const Tensor& norms);
+
+bool has_bf16();
 
 }  // namespace pydrone
 
@@ -52,3 +54,5 @@ STABLE_TORCH_LIBRARY_IMPL(pydrone, CPU, m) {
   m.impl("ppo_gradients", TORCH_BOX(&pydrone::ppo_gradients));
   m.impl("clipped_adam", TORCH_BOX(&pydrone::clipped_adam));
 }
+
+STABLE_TORCH_LIBRARY_IMPL(pydrone, CompositeExplicitAutograd, m) { m.impl("has_bf16", TORCH_BOX(&pydrone::has_bf16)); }

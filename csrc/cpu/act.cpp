@@ -23,13 +23,13 @@ float& element(const Tensor& x, int64_t i, int64_t j = 0) {
 
 void ppo_act(const std::vector<Tensor>& obs, const std::vector<Tensor>& critic_obs, const Tensor& noise,
              const std::vector<Tensor>& actor, const std::vector<Tensor>& critic, const Tensor& std, int64_t activation,
-             const Optional& obs_shift, const Optional& obs_std, const Optional& critic_shift,
+             bool bf16, const Optional& obs_shift, const Optional& obs_std, const Optional& critic_shift,
              const Optional& critic_std, double obs_clip, const Optional& value_shift, const Optional& value_std,
              const Tensor& actions, const Tensor& log_probs, const Tensor& values, const Tensor& mean) {
   check_shape("noise", noise, {-1, -1});
   const int64_t num_envs = noise.size(0), num_actions = noise.size(1);
   const Column drawn = column("noise", noise, num_envs, num_actions, noise);
-  Networks networks(obs, critic_obs, actor, critic, std, activation, num_envs, num_actions, obs_shift, obs_std,
+  Networks networks(obs, critic_obs, actor, critic, std, activation, bf16, num_envs, num_actions, obs_shift, obs_std,
                     critic_shift, critic_std, obs_clip, value_shift, value_std, noise);
   for (const auto& [name, out] : {std::pair{"actions", &actions}, {"mean", &mean}}) {
     check_shape(name, *out, {num_envs, num_actions});
@@ -62,7 +62,7 @@ void ppo_act(const std::vector<Tensor>& obs, const std::vector<Tensor>& critic_o
         const int64_t first = tile * kTile, count = std::min(kTile, num_envs - first);
         networks.actor_input.fill(first, count, actor_obs, networks.obs_normalizer);
         copy_tile(drawn, first, count, kTile, z, num_actions, 1);
-        const float* y = version().forward(pi, actor_obs, networks.actor_input.ld, count, outputs);
+        const float* y = networks.version.forward(pi, actor_obs, networks.actor_input.ld, count, outputs);
         int64_t ld = networks.actor.layers.back().ld;
         for (int64_t i = 0; i < count; ++i) {
           float squares = 0;
@@ -79,7 +79,7 @@ void ppo_act(const std::vector<Tensor>& obs, const std::vector<Tensor>& critic_o
           networks.critic_input.fill(first, count, critic_obs_tile, networks.critic_normalizer);
           x = critic_obs_tile;
         }
-        y = version().forward(v, x, networks.critic_input.ld, count, outputs);
+        y = networks.version.forward(v, x, networks.critic_input.ld, count, outputs);
         ld = networks.critic.layers.back().ld;
         for (int64_t i = 0; i < count; ++i)
           element(values, first + i) = networks.value_normalizer.undo(y[i * ld]);

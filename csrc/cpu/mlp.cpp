@@ -27,4 +27,13 @@ const MlpVersion& version() {
   return *picked;
 }
 
+const MlpVersion* bf16_version() {
+#if defined(PYDRONE_MLP_VERSIONS)
+  if (&version() == &kMlpV4 && __builtin_cpu_supports("avx512bf16")) return &kMlpBf16;
+#endif
+  return nullptr;
+}
+
+bool has_bf16() { return bf16_version() != nullptr; }
+
 }  // namespace pydrone

@@ -42,7 +42,7 @@ struct PpoTile {
   int64_t actor_ld, critic_ld;
   float *actions, *mu, *sigma;      // [num_actions, kTile]
   float *log_probs, *advantages, *returns, *values;  // [kTile]
-  float* work;                      // outputs of every layer of the larger network
+  float* work;                      // outputs of every layer of the larger network, and what they are rounded to
   float* grads;                     // this thread's sums
   float* std_grad;                  // [num_actions], of the log-probabilities alone
   double* sums;                     // surrogate, value loss, KL
@@ -51,6 +51,8 @@ struct PpoTile {
 struct MlpVersion {
   const char* name;
   int64_t vector;  // floats
+  // Floats of `work` that a network takes, its input from one sample to the next being `ld`.
+  int64_t (*work_size)(const MlpNet&, int64_t ld);
   void (*pack)(const MlpLayer&, bool backward);
   void (*step)(const MlpNet& actor, const MlpNet& critic, const PpoLoss&, const PpoTile&);
   // Outputs of the last layer, [kTile, ld]; `x` as actor_obs.
@@ -59,11 +61,13 @@ struct MlpVersion {
 
 // The best that the processor has, or a lesser one by PYDRONE_ISA, for tests and comparisons.
 const MlpVersion& version();
+// The one that multiplies in bfloat16; null where the processor has no AVX512_BF16, or PYDRONE_ISA names less.
+const MlpVersion* bf16_version();
 
 extern const MlpVersion kMlpBase;
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define PYDRONE_MLP_VERSIONS
-extern const MlpVersion kMlpV3, kMlpV4;
+extern const MlpVersion kMlpV3, kMlpV4, kMlpBf16;
 #endif
 
 }  // namespace pydrone

@@ -5,5 +5,5 @@
 #include "mlp_tile.h"
 
 namespace pydrone {
-const MlpVersion kMlpBase{"baseline", mlp_base::V, mlp_base::pack, mlp_base::step, mlp_base::forward};
+const MlpVersion kMlpBase{"baseline", mlp_base::V, mlp_base::work_size, mlp_base::pack, mlp_base::step, mlp_base::forward};
 }

@@ -1,6 +1,8 @@
 // The networks over one tile, for the instructions that the including file is compiled for: PYDRONE_MLP names the
 // version, PYDRONE_VECTOR its floats a vector, PYDRONE_ROWS the samples a microkernel holds. Nothing of the standard
 // library is instantiated here: its inline functions would be shared with files compiled for less.
+// With PYDRONE_BF16 the operands of products are rounded to bfloat16, two of a product's depth in a float's place, and
+// everything else, their sums among it, stays in float32.
 #include "mlp.h"
 
 namespace pydrone {
@@ -24,6 +26,21 @@ PYDRONE_IN float total(Vec x) {
   for (int i = 0; i < V; ++i) sum += x[i];
   return sum;
 }
+
+}  // namespace PYDRONE_MLP
+}  // namespace pydrone
+
+#if defined(PYDRONE_BF16)
+#include "mlp_bf16.h"
+#endif
+
+namespace pydrone {
+namespace PYDRONE_MLP {
+
+#if !defined(PYDRONE_BF16)
+constexpr int64_t kPair = 1;  // numbers in a float's place
+PYDRONE_IN Vec multiply_add(Vec a, Vec b, Vec sum) { return sum + a * b; }
+#endif
 
 // x = n ln 2 + r with |r| <= ln 2 / 2; returns e^r - 1 by its Taylor series (to 1e-8), and 2^n.
 PYDRONE_IN Vec reduced_expm1(Vec x, Vec& power) {
@@ -98,7 +115,7 @@ PYDRONE_IN Vec slope_of(int64_t activation, Vec y) {
 enum Ending { kAdd, kLinear, kHidden, kSlope };
 
 struct Product {
-  const float *a, *b;
+  const float *a, *b;  // of pairs, in bfloat16: these are what strides and depth count
   int64_t stride;  // a's: for kAdd of k, the other index adjacent; for the others of rows, k adjacent
   int64_t b_k;     // b[k * b_k + j]
   int64_t depth;
@@ -159,7 +176,7 @@ PYDRONE_IN void block(const Product& p) {
     for (int i = 0; i < Rows; ++i) {
       const Vec left = all(down ? a[0][i] : a[i / 3][i % 3 * stride]);
 #pragma GCC unroll 2
-      for (int j = 0; j < Vectors; ++j) sum[i][j] += left * right[j];
+      for (int j = 0; j < Vectors; ++j) sum[i][j] = multiply_add(left, right[j], sum[i][j]);
     }
 #pragma GCC unroll 8
     for (int i = 0; i < kPointers; ++i) a[i] += down ? stride : 1;
@@ -207,55 +224,101 @@ static void product(Product p, int64_t rows, int64_t columns, bool packed) {
   }
 }
 
+// How many places `depth` numbers take.
+PYDRONE_IN int64_t places(int64_t depth) { return (depth + kPair - 1) / kPair; }
+
 // Panels of columns of a [depth, columns] matrix whose element (k, j) is from[k * row + j * step]; zero beyond `valid`.
 static void pack_panels(float* to, const float* from, int64_t depth, int64_t columns, int64_t valid, int64_t row,
                         int64_t step) {
   for (int64_t j0 = 0; j0 < columns;) {
     const int64_t width = columns - j0 >= kPanel ? kPanel : V;
-    for (int64_t k = 0; k < depth; ++k)
-      for (int64_t j = j0; j < j0 + width; ++j) *to++ = j < valid ? from[k * row + j * step] : 0.0f;
+    for (int64_t k = 0; k < depth; k += kPair)
+      for (int64_t j = j0; j < j0 + width; ++j) {
+        const float x = j < valid ? from[k * row + j * step] : 0.0f;
+#if defined(PYDRONE_BF16)
+        const float next = j < valid && k + 1 < depth ? from[(k + 1) * row + j * step] : 0.0f;
+        *to++ = zipped(all(x), all(next))[0];
+#else
+        *to++ = x;
+#endif
+      }
     j0 += width;
   }
 }
 
 static void pack(const MlpLayer& layer, bool backward) {
   pack_panels(layer.forward, layer.weight, layer.in, layer.out_padded, layer.out, 1, layer.in);
-  float* bias = layer.forward + layer.in * layer.out_padded;
+  float* bias = layer.forward + places(layer.in) * layer.out_padded;
   for (int64_t j = 0; j < layer.out_padded; ++j) bias[j] = j < layer.out ? layer.bias[j] : 0.0f;
   if (backward) pack_panels(layer.backward, layer.weight, layer.out, layer.in_padded, layer.in, layer.in, 1);
 }
 
-static int64_t work_of(const MlpNet& net, const MlpLayer& layer) {
-  return kTile * layer.ld * (net.activation == kSilu ? 2 : 1);
+// A tile's numbers [kTile, ld] in the thread's memory, and where products find them as their left operand.
+struct Numbers {
+  const float* x;
+  int64_t ld;
+  float* rounded;  // as mlp_bf16.h's round leaves it
+
+  void round(int64_t rows, int64_t width) const {
+#if defined(PYDRONE_BF16)
+    PYDRONE_MLP::round(x, ld, rows, width, rounded);
+#endif
+  }
+  // The depth running over the columns, and over the samples.
+  const float* by_column() const { return kPair == 2 ? rounded : x; }
+  int64_t by_column_ld() const { return ld / kPair; }
+  const float* by_sample() const { return kPair == 2 ? rounded + kTile * ld / 2 : x; }
+};
+
+// The memory of one network: [what its input is rounded to], and for each layer outputs, [SiLU's derivatives], [what
+// both outputs and, later, the derivatives by them are rounded to].
+static int64_t rounded_size(int64_t ld) { return kPair == 2 ? kTile * ld : 0; }
+static int64_t slopes_size(const MlpNet& net, int64_t ld) { return net.activation == kSilu ? kTile * ld : 0; }
+static int64_t size_of(const MlpNet& net, const MlpLayer& layer) {
+  return kTile * layer.ld + slopes_size(net, layer.ld) + rounded_size(layer.ld);
+}
+static int64_t work_size(const MlpNet& net, int64_t ld) {
+  int64_t size = rounded_size(ld);
+  for (int64_t l = 0; l < net.num_layers; ++l) size += size_of(net, net.layers[l]);
+  return size;
+}
+PYDRONE_IN Numbers outputs_at(const MlpNet& net, const MlpLayer& layer, float* work) {
+  return {work, layer.ld, work + kTile * layer.ld + slopes_size(net, layer.ld)};
 }
 
 static const float* forward(const MlpNet& net, const float* x, int64_t ld, int64_t count, float* work) {
+  Numbers input{x, ld, work};
+  work += rounded_size(ld);
   for (int64_t l = 0; l < net.num_layers; ++l) {
     const MlpLayer& layer = net.layers[l];
     const bool hidden = l + 1 < net.num_layers;
-    Product p{x, layer.forward, ld, 0, layer.in, work, layer.ld, layer.forward + layer.in * layer.out_padded,
+    input.round(count, layer.in);
+    Product p{input.by_column(), layer.forward, input.by_column_ld(), 0, places(layer.in), work, layer.ld,
+              layer.forward + places(layer.in) * layer.out_padded,
               hidden && net.activation == kSilu ? work + kTile * layer.ld : nullptr, net.activation};
     if (hidden) product<kHidden>(p, count, layer.out_padded, true);
     else product<kLinear>(p, count, layer.out_padded, true);
-    x = work;
-    ld = layer.ld;
-    work += work_of(net, layer);
+    input = outputs_at(net, layer, work);
+    work += size_of(net, layer);
   }
-  return x;
+  return input.x;
 }
 
 // Adds the gradients of a tile. The last layer's outputs have been replaced by the loss's derivatives by them; those of
 // each other layer are replaced on the way down by the derivatives by what went into its activation.
 static void backward(const MlpNet& net, const float* x, int64_t ld, int64_t count, float* work, float* grads) {
   float* outputs[64];
+  const Numbers seen{x, ld, work};
+  work += rounded_size(ld);
   for (int64_t l = 0; l < net.num_layers; ++l) {
     outputs[l] = work;
-    work += work_of(net, net.layers[l]);
+    work += size_of(net, net.layers[l]);
   }
   for (int64_t l = net.num_layers - 1; l >= 0; --l) {
     const MlpLayer& layer = net.layers[l];
-    const float* input = l ? outputs[l - 1] : x;
-    const int64_t input_ld = l ? net.layers[l - 1].ld : ld;
+    const Numbers input = l ? outputs_at(net, net.layers[l - 1], outputs[l - 1]) : seen;
+    const Numbers grad = outputs_at(net, layer, outputs[l]);
+    grad.round(count, layer.out);
     float* bias = grads + layer.bias_grad;
     for (int64_t j = 0; j < layer.out_padded; j += V) {
       Vec sum = load(bias + j), other = Vec{};
@@ -266,12 +329,13 @@ static void backward(const MlpNet& net, const float* x, int64_t ld, int64_t coun
       store(bias + j, sum + other);
     }
     // W^T's gradient, [in, out]: as many rows as inputs, which are seldom a multiple of anything.
-    product<kAdd>({input, outputs[l], input_ld, layer.ld, count, grads + layer.weight_grad, layer.out_padded,
-                   nullptr, nullptr, 0},
+    product<kAdd>({input.by_sample(), grad.by_sample(), input.ld, layer.ld, places(count), grads + layer.weight_grad,
+                   layer.out_padded, nullptr, nullptr, 0},
                   layer.in, layer.out_padded, false);
     if (l == 0) continue;
-    product<kSlope>({outputs[l], layer.backward, layer.ld, 0, layer.out, outputs[l - 1], input_ld, nullptr,
-                     net.activation == kSilu ? outputs[l - 1] + kTile * input_ld : nullptr, net.activation},
+    product<kSlope>({grad.by_column(), layer.backward, grad.by_column_ld(), 0, places(layer.out), outputs[l - 1],
+                     input.ld, nullptr, net.activation == kSilu ? outputs[l - 1] + kTile * input.ld : nullptr,
+                     net.activation},
                     count, layer.in_padded, true);
   }
 }

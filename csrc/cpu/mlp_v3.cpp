@@ -7,6 +7,6 @@
 #include "mlp_tile.h"
 
 namespace pydrone {
-const MlpVersion kMlpV3{"x86-64-v3", mlp_v3::V, mlp_v3::pack, mlp_v3::step, mlp_v3::forward};
+const MlpVersion kMlpV3{"x86-64-v3", mlp_v3::V, mlp_v3::work_size, mlp_v3::pack, mlp_v3::step, mlp_v3::forward};
 }
 #endif

@@ -7,6 +7,6 @@
 #include "mlp_tile.h"
 
 namespace pydrone {
-const MlpVersion kMlpV4{"x86-64-v4", mlp_v4::V, mlp_v4::pack, mlp_v4::step, mlp_v4::forward};
+const MlpVersion kMlpV4{"x86-64-v4", mlp_v4::V, mlp_v4::work_size, mlp_v4::pack, mlp_v4::step, mlp_v4::forward};
 }
 #endif

@@ -38,15 +38,16 @@ class Arena {
 
 // A network's layers, their weights packed; `grads` counts the floats of a thread's sums.
 struct Net {
+  const MlpVersion& version;
   std::vector<MlpLayer> layers;
-  int64_t activation;
+  int64_t activation, inputs;
 
-  Net(const char* name, const std::vector<Tensor>& parameters, int64_t inputs, int64_t outputs, int64_t activation,
-      const Tensor& like)
-      : activation(activation) {
+  Net(const char* name, const MlpVersion& version, const std::vector<Tensor>& parameters, int64_t inputs,
+      int64_t outputs, int64_t activation, const Tensor& like)
+      : version(version), activation(activation), inputs(inputs) {
     STD_TORCH_CHECK(!parameters.empty() && parameters.size() % 2 == 0 && parameters.size() <= 128, name,
                     ": expected a weight and a bias for each of 1 to 64 layers, got ", parameters.size(), " tensors");
-    const int64_t vector = version().vector;
+    const int64_t vector = version.vector;
     int64_t width = inputs;
     for (size_t i = 0; i < parameters.size(); i += 2) {
       const Tensor &weight = parameters[i], &bias = parameters[i + 1];
@@ -81,11 +82,7 @@ struct Net {
     for (const MlpLayer& x : layers) size += round_up((x.in + 1) * x.out_padded, 16) + round_up(x.out * x.in_padded, 16);
     return size;
   }
-  int64_t work_size() const {
-    int64_t size = 0;
-    for (const MlpLayer& x : layers) size += kTile * x.ld * (activation == kSilu ? 2 : 1);
-    return size;
-  }
+  int64_t work_size() { return version.work_size(view(), leading(inputs)); }
   // Lays out the gradients from `at` on; returns where they end.
   int64_t place_grads(int64_t at) {
     for (MlpLayer& x : layers) {
@@ -100,7 +97,7 @@ struct Net {
       MlpLayer& x = layers[i];
       x.forward = arena.take((x.in + 1) * x.out_padded);
       if (backward && i) x.backward = arena.take(x.out * x.in_padded);
-      version().pack(x, backward && i);
+      version.pack(x, backward && i);
     }
   }
   MlpNet view() { return {layers.data(), static_cast<int64_t>(layers.size()), activation}; }
@@ -199,6 +196,7 @@ struct Input {
 
 // What both operations are given: the networks, what they see, and what it is normalised by.
 struct Networks {
+  const MlpVersion& version;
   bool shared;
   Input actor_input, critic_input;
   Net actor, critic;
@@ -206,15 +204,16 @@ struct Networks {
   bool one_input;  // the critic's input is the actor's
 
   Networks(const std::vector<Tensor>& obs, const std::vector<Tensor>& critic_obs, const std::vector<Tensor>& actor_parameters,
-           const std::vector<Tensor>& critic_parameters, const Tensor& std, int64_t activation, int64_t samples,
-           int64_t num_actions, const Optional& obs_shift, const Optional& obs_std, const Optional& critic_shift,
+           const std::vector<Tensor>& critic_parameters, const Tensor& std, int64_t activation, bool bf16,
+           int64_t samples, int64_t num_actions, const Optional& obs_shift, const Optional& obs_std, const Optional& critic_shift,
            const Optional& critic_std, double obs_clip, const Optional& value_shift, const Optional& value_std,
            const Tensor& like)
-      : shared(critic_obs.empty()),
+      : version(picked(bf16)),
+        shared(critic_obs.empty()),
         actor_input("obs", obs, samples, like),
         critic_input("critic_obs", shared ? obs : critic_obs, samples, like),
-        actor("actor", actor_parameters, actor_input.width, num_actions, checked(activation), like),
-        critic("critic", critic_parameters, critic_input.width, 1, activation, like),
+        actor("actor", version, actor_parameters, actor_input.width, num_actions, checked(activation), like),
+        critic("critic", version, critic_parameters, critic_input.width, 1, activation, like),
         obs_normalizer("obs_shift", obs_shift, obs_std, actor_input.width, obs_clip, like),
         critic_normalizer("critic_shift", critic_shift, critic_std, critic_input.width, obs_clip, like),
         value_normalizer("value_shift", value_shift, value_std, -1, 0, like),
@@ -224,6 +223,11 @@ struct Networks {
     check_dtype("std", std, ScalarType::Float);
     check_contiguous("std", std);
     check_device("std", std, like);
+  }
+  static const MlpVersion& picked(bool bf16) {
+    STD_TORCH_CHECK(!bf16 || bf16_version(),
+                    "bf16: expected false, this processor has no AVX512_BF16, or PYDRONE_ISA names less, got true");
+    return bf16 ? *bf16_version() : pydrone::version();
   }
   static int64_t checked(int64_t activation) {
     check_range("activation", activation, 0, kNumActivations);

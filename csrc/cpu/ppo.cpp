@@ -42,9 +42,9 @@ void write_grads(const Net& net, const Tensor* grads, const std::vector<const fl
 void ppo_gradients(const std::vector<Tensor>& obs, const std::vector<Tensor>& critic_obs, const Tensor& actions,
                    const Tensor& log_probs, const Tensor& advantages, const Tensor& returns, const Tensor& values,
                    const Optional& mu, const Optional& sigma, const std::vector<Tensor>& actor,
-                   const std::vector<Tensor>& critic, const Tensor& std, int64_t activation, double clip,
-                   double value_clip, double value_loss_coef, const Optional& obs_shift, const Optional& obs_std,
-                   const Optional& critic_shift, const Optional& critic_std, double obs_clip,
+                   const std::vector<Tensor>& critic, const Tensor& std, int64_t activation, bool bf16,
+                   double clip, double value_clip, double value_loss_coef, const Optional& obs_shift,
+                   const Optional& obs_std, const Optional& critic_shift, const Optional& critic_std, double obs_clip,
                    const Optional& value_shift, const Optional& value_std, const std::vector<Tensor>& grads,
                    const Tensor& metrics) {
   check_shape("actions", actions, {-1, -1});
@@ -60,7 +60,7 @@ void ppo_gradients(const std::vector<Tensor>& obs, const std::vector<Tensor>& cr
     old_mean = column("mu", *mu, samples, num_actions, actions);
     old_std = column("sigma", *sigma, samples, num_actions, actions);
   }
-  Networks networks(obs, critic_obs, actor, critic, std, activation, samples, num_actions, obs_shift, obs_std,
+  Networks networks(obs, critic_obs, actor, critic, std, activation, bf16, samples, num_actions, obs_shift, obs_std,
                     critic_shift, critic_std, obs_clip, value_shift, value_std, actions);
   Net &pi = networks.actor, &v = networks.critic;
   const Input &actor_input = networks.actor_input, &critic_input = networks.critic_input;
@@ -133,7 +133,7 @@ void ppo_gradients(const std::vector<Tensor>& obs, const std::vector<Tensor>& cr
         copy_tile(value, first, x.count, kTile, x.values, 1, 0);
         networks.value_normalizer.apply_scalar(x.returns, x.count);
         networks.value_normalizer.apply_scalar(x.values, x.count);
-        version().step(actor_net, critic_net, loss, x);
+        networks.version.step(actor_net, critic_net, loss, x);
       }
     }
   });

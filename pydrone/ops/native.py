@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .schema import CPU_SCHEMAS, LEARNER_SCHEMAS, SCHEMAS
+from .schema import CPU_QUERIES, CPU_SCHEMAS, LEARNER_SCHEMAS, SCHEMAS
 
 PACKAGE = Path(__file__).resolve().parent.parent
 
@@ -87,6 +87,8 @@ def _load(stem: str) -> str | None:
 for _name, _schema in (SCHEMAS | CPU_SCHEMAS | LEARNER_SCHEMAS).items():
     _library.define(_name + _schema)
     torch.library.register_fake(f"pydrone::{_name}", _fake(_name), lib=_library)
+for _name, _schema in CPU_QUERIES.items():
+    _library.define(_name + _schema)
 
 CPU_MISSING = _load("_native_cpu")
 CUDA_MISSING = _load("_native_cuda") if torch.version.cuda else "this PyTorch is built without CUDA"

@@ -42,7 +42,8 @@ with numbers in it: hence two lists, and a tensor of numbers. :func:`pydrone.lay
 
     obs, critic_obs: groups [B, width], side by side; critic_obs empty: what the actor sees.  actions, mu, sigma [B, A];
     log_probs, advantages, returns, values [B].  actor, critic: weight [out, in] and bias [out] of each layer in turn.
-    std [A].  activation: number in ACTIVATIONS, of the hidden layers.  value_clip below 0: the value loss is plain.
+    std [A].  activation: number in ACTIVATIONS, of the hidden layers.  bf16: what products multiply is rounded to
+    bfloat16, as far as ``has_bf16``; all else is float32.  value_clip below 0: the value loss is plain.
     obs_shift, obs_std [width], critic_shift, critic_std, value_shift, value_std []: (x - shift) / std, of observations
     clipped to obs_clip; None: as they are.  grads: of actor, critic and std, shaped as these, of
     surrogate + value_loss_coef * value loss (pydrone/ppo/loss.py).  metrics: float64 [3], surrogate, value loss, and
@@ -56,6 +57,8 @@ with numbers in it: hence two lists, and a tensor of numbers. :func:`pydrone.lay
     grads, exp_avgs, exp_avg_sqs: as parameters; steps: [] float32 each; contiguous. groups: for each parameter the
     number of its group in norms [groups], which get the norms of the groups' gradients; gradients are left as they are,
     and count as min(1, max_norm / (norm + 1e-6)) times that. learning_rate: [] float32.
+
+``has_bf16``  whether the two take bf16: on x86-64 with AVX512_BF16, where PYDRONE_ISA leaves it in.
 
 ``ppo_loss``  the loss of one minibatch and its derivatives by what the networks put out; Triton on CUDA, on every other
     device the reference.
@@ -98,14 +101,14 @@ SCHEMAS = {
 CPU_SCHEMAS = {
     "ppo_act": (
         "(Tensor[] obs, Tensor[] critic_obs, Tensor noise, Tensor[] actor, Tensor[] critic, Tensor std, "
-        "int activation, Tensor? obs_shift, Tensor? obs_std, Tensor? critic_shift, Tensor? critic_std, "
+        "int activation, bool bf16, Tensor? obs_shift, Tensor? obs_std, Tensor? critic_shift, Tensor? critic_std, "
         "float obs_clip, Tensor? value_shift, Tensor? value_std, Tensor(a!) actions, Tensor(b!) log_probs, "
         "Tensor(c!) values, Tensor(d!) mean) -> ()"
     ),
     "ppo_gradients": (
         "(Tensor[] obs, Tensor[] critic_obs, Tensor actions, Tensor log_probs, Tensor advantages, Tensor returns, "
         "Tensor values, Tensor? mu, Tensor? sigma, Tensor[] actor, Tensor[] critic, Tensor std, int activation, "
-        "float clip, float value_clip, float value_loss_coef, Tensor? obs_shift, Tensor? obs_std, "
+        "bool bf16, float clip, float value_clip, float value_loss_coef, Tensor? obs_shift, Tensor? obs_std, "
         "Tensor? critic_shift, Tensor? critic_std, float obs_clip, Tensor? value_shift, Tensor? value_std, "
         "Tensor(a!)[] grads, Tensor(b!) metrics) -> ()"
     ),
@@ -115,6 +118,9 @@ CPU_SCHEMAS = {
         "float epsilon, Tensor(e!) norms) -> ()"
     ),
 }
+
+# What the CPU library says of itself.
+CPU_QUERIES = {"has_bf16": "() -> bool"}
 
 # Of every device, without an own version in the native libraries.
 LEARNER_SCHEMAS = {

@@ -60,6 +60,7 @@ def fused_update(
     critic_normalizer: RunningMoments | None = None,
     obs_clip: float = 10.0,
     value_normalizer: RunningMoments | None = None,
+    autocast: bool = False,
 ) -> Tensor:
     """As ``loss.backward()`` on PPO's loss of a minibatch: adds its gradients to the parameters' ``.grad``.
 
@@ -81,6 +82,9 @@ def fused_update(
         value_loss_coef, entropy_coef: weights in the loss.
         obs_normalizer, critic_normalizer, value_normalizer: running statistics (their ``shift`` and ``std``) that
             inputs, and values and returns, are normalised by; inputs are clipped to ``obs_clip``.
+        autocast: the networks' products in bfloat16, on a processor with AVX512_BF16: what is multiplied (activations,
+            weights, derivatives) is rounded to it, to the nearest, and denormals to zero; sums, biases, activation
+            functions and everything else stay in float32.
 
     Returns:
         [4] float32: surrogate, value loss, entropy, KL(old || new). Means over B, nats.
@@ -90,6 +94,8 @@ def fused_update(
         TypeError, ValueError, RuntimeError: an argument does not fit; nothing was written.
     """
     ours, theirs, activation = _both(actor, critic)
+    if autocast:
+        _require_bf16()
     parameters = [*ours, *theirs]
     check_tensor("std", std.detach() if isinstance(std, Tensor) else std, CPU, True)
     tensors = {"actions": actions, "log_probs": log_probs, "advantages": advantages, "returns": returns}
@@ -117,6 +123,7 @@ def fused_update(
             [x.detach() for x in theirs],
             std.detach(),
             activation,
+            autocast,
             clip,
             -1.0 if value_clip is None else value_clip,
             value_loss_coef,
@@ -160,6 +167,12 @@ def _check_number(name: str, x: float, least: float) -> None:
         raise TypeError(f"{name}: expected a number, got {type(x).__name__}")
     if not math.isfinite(x) or x < least:
         raise ValueError(f"{name}: expected a finite number{f' of at least {least:g}' * (least == 0)}, got {x}")
+
+
+def _require_bf16() -> None:
+    """Raises Unsupported where the library has no products in bfloat16; that there is a library was asked before."""
+    if not torch.ops.pydrone.has_bf16():
+        raise Unsupported("autocast is on, and the processor has no AVX512_BF16, or PYDRONE_ISA leaves it out")
 
 
 def _moments(*normalizers: RunningMoments | None) -> list[Tensor | None]:
@@ -212,12 +225,12 @@ def why_not(policy: ActorCritic) -> str | None:
         return "the policy is recurrent"
     if not hasattr(policy, "std_param"):
         return "actions are discrete"
-    if policy.autocast:
-        return "autocast is on, and it multiplies in float32"
     if parameter.dtype != torch.float32:
         return f"the policy is {str(parameter.dtype).removeprefix('torch.')}"
     try:
         _both(policy.actor, policy.critic)
+        if policy.autocast:
+            _require_bf16()
     except Unsupported as error:
         return str(error)
     return None
@@ -247,6 +260,7 @@ def of_policy(policy: ActorCritic, minibatch: Mapping[str, Tensor], config: PPOC
         critic_normalizer=policy.critic_normalizer,
         obs_clip=policy.obs_clip,
         value_normalizer=policy.value_normalizer,
+        autocast=policy.autocast,
     )
 
 
@@ -269,6 +283,7 @@ def act(policy: ActorCritic, obs: Tensor | Mapping[str, Tensor]) -> PolicyStep:
         [x.detach() for x in theirs],
         std,
         activation,
+        policy.autocast,
         *_moments(policy.actor_normalizer, policy.critic_normalizer),
         policy.obs_clip,
         *_moments(policy.value_normalizer),

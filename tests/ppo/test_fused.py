@@ -232,11 +232,11 @@ def arguments(operation: str, size: int = 5) -> tuple:
     std, moments = torch.ones(2), (torch.zeros(4), torch.ones(4), None, None)
     if operation == "ppo_act":
         outputs = [torch.full_like(x, math.nan) for x in (wide, scalar, scalar, wide)]
-        return [obs], [critic_obs], wide, *parameters, std, 0, *moments, 10.0, None, None, *outputs
+        return [obs], [critic_obs], wide, *parameters, std, 0, False, *moments, 10.0, None, None, *outputs
     grads = [torch.full_like(x, math.nan) for x in (*parameters[0], *parameters[1], std)]
     given = [obs], [critic_obs], wide, *[scalar] * 4, wide, wide.abs() + 1
     values = (torch.tensor(0.5), torch.tensor(2.0))
-    return *given, *parameters, std, 1, 0.2, 0.2, 1.0, *moments, 10.0, *values, grads, torch.zeros(3).double()
+    return *given, *parameters, std, 1, False, 0.2, 0.2, 1.0, *moments, 10.0, *values, grads, torch.zeros(3).double()
 
 
 @pytest.mark.parametrize("operation", ["ppo_act", "ppo_gradients"])
@@ -381,7 +381,6 @@ def test_an_update_equals_autograds(settings, obs):
 def test_what_it_cannot_serve_goes_the_torch_way_and_says_why():
     cases = [
         ({"recurrent": "gru"}, {}, "the policy is recurrent"),
-        ({"autocast": True}, {}, "autocast is on"),
         ({"learner": "torch"}, {}, "learner is torch"),
         ({}, {"num_discrete_actions": 3}, "actions are discrete"),
     ]
@@ -398,10 +397,10 @@ def test_what_it_cannot_serve_goes_the_torch_way_and_says_why():
 @pytest.mark.parametrize("learner", ["auto", "torch"])
 def test_training_says_once_why_it_goes_the_torch_way(learner):
     lines = []
-    ppo = PPOConfig(autocast=True, learner=learner, hidden_dims=(8,))
+    ppo = PPOConfig(recurrent="gru", rnn_dim=8, learner=learner, hidden_dims=(8,))
     config = TrainConfig(env="quadrotor", num_steps=4, iterations=2, ppo=ppo, tensorboard=False)
     Trainer(Quadrotor(8), config, echo=lines.append).train()
-    said = [x for x in lines if "Gradients by autograd: autocast is on" in x]
+    said = [x for x in lines if "Gradients by autograd: the policy is recurrent" in x]
     assert len(said) == (1 if learner == "auto" else 0)
 
 
@@ -476,7 +475,7 @@ def test_outputs_of_any_strides():
     parameters = [[x.detach() for x in network.parameters()] for network in (policy.actor, policy.critic)]
     for outputs in (dense, strided):
         torch.ops.pydrone.ppo_act(
-            [obs], [], noise, *parameters, policy.std.detach(), 0, *[None] * 4, 10.0, None, None, *outputs
+            [obs], [], noise, *parameters, policy.std.detach(), 0, False, *[None] * 4, 10.0, None, None, *outputs
         )
     for x, y in zip(dense, strided):
         assert torch.equal(x, y) and not x.isnan().any()
@@ -484,5 +483,5 @@ def test_outputs_of_any_strides():
     with pytest.raises(RuntimeError, match="mean: expected memory of its own for every element"):
         bad = [*dense[:3], torch.zeros(1, 2).expand(200, 2)]
         torch.ops.pydrone.ppo_act(
-            [obs], [], noise, *parameters, policy.std.detach(), 0, *[None] * 4, 10.0, None, None, *bad
+            [obs], [], noise, *parameters, policy.std.detach(), 0, False, *[None] * 4, 10.0, None, None, *bad
         )
