@@ -164,6 +164,11 @@ PYDRONE_IN void block(const Product& p) {
       else if constexpr (ending == kSlope) sum[i][j] = Vec{};
       else sum[i][j] = load(p.bias + j * V);
     }
+  if constexpr (ending == kAdd)  // what the next block adds to, from the second-level cache
+#pragma GCC unroll 16
+    for (int i = 0; i < Rows; ++i)
+#pragma GCC unroll 2
+      for (int j = 0; j < Vectors; ++j) __builtin_prefetch(p.c + (i + Rows) * p.c_row + j * V, 1);
   const float* a[kPointers];
   for (int i = 0; i < kPointers; ++i) a[i] = p.a + 3 * i * p.stride;
   const float* b = p.b;
@@ -195,17 +200,22 @@ PYDRONE_IN void block(const Product& p) {
   if constexpr (ending == kHidden) activate_block<Rows, Vectors>(p);
 }
 
+template <int Rows, int Vectors, Ending ending>
+PYDRONE_IN void blocks(Product& p, int64_t& rows) {
+  for (; rows >= Rows; rows -= Rows) {
+    block<Rows, Vectors, ending>(p);
+    p.a += Rows * (ending == kAdd ? 1 : p.stride);
+    p.c += Rows * p.c_row;
+    if (p.slope) p.slope += Rows * p.c_row;
+  }
+}
+
+// One vector wide there are as many sums as two wide, to hide how long an addition takes.
 template <int Vectors, Ending ending>
 static void column(Product p, int64_t rows) {
-  const int64_t a_row = ending == kAdd ? 1 : p.stride;
-  for (; rows >= kRows; rows -= kRows, p.a += kRows * a_row, p.c += kRows * p.c_row) {
-    block<kRows, Vectors, ending>(p);
-    if (p.slope) p.slope += kRows * p.c_row;
-  }
-  for (; rows > 0; --rows, p.a += a_row, p.c += p.c_row) {
-    block<1, Vectors, ending>(p);
-    if (p.slope) p.slope += p.c_row;
-  }
+  if constexpr (Vectors == 1) blocks<2 * kRows, 1, ending>(p, rows);
+  blocks<kRows, Vectors, ending>(p, rows);
+  blocks<1, Vectors, ending>(p, rows);
 }
 
 // c [rows, columns] = a b, columns a multiple of V; panels of b lie one after the other where `packed`.
@@ -237,7 +247,7 @@ static void pack_panels(float* to, const float* from, int64_t depth, int64_t col
         const float x = j < valid ? from[k * row + j * step] : 0.0f;
 #if defined(PYDRONE_BF16)
         const float next = j < valid && k + 1 < depth ? from[(k + 1) * row + j * step] : 0.0f;
-        *to++ = zipped(all(x), all(next))[0];
+        *to++ = pair(x, next);
 #else
         *to++ = x;
 #endif
@@ -253,6 +263,9 @@ static void pack(const MlpLayer& layer, bool backward) {
   if (backward) pack_panels(layer.backward, layer.weight, layer.out, layer.in_padded, layer.in, layer.in, 1);
 }
 
+// From one sample's pairs to the next's, in whole cache lines.
+PYDRONE_IN int64_t column_ld(int64_t ld) { return kPair == 2 ? (ld / 2 + 15) / 16 * 16 : ld; }
+
 // A tile's numbers [kTile, ld] in the thread's memory, and where products find them as their left operand.
 struct Numbers {
   const float* x;
@@ -261,18 +274,18 @@ struct Numbers {
 
   void round(int64_t rows, int64_t width) const {
 #if defined(PYDRONE_BF16)
-    PYDRONE_MLP::round(x, ld, rows, width, rounded);
+    PYDRONE_MLP::round(x, ld, rows, width, rounded, by_column_ld());
 #endif
   }
   // The depth running over the columns, and over the samples.
   const float* by_column() const { return kPair == 2 ? rounded : x; }
-  int64_t by_column_ld() const { return ld / kPair; }
-  const float* by_sample() const { return kPair == 2 ? rounded + kTile * ld / 2 : x; }
+  int64_t by_column_ld() const { return column_ld(ld); }
+  const float* by_sample() const { return kPair == 2 ? rounded + kTile * by_column_ld() : x; }
 };
 
 // The memory of one network: [what its input is rounded to], and for each layer outputs, [SiLU's derivatives], [what
 // both outputs and, later, the derivatives by them are rounded to].
-static int64_t rounded_size(int64_t ld) { return kPair == 2 ? kTile * ld : 0; }
+static int64_t rounded_size(int64_t ld) { return kPair == 2 ? kTile * column_ld(ld) + kTile / 2 * ld : 0; }
 static int64_t slopes_size(const MlpNet& net, int64_t ld) { return net.activation == kSilu ? kTile * ld : 0; }
 static int64_t size_of(const MlpNet& net, const MlpLayer& layer) {
   return kTile * layer.ld + slopes_size(net, layer.ld) + rounded_size(layer.ld);
