@@ -325,7 +325,7 @@ def test_no_samples():
 # ------------------------------------------------------------------------------------------------------- the learner
 
 
-def rollout(policy: ActorCritic, num_envs: int = 64, num_steps: int = 16) -> RolloutBuffer:
+def rollout(policy: ActorCritic, num_envs: int = 64, num_steps: int = 16, act=None) -> RolloutBuffer:
     torch.manual_seed(1)
     obs_spec = policy.obs
     buffer = RolloutBuffer(num_envs, num_steps, obs=obs_spec, actions=2, fields=policy.fields())
@@ -337,7 +337,7 @@ def rollout(policy: ActorCritic, num_envs: int = 64, num_steps: int = 16) -> Rol
 
     for _ in range(num_steps):
         obs = observe()
-        step = policy.act(obs)
+        step = (act or policy.act)(obs)
         buffer.append(
             obs=obs,
             actions=step.actions,
