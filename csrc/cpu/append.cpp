@@ -3,6 +3,7 @@
 // small ring.
 #include "../recurrence.h"
 #include "../step.h"
+#include "append.h"
 #include "common.h"
 
 #include <algorithm>
@@ -448,13 +449,14 @@ void store_ends(uint8_t* to, int64_t stride, int64_t num_envs, const Tensor& don
 
 }  // namespace
 
-void append(const std::vector<Tensor>& memory, const std::vector<Tensor>& sources, const Tensor& layout,
-            const Optional& dones, const Optional& truncated, const Optional& valid, int64_t slot, int64_t pool_slot,
-            const Optional& cursor, bool commit) {
+std::function<void()> checked_append(const std::vector<Tensor>& memory, const std::vector<Tensor>& sources,
+                                     const Tensor& layout, const Optional& dones, const Optional& truncated,
+                                     const Optional& valid, int64_t slot, int64_t pool_slot, const Optional& cursor,
+                                     bool commit) {
   const Step step(memory, sources, layout);
   const Tensor& rows = step.rows;
   const int64_t capacity = rows.size(0), num_envs = rows.size(1), row_bytes = rows.size(2);
-  const std::vector<Field> fields = describe_all(step.row, rows, num_envs, step.looked_at);
+  std::vector<Field> fields = describe_all(step.row, rows, num_envs, step.looked_at);
   const bool pooled = step.check_ends(dones, truncated, valid);
   Pool target{};
   if (pooled) {
@@ -468,10 +470,7 @@ void append(const std::vector<Tensor>& memory, const std::vector<Tensor>& source
     check_cursor(cursor, rows);
     STD_TORCH_CHECK(capacity > 0, "rows: expected a capacity of at least 1, got 0");
     state = static_cast<int64_t*>(cursor->data_ptr());
-    if (state[0] - state[1] >= capacity) {
-      state[2] = 1;
-      return;
-    }
+    if (state[0] - state[1] >= capacity) return [state] { state[2] = 1; };
     slot = state[0] % capacity;
     if (pooled || step.not_finite)
       pool_slot = state[0] / std::max<int64_t>(state[4], 1) % (pooled ? step.pool[0] : *step.not_finite).size(0);
@@ -508,18 +507,26 @@ void append(const std::vector<Tensor>& memory, const std::vector<Tensor>& source
                     4 * num_envs);
     }
   }
-  if (num_envs && row_bytes && !fields.empty() && append_rows(row, row_bytes, fields, num_envs) && step.not_finite)
-    static_cast<int32_t*>(step.not_finite->data_ptr())[pool_slot] = 1;
-  for (int64_t i = 0; i < step.plane.count; ++i) {
-    const Tensor& plane = step.planes[i];
-    copy_plane(static_cast<float*>(plane.data_ptr()) + slot * plane.stride(1), plane.stride(0), step.plane[i],
-               num_envs);
-  }
-  if (dones)
-    store_ends(static_cast<uint8_t*>(step.codes->data_ptr()) + slot * step.codes->stride(1), step.codes->stride(0),
-               num_envs, *dones, truncated, valid, pooled ? &target : nullptr);
-  stream_fence();
-  if (state && commit) ++state[0];
+  return [=, &dones, &truncated, &valid, fields = std::move(fields), target = std::move(target)] {
+    if (num_envs && row_bytes && !fields.empty() && append_rows(row, row_bytes, fields, num_envs) && step.not_finite)
+      static_cast<int32_t*>(step.not_finite->data_ptr())[pool_slot] = 1;
+    for (int64_t i = 0; i < step.plane.count; ++i) {
+      const Tensor& plane = step.planes[i];
+      copy_plane(static_cast<float*>(plane.data_ptr()) + slot * plane.stride(1), plane.stride(0), step.plane[i],
+                 num_envs);
+    }
+    if (dones)
+      store_ends(static_cast<uint8_t*>(step.codes->data_ptr()) + slot * step.codes->stride(1), step.codes->stride(0),
+                 num_envs, *dones, truncated, valid, pooled ? &target : nullptr);
+    stream_fence();
+    if (state && commit) ++state[0];
+  };
+}
+
+void append(const std::vector<Tensor>& memory, const std::vector<Tensor>& sources, const Tensor& layout,
+            const Optional& dones, const Optional& truncated, const Optional& valid, int64_t slot, int64_t pool_slot,
+            const Optional& cursor, bool commit) {
+  checked_append(memory, sources, layout, dones, truncated, valid, slot, pool_slot, cursor, commit)();
 }
 
 }  // namespace pydrone
