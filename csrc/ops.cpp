@@ -26,7 +26,19 @@ void ppo_act(const std::vector<Tensor>& obs, const std::vector<Tensor>& critic_o
              const std::vector<Tensor>& actor, const std::vector<Tensor>& critic, const Tensor& std, int64_t activation,
              bool bf16, const Optional& obs_shift, const Optional& obs_std, const Optional& critic_shift,
              const Optional& critic_std, double obs_clip, const Optional& value_shift, const Optional& value_std,
-             const Tensor& actions, const Tensor& log_probs, const Tensor& values, const Tensor& mean);
+             const Optional& packed, const Tensor& actions, const Tensor& log_probs, const Tensor& values,
+             const Tensor& mean);
+
+void ppo_step(const std::vector<Tensor>& end_memory, const std::vector<Tensor>& end_sources, const Optional& end_layout,
+              const Optional& dones, const Optional& truncated, const Optional& valid, int64_t end_slot,
+              int64_t end_pool_slot, const std::vector<Tensor>& obs, const std::vector<Tensor>& critic_obs,
+              const Tensor& noise, const std::vector<Tensor>& actor, const std::vector<Tensor>& critic,
+              const Tensor& std, int64_t activation, bool bf16, const Optional& obs_shift,
+              const Optional& obs_std, const Optional& critic_shift, const Optional& critic_std, double obs_clip, const Optional& value_shift,
+              const Optional& value_std, const Optional& packed, const Tensor& actions,
+              const Tensor& log_probs, const Tensor& values, const Tensor& mean, const Tensor& sigma,
+              const std::vector<Tensor>& memory, const std::vector<Tensor>& stored_obs, const Tensor& layout,
+              int64_t slot, int64_t pool_slot);
 
 void ppo_gradients(const std::vector<Tensor>& obs, const std::vector<Tensor>& critic_obs, const Tensor& actions,
                    const Tensor& log_probs, const Tensor& advantages, const Tensor& returns, const Tensor& values,
@@ -51,6 +63,7 @@ STABLE_TORCH_LIBRARY_IMPL(pydrone, CPU, m) {
   m.impl("append", TORCH_BOX(&pydrone::append));
   m.impl("gather", TORCH_BOX(&pydrone::gather));
   m.impl("ppo_act", TORCH_BOX(&pydrone::ppo_act));
+  m.impl("ppo_step", TORCH_BOX(&pydrone::ppo_step));
   m.impl("ppo_gradients", TORCH_BOX(&pydrone::ppo_gradients));
   m.impl("clipped_adam", TORCH_BOX(&pydrone::clipped_adam));
 }

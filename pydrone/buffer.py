@@ -276,35 +276,65 @@ class RolloutBuffer(Ring):
         final: Sequence[Tensor],
     ) -> None:
         """A step or its half: ``sources`` of a row, of planes and of the pool (``final``), and how it ended."""
-        captured = self._capturing()
-        appended = self._appended
-        rollout = appended // self.num_steps % self._num_rollouts
+        captured, commit = self._capturing(), call != "begin"
         memory, layout = self._constants[call][0 if truncated is None else 2 if final else 1]
-        commit = call != "begin"
-        self._ops.append(
-            memory,
-            sources,
-            layout,
-            dones,
-            truncated,
-            valid,
-            appended % self.capacity,
-            rollout,
-            self._cursor if captured else None,
-            commit,
-        )
+        cursor = self._cursor if captured else None
+        place = self._place(self._appended)
+        self._ops.append(memory, sources, layout, dones, truncated, valid, *place, cursor, commit)
         bump(self._step_memory)
         if captured:
             self._captured_truncations |= truncated is not None
             self._captured_resets |= valid is not None
-            return
+        elif commit:
+            self._committed(truncated, valid)
+
+    def _place(self, step: int) -> tuple[int, int]:
+        """The slot of a step, counted from the first ever, and the place of its rollout in the pool."""
+        return step % self.capacity, step // self.num_steps % self._num_rollouts
+
+    def _committed(self, truncated: Tensor | None, valid: Tensor | None) -> None:
+        """Counts a step that has been stored whole."""
+        rollout = self._appended // self.num_steps % self._num_rollouts
         if truncated is not None:
             self._truncations[rollout] = True
         if valid is not None:
             self._resets[rollout] = True
-        if commit:
-            self._appended = appended + 1
-            self._cursor_live = False
+        self._appended += 1
+        self._cursor_live = False
+
+    def _turn(self, run: Callable[[tuple, tuple], None], row: dict[str, object], ends: Mapping | None) -> bool:
+        """:meth:`end` with ``ends``, None before the first step, and :meth:`begin` of the next by one operation.
+
+        ``run`` is called with the operation's arguments of either; it may write the sources of ``row`` that are no
+        observations before it stores them. Returns False, and nothing has been stored, where anything is out of the
+        ordinary: the two methods do it then, or say what is wrong.
+        """
+        step = self._appended + (ends is not None)
+        if self._open != (None if ends is None else "begin") or step - self._discarded >= self.capacity:
+            return False
+        end, final, truncated, valid = ((), (), None, None, None, None, 0, 0), (), None, None
+        if ends is not None:
+            truncated, valid, dones = ends.get("truncated"), ends.get("valid"), ends["dones"]
+            final = None if dones is None else self._usual_final(truncated, ends.get("final_obs"))
+            if final is None:
+                return False
+            memory, layout = self._constants["end"][0 if truncated is None else 2 if final else 1]
+            end = memory, [ends["rewards"], *final], layout, dones, truncated, valid, *self._place(self._appended)
+        fields = dict(row)
+        given = self._checked.given(*(fields.pop(x) for x in ("obs", "actions", "values", "log_probs")), fields)
+        sources = self._checked.usual(given, final)
+        if sources is None:
+            return False
+        memory, layout = self._constants["begin"][0]
+        try:
+            run(end, (memory, sources[: len(self._layout.obs)], layout, *self._place(step)))
+        except (RuntimeError, TypeError):
+            return False
+        bump(self._step_memory)
+        if ends is not None:
+            self._committed(truncated, valid)
+        self._open = "begin"
+        return True
 
     def compute_gae(
         self,

@@ -1,5 +1,6 @@
 // One step of acting on the CPU: both networks, the actions drawn, their log-probabilities, a tile of environments at a
-// time.
+// time; and the same between the end of the step before and the storing of what it acted on.
+#include "append.h"
 #include "networks.h"
 
 #include <cmath>
@@ -25,7 +26,8 @@ void ppo_act(const std::vector<Tensor>& obs, const std::vector<Tensor>& critic_o
              const std::vector<Tensor>& actor, const std::vector<Tensor>& critic, const Tensor& std, int64_t activation,
              bool bf16, const Optional& obs_shift, const Optional& obs_std, const Optional& critic_shift,
              const Optional& critic_std, double obs_clip, const Optional& value_shift, const Optional& value_std,
-             const Tensor& actions, const Tensor& log_probs, const Tensor& values, const Tensor& mean) {
+             const Optional& packed, const Tensor& actions, const Tensor& log_probs, const Tensor& values,
+             const Tensor& mean) {
   check_shape("noise", noise, {-1, -1});
   const int64_t num_envs = noise.size(0), num_actions = noise.size(1);
   const Column drawn = column("noise", noise, num_envs, num_actions, noise);
@@ -39,12 +41,26 @@ void ppo_act(const std::vector<Tensor>& obs, const std::vector<Tensor>& critic_o
     check_shape(name, *out, {num_envs});
     check_output(name, *out, noise);
   }
+  const int64_t kept = networks.actor.kept_size() + networks.critic.kept_size();
+  if (packed) {
+    check_shape("packed", *packed, {-1});
+    check_output("packed", *packed, noise);
+    check_contiguous("packed", *packed);
+    STD_TORCH_CHECK(packed->numel() >= kept + 16, "packed: expected at least ", kept + 16,
+                    " elements for these networks, got ", packed->numel());
+  }
   const int64_t tiles = (num_envs + kTile - 1) / kTile;
   const int64_t threads = std::min<int64_t>(tiles, std::max<int64_t>(1, torch::stable::get_num_threads()));
   const int64_t work = std::max(networks.actor.work_size(), networks.critic.work_size());
   const int64_t inputs = kTile * (networks.actor_input.ld + networks.critic_input.ld);
-  Arena arena(networks.packed_size() + threads * (work + inputs + kTile * num_actions + 256));
-  networks.pack(arena, false);
+  Arena arena((packed ? 0 : networks.packed_size()) + threads * (work + inputs + kTile * num_actions + 256));
+  if (packed) {
+    Arena there(static_cast<float*>(packed->data_ptr()), kept);
+    networks.actor.repack(there);
+    networks.critic.repack(there);
+  } else {
+    networks.pack(arena, false);
+  }
   std::vector<float*> memory;
   for (int64_t t = 0; t < threads; ++t) memory.push_back(arena.take(work + inputs + kTile * num_actions + 64));
   const auto* deviation = static_cast<const float*>(std.data_ptr());
@@ -86,6 +102,30 @@ void ppo_act(const std::vector<Tensor>& obs, const std::vector<Tensor>& critic_o
       }
     }
   });
+}
+
+void ppo_step(const std::vector<Tensor>& end_memory, const std::vector<Tensor>& end_sources, const Optional& end_layout,
+              const Optional& dones, const Optional& truncated, const Optional& valid, int64_t end_slot,
+              int64_t end_pool_slot, const std::vector<Tensor>& obs, const std::vector<Tensor>& critic_obs,
+              const Tensor& noise, const std::vector<Tensor>& actor, const std::vector<Tensor>& critic,
+              const Tensor& std, int64_t activation, bool bf16, const Optional& obs_shift,
+              const Optional& obs_std, const Optional& critic_shift, const Optional& critic_std, double obs_clip, const Optional& value_shift,
+              const Optional& value_std, const Optional& packed, const Tensor& actions,
+              const Tensor& log_probs, const Tensor& values, const Tensor& mean, const Tensor& sigma,
+              const std::vector<Tensor>& memory, const std::vector<Tensor>& stored_obs, const Tensor& layout,
+              int64_t slot, int64_t pool_slot) {
+  std::vector<Tensor> sources(stored_obs);
+  sources.insert(sources.end(), {actions, log_probs, values, mean, sigma, values});  // the last of a plane
+  const Optional none;
+  std::function<void()> end;
+  if (end_layout)
+    end = checked_append(end_memory, end_sources, *end_layout, dones, truncated, valid, end_slot, end_pool_slot, none,
+                         true);
+  const auto begin = checked_append(memory, sources, layout, none, none, none, slot, pool_slot, none, false);
+  ppo_act(obs, critic_obs, noise, actor, critic, std, activation, bf16, obs_shift, obs_std, critic_shift, critic_std,
+          obs_clip, value_shift, value_std, packed, actions, log_probs, values, mean);
+  if (end) end();
+  begin();
 }
 
 }  // namespace pydrone

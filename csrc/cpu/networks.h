@@ -21,8 +21,12 @@ class Arena {
   explicit Arena(int64_t floats) {
     static thread_local std::vector<float> kept;
     if (static_cast<int64_t>(kept.size()) < floats + 16) kept.resize(floats + 16);
-    const auto address = reinterpret_cast<uintptr_t>(kept.data());
-    next_ = kept.data() + (round_up(address, 64) - address) / 4;
+    *this = Arena(kept.data(), floats);
+  }
+  // 16 floats more at `memory`, for where it begins.
+  Arena(float* memory, int64_t floats) {
+    const auto address = reinterpret_cast<uintptr_t>(memory);
+    next_ = memory + (round_up(address, 64) - address) / 4;
     end_ = next_ + floats;
   }
   float* take(int64_t floats) {
@@ -82,6 +86,12 @@ struct Net {
     for (const MlpLayer& x : layers) size += round_up((x.in + 1) * x.out_padded, 16) + round_up(x.out * x.in_padded, 16);
     return size;
   }
+  // What repack() takes.
+  int64_t kept_size() const {
+    int64_t size = 0;
+    for (const MlpLayer& x : layers) size += round_up((x.in + 1) * x.out_padded, 16) + round_up((x.in + 1) * x.out, 16);
+    return size;
+  }
   int64_t work_size() { return version.work_size(view(), leading(inputs)); }
   // Lays out the gradients from `at` on; returns where they end.
   int64_t place_grads(int64_t at) {
@@ -98,6 +108,20 @@ struct Net {
       x.forward = arena.take((x.in + 1) * x.out_padded);
       if (backward && i) x.backward = arena.take(x.out * x.in_padded);
       version.pack(x, backward && i);
+    }
+  }
+  // The forward half in memory that was zero once and that nothing else writes: only what has changed is packed. The
+  // parameters' own bits tell, which costs little beside a tile: version counters miss much, fused optimisers among it.
+  void repack(Arena& arena) {
+    for (MlpLayer& x : layers) {
+      x.forward = arena.take((x.in + 1) * x.out_padded);
+      float* const weight = arena.take((x.in + 1) * x.out);
+      float* const bias = weight + x.in * x.out;
+      const size_t weights = x.in * x.out * sizeof(float), biases = x.out * sizeof(float);
+      if (!std::memcmp(weight, x.weight, weights) && !std::memcmp(bias, x.bias, biases)) continue;
+      std::memcpy(weight, x.weight, weights);
+      std::memcpy(bias, x.bias, biases);
+      version.pack(x, false);
     }
   }
   MlpNet view() { return {layers.data(), static_cast<int64_t>(layers.size()), activation}; }

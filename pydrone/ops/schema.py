@@ -51,6 +51,15 @@ with numbers in it: hence two lists, and a tensor of numbers. :func:`pydrone.lay
 
 ``ppo_act``  a step of the same policy: actions = mean + std * noise, their log-probabilities, and values, for N
     environments; on the CPU alone.  noise, actions, mean [N, A]; log_probs, values [N]; outputs of any strides.
+    packed: None, or float32 [packed_size(actor) + packed_size(critic)], zeros at first, for networks of these sizes
+    and one bf16 alone: weights packed by earlier calls, and packed again where they are no longer the same bits.
+
+``ppo_step``  the end of a step, ``ppo_act`` on the observations that came of it, and the first half of the next step:
+    ``append`` before and after it, in one call. Nothing is written where an argument of either is wrong.
+
+    end_...: append's arguments for the end; end_layout None: there is none.  memory, layout, slot, pool_slot: append's
+    for the beginning of a step whose fields are stored_obs (its observations), then actions, log_probs, values, mean
+    and sigma [N, A]; values are in a plane too.  Outputs are read as they are written: none may be another argument.
 
 ``clipped_adam``  gradient clipping and a step of Adam for a list of parameters, of any shapes; on the CPU alone.
 
@@ -78,6 +87,8 @@ slot, start and rollout.  A captured append onto a rollout not discarded writes 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 SCHEMAS = {
@@ -103,8 +114,16 @@ CPU_SCHEMAS = {
     "ppo_act": (
         "(Tensor[] obs, Tensor[] critic_obs, Tensor noise, Tensor[] actor, Tensor[] critic, Tensor std, "
         "int activation, bool bf16, Tensor? obs_shift, Tensor? obs_std, Tensor? critic_shift, Tensor? critic_std, "
-        "float obs_clip, Tensor? value_shift, Tensor? value_std, Tensor(a!) actions, Tensor(b!) log_probs, "
-        "Tensor(c!) values, Tensor(d!) mean) -> ()"
+        "float obs_clip, Tensor? value_shift, Tensor? value_std, Tensor(a!)? packed, Tensor(b!) actions, "
+        "Tensor(c!) log_probs, Tensor(d!) values, Tensor(e!) mean) -> ()"
+    ),
+    "ppo_step": (
+        "(Tensor(a!)[] end_memory, Tensor[] end_sources, Tensor? end_layout, Tensor? dones, Tensor? truncated, "
+        "Tensor? valid, int end_slot, int end_pool_slot, Tensor[] obs, Tensor[] critic_obs, Tensor noise, "
+        "Tensor[] actor, Tensor[] critic, Tensor std, int activation, bool bf16, Tensor? obs_shift, Tensor? obs_std, "
+        "Tensor? critic_shift, Tensor? critic_std, float obs_clip, Tensor? value_shift, Tensor? value_std, "
+        "Tensor(b!)? packed, Tensor(c!) actions, Tensor(d!) log_probs, Tensor(e!) values, Tensor(f!) mean, "
+        "Tensor sigma, Tensor(g!)[] memory, Tensor[] stored_obs, Tensor layout, int slot, int pool_slot) -> ()"
     ),
     "ppo_gradients": (
         "(Tensor[] obs, Tensor[] critic_obs, Tensor actions, Tensor log_probs, Tensor advantages, Tensor returns, "
@@ -171,6 +190,11 @@ MAX_SAMPLES = 2**31 - 1
 def workspace_size(num_envs: int) -> int:
     """Elements of ``gae``'s float64 workspace: a ticket, then (count, mean, M2) of each program of at least 4 envs."""
     return 3 * ((num_envs + 3) // 4) + 1
+
+
+def packed_size(parameters: Sequence[torch.Tensor]) -> int:
+    """Elements of ``ppo_act``'s packed weights of one network, at most: in whole vectors of 16, and as they are."""
+    return sum(2 * -(-x.shape[0] // 16) * 16 * (x.shape[1] + 1) for x in parameters[::2]) + 16
 
 
 def loss_workspace_size(num_samples: int, num_actions: int) -> int:

@@ -267,32 +267,36 @@ def of_policy(policy: ActorCritic, minibatch: Mapping[str, Tensor], config: PPOC
 @torch.no_grad()
 def act(policy: ActorCritic, obs: Tensor | Mapping[str, Tensor]) -> PolicyStep:
     """``policy.act(obs)`` in one operation, both networks, the actions drawn and their log-probabilities."""
-    ours, theirs, activation = _both(policy.actor, policy.critic)
-    actor_obs, critic_obs = _inputs(policy, obs)
-    if policy._rounded is not None:  # as it is stored, and will be learnt from
-        actor_obs, critic_obs = ([policy._float(x) for x in groups] for groups in (actor_obs, critic_obs))
-    std = policy.std
-    num_envs = actor_obs[0].shape[0]
+    networks, std, num_envs = parameters_of(policy), policy.std, _inputs(policy, obs)[0][0].shape[0]
     mean, actions = std.new_empty(2, num_envs, len(std)).unbind()
     log_probs, values = std.new_empty(2, num_envs).unbind()
-    torch.ops.pydrone.ppo_act(
-        actor_obs,
-        critic_obs,
-        torch.randn_like(mean),
-        [x.detach() for x in ours],
-        [x.detach() for x in theirs],
-        std,
-        activation,
-        policy.autocast,
-        *_moments(policy.actor_normalizer, policy.critic_normalizer),
-        policy.obs_clip,
-        *_moments(policy.value_normalizer),
-        actions,
-        log_probs,
-        values,
-        mean,
-    )
+    outputs = actions, log_probs, values, mean
+    torch.ops.pydrone.ppo_act(*act_arguments(policy, obs, networks, std, torch.randn_like(mean), None, outputs))
     return PolicyStep(actions, log_probs, values, mean, std.expand_as(mean))
+
+
+def parameters_of(policy: ActorCritic) -> tuple[list[nn.Parameter], list[nn.Parameter], int]:
+    """The actor's, the critic's, and the number of their activation."""
+    return _both(policy.actor, policy.critic)
+
+
+def act_arguments(
+    policy: ActorCritic,
+    obs: Tensor | Mapping[str, Tensor],
+    networks: tuple[Sequence[Tensor], Sequence[Tensor], int],
+    std: Tensor,
+    noise: Tensor,
+    packed: Tensor | None,
+    outputs: Sequence[Tensor],
+) -> tuple:
+    """Those of ``ppo_act``; ``networks`` are :func:`parameters_of`."""
+    seen = _inputs(policy, obs)
+    if policy._rounded is not None:  # as it is stored, and will be learnt from
+        seen = tuple([policy._float(x) for x in groups] for groups in seen)
+    moments = _moments(policy.actor_normalizer, policy.critic_normalizer)
+    of_values = _moments(policy.value_normalizer)
+    options = networks[2], policy.autocast, *moments, policy.obs_clip, *of_values, packed
+    return *seen, noise, *networks[:2], std, *options, *outputs
 
 
 def _inputs(policy: ActorCritic, obs: Tensor | Mapping[str, Tensor]) -> tuple[list[Tensor], list[Tensor]]:

@@ -5,7 +5,7 @@ Nothing in it waits for the device, but for ``max_kl`` and for recurrent policie
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from pydrone.ops.schema import INVALID
 from pydrone.ppo import adam, fused, fused_loss
+from pydrone.ppo.acting import ActAndStore, Acting, FusedActing
 from pydrone.ppo.config import PPOConfig
 from pydrone.ppo.distributed import ALONE, MeanGradients, Ranks
 from pydrone.ppo.loss import surrogate_loss, value_loss
@@ -70,6 +71,15 @@ class Learner:
     def act(self, obs: Tensor | Mapping[str, Tensor]) -> PolicyStep:
         """``policy.act(obs)``, fused where the gradients are."""
         return self.policy.act(obs) if self.not_fused is not None else fused.act(self.policy, obs)
+
+    def acting(self, buffer: RolloutBuffer, lap: Callable[[str], None] = lambda stage: None) -> ActAndStore:
+        """How a rollout is acted and stored in ``buffer``, step by step; one for each rollout.
+
+        ``lap`` is called with what a piece of work belonged to, "policy" or "storage".
+        """
+        if self.not_fused is None and FusedActing.serves(self.policy, buffer):
+            return FusedActing(self.policy, buffer, lap)
+        return Acting(self, buffer, lap)
 
     def update(self, buffer: RolloutBuffer) -> dict[str, Tensor]:
         """Learns from a full rollout whose advantages are computed; the rollout stays.

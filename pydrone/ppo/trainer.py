@@ -227,18 +227,10 @@ class Trainer:
         obs, final_obs, final_values = self._obs, None, []
         if policy.recurrent:
             policy.begin_rollout(env.num_envs)
+        acting, ends = self.learner.acting(buffer, lap), None
         for _ in range(self.config.num_steps):
-            step = self.learner.act(obs)
-            lap("policy")
-            buffer.begin(
-                obs=obs,
-                actions=step.actions,
-                values=step.values,
-                log_probs=step.log_probs,
-                **policy.stored(step),
-            )
-            lap("storage")
-            result = env.step(step.actions)
+            actions = acting(obs, ends)  # with the end of the step before, in one call where it can be
+            result = env.step(actions)
             lap("env")
             final_obs = result.final_obs if env.autoreset == "same_step" else None
             if policy.recurrent:
@@ -247,17 +239,18 @@ class Trainer:
                     final_values.append(policy.value(final_obs))
                 policy.reset(result.dones if result.valid is None else ~result.valid)
                 lap("policy")
-            buffer.end(
-                rewards=result.rewards,
-                dones=result.dones,
-                truncated=result.truncated,
-                final_obs=None if policy.recurrent else final_obs,
-                valid=result.valid,
-            )
-            lap("storage")
+            ends = {
+                "rewards": result.rewards,
+                "dones": result.dones,
+                "truncated": result.truncated,
+                "final_obs": None if policy.recurrent else final_obs,
+                "valid": result.valid,
+            }
             self._env_log.add(result.log)
             lap("env")
             obs = result.obs
+        buffer.end(**ends)
+        lap("storage")
         self._obs = obs
         last_values = policy.value(obs)
         lap("policy")

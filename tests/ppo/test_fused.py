@@ -232,7 +232,7 @@ def arguments(operation: str, size: int = 5) -> tuple:
     std, moments = torch.ones(2), (torch.zeros(4), torch.ones(4), None, None)
     if operation == "ppo_act":
         outputs = [torch.full_like(x, math.nan) for x in (wide, scalar, scalar, wide)]
-        return [obs], [critic_obs], wide, *parameters, std, 0, False, *moments, 10.0, None, None, *outputs
+        return [obs], [critic_obs], wide, *parameters, std, 0, False, *moments, 10.0, *[None] * 3, *outputs
     grads = [torch.full_like(x, math.nan) for x in (*parameters[0], *parameters[1], std)]
     given = [obs], [critic_obs], wide, *[scalar] * 4, wide, wide.abs() + 1
     values = (torch.tensor(0.5), torch.tensor(2.0))
@@ -475,7 +475,7 @@ def test_outputs_of_any_strides():
     parameters = [[x.detach() for x in network.parameters()] for network in (policy.actor, policy.critic)]
     for outputs in (dense, strided):
         torch.ops.pydrone.ppo_act(
-            [obs], [], noise, *parameters, policy.std.detach(), 0, False, *[None] * 4, 10.0, None, None, *outputs
+            [obs], [], noise, *parameters, policy.std.detach(), 0, False, *[None] * 4, 10.0, *[None] * 3, *outputs
         )
     for x, y in zip(dense, strided):
         assert torch.equal(x, y) and not x.isnan().any()
@@ -483,5 +483,5 @@ def test_outputs_of_any_strides():
     with pytest.raises(RuntimeError, match="mean: expected memory of its own for every element"):
         bad = [*dense[:3], torch.zeros(1, 2).expand(200, 2)]
         torch.ops.pydrone.ppo_act(
-            [obs], [], noise, *parameters, policy.std.detach(), 0, False, *[None] * 4, 10.0, None, None, *bad
+            [obs], [], noise, *parameters, policy.std.detach(), 0, False, *[None] * 4, 10.0, *[None] * 3, *bad
         )
