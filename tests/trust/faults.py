@@ -34,7 +34,8 @@ OF_PROPERTIES, OF_SEQUENCES, OF_STATE = (
 IN_TRITON = "tests/ops/test_triton.py::test_cases[{}] tests/ops/test_triton.py::test_properties"
 OF_TRITON, OF_GATHER, OF_APPEND = map(IN_TRITON.format, ("gae", "gather", "append"))
 TILE, GRADIENTS, ACT = "csrc/cpu/mlp_tile.h", "csrc/cpu/ppo.cpp", "csrc/cpu/act.cpp"
-OF_FUSED = "tests/ppo/test_fused.py"
+NETWORKS, ACTING = "csrc/cpu/networks.h", "pydrone/ppo/acting.py"
+OF_FUSED, OF_ACTING = "tests/ppo/test_fused.py", "tests/ppo/test_acting.py"
 ADAM, OF_ADAM = "csrc/cpu/adam.cpp", "tests/ppo/test_adam.py"
 OF_LEARNER, OF_LOSS = "tests/ppo/test_learner.py", "tests/ppo/test_loss.py"
 
@@ -648,6 +649,50 @@ UPDATE = [
         "torch.full_like(entropy, -entropy_coef)",
         "torch.full_like(entropy, entropy_coef)",
         OF_FUSED,
+    ),
+    Fault("weights packed once for all", NETWORKS, "!std::memcmp(weight, x.weight, weights) && ", "", OF_ACTING),
+    Fault("biases packed once for all", NETWORKS, " && !std::memcmp(bias, x.bias, biases)", "", OF_ACTING),
+    Fault(
+        "a step that ends before all is checked",
+        ACT,
+        "  const auto begin = checked_append(",
+        "  if (end) end();\n  end = nullptr;\n  const auto begin = checked_append(",
+        OF_ACTING,
+    ),
+    Fault(
+        "layers acted by that are no longer the policy's",
+        ACTING,
+        " or not all(map(operator.is_, parts, self._parts))",
+        "",
+        OF_ACTING,
+    ),
+    Fault(
+        "the standard deviation of a rollout's first step",
+        ACTING,
+        "        self._std.copy_(policy.std)\n",
+        "        if ends is None:\n            self._std.copy_(policy.std)\n",
+        OF_ACTING,
+    ),
+    Fault(
+        "actions written over while the environment has them",
+        ACTING,
+        "actions = torch.empty_like(mean)",
+        'actions = self.__dict__.setdefault("_actions", torch.empty_like(mean))',
+        OF_ACTING,
+    ),
+    Fault(
+        "a step's beginning in the slot before",
+        BUFFER,
+        "layout, *self._place(step)))",
+        "layout, *self._place(self._appended)))",
+        OF_ACTING,
+    ),
+    Fault(
+        "the next rollout's first step in a full ring",
+        BUFFER,
+        "or step - self._discarded >= self.capacity",
+        "or self._appended - self._discarded >= self.capacity",
+        OF_ACTING,
     ),
 ]
 
