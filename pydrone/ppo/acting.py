@@ -66,8 +66,7 @@ class FusedActing:
         self._policy, self._buffer, self._lap = policy, buffer, lap
         like, num_envs = policy.std_param, buffer.num_envs
         with torch.inference_mode(False):
-            self._std = like.new_empty(len(like))
-            self._mean, self._noise = like.new_empty(2, num_envs, len(like)).unbind()
+            self._std, self._mean = like.new_empty(len(like)), like.new_empty(num_envs, len(like))
             self._values, self._log_probs = like.new_empty(2, num_envs).unbind()
         self._sigma = self._std.expand_as(self._mean)
         self._parts: list[object] = []
@@ -87,7 +86,7 @@ class FusedActing:
         self._std.copy_(policy.std)
         mean, sigma, values, log_probs = self._mean, self._sigma, self._values, self._log_probs
         actions = torch.empty_like(mean)  # the environment may keep it, and sees nothing of the others
-        outputs, noise = (actions, log_probs, values, mean), self._noise.normal_()
+        outputs, noise = (actions, log_probs, values, mean), torch.randn_like(mean)
         act = fused.act_arguments(policy, obs, self._networks, self._std, noise, self._packed, outputs)
         row = {"obs": obs, "actions": actions, "values": values, "log_probs": log_probs, "mu": mean, "sigma": sigma}
 
