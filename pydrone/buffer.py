@@ -29,6 +29,8 @@ from .sources import Sources
 
 __all__ = ["BufferFull", "Minibatch", "NonFinite", "RolloutBuffer"]
 
+_ENDS = {"rewards", "dones", "truncated", "final_obs", "valid"}  # what end() takes
+
 
 class RolloutBuffer(Ring):
     """Storage of N environments x T steps, with GAE and shuffled minibatches as kernels.
@@ -314,12 +316,12 @@ class RolloutBuffer(Ring):
             return False
         end, final, truncated, valid = ((), (), None, None, None, None, 0, 0), (), None, None
         if ends is not None:
-            truncated, valid, dones = ends.get("truncated"), ends.get("valid"), ends["dones"]
+            dones, truncated, valid = ends.get("dones"), ends.get("truncated"), ends.get("valid")
             final = None if dones is None else self._usual_final(truncated, ends.get("final_obs"))
-            if final is None:
+            if final is None or not ends.keys() <= _ENDS:
                 return False
             memory, layout = self._constants["end"][0 if truncated is None else 2 if final else 1]
-            end = memory, [ends["rewards"], *final], layout, dones, truncated, valid, *self._place(self._appended)
+            end = memory, [ends.get("rewards"), *final], layout, dones, truncated, valid, *self._place(self._appended)
         fields = dict(row)
         given = self._checked.given(*(fields.pop(x) for x in ("obs", "actions", "values", "log_probs")), fields)
         sources = self._checked.usual(given, final)

@@ -438,6 +438,8 @@ ENDS = [
     ({"truncated": torch.ones(7), "final_obs": torch.zeros(7, 4)}, ValueError, r"^final_obs: expected shape \[7, 5\]"),
     ({"final_obs": torch.zeros(7, 5)}, ValueError, "^final_obs: expected truncated with it"),
     ({"valid": [1] * 7}, TypeError, "^valid: expected a tensor"),
+    ({"truncate": torch.zeros(7)}, TypeError, "unexpected keyword argument 'truncate'"),
+    ({"rewards": None}, TypeError, "^rewards: expected a tensor, got NoneType$"),
 ]
 
 
@@ -454,6 +456,15 @@ def test_wrong_ends_are_named_and_nothing_is_stored(change, error, message):
     acting(world.held, ends)
     buffer.end(**ends)
     assert len(buffer) == 2
+
+
+def test_ends_that_lack_something():
+    world, policy = World(), policy_of(5)
+    acting = by_one(policy, buffer_of(policy, world))
+    acting(world.held)
+    for name, other in (("rewards", "dones"), ("dones", "rewards")):
+        with pytest.raises(TypeError, match=f"missing 1 required keyword-only argument: '{name}'"):
+            acting(world.held, {other: world.rewards})
 
 
 def test_a_wrong_observation_ends_the_step_before_it_once():
