@@ -67,8 +67,8 @@ with numbers in it: hence two lists, and a tensor of numbers. :func:`pydrone.lay
     number of its group in norms [groups], which get the norms of the groups' gradients; gradients are left as they are,
     and count as min(1, max_norm / (norm + 1e-6)) times that. learning_rate: [] float32.
 
-``has_bf16``  whether ``ppo_gradients`` and ``ppo_act`` take bf16: on x86-64 with AVX512_BF16, where PYDRONE_ISA does not
-    leave it out.
+``has_bf16``  whether the operations above take bf16: on x86-64 with AVX512_BF16, where PYDRONE_ISA does not leave it
+    out.
 
 ``ppo_loss``  the loss of one minibatch and its derivatives by what the networks put out; Triton on CUDA, on every other
     device the reference.

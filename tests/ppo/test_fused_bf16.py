@@ -279,7 +279,7 @@ def test_without_the_instructions_torch_does_it_and_says_why(monkeypatch):
 
 def test_lesser_instructions_have_none():
     code = "import torch, pydrone.ops.native; q = torch.ops.pydrone; assert not q.has_bf16(); x = torch.zeros(1, 1)\n"
-    code += "q.ppo_act([x], [], x, [x, x[0]], [x, x[0]], x[0], 0, True, *[None] * 4, 1.0, *[None] * 3, x, x[0], x[0], x)"
+    code += "y = x[0]; q.ppo_act([x], [], x, [x, y], [x, y], y, 0, True, *[None] * 4, 1.0, *[None] * 3, x, y, y, x)"
     done = subprocess.run(
         [sys.executable, "-c", code], env=os.environ | {"PYDRONE_ISA": "baseline"}, capture_output=True
     )
