@@ -20,6 +20,7 @@ class Fault(NamedTuple):
 
 RECURRENCE, GAE, GATHER = "csrc/recurrence.h", "csrc/cpu/gae.cpp", "csrc/cpu/gather.cpp"
 APPEND, TILES, PERMUTATION = "csrc/cpu/append.cpp", "csrc/cpu/tiles.h", "csrc/permutation.h"
+SAMPLES = "csrc/cpu/samples.h"
 TRITON_GAE, TRITON_GATHER = "triton_kernels/gae.py", "triton_kernels/gather.py"
 REFERENCE, BUFFER, RING = "pydrone/ops/reference.py", "pydrone/buffer.py", "pydrone/ring.py"
 SEQUENCES, LEARNER, LOSS = "pydrone/sequences.py", "pydrone/ppo/learner.py", "pydrone/ppo/loss.py"
@@ -179,21 +180,21 @@ CPP = [
     ),
     Fault(
         "one sample beyond the last not walked back",
-        GATHER,
-        "n, batch)) >= job.permutation.size)",
-        "n, batch)) > job.permutation.size)",
+        SAMPLES,
+        "n, batch)) >= samples.permutation.size)",
+        "n, batch)) > samples.permutation.size)",
         OF_MINIBATCHES,
     ),
     Fault(
         "a biased standard deviation",
-        GATHER,
+        SAMPLES,
         "std::sqrt(moments[2] / (moments[0] - 1))",
         "std::sqrt(moments[2] / moments[0])",
         OF_MINIBATCHES,
     ),
     Fault(
         "no epsilon under the advantages",
-        GATHER,
+        SAMPLES,
         "static_cast<float>(1.0 / (std + kStdEpsilon))",
         "static_cast<float>(1.0 / std)",
         OF_MINIBATCHES,
@@ -207,21 +208,21 @@ CPP = [
     ),
     Fault(
         "rows gathered past the ring's end",
-        GATHER,
+        SAMPLES,
         "slot -= slot >= capacity ? capacity : 0;",
         "slot -= slot > capacity ? capacity : 0;",
         OF_RING,
     ),
     Fault(
         "every minibatch the first one",
-        GATHER,
-        "const int64_t first = job.first + position;",
+        SAMPLES,
+        "const int64_t first = samples.first + position;",
         "const int64_t first = position;",
         OF_MINIBATCHES,
     ),
     Fault(
         "a sample's step without its correction",
-        GATHER,
+        SAMPLES,
         "step += step < 0 ? num_steps : (step >= num_steps ? -num_steps : 0);",
         "",
         OF_MINIBATCHES,
