@@ -41,13 +41,14 @@ void ppo_step(const std::vector<Tensor>& end_memory, const std::vector<Tensor>& 
               int64_t slot, int64_t pool_slot);
 
 void ppo_gradients(const std::vector<Tensor>& obs, const std::vector<Tensor>& critic_obs, const Tensor& actions,
-                   const Tensor& log_probs, const Tensor& advantages, const Tensor& returns, const Tensor& values,
+                   const Tensor& log_probs, const Tensor& advantages, const Optional& returns, const Tensor& values,
                    const Optional& mu, const Optional& sigma, const std::vector<Tensor>& actor,
                    const std::vector<Tensor>& critic, const Tensor& std, int64_t activation, bool bf16,
                    double clip, double value_clip, double value_loss_coef, const Optional& obs_shift,
                    const Optional& obs_std, const Optional& critic_shift, const Optional& critic_std, double obs_clip,
                    const Optional& value_shift, const Optional& value_std, const std::vector<Tensor>& grads,
-                   const Tensor& metrics);
+                   const Tensor& metrics, const std::vector<int64_t>& drawn, const Optional& stats,
+                   const Optional& subset);
 
 void clipped_adam(const std::vector<Tensor>& parameters, const std::vector<Tensor>& grads,
                   const std::vector<Tensor>& exp_avgs, const std::vector<Tensor>& exp_avg_sqs,

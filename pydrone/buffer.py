@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .estimators import env_scalars, overlap, pick_bootstrap, unit_interval
 from .layout import boolean, of_append, positive
-from .minibatch import Minibatch, Plan
+from .minibatch import Drawn, InRing, Minibatch, Plan
 from .ops.dispatch import bump, written
 from .ops.pages import Recycler
 from .ops.reference import normalization, permute
@@ -473,6 +473,7 @@ class RolloutBuffer(Ring):
         normalize_advantages: bool | str = True,
         drop_last: bool = False,
         reuse: bool = False,
+        lazy: bool = False,
     ) -> Iterator[Minibatch]:
         """The oldest rollout in ``num_epochs`` x ``num_minibatches`` parts, each gathered in one launch.
 
@@ -485,6 +486,8 @@ class RolloutBuffer(Ring):
                 price of further launches; False: as they are.
             drop_last: equal sizes; the permutation's last N * T % num_minibatches samples are left out.
             reuse: hand out the same tensors each time, for CUDA graphs: each minibatch overwrites the one before.
+            lazy: gather a minibatch when a tensor of it is first asked for, as the fused learner, which reads the ring
+                itself, never does. On the CPU alone; elsewhere, and with "minibatch", as if it were False.
 
         Yields:
             :class:`Minibatch`.
@@ -500,7 +503,7 @@ class RolloutBuffer(Ring):
         normalize = normalize_advantages if normalize_advantages == "minibatch" else bool(normalize_advantages)
         if normalize_advantages not in (True, False, "minibatch"):
             raise ValueError(f"normalize_advantages: expected a bool or 'minibatch', got {normalize_advantages!r}")
-        boolean("drop_last", drop_last), boolean("reuse", reuse)
+        boolean("drop_last", drop_last), boolean("reuse", reuse), boolean("lazy", lazy)
         self._need_gae("minibatches")
         subset = self._valid_samples()
         samples = self.num_envs * self.num_steps if subset is None else subset.shape[0]
@@ -509,7 +512,7 @@ class RolloutBuffer(Ring):
         if count > samples:
             raise ValueError(f"num_minibatches: expected at most one a sample, {samples}, got {count}")
         plan = Plan(samples, count, shuffle == "full", normalize, drop_last, reuse, subset)
-        return self._iterate(plan, epochs)
+        return self._iterate(plan, epochs, lazy and self._ops.name == "cpu" and normalize != "minibatch")
 
     def sequences(
         self,
@@ -578,14 +581,34 @@ class RolloutBuffer(Ring):
                     views, tuple(self._layout.obs), self._layout.obs_is_mapping, self.dones, states, envs, burn_in
                 )
 
-    def _iterate(self, plan: Plan, epochs: int) -> Iterator[Minibatch]:
+    def _iterate(self, plan: Plan, epochs: int, lazy: bool) -> Iterator[Minibatch]:
         rollout = self._rollout
         for _ in range(epochs):
             epoch, self._epoch = self._epoch, self._epoch + 1
             for first, size in plan.parts():
-                if rollout != self._rollout or not self._computed:
-                    raise RuntimeError("minibatches: the rollout was discarded while they were being read")
-                yield self._minibatch(plan, epoch, first, size)
+                self._still(rollout)
+                yield (self._drawn if lazy else self._minibatch)(plan, epoch, first, size)
+
+    def _still(self, rollout: int) -> None:
+        if rollout != self._rollout or not self._computed:
+            raise RuntimeError("minibatches: the rollout was discarded while they were being read")
+
+    def _drawn(self, plan: Plan, epoch: int, first: int, size: int) -> Drawn:
+        rollout, start = self._rollout, self._start
+
+        def gather() -> Minibatch:
+            self._still(rollout)
+            return self._minibatch(plan, epoch, first, size)
+
+        def place() -> InRing:
+            self._still(rollout)
+            numbers = [self.num_steps, start, plan.samples, self._key, rollout, epoch, int(plan.shuffle), first, size]
+            statistics = self._memory["statistics"] if plan.normalize else None
+            groups = {name: self._views[f"obs.{name}"] for name in self._layout.obs}
+            obs = groups if self._layout.obs_is_mapping else groups["obs"]
+            return InRing(obs, self._views, self._memory["advantages"], numbers, statistics, plan.subset)
+
+        return Drawn(size, gather, place)
 
     def _minibatch(self, plan: Plan, epoch: int, first: int, size: int) -> Minibatch:
         tensors = self._outputs(size, plan.largest, plan.reuse)

@@ -88,3 +88,55 @@ class Minibatch:
 
     def __repr__(self) -> str:
         return f"Minibatch({len(self)} samples: {', '.join(self._tensors)})"
+
+
+class InRing(NamedTuple):
+    """Where a minibatch's samples lie, as ``ppo_gradients`` is told: see :mod:`pydrone.ops.schema`.
+
+    obs: [C, N, ...], or a dict of groups. fields: name to [C, N, ...]. advantages: [N, T]. numbers: the operation's
+    ``drawn``.
+    """
+
+    obs: Tensor | dict[str, Tensor]
+    fields: dict[str, Tensor]
+    advantages: Tensor
+    numbers: list[int]
+    statistics: Tensor | None
+    subset: Tensor | None
+
+
+class Drawn(Minibatch):
+    """A minibatch that has not left the ring: it is gathered when a tensor of it is first asked for.
+
+    place: where its samples lie; raises RuntimeError where they are no longer there.
+    """
+
+    __slots__ = ("_gather", "_gathered", "_size", "place")
+
+    def __init__(self, size: int, gather: Callable[[], Minibatch], place: Callable[[], InRing]) -> None:
+        self._size, self._gather, self.place = size, gather, place
+        self._gathered: Minibatch | None = None
+
+    def _made(self) -> Minibatch:
+        if self._gathered is None:
+            self._gathered = self._gather()
+        return self._gathered
+
+    @property
+    def _tensors(self) -> dict[str, Tensor]:
+        return self._made()._tensors
+
+    @property
+    def _groups(self) -> tuple[str, ...]:
+        return self._made()._groups
+
+    @property
+    def _grouped(self) -> bool:
+        return self._made()._grouped
+
+    @property
+    def _indices(self) -> Callable[[], Tensor]:
+        return self._made()._indices
+
+    def __len__(self) -> int:
+        return self._size

@@ -129,31 +129,74 @@ struct Net {
   static constexpr int64_t kMaxWidth = 1 << 14;
 };
 
-// A field of the minibatch, [B, ...] of any strides.
+// Of a ring whose fields lie in rows, [C, N, ...] each: sizes, and bytes from one to the next.
+struct Ring {
+  int64_t slots, envs, slot, env;
+};
+
+// A field of the minibatch: [B, ...] of any strides, or of a ring, where a sample is found by its row's bytes.
 struct Column {
   const char* data;
   int64_t width, sample, element;  // elements a sample; strides in elements
   ScalarType type;
 };
 
-Column column(const char* name, const Tensor& x, int64_t samples, int64_t width, const Tensor& like) {
+Column column(const char* name, const Tensor& x, int64_t samples, int64_t width, const Tensor& like,
+              const Ring* ring = nullptr) {
+  if (ring) {
+    if (width >= 0) check_shape(name, x, {ring->slots, ring->envs, width});
+    else check_shape(name, x, {ring->slots, ring->envs});
+    check_real(name, x);
+    check_device(name, x, like);
+    const int64_t size = static_cast<int64_t>(x.element_size());
+    STD_TORCH_CHECK((ring->slots <= 1 || x.stride(0) * size == ring->slot) &&  // of one, a stride may be anything
+                        (ring->envs <= 1 || x.stride(1) * size == ring->env),
+                    name, ": expected a field of the same rows as the others");
+    return {static_cast<const char*>(x.data_ptr()), width < 0 ? 1 : width, 0, width < 0 ? 0 : x.stride(2),
+            x.scalar_type()};
+  }
   if (width >= 0) check_shape(name, x, {samples, width});
   else check_shape(name, x, {samples});
   check_real(name, x);
   check_device(name, x, like);
-  return {static_cast<const char*>(x.data_ptr()), std::max<int64_t>(width, 1), x.stride(0), width < 0 ? 0 : x.stride(1),
+  return {static_cast<const char*>(x.data_ptr()), width < 0 ? 1 : width, x.stride(0), width < 0 ? 0 : x.stride(1),
           x.scalar_type()};
 }
 
-// to[i * sample + k * element], zero from `count` on to `rows`.
+// `row(i)`: where sample i begins.
+template <class From, class Row>
+void copy_samples(const Column& from, const Row& row, int64_t count, float* to, int64_t sample, int64_t element) {
+  const int64_t width = from.width, stride = from.element;
+  if (width == 1) {
+    for (int64_t i = 0; i < count; ++i) to[i * sample] = convert<float>(*row(i));
+  } else if (std::is_same_v<From, float> && width >= 4 && stride == 1 && element == 1) {
+    for (int64_t i = 0; i < count; ++i) {
+      const From* const source = row(i);
+      float* const target = to + i * sample;
+      for (int64_t k = 0; k < width - 4; k += 4) std::memcpy(target + k, source + k, 16);
+      std::memcpy(target + width - 4, source + width - 4, 16);
+    }
+  } else {
+    for (int64_t i = 0; i < count; ++i) {
+      const From* const source = row(i);
+      for (int64_t k = 0; k < width; ++k) to[i * sample + k * element] = convert<float>(source[k * stride]);
+    }
+  }
+}
+
+// to[i * sample + k * element], zero from `count` on to `rows`. `at`: where the samples' rows lie in a ring, in bytes.
 void copy_tile(const Column& from, int64_t first, int64_t count, int64_t rows, float* to, int64_t sample,
-               int64_t element) {
+               int64_t element, const int64_t* at = nullptr) {
   for_real("batch", from.type, [&](auto kind) {
     using From = decltype(kind);
-    const auto* source = reinterpret_cast<const From*>(from.data) + first * from.sample;
-    for (int64_t i = 0; i < count; ++i)
-      for (int64_t k = 0; k < from.width; ++k)
-        to[i * sample + k * element] = convert<float>(source[i * from.sample + k * from.element]);
+    if (at) {
+      auto row = [&](int64_t i) { return reinterpret_cast<const From*>(from.data + at[i]); };
+      copy_samples<From>(from, row, count, to, sample, element);
+    } else {
+      const auto* source = reinterpret_cast<const From*>(from.data) + first * from.sample;
+      auto row = [source, step = from.sample](int64_t i) { return source + i * step; };
+      copy_samples<From>(from, row, count, to, sample, element);
+    }
   });
   for (int64_t i = count; i < rows; ++i)
     for (int64_t k = 0; k < from.width; ++k) to[i * sample + k * element] = 0.0f;
@@ -199,20 +242,23 @@ struct Input {
   std::vector<Column> groups;
   int64_t width = 0, ld = 0;
 
-  Input(const char* name, const std::vector<Tensor>& tensors, int64_t samples, const Tensor& like) {
+  Input(const char* name, const std::vector<Tensor>& tensors, int64_t samples, const Tensor& like,
+        const Ring* ring = nullptr) {
     STD_TORCH_CHECK(!tensors.empty(), name, ": expected at least one group of observations, got none");
     for (const Tensor& x : tensors) {
-      STD_TORCH_CHECK(x.dim() == 2, name, ": expected shape [", samples, ", width], got ", shape_of(x));
-      groups.push_back(column(name, x, samples, x.size(1), like));
-      width += x.size(1);
+      if (ring) check_shape(name, x, {ring->slots, ring->envs, -1});
+      STD_TORCH_CHECK(ring || x.dim() == 2, name, ": expected shape [", samples, ", width], got ", shape_of(x));
+      groups.push_back(column(name, x, samples, x.size(ring ? 2 : 1), like, ring));
+      width += x.size(ring ? 2 : 1);
     }
     ld = Net::leading(width);
   }
-  void fill(int64_t first, int64_t count, float* to, const Normalizer& normalizer) const {
-    int64_t at = 0;
+  void fill(int64_t first, int64_t count, float* to, const Normalizer& normalizer, int64_t rows = kTile,
+            const int64_t* at = nullptr) const {
+    int64_t begin = 0;
     for (const Column& x : groups) {
-      copy_tile(x, first, count, kTile, to + at, ld, 1);
-      at += x.width;
+      copy_tile(x, first, count, rows, to + begin, ld, 1, at);
+      begin += x.width;
     }
     normalizer.apply(to, count, width, ld);
   }
@@ -231,11 +277,11 @@ struct Networks {
            const std::vector<Tensor>& critic_parameters, const Tensor& std, int64_t activation, bool bf16,
            int64_t samples, int64_t num_actions, const Optional& obs_shift, const Optional& obs_std,
            const Optional& critic_shift, const Optional& critic_std, double obs_clip, const Optional& value_shift,
-           const Optional& value_std, const Tensor& like)
+           const Optional& value_std, const Tensor& like, const Ring* ring = nullptr)
       : version(picked(bf16)),
         shared(critic_obs.empty()),
-        actor_input("obs", obs, samples, like),
-        critic_input("critic_obs", shared ? obs : critic_obs, samples, like),
+        actor_input("obs", obs, samples, like, ring),
+        critic_input("critic_obs", shared ? obs : critic_obs, samples, like, ring),
         actor("actor", version, actor_parameters, actor_input.width, num_actions, checked(activation), like),
         critic("critic", version, critic_parameters, critic_input.width, 1, activation, like),
         obs_normalizer("obs_shift", obs_shift, obs_std, actor_input.width, obs_clip, like),

@@ -1,6 +1,7 @@
 // PPO's gradients of a minibatch on the CPU: both networks forward, the loss with its KL divergence, both backward, a
 // tile of samples at a time, so that activations never leave the second-level cache. mlp_tile.h has the arithmetic.
 #include "networks.h"
+#include "samples.h"
 
 #include <cmath>
 
@@ -37,31 +38,115 @@ void write_grads(const Net& net, const Tensor* grads, const std::vector<const fl
   }
 }
 
+// A minibatch that is drawn from a ring, tile by tile: its rows are on their way to the cache some samples before they
+// are read. (A whole tile's at once, before the tile's arithmetic, is slower: they would have to come back from L2.)
+class Drawn {
+ public:
+  static constexpr int64_t kPortion = 16;  // samples that are read at a time
+  static constexpr int64_t kAhead = 32;
+  static_assert(kBatch == kTile && kAhead % kPortion == 0);
+
+  Samples samples{};
+  Ring ring{};
+
+  Drawn(const std::vector<int64_t>& drawn, const Tensor& actions) {
+    if (drawn.empty()) return;
+    STD_TORCH_CHECK(drawn.size() == 9, "drawn: expected nine numbers or none, got ", drawn.size());
+    check_shape("actions", actions, {-1, -1, -1});
+    const int64_t size = static_cast<int64_t>(actions.element_size());
+    ring = {actions.size(0), actions.size(1), actions.stride(0) * size, actions.stride(1) * size};
+    samples.capacity = ring.slots;
+    samples.num_envs = ring.envs;
+    samples.row_step = ring.slot;
+    samples.row_env = ring.env;
+    samples.num_steps = drawn[0];
+    samples.count = drawn[8];
+    check_range("num_steps", samples.num_steps, 0, samples.capacity + 1);
+  }
+  void place(const std::vector<int64_t>& drawn, const Tensor& advantages, const Optional& stats,
+             const Optional& subset, const Tensor& like) {
+    advantages_ = reinterpret_cast<const char*>(take_advantages(samples, advantages, like));
+    const Moments moments(stats, like);
+    mean_ = moments.mean;
+    scale_ = moments.scale;
+    draw(samples, subset, drawn[1], drawn[2], drawn[3], drawn[4], drawn[5], drawn[6] != 0, drawn[7], std::nullopt,
+         like);
+  }
+  // A field that is read.
+  void read(const Column& x) {
+    if (x.width == 0) return;
+    const char* end = x.data + (x.element * (x.width - 1) + 1) * item_size("batch", static_cast<int64_t>(x.type));
+    for (auto& [from, to] : stretches_)
+      if (x.data < to + kLine && from < end + kLine) {
+        from = std::min(from, x.data), to = std::max(to, end);
+        return;
+      }
+    stretches_.emplace_back(x.data, end);
+  }
+  void fetch_rows(const Batch& batch, int64_t i0, int64_t n) const {
+    for (int64_t i = i0; i < i0 + n; ++i) {
+      for (const auto& [from, to] : stretches_) {
+        const char* line = from + batch.row[i];
+        line -= reinterpret_cast<uintptr_t>(line) % kLine;
+        fetch_near(line, to + batch.row[i] - line);
+      }
+      fetch_near(advantages_ + batch.advantage[i], 1);
+    }
+  }
+  // Of samples [i, end) of the tile, whose values are there.
+  void fill_advantages(const Batch& batch, int64_t i, int64_t end, const PpoTile& x) const {
+    for (; i < end; ++i) {
+      float advantage;
+      std::memcpy(&advantage, advantages_ + batch.advantage[i], 4);
+      x.returns[i] = advantage + x.values[i];
+      x.advantages[i] = (advantage - mean_) * scale_;
+    }
+  }
+
+ private:
+  static constexpr int64_t kLine = 64;
+  const char* advantages_ = nullptr;
+  float mean_ = 0, scale_ = 1;
+  std::vector<std::pair<const char*, const char*>> stretches_;  // of the ring's first row
+};
+
 }  // namespace
 
 void ppo_gradients(const std::vector<Tensor>& obs, const std::vector<Tensor>& critic_obs, const Tensor& actions,
-                   const Tensor& log_probs, const Tensor& advantages, const Tensor& returns, const Tensor& values,
+                   const Tensor& log_probs, const Tensor& advantages, const Optional& returns, const Tensor& values,
                    const Optional& mu, const Optional& sigma, const std::vector<Tensor>& actor,
                    const std::vector<Tensor>& critic, const Tensor& std, int64_t activation, bool bf16,
                    double clip, double value_clip, double value_loss_coef, const Optional& obs_shift,
                    const Optional& obs_std, const Optional& critic_shift, const Optional& critic_std, double obs_clip,
                    const Optional& value_shift, const Optional& value_std, const std::vector<Tensor>& grads,
-                   const Tensor& metrics) {
-  check_shape("actions", actions, {-1, -1});
-  const int64_t samples = actions.size(0), num_actions = actions.size(1);
-  const Column action = column("actions", actions, samples, num_actions, actions);
-  const Column log_prob = column("log_probs", log_probs, samples, -1, actions);
-  const Column advantage = column("advantages", advantages, samples, -1, actions);
-  const Column target = column("returns", returns, samples, -1, actions);
-  const Column value = column("values", values, samples, -1, actions);
+                   const Tensor& metrics, const std::vector<int64_t>& drawn, const Optional& stats,
+                   const Optional& subset) {
+  const bool drawing = !drawn.empty();
+  Drawn source(drawn, actions);
+  if (!drawing) check_shape("actions", actions, {-1, -1});
+  const Ring* const ring = drawing ? &source.ring : nullptr;
+  const int64_t samples = drawing ? source.samples.count : actions.size(0), num_actions = actions.size(drawing ? 2 : 1);
+  const Column action = column("actions", actions, samples, num_actions, actions, ring);
+  const Column log_prob = column("log_probs", log_probs, samples, -1, actions, ring);
+  const Column value = column("values", values, samples, -1, actions, ring);
+  STD_TORCH_CHECK(returns.has_value() != drawing, "returns: expected ",
+                  drawing ? "None where a minibatch is drawn from a ring" : "a tensor, got None");
+  Column advantage{}, target{};
+  if (drawing) {
+    check_dtype("values", values, ScalarType::Float);
+    source.place(drawn, advantages, stats, subset, actions);
+  } else {
+    advantage = column("advantages", advantages, samples, -1, actions);
+    target = column("returns", *returns, samples, -1, actions);
+  }
   STD_TORCH_CHECK(mu.has_value() == sigma.has_value(), "sigma: expected both mu and sigma, or none");
   Column old_mean{}, old_std{};
   if (mu) {
-    old_mean = column("mu", *mu, samples, num_actions, actions);
-    old_std = column("sigma", *sigma, samples, num_actions, actions);
+    old_mean = column("mu", *mu, samples, num_actions, actions, ring);
+    old_std = column("sigma", *sigma, samples, num_actions, actions, ring);
   }
   Networks networks(obs, critic_obs, actor, critic, std, activation, bf16, samples, num_actions, obs_shift, obs_std,
-                    critic_shift, critic_std, obs_clip, value_shift, value_std, actions);
+                    critic_shift, critic_std, obs_clip, value_shift, value_std, actions, ring);
   Net &pi = networks.actor, &v = networks.critic;
   const Input &actor_input = networks.actor_input, &critic_input = networks.critic_input;
   STD_TORCH_CHECK(clip >= 0 && std::isfinite(clip), "clip: expected a number of at least 0, got ", clip);
@@ -114,23 +199,66 @@ void ppo_gradients(const std::vector<Tensor>& obs, const std::vector<Tensor>& cr
   loss.kl = mu.has_value();
   const MlpNet actor_net = pi.view(), critic_net = v.view();
 
+  if (drawing) {
+    for (const Column* x : {&action, &log_prob, &value}) source.read(*x);
+    if (loss.kl) source.read(old_mean), source.read(old_std);
+    for (const Input* input : {&actor_input, &critic_input})
+      for (const Column& x : input->groups) source.read(x);
+  }
+  auto size = [&](int64_t tile) { return std::clamp<int64_t>(samples - tile * kTile, 0, kTile); };
+  // Samples [i, end) of the tile, and zeros to `rows` behind the last ones.
+  auto fill = [&](const PpoTile& x, int64_t tile, int64_t i, int64_t end, int64_t rows, const Batch* batch) {
+    const int64_t first = tile * kTile + i, n = end - i;
+    const int64_t* const at = batch ? batch->row + i : nullptr;
+    rows -= i;
+    actor_input.fill(first, n, x.actor_obs + i * x.actor_ld, networks.obs_normalizer, rows, at);
+    if (!networks.one_input)
+      critic_input.fill(first, n, x.critic_obs + i * x.critic_ld, networks.critic_normalizer, rows, at);
+    copy_tile(action, first, n, rows, x.actions + i, 1, kTile, at);
+    if (loss.kl) {
+      copy_tile(old_mean, first, n, rows, x.mu + i, 1, kTile, at);
+      copy_tile(old_std, first, n, rows, x.sigma + i, 1, kTile, at);
+    }
+    copy_tile(log_prob, first, n, rows, x.log_probs + i, 1, 0, at);
+    copy_tile(value, first, n, rows, x.values + i, 1, 0, at);
+    if (batch) {
+      source.fill_advantages(*batch, i, end, x);
+      std::fill(x.advantages + end, x.advantages + i + rows, 0.0f);
+      std::fill(x.returns + end, x.returns + i + rows, 0.0f);
+    } else {
+      copy_tile(advantage, first, n, rows, x.advantages + i, 1, 0);
+      copy_tile(target, first, n, rows, x.returns + i, 1, 0);
+    }
+  };
+
   torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
       PpoTile& x = state[t];
-      for (int64_t tile = tiles * t / threads; tile < tiles * (t + 1) / threads; ++tile) {
-        const int64_t first = tile * kTile;
-        x.count = std::min(kTile, samples - first);
-        actor_input.fill(first, x.count, x.actor_obs, networks.obs_normalizer);
-        if (!networks.one_input) critic_input.fill(first, x.count, x.critic_obs, networks.critic_normalizer);
-        copy_tile(action, first, x.count, kTile, x.actions, 1, kTile);
-        if (loss.kl) {
-          copy_tile(old_mean, first, x.count, kTile, x.mu, 1, kTile);
-          copy_tile(old_std, first, x.count, kTile, x.sigma, 1, kTile);
+      Batch batches[2];
+      const int64_t from = tiles * t / threads, to = tiles * (t + 1) / threads;
+      if (drawing) {
+        locate_batch(source.samples, from * kTile, size(from), batches[from % 2]);
+        source.fetch_rows(batches[from % 2], 0, std::min(size(from), Drawn::kAhead));
+      }
+      for (int64_t tile = from; tile < to; ++tile) {
+        x.count = size(tile);
+        if (drawing) {
+          const Batch& batch = batches[tile % 2];
+          Batch& next = batches[(tile + 1) % 2];
+          const int64_t following = tile + 1 < to ? size(tile + 1) : 0;
+          if (following) locate_batch(source.samples, (tile + 1) * kTile, following, next);
+          for (int64_t i = 0; i < x.count; i += Drawn::kPortion) {
+            const int64_t until = std::min(x.count, i + Drawn::kPortion), ahead = i + Drawn::kAhead;
+            if (ahead < x.count)
+              source.fetch_rows(batch, ahead, std::min(x.count - ahead, Drawn::kPortion));
+            else if (ahead >= kTile)
+              source.fetch_rows(next, ahead - kTile,
+                                std::clamp<int64_t>(following - ahead + kTile, 0, Drawn::kPortion));
+            fill(x, tile, i, until, until == x.count ? kTile : until, &batch);
+          }
+        } else {
+          fill(x, tile, 0, x.count, kTile, nullptr);
         }
-        copy_tile(log_prob, first, x.count, kTile, x.log_probs, 1, 0);
-        copy_tile(advantage, first, x.count, kTile, x.advantages, 1, 0);
-        copy_tile(target, first, x.count, kTile, x.returns, 1, 0);
-        copy_tile(value, first, x.count, kTile, x.values, 1, 0);
         networks.value_normalizer.apply_scalar(x.returns, x.count);
         networks.value_normalizer.apply_scalar(x.values, x.count);
         networks.version.step(actor_net, critic_net, loss, x);

@@ -48,6 +48,9 @@ with numbers in it: hence two lists, and a tensor of numbers. :func:`pydrone.lay
     clipped to obs_clip; None: as they are.  grads: of actor, critic and std, shaped as these, of
     surrogate + value_loss_coef * value loss (pydrone/ppo/loss.py).  metrics: float64 [3], surrogate, value loss, and
     KL(mu, sigma || new), not a number without these.
+    drawn: empty, or [num_steps, start, num_samples, key, rollout, epoch, shuffle, first, B], as ``gather``'s. Then obs,
+    critic_obs, actions, log_probs, values, mu and sigma are fields of a ring's rows, [C, N, ...], advantages are
+    [N, T], stats and subset as ``gather``'s, and returns None: A + values. To the bit what gathering first would give.
 
 ``ppo_act``  a step of the same policy: actions = mean + std * noise, their log-probabilities, and values, for N
     environments; on the CPU alone.  noise, actions, mean [N, A]; log_probs, values [N]; outputs of any strides.
@@ -126,11 +129,11 @@ CPU_SCHEMAS = {
         "Tensor sigma, Tensor(g!)[] memory, Tensor[] stored_obs, Tensor layout, int slot, int pool_slot) -> ()"
     ),
     "ppo_gradients": (
-        "(Tensor[] obs, Tensor[] critic_obs, Tensor actions, Tensor log_probs, Tensor advantages, Tensor returns, "
+        "(Tensor[] obs, Tensor[] critic_obs, Tensor actions, Tensor log_probs, Tensor advantages, Tensor? returns, "
         "Tensor values, Tensor? mu, Tensor? sigma, Tensor[] actor, Tensor[] critic, Tensor std, int activation, "
         "bool bf16, float clip, float value_clip, float value_loss_coef, Tensor? obs_shift, Tensor? obs_std, "
         "Tensor? critic_shift, Tensor? critic_std, float obs_clip, Tensor? value_shift, Tensor? value_std, "
-        "Tensor(a!)[] grads, Tensor(b!) metrics) -> ()"
+        "Tensor(a!)[] grads, Tensor(b!) metrics, int[] drawn=[], Tensor? stats=None, Tensor? subset=None) -> ()"
     ),
     "clipped_adam": (
         "(Tensor(a!)[] parameters, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from pydrone.estimators import check_tensor
+from pydrone.minibatch import Drawn, Minibatch
 from pydrone.ops import native
 from pydrone.ops.schema import ACTIVATIONS
 from pydrone.ppo.loss import gaussian_entropy
@@ -93,10 +94,6 @@ def fused_update(
         Unsupported: a RuntimeError; the networks, or this machine, are of another kind.
         TypeError, ValueError, RuntimeError: an argument does not fit; nothing was written.
     """
-    ours, theirs, activation = _both(actor, critic)
-    if autocast:
-        _require_bf16()
-    parameters = [*ours, *theirs]
     check_tensor("std", std.detach() if isinstance(std, Tensor) else std, CPU, True)
     tensors = {"actions": actions, "log_probs": log_probs, "advantages": advantages, "returns": returns}
     tensors |= {"values": values, **({} if mu is None else {"mu": mu}), **({} if sigma is None else {"sigma": sigma})}
@@ -106,19 +103,52 @@ def fused_update(
         _check_number(name, x, 0.0)
     for name, x in (("value_loss_coef", value_loss_coef), ("entropy_coef", entropy_coef)):
         _check_number(name, x, -math.inf)
+    groups = _groups(obs), [] if critic_obs is None else _groups(critic_obs, "critic_obs")
+    return _gradients(
+        actor,
+        critic,
+        std,
+        (*groups, actions, log_probs, advantages, returns, values, mu, sigma),
+        (),
+        clip=clip,
+        value_clip=value_clip,
+        value_loss_coef=value_loss_coef,
+        entropy_coef=entropy_coef,
+        obs_normalizer=obs_normalizer,
+        critic_normalizer=critic_normalizer,
+        obs_clip=obs_clip,
+        value_normalizer=value_normalizer,
+        autocast=autocast,
+    )
+
+
+def _gradients(
+    actor: nn.Module,
+    critic: nn.Module,
+    std: Tensor,
+    samples: tuple,
+    drawn: tuple,
+    *,
+    clip: float,
+    value_clip: float | None,
+    value_loss_coef: float,
+    entropy_coef: float,
+    obs_normalizer: RunningMoments | None,
+    critic_normalizer: RunningMoments | None,
+    obs_clip: float,
+    value_normalizer: RunningMoments | None,
+    autocast: bool,
+) -> Tensor:
+    """``ppo_gradients`` of what it takes first, ``samples``, and last, ``drawn``; the rest as :func:`fused_update`."""
+    ours, theirs, activation = _both(actor, critic)
+    if autocast:
+        _require_bf16()
+    parameters = [*ours, *theirs]
     with torch.no_grad():
         grads = [torch.empty_like(x) for x in parameters]
         std_grad, metrics = torch.empty_like(std), torch.empty(3, dtype=torch.float64)
         torch.ops.pydrone.ppo_gradients(
-            _groups(obs),
-            [] if critic_obs is None else _groups(critic_obs, "critic_obs"),
-            actions,
-            log_probs,
-            advantages,
-            returns,
-            values,
-            mu,
-            sigma,
+            *samples,
             [x.detach() for x in ours],
             [x.detach() for x in theirs],
             std.detach(),
@@ -132,6 +162,7 @@ def fused_update(
             *_moments(value_normalizer),
             [*grads, std_grad],
             metrics,
+            *drawn,
         )
         for parameter, grad in zip(parameters, grads):
             if parameter.grad is not None:
@@ -236,22 +267,18 @@ def why_not(policy: ActorCritic) -> str | None:
     return None
 
 
-def of_policy(policy: ActorCritic, minibatch: Mapping[str, Tensor], config: PPOConfig) -> Tensor:
-    """:func:`fused_update` of a policy and a minibatch of its rollout buffer."""
-    obs, critic_obs = _inputs(policy, minibatch.obs)
-    return fused_update(
+def of_policy(policy: ActorCritic, minibatch: Minibatch, config: PPOConfig) -> Tensor:
+    """:func:`fused_update` of a policy and a minibatch of its rollout buffer, read in the ring where it can be."""
+    samples, drawn = _in_ring(policy, minibatch) if isinstance(minibatch, Drawn) else (None, ())
+    if samples is None:
+        advantages = minibatch.advantages, minibatch.returns
+        samples = _samples(policy, minibatch.obs, minibatch, advantages)
+    return _gradients(
         policy.actor,
         policy.critic,
         policy.std,
-        obs=obs,
-        critic_obs=critic_obs or None,
-        actions=minibatch.actions,
-        log_probs=minibatch.log_probs,
-        advantages=minibatch.advantages,
-        returns=minibatch.returns,
-        values=minibatch.values,
-        mu=minibatch["mu"],
-        sigma=minibatch["sigma"],
+        samples,
+        drawn,
         clip=config.clip,
         value_clip=config.clip if config.clipped_value_loss else None,
         value_loss_coef=config.value_loss_coef,
@@ -262,6 +289,23 @@ def of_policy(policy: ActorCritic, minibatch: Mapping[str, Tensor], config: PPOC
         value_normalizer=policy.value_normalizer,
         autocast=policy.autocast,
     )
+
+
+def _samples(policy: ActorCritic, obs: Tensor | Mapping[str, Tensor], fields: Any, advantages: tuple) -> tuple:
+    """What ``ppo_gradients`` takes of a minibatch; ``advantages``, and returns."""
+    actions, log_probs, values, mu, sigma = (fields[x] for x in ("actions", "log_probs", "values", "mu", "sigma"))
+    return *_inputs(policy, obs), actions, log_probs, *advantages, values, mu, sigma
+
+
+def _in_ring(policy: ActorCritic, minibatch: Drawn) -> tuple[tuple | None, tuple]:
+    """The same of the ring that a minibatch is drawn from, and what draws it; None where it has to be gathered."""
+    place = minibatch.place()
+    # [C, N, width] alone, of floats: whole numbers are turned into these once they are gathered.
+    groups = [place.obs] if isinstance(place.obs, Tensor) else [*place.obs.values()]
+    if not all(x.is_floating_point() and x.dim() == 3 for x in groups):
+        return None, ()
+    samples = _samples(policy, place.obs, place.fields, (place.advantages, None))
+    return samples, (place.numbers, place.statistics, place.subset)
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from pydrone.minibatch import Minibatch
 from pydrone.ops.schema import INVALID
 from pydrone.ppo import adam, fused, fused_loss
 from pydrone.ppo.acting import ActAndStore, Acting, FusedActing
@@ -119,6 +120,7 @@ class Learner:
             num_epochs=config.num_epochs,
             normalize_advantages="minibatch" if by_minibatch else config.normalize_advantages,
             reuse=True,
+            lazy=self.not_fused is None,
         )
 
     def step(self, minibatch: Any) -> Tensor:
@@ -128,7 +130,7 @@ class Learner:
         """
         metrics = self.compute_gradients(minibatch)
         if self._over_ranks is not None:
-            metrics = self._over_ranks(metrics, len(minibatch.actions))
+            metrics = self._over_ranks(metrics, _size(minibatch))
         if self.config.schedule == "adaptive":
             self.adapt_learning_rate(metrics[-1])
         if self.config.max_kl is not None and metrics[-1] > self.config.max_kl:
@@ -147,7 +149,7 @@ class Learner:
     def compute_gradients(self, minibatch: Any) -> Tensor:
         """Leaves the loss's gradients in the parameters and returns the METRICS, [4]. Autograd takes it in chunks."""
         config, policy = self.config, self.policy
-        size = minibatch.actions.shape[0]
+        size = _size(minibatch)
         self.optimizer.zero_grad(set_to_none=True)
         if self.not_fused is None and size > 0:
             return fused.of_policy(policy, minibatch, config)
@@ -215,6 +217,10 @@ class Learner:
                 self.learning_rate.copy_(torch.as_tensor(group["lr"]))
             group["lr"] = self.learning_rate
             group["capturable"] = False  # as a checkpoint from within a captured iteration has it not
+
+
+def _size(minibatch: Any) -> int:
+    return len(minibatch) if isinstance(minibatch, Minibatch) else minibatch.actions.shape[0]
 
 
 def _rows(obs: Tensor | Mapping[str, Tensor] | Sequences, rows: slice) -> Tensor | dict[str, Tensor] | Sequences:

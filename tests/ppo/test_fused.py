@@ -287,6 +287,16 @@ def test_networks_of_another_kind_are_refused():
         fused_update(network(3, (4,), 1, "tanh"), network(3, (4,), 1, "relu"), std, **given)
 
 
+def test_a_group_of_no_width_is_nothing():
+    actor, critic, std = network(3, (4,), 1, "tanh"), network(3, (4,), 1, "tanh"), torch.ones(1)
+    given, found = batch(130, (3, 3), 1), []
+    for obs in (given["obs"], [torch.zeros(130, 0), given["obs"], torch.zeros(130, 0)]):
+        actor.zero_grad()
+        fused_update(actor, critic, std, **(given | {"obs": obs}))
+        found.append(actor[0].weight.grad)
+    assert torch.equal(*found)
+
+
 BAD = [
     ({"obs": torch.zeros(4, 2)}, r"actor: expected shape \[1, 2\], got \[1, 3\]"),
     ({"obs": torch.zeros(3, 3)}, r"obs: expected shape \[4, 3\], got \[3, 3\]"),

@@ -38,6 +38,7 @@ TILE, GRADIENTS, ACT = "csrc/cpu/mlp_tile.h", "csrc/cpu/ppo.cpp", "csrc/cpu/act.
 NETWORKS, ACTING = "csrc/cpu/networks.h", "pydrone/ppo/acting.py"
 OF_FUSED, OF_ACTING = "tests/ppo/test_fused.py", "tests/ppo/test_acting.py"
 ADAM, OF_ADAM = "csrc/cpu/adam.cpp", "tests/ppo/test_adam.py"
+OF_DRAWN = "tests/ppo/test_fused_ring.py"
 OF_LEARNER, OF_LOSS = "tests/ppo/test_learner.py", "tests/ppo/test_loss.py"
 
 CPP = [
@@ -368,6 +369,13 @@ PYTHON = [
         OF_MINIBATCHES,
     ),
     Fault(
+        "the same permutation in every epoch, read in the ring",
+        BUFFER,
+        "self._key, rollout, epoch, int(plan.shuffle)",
+        "self._key, rollout, 0, int(plan.shuffle)",
+        "tests/ppo/test_fused_ring.py",
+    ),
+    Fault(
         "a minibatch's biased standard deviation",
         BUFFER,
         "advantages.std() if size > 1",
@@ -635,6 +643,20 @@ UPDATE = [
         "shorter >= 1 ? 1.0f : static_cast<float>(shorter)",
         "static_cast<float>(shorter)",
         OF_ADAM,
+    ),
+    Fault(
+        "a return of the normalised advantage, in the ring",
+        GRADIENTS,
+        "x.returns[i] = advantage + x.values[i];",
+        "x.returns[i] = (advantage - mean_) * scale_ + x.values[i];",
+        OF_DRAWN,
+    ),
+    Fault(
+        "rows of another tile",
+        GRADIENTS,
+        "const Batch& batch = batches[tile % 2];",
+        "const Batch& batch = batches[0];",
+        OF_DRAWN,
     ),
     Fault("a value that is not denormalised", ACT, "networks.value_normalizer.undo(y[i * ld])", "y[i * ld]", OF_FUSED),
     Fault(
