@@ -512,7 +512,7 @@ class RolloutBuffer(Ring):
         if count > samples:
             raise ValueError(f"num_minibatches: expected at most one a sample, {samples}, got {count}")
         plan = Plan(samples, count, shuffle == "full", normalize, drop_last, reuse, subset)
-        return self._iterate(plan, epochs, lazy and self._ops.name == "cpu" and normalize != "minibatch")
+        return self._iterate(plan, epochs, lazy and self.device.type == "cpu" and normalize != "minibatch")
 
     def sequences(
         self,

@@ -130,7 +130,7 @@ def _train(argv: list[str]) -> int:
             echo = view.echo if view else lambda line: print(line, flush=True)
             trainer = Trainer(env, config, run_dir, echo, view.show if view else None, ranks)
             print(trainer.buffer)
-            print(f"Memory of the rollout with a minibatch: {trainer.planned_nbytes / 1e6:.1f} MB", flush=True)
+            print(f"Memory of the rollout and its minibatches: {trainer.planned_nbytes / 1e6:.1f} MB", flush=True)
         except BrokenPipeError:
             raise
         except (ValueError, OSError, RuntimeError, ImportError) as error:

@@ -164,7 +164,7 @@ def test_train_from_beginning_to_end(tmp_path):
     assert json.loads((folder / "config.json").read_text())["num_envs"] == 16
     for path in ("model_2.pt", "learning_curve.png"):
         assert str(folder / path) in result.stdout
-    assert "Memory of the rollout with a minibatch: " in result.stdout
+    assert "Memory of the rollout and its minibatches: " in result.stdout
     assert result.stdout.count("iterations are done") == 1
 
 

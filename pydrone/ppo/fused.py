@@ -297,12 +297,16 @@ def _samples(policy: ActorCritic, obs: Tensor | Mapping[str, Tensor], fields: An
     return *_inputs(policy, obs), actions, log_probs, *advantages, values, mu, sigma
 
 
+def readable(obs: Tensor | Mapping[str, Tensor]) -> bool:
+    """Whether stored observations can be learnt from where they lie: floats, [.., .., width]."""
+    groups = [obs] if isinstance(obs, Tensor) else [*obs.values()]
+    return all(x.is_floating_point() and x.dim() == 3 for x in groups)
+
+
 def _in_ring(policy: ActorCritic, minibatch: Drawn) -> tuple[tuple | None, tuple]:
     """The same of the ring that a minibatch is drawn from, and what draws it; None where it has to be gathered."""
     place = minibatch.place()
-    # [C, N, width] alone, of floats: whole numbers are turned into these once they are gathered.
-    groups = [place.obs] if isinstance(place.obs, Tensor) else [*place.obs.values()]
-    if not all(x.is_floating_point() and x.dim() == 3 for x in groups):
+    if not readable(place.obs):
         return None, ()
     samples = _samples(policy, place.obs, place.fields, (place.advantages, None))
     return samples, (place.numbers, place.statistics, place.subset)

@@ -123,6 +123,11 @@ class Learner:
             lazy=self.not_fused is None,
         )
 
+    def gathers(self, buffer: RolloutBuffer) -> bool:
+        """Whether :meth:`update` has minibatches gathered, whose tensors the buffer then keeps."""
+        by_minibatch = self.config.normalize_advantages and self.config.advantage_scope == "minibatch"
+        return self.not_fused is not None or by_minibatch or not fused.readable(buffer.obs)
+
     def step(self, minibatch: Any) -> Tensor:
         """One gradient step on a minibatch. Returns its METRICS, [4]; its KL is that before the step.
 

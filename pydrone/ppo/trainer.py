@@ -146,8 +146,9 @@ class Trainer:
             "final_obs_rows": 0 if self.policy.recurrent else _final_obs_rows(env, config.num_steps),
         }
         self.buffer = RolloutBuffer(**sizes, device=self.device, seed=config.seed + self.iteration, rank=ranks.rank)
-        #: bytes of the buffer once it holds the minibatch that is handed out again and again
-        reused = None if self.policy.recurrent else math.ceil(samples / ppo.num_minibatches)
+        #: bytes of the buffer once it holds the minibatch that is handed out again and again, if one is
+        gathers = self.learner.gathers(self.buffer) and not self.policy.recurrent
+        reused = math.ceil(samples / ppo.num_minibatches) if gathers else None
         self.planned_nbytes = plan(**sizes, reused_minibatch=reused).nbytes
         self._episodes = EpisodeMeter(env.num_envs, config.num_steps, self.device)
         self._env_log, self._log_keys = LogMeter(), []

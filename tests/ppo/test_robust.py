@@ -397,8 +397,13 @@ def test_resuming_takes_the_learning_rate_with_the_adaptive_schedule_alone(tmp_p
         assert second.learner.learning_rate.item() == pytest.approx(rate), schedule
 
 
-def test_planned_memory_is_what_is_held_in_the_end():
-    trained = trainer(Clock(lambda t: [t % 4 == 0] * N), ppo={"num_minibatches": 5})  # of 4, 5, 5, 5, 5 samples
-    assert trained.planned_nbytes > trained.buffer.nbytes
+@pytest.mark.parametrize(
+    "ppo", [{}, {"learner": "torch"}, {"advantage_scope": "minibatch"}], ids=["default", "torch", "minibatch"]
+)
+def test_planned_memory_is_what_is_held_in_the_end(ppo):
+    ppo |= {"num_minibatches": 5}  # of 4, 5, 5, 5, 5 samples
+    trained = trainer(Clock(lambda t: [t % 4 == 0] * N), ppo=ppo)
+    gathers = trained.learner.not_fused is not None or "advantage_scope" in ppo
+    assert (trained.planned_nbytes > trained.buffer.nbytes) == gathers
     trained.iterate()
     assert trained.planned_nbytes == trained.buffer.nbytes
