@@ -84,6 +84,7 @@ def clipped_step(
         norms,
     )
     dispatch.bump(parameters)
+    optimizer._opt_called = True  # a scheduler of the learning rate asks for it
     return norms
 
 

@@ -118,6 +118,21 @@ def test_autograd_notices():
         loss.backward()
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_scheduler_goes_on():
+    x = nn.Parameter(torch.ones(3))
+    x.grad = torch.ones(3)
+    optimizer = torch.optim.Adam([x], lr=0.1)
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+    moved = []
+    for _ in range(3):
+        before = x.detach().clone()
+        clipped_step(optimizer, [[x]])
+        moved.append(float((before - x.detach())[0]))
+        scheduler.step()
+    assert moved == pytest.approx([0.1, 0.05, 0.025], rel=1e-4)
+
+
 @pytest.mark.parametrize(
     "make, message",
     [

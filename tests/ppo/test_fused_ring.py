@@ -215,7 +215,7 @@ def arguments(**change) -> tuple:
         x["mu"],
         x["sigma"],
     )
-    settings = (*networks, std, 0, 0.2, 0.2, 1.0, None, None, None, None, 10.0, None, None)
+    settings = (*networks, std, 0, False, 0.2, 0.2, 1.0, None, None, None, None, 10.0, None, None)
     return *given, *settings, grads, torch.full((3,), math.nan).double(), x["drawn"], x["stats"], x["subset"]
 
 
@@ -225,7 +225,7 @@ def test_opcheck():
     assert torch.library.opcheck(torch.ops.pydrone.ppo_gradients.default, arguments(), test_utils=tests)
     run = arguments(subset=torch.arange(N * T))
     torch.ops.pydrone.ppo_gradients(*run)
-    assert all(x.isfinite().all() for x in (*run[23], run[24]))
+    assert all(x.isfinite().all() for x in (*run[24], run[25]))
 
 
 def numbers(i: int, x: int) -> list[int]:
@@ -265,7 +265,7 @@ def test_wrong_arguments_are_named(change, message):
     given = arguments(**change)
     with pytest.raises(RuntimeError, match=message):
         torch.ops.pydrone.ppo_gradients(*given)
-    assert all(x.isnan().all() for x in (*given[23], given[24]))
+    assert all(x.isnan().all() for x in (*given[24], given[25]))
 
 
 def test_samples_that_do_not_exist_lead_nowhere():
@@ -274,4 +274,4 @@ def test_samples_that_do_not_exist_lead_nowhere():
     runs = [arguments(subset=x) for x in (wild, tame)]
     for run in runs:
         torch.ops.pydrone.ppo_gradients(*run)
-    assert all(torch.equal(x, y) for x, y in zip(runs[0][23], runs[1][23]))
+    assert all(torch.equal(x, y) for x, y in zip(runs[0][24], runs[1][24]))

@@ -26,10 +26,11 @@ void gather(const Tensor&, const std::vector<int64_t>&, const std::vector<int64_
             const Optional&, const Optional&, const Optional&, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t,
             bool, int64_t, const Optional&, const Optional&, const Optional&, const Optional&);
 void ppo_gradients(const std::vector<Tensor>&, const std::vector<Tensor>&, const Tensor&, const Tensor&, const Tensor&,
-                   const Tensor&, const Tensor&, const Optional&, const Optional&, const std::vector<Tensor>&,
+                   const Optional&, const Tensor&, const Optional&, const Optional&, const std::vector<Tensor>&,
                    const std::vector<Tensor>&, const Tensor&, int64_t, bool, double, double, double, const Optional&,
                    const Optional&, const Optional&, const Optional&, double, const Optional&, const Optional&,
-                   const std::vector<Tensor>&, const Tensor&);
+                   const std::vector<Tensor>&, const Tensor&, const std::vector<int64_t>&, const Optional&,
+                   const Optional&);
 void clipped_adam(const std::vector<Tensor>&, const std::vector<Tensor>&, const std::vector<Tensor>&,
                   const std::vector<Tensor>&, const std::vector<Tensor>&, const std::vector<int64_t>&, double,
                   const Tensor&, double, double, double, const Tensor&);
@@ -120,7 +121,7 @@ void run_ppo(int64_t samples, int64_t width, int64_t activation) {
   auto vector = [&] { return make<float>({samples}, 1); };
   pydrone::ppo_gradients({make<float>({samples, 17}, 1)}, {}, make<float>({samples, 4}, 1), vector(), vector(), vector(),
                          vector(), mu, sigma, actor, critic, std, activation, false, 0.2, 0.2, 1, {}, {}, {}, {}, 10, {}, {},
-                         grads, metrics);
+                         grads, metrics, {}, {}, {});
   std::printf("ppo %lld: %.6g\n", (long long)samples, sum(grads[0]) + sum(grads[6]) + sum(metrics));
 }
 
