@@ -101,6 +101,7 @@ def ppo_update() -> list[Contender]:
     return _contenders(
         [
             ("pydrone", update.ours, 0, 0),
+            ("pydrone, --autocast", partial(update.ours, autocast=True), 0, 0),
             ("pydrone, --learner torch", torch_learner, 0, 0),
             ("rsl_rl", update.rsl_rl, 0, 0),
             ("rsl_rl, torch.compile", compiled, 0, 0),

@@ -18,12 +18,12 @@ from . import need
 from .train import Setting, _config, _runner_config, _vec_env
 
 
-def ours(setting: Setting, learner: str = "auto") -> Run:
+def ours(setting: Setting, learner: str = "auto", autocast: bool = False) -> Run:
     """``Learner.update``."""
     from pydrone.ppo.trainer import Trainer
 
     config = _config(setting)
-    config = dataclasses.replace(config, ppo=dataclasses.replace(config.ppo, learner=learner))
+    config = dataclasses.replace(config, ppo=dataclasses.replace(config.ppo, learner=learner, autocast=autocast))
     trainer = Trainer(Quadrotor(setting.size.num_envs, setting.device), config)
     trainer._start()
     last_values, bootstrap = trainer.collect()
