@@ -145,6 +145,8 @@ class Ring:
             self._pool_count[rollout].zero_()
         if not self._capturing():
             self._truncations[rollout] = self._resets[rollout] = False
+        if self._policy != "ignore":  # of the next rollout there
+            self._not_finite[rollout] = 0
         self._computed, self._pool_valued, self._subset, self._epoch = False, False, None, 0
 
     def advance(self, steps: int, rollouts: int = 0) -> None:

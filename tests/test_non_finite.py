@@ -267,3 +267,23 @@ def test_captured_launches(capacity, late, backend, monkeypatch):
         else:
             buf.compute_gae(last, **how)
         buf.clear()
+
+
+@pytest.mark.parametrize("check", [True, False])
+def test_what_was_found_ends_with_its_rollout(check, backend, monkeypatch):
+    """A state that was loaded is looked at once, whoever reads the flags, and so is a step that is none."""
+    looked = []
+    look = RolloutBuffer.non_finite
+    monkeypatch.setattr(RolloutBuffer, "non_finite", lambda self: looked.append(self._rollout) or look(self))
+    buf = make(backend)
+    buf.load_state_dict(make(backend).state_dict())
+    for rollout in range(5):
+        steps = steps_of(buf)
+        if rollout == 2:
+            steps[1]["valid"] = torch.ones(N)
+            steps[1]["valid"][3], steps[1]["obs"]["a"][3] = 0, math.nan
+        store(buf, steps)
+        buf.compute_gae(torch.zeros(N), check=check)
+        assert bool(buf.flags()[3]) == (not check and rollout in (0, 2))
+        buf.clear()
+    assert looked == ([0, 2] if check else [])

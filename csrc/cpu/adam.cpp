@@ -58,6 +58,26 @@ float& scalar(const char* name, const Tensor& x) {
   return *static_cast<float*>(x.data_ptr());
 }
 
+// No two of all these tensors share memory; they are dense.
+void check_all_apart(std::initializer_list<std::pair<const char*, const std::vector<Tensor>*>> lists, const Tensor& norms) {
+  struct Extent {
+    uintptr_t first, last;
+    const char* name;
+  };
+  std::vector<Extent> extents;
+  auto add = [&](const char* name, const Tensor& x) {
+    const auto first = reinterpret_cast<uintptr_t>(x.data_ptr());
+    if (x.numel()) extents.push_back({first, first + static_cast<uintptr_t>(x.numel()) * sizeof(float), name});
+  };
+  for (const auto& [name, list] : lists)
+    for (const Tensor& x : *list) add(name, x);
+  add("norms", norms);
+  std::sort(extents.begin(), extents.end(), [](const Extent& x, const Extent& y) { return x.first < y.first; });
+  for (size_t i = 1; i < extents.size(); ++i)
+    STD_TORCH_CHECK(extents[i - 1].last <= extents[i].first, extents[i].name,
+                    ": expected memory of its own, got some that ", extents[i - 1].name, " use too");
+}
+
 }  // namespace
 
 void clipped_adam(const std::vector<Tensor>& parameters, const std::vector<Tensor>& grads,
@@ -91,11 +111,7 @@ void clipped_adam(const std::vector<Tensor>& parameters, const std::vector<Tenso
       bool same = x->dim() == parameter.dim();
       for (int64_t d = 0; same && d < x->dim(); ++d) same = x->size(d) == parameter.size(d);
       STD_TORCH_CHECK(same, name, ": expected shape ", shape_of(parameter), ", got ", shape_of(*x));
-      if (x != &parameter) check_apart(name, parameter, *x);
     }
-    check_apart("exp_avgs", exp_avgs[i], exp_avg_sqs[i]);
-    check_apart("grads", exp_avgs[i], grads[i]);
-    check_apart("grads", exp_avg_sqs[i], grads[i]);
     check_device("steps", steps[i], parameters[0]);
     scalar("steps", steps[i]);
     check_range("groups", groups[i], 0, norms.size(0));
@@ -106,6 +122,8 @@ void clipped_adam(const std::vector<Tensor>& parameters, const std::vector<Tenso
                         std::min(kPiece, size - at), static_cast<int64_t>(i), 0});
     }
   }
+  check_all_apart({{"parameters", &parameters}, {"grads", &grads}, {"exp_avgs", &exp_avgs},
+                   {"exp_avg_sqs", &exp_avg_sqs}, {"steps", &steps}}, norms);
   const auto num_pieces = static_cast<int64_t>(pieces.size());
   torch::stable::parallel_for(0, num_pieces, kGrain, [&](int64_t begin, int64_t end) {
     for (int64_t p = begin; p < end; ++p) pieces[p].squares = sum_of_squares(pieces[p].grad, pieces[p].size);
@@ -121,8 +139,8 @@ void clipped_adam(const std::vector<Tensor>& parameters, const std::vector<Tenso
     const double shorter = max_norm / (std::sqrt(totals[groups[i]]) + kNormEpsilon);
     rates[i] = {static_cast<float>(1 - beta1), static_cast<float>(beta2), static_cast<float>(1 - beta2),
                 static_cast<float>(epsilon),
-                // Also where it is not a number: as torch does, it then spoils all of the group, which nobody can miss.
-                shorter >= 1 ? 1.0f : static_cast<float>(shorter),
+                // Where it is not a number it spoils all of the group, as torch does, and nobody can miss it.
+                shorter >= 1 || std::isinf(max_norm) ? 1.0f : static_cast<float>(shorter),
                 static_cast<float>(rate / (1 - std::pow(beta1, static_cast<double>(step)))),
                 static_cast<float>(std::sqrt(1 - std::pow(beta2, static_cast<double>(step))))};
   }

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import NoneType
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from pydrone.ops import dispatch, native
 
@@ -13,8 +15,11 @@ from pydrone.ops import dispatch, native
 _PLAIN = {"weight_decay": 0, "amsgrad": False, "maximize": False, "differentiable": False}
 
 
-def why_not(optimizer: torch.optim.Optimizer) -> str | None:
-    """Why :func:`clipped_step` cannot take this optimiser's steps, or None where it can."""
+def why_not(optimizer: torch.optim.Optimizer, groups: Sequence[Sequence[Tensor]] = ()) -> str | None:
+    """Why :func:`clipped_step` cannot take this optimiser's steps, or None where it can.
+
+    With ``groups`` also where one parameter is in two of them: torch clips it twice then.
+    """
     if native.CPU_MISSING is not None:
         return f"the native CPU library is missing: {native.CPU_MISSING}"
     if type(optimizer) is not torch.optim.Adam:  # nor one that is derived from it
@@ -25,12 +30,15 @@ def why_not(optimizer: torch.optim.Optimizer) -> str | None:
     for name, plain in _PLAIN.items():
         if group.get(name, plain) != plain:
             return f"{name}: expected {plain}, got {group[name]}"
-    if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
+    hooks = optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks
+    if any((*hooks, _global_optimizer_pre_hooks, _global_optimizer_post_hooks)):
         return "it would not call the optimiser's hooks"
     for x in group["params"]:
-        if x.device.type != "cpu" or x.dtype != torch.float32 or not x.is_contiguous():
-            return f"expected contiguous float32 parameters on the CPU, got {x.dtype} on {x.device}"
-    return None
+        for y in (x, *(y for y in optimizer.state.get(x, {}).values() if isinstance(y, Tensor))):
+            if y.device.type != "cpu" or y.dtype != torch.float32 or not y.is_contiguous():
+                return f"expected contiguous float32 parameters on the CPU, got {y.dtype} on {y.device}"
+    given = [id(x) for parameters in groups for x in parameters]
+    return None if len(given) == len(set(given)) else "a parameter is in two of the groups"
 
 
 @torch.no_grad()
@@ -41,11 +49,12 @@ def clipped_step(
 
     Adam (`arXiv:1412.6980 <https://arxiv.org/abs/1412.6980>`_, algorithm 1 with epsilon as torch places it) reads and
     writes the optimiser's own state: its ``state_dict`` and its ``step()`` go on from there. Parameters without a
-    gradient are left out, as torch does; in a group whose norm is not a number all parameters become so.
+    gradient are left out, as torch does; clipped, a group whose norm is not a number becomes so as a whole, and of one
+    whose norm is infinite what has an infinite gradient.
 
     Args:
         optimizer: of one parameter group, without weight decay, AMSGrad and hooks; see :func:`why_not`.
-        groups: parameters of the optimiser, each in one of the lists, whose gradients' norms are each held to ...
+        groups: parameters of the optimiser, each that has a gradient in one list, whose norms are each held to ...
         max_norm: ... this, above 0. None: no clipping.
 
     Returns:
@@ -53,19 +62,26 @@ def clipped_step(
 
     Raises:
         RuntimeError: the optimiser is of another kind, or a tensor does not fit; nothing was written.
-        ValueError: parameters and the optimiser's are not the same.
+        TypeError, ValueError: ``max_norm`` or ``groups`` are not as above.
     """
     if reason := why_not(optimizer):
         raise RuntimeError(f"optimizer: {reason}")
+    if isinstance(max_norm, bool) or not isinstance(max_norm, (int, float, NoneType)):
+        raise TypeError(f"max_norm: expected a number above 0 or None, got {type(max_norm).__name__}")
+    if max_norm is not None and not max_norm > 0:
+        raise ValueError(f"max_norm: expected a number above 0 or None, got {max_norm}")
     (options,) = optimizer.param_groups
     try:
-        index = {id(x): i for i, group in enumerate(groups) for x in group}
+        groups = [list(group) for group in groups]
     except TypeError:
         raise TypeError(f"groups: expected lists of parameters, got {groups!r:.80}") from None
-    if index.keys() != {id(x) for x in options["params"]}:
-        raise ValueError("groups: expected each of the optimiser's parameters in one of them, and no others")
     parameters = [x for x in options["params"] if x.grad is not None]
-    norms = torch.zeros(len(groups))
+    index = {id(x): i for i, group in enumerate(groups) for x in group}
+    if sum(map(len, groups)) != len(index) or not index.keys() <= {id(x) for x in options["params"]}:
+        raise ValueError("groups: expected parameters of the optimiser, each once")
+    if not index.keys() >= {id(x) for x in parameters}:
+        raise ValueError("groups: expected each of the optimiser's parameters that has a gradient, one is missing")
+    norms = torch.zeros(len(groups), dtype=torch.float32, device="cpu")
     if not parameters:
         return norms
     states = [optimizer.state[x] or _begin(optimizer, x) for x in parameters]
@@ -77,7 +93,7 @@ def clipped_step(
         *([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq", "step")),
         [index[id(x)] for x in parameters],
         float("inf") if max_norm is None else max_norm,
-        rate if isinstance(rate, Tensor) else torch.tensor(rate),
+        torch.as_tensor(rate, dtype=torch.float32, device="cpu").reshape(()),
         beta1,
         beta2,
         options["eps"],
@@ -91,6 +107,8 @@ def clipped_step(
 def _begin(optimizer: torch.optim.Adam, parameter: Tensor) -> dict[str, Tensor]:
     """The state that Adam itself would begin with."""
     optimizer.state[parameter].update(
-        step=torch.zeros(()), exp_avg=torch.zeros_like(parameter), exp_avg_sq=torch.zeros_like(parameter)
+        step=torch.zeros((), dtype=torch.float32, device="cpu"),
+        exp_avg=torch.zeros_like(parameter),
+        exp_avg_sq=torch.zeros_like(parameter),
     )
     return optimizer.state[parameter]

@@ -35,6 +35,9 @@ class Network(NamedTuple):
     activation: str | None  # of the hidden layers, one of ACTIVATIONS; None: there are none
 
 
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
 class Unsupported(RuntimeError):
     """What the operation cannot serve, in a sentence; torch can."""
 
@@ -103,6 +106,14 @@ def fused_update(
         _check_number(name, x, 0.0)
     for name, x in (("value_loss_coef", value_loss_coef), ("entropy_coef", entropy_coef)):
         _check_number(name, x, -math.inf)
+    moments = {"obs_normalizer": obs_normalizer, "critic_normalizer": critic_normalizer}
+    for name, x in {**moments, "value_normalizer": value_normalizer}.items():
+        if x is not None and not all(isinstance(getattr(x, y, None), Tensor) for y in ("shift", "std")):
+            raise TypeError(f"{name}: expected running statistics with shift and std, got {type(x).__name__}")
+    if not isinstance(autocast, bool):
+        raise TypeError(f"autocast: expected a bool, got {type(autocast).__name__}")
+    if obs_clip != math.inf:  # which clips nothing
+        _check_number("obs_clip", obs_clip, 0.0)
     groups = _groups(obs), [] if critic_obs is None else _groups(critic_obs, "critic_obs")
     return _gradients(
         actor,
@@ -146,12 +157,12 @@ def _gradients(
     parameters = [*ours, *theirs]
     with torch.no_grad():
         grads = [torch.empty_like(x) for x in parameters]
-        std_grad, metrics = torch.empty_like(std), torch.empty(3, dtype=torch.float64)
+        std_grad, metrics = torch.empty(std.shape), torch.empty(3, dtype=torch.float64)
         torch.ops.pydrone.ppo_gradients(
             *samples,
             [x.detach() for x in ours],
             [x.detach() for x in theirs],
-            std.detach(),
+            std.detach().contiguous(),
             activation,
             autocast,
             clip,
@@ -165,9 +176,11 @@ def _gradients(
             *drawn,
         )
         for parameter, grad in zip(parameters, grads):
+            if not parameter.requires_grad:
+                continue
             if parameter.grad is not None:
                 parameter.grad.add_(grad)
-            elif parameter.requires_grad:
+            else:
                 parameter.grad = grad
     return torch.cat((metrics[:2].float(), _through_std(std, std_grad, entropy_coef), metrics[2:].float()))
 
@@ -216,10 +229,16 @@ def take_apart(network: nn.Module, name: str) -> Network:
     parameters: list[nn.Parameter] = []
     activations = set()
     for i, layer in enumerate(layers):
+        if any(getattr(x, hooks) for x in (layer, network) for hooks in _HOOKS):
+            raise Unsupported(f"{name}: place {i} has hooks, which would not be called")
         if i % 2 == 0:
             if type(layer) is not nn.Linear or layer.bias is None:
                 raise Unsupported(f"{name}: expected a Linear layer with a bias in place {i}, got {layer}")
+            if not all(isinstance(x, nn.Parameter) for x in (layer.weight, layer.bias)):
+                raise Unsupported(f"{name}: expected parameters in place {i}, got a weight that is computed")
             for x in (layer.weight, layer.bias):
+                if x._backward_hooks or getattr(x, "_post_accumulate_grad_hooks", None):
+                    raise Unsupported(f"{name}: a parameter in place {i} has hooks, which would not be called")
                 if x.device != CPU or x.dtype != torch.float32:
                     raise Unsupported(f"{name}: expected float32 parameters on the CPU, got {x.dtype} on {x.device}")
             parameters += [layer.weight, layer.bias]
@@ -256,6 +275,8 @@ def why_not(policy: ActorCritic) -> str | None:
         return "the policy is recurrent"
     if not hasattr(policy, "std_param"):
         return "actions are discrete"
+    if type(policy) is not ActorCritic:
+        return f"the policy is a {type(policy).__name__}, which may compute something else"
     if parameter.dtype != torch.float32:
         return f"the policy is {str(parameter.dtype).removeprefix('torch.')}"
     try:

@@ -143,7 +143,7 @@ class Learner:
             return metrics
         # Each on its own, as rsl_rl does: a large value error must not shorten the actor's step.
         groups = self.policy.actor_parameters(), self.policy.critic_parameters()
-        if self.not_fused is None and adam.why_not(self.optimizer) is None:
+        if self.not_fused is None and adam.why_not(self.optimizer, groups) is None:
             adam.clipped_step(self.optimizer, groups, self.config.max_grad_norm)
             return metrics
         for parameters in groups:

@@ -44,7 +44,7 @@ DRIFT = 1e-3
 
 
 class NotFinite(FloatingPointError):
-    """An iteration's loss is not finite; ``figures`` are the iteration's."""
+    """An iteration's loss is not finite, or what it is computed from; ``figures`` are the iteration's."""
 
     def __init__(self, message: str, figures: dict[str, float]) -> None:
         super().__init__(message)
@@ -179,7 +179,7 @@ class Trainer:
         flags together.
 
         Raises:
-            NotFinite: the loss is not, or rewards, values or advantages are not. A FloatingPointError.
+            NotFinite: the loss is not, or observations, rewards, values or advantages are not. A FloatingPointError.
         """
         began = time.perf_counter()
         if self._obs is None:
@@ -197,11 +197,10 @@ class Trainer:
         figures["steps_per_second"] = self.ranks.world_size * buffer.num_envs * buffer.num_steps / seconds
         figures["time/iteration"] = seconds
         if culprit is not None:
-            raise NotFinite(
-                f"iteration {self.iteration}: the loss is not finite (surrogate {figures['surrogate_loss']}, value "
-                f"{figures['value_loss']}): {culprit}",
-                figures,
-            )
+            losses = figures["surrogate_loss"], figures["value_loss"]
+            if not all(map(math.isfinite, losses)):
+                culprit = "the loss is not finite (surrogate {}, value {}): {}".format(*losses, culprit)
+            raise NotFinite(f"iteration {self.iteration}: {culprit}", figures)
         return figures
 
     def compute(self) -> Computed:
@@ -340,7 +339,7 @@ class Trainer:
         elif not math.isfinite(figures["surrogate_loss"] + figures["value_loss"]):
             culprit = "rewards, values and advantages are; the update diverged"
         if self.ranks.several:
-            finite = zip(good_rewards, good_values, good_advantages)
+            finite = zip(good_obs, good_rewards, good_values, good_advantages)
             bad = [str(rank) for rank, good in enumerate(finite) if not all(good)]
             culprit = culprit and culprit + (f" (rank {', '.join(bad)})" if bad else "")
         return figures, culprit and culprit + details

@@ -8,7 +8,10 @@ import torch
 from torch import nn
 
 from pydrone.ops import native
-from pydrone.ppo import clipped_step
+from pydrone.ppo import adam, clipped_step
+from pydrone.ppo.config import PPOConfig
+from pydrone.ppo.learner import Learner
+from pydrone.ppo.policy import make_policy
 
 pytestmark = pytest.mark.skipif(native.CPU_MISSING is not None, reason=f"the native CPU library: {native.CPU_MISSING}")
 
@@ -108,6 +111,63 @@ def test_what_is_not_finite_spoils_its_group_alone():
     assert ours[0].isfinite().all() and ours[1].isnan().all() and ours[2].isnan().all()
 
 
+def test_nothing_is_clipped_without_a_norm():
+    (ours, groups, optimizer), (theirs, _, reference) = pair([(1,), (3,), (2,)])
+    for x, y in zip(ours, theirs):
+        x.grad, y.grad = torch.ones_like(x), torch.ones_like(y)
+        x.grad[-1] = y.grad[-1] = math.inf
+    assert clipped_step(optimizer, groups).isinf().all()
+    reference.step()
+    for x, y in zip(ours, theirs):
+        torch.testing.assert_close(x, y, equal_nan=True)
+    assert ours[1][:2].isfinite().all() and ours[1][2].isnan()
+
+
+@pytest.mark.parametrize("rate", [1, 0.5, torch.tensor(0.5, dtype=torch.float64), torch.tensor([0.5])], ids=str)
+def test_learning_rates_of_any_kind(rate):
+    x = nn.Parameter(torch.ones(3))
+    x.grad = torch.ones(3)
+    clipped_step(torch.optim.Adam([x], lr=0.1), [[x]])
+    before, optimizer = x.detach().clone(), torch.optim.Adam([x], lr=0.1)
+    optimizer.param_groups[0]["lr"] = rate
+    clipped_step(optimizer, [[x]])
+    torch.testing.assert_close(before - x.detach(), torch.full((3,), float(rate)))
+
+
+def test_other_defaults_of_torch():
+    x = nn.Parameter(torch.ones(3))
+    x.grad = torch.ones(3)
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            assert clipped_step(torch.optim.Adam([x], lr=0.1), [[x]]).tolist() == [pytest.approx(math.sqrt(3))]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    torch.testing.assert_close(x.detach(), torch.full((3,), 0.9))
+
+
+def learner(policy):
+    return Learner(policy, PPOConfig(learner="fused", schedule="fixed"))
+
+
+def test_a_layer_of_both_networks_goes_the_torch_way():
+    policy = make_policy(3, 2, PPOConfig(hidden_dims=(4,)))
+    policy.critic[0] = policy.actor[0]
+    plain = adam.why_not(torch.optim.Adam(policy.parameters()), (policy.actor_parameters(), policy.critic_parameters()))
+    assert plain == "a parameter is in two of the groups"
+
+
+def test_a_parameter_outside_both_networks_does_no_harm():
+    policy = make_policy(3, 2, PPOConfig(hidden_dims=(4,)))
+    policy.aux = nn.Linear(2, 2)
+    ours = learner(policy)
+    for x in (*policy.actor_parameters(), *policy.critic_parameters()):
+        x.grad = torch.ones_like(x)
+    assert adam.why_not(ours.optimizer, (policy.actor_parameters(), policy.critic_parameters())) is None
+    clipped_step(ours.optimizer, (policy.actor_parameters(), policy.critic_parameters()), 1.0)
+    assert policy.aux.weight not in ours.optimizer.state
+
+
 def test_autograd_notices():
     (ours, groups, optimizer), _ = pair([(2,), (3,)])
     loss = sum((x**2).sum() for x in ours)  # keeps the parameters for its backward
@@ -156,12 +216,16 @@ def test_other_arguments_are_refused():
     x, y = (nn.Parameter(torch.ones(3)) for _ in range(2))
     x.grad = torch.ones(3)
     optimizer = torch.optim.Adam([x])
-    for groups in ([], [[y]], [[x, y]]):
-        with pytest.raises(ValueError, match="groups: expected each of the optimiser's parameters"):
+    for groups in ([[y]], [[x, y]], [[x, x]], [[x], [x]]):
+        with pytest.raises(ValueError, match="groups: expected parameters of the optimiser, each once"):
             clipped_step(optimizer, groups)
+    with pytest.raises(ValueError, match="groups: expected each of the optimiser's parameters that has a gradient"):
+        clipped_step(optimizer, [])
     for max_norm in (0.0, -1.0, math.nan):
-        with pytest.raises(RuntimeError, match="max_norm: expected a number above 0"):
+        with pytest.raises(ValueError, match="max_norm: expected a number above 0"):
             clipped_step(optimizer, [[x]], max_norm)
+    with pytest.raises(TypeError, match="max_norm: expected a number above 0 or None, got str"):
+        clipped_step(optimizer, [[x]], "1")
     optimizer.register_step_post_hook(lambda *_: None)
     with pytest.raises(RuntimeError, match="hooks"):
         clipped_step(optimizer, [[x]])
@@ -196,8 +260,10 @@ def test_the_operation_refuses_what_does_not_fit():
         ({"grads": [torch.ones(4)]}, r"grads: expected shape \[3\], got \[4\]"),
         ({"grads": [torch.ones(3).double()]}, "grads: expected dtype Float, got Double"),
         ({"exp_avgs": [torch.ones(6)[::2]]}, "exp_avgs: expected a contiguous tensor"),
-        ({"exp_avgs": [same], "exp_avg_sqs": [same]}, "exp_avgs: expected memory of its own"),
-        ({"parameters": [same], "grads": [same]}, "grads: expected memory of its own"),
+        ({"exp_avgs": [same], "exp_avg_sqs": [same]}, "exp_avg_?s?q?s: expected memory of its own"),
+        ({"parameters": [same], "grads": [same]}, "(grads|parameters): expected memory of its own"),
+        ({"parameters": [same], "norms": same[:1]}, "(norms|parameters): expected memory of its own"),
+        ({"exp_avgs": [same], "steps": [same[2]]}, "(exp_avgs|steps): expected memory of its own"),
         ({"steps": [torch.zeros(1)]}, r"steps: expected shape \[\], got \[1\]"),
         ({"learning_rate": torch.zeros((), dtype=torch.float64)}, "learning_rate: expected dtype Float, got Double"),
         ({"beta1": 1.0}, "beta1: expected 0 <= beta1 < 1, got 1"),

@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -315,6 +316,11 @@ BAD = [
     ),
     ({"std": None}, "std: expected a tensor, got NoneType"),
     ({"obs": 3.0}, "obs: expected a tensor or several, got float"),
+    ({"obs_clip": math.nan}, "obs_clip: expected a finite number of at least 0, got nan"),
+    ({"obs_clip": -1.0}, "obs_clip: expected a finite number of at least 0, got -1"),
+    ({"obs_normalizer": 3}, "obs_normalizer: expected running statistics with shift and std, got int"),
+    ({"value_normalizer": "x"}, "value_normalizer: expected running statistics"),
+    ({"autocast": "no"}, "autocast: expected a bool, got str"),
 ]
 
 
@@ -324,6 +330,66 @@ def test_wrong_arguments_are_named(change, message):
     with pytest.raises((RuntimeError, TypeError, ValueError), match=message):
         fused_update(line, value, **({"std": torch.ones(1)} | given | change))
     assert line.weight.grad is None
+
+
+def weight_normed() -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return nn.utils.weight_norm(nn.Linear(3, 1))
+
+
+def hooked(what: str) -> nn.Module:
+    line = nn.Linear(3, 1)
+    {
+        "layer": lambda: line.register_forward_hook(lambda *_: None),
+        "parameter": lambda: line.weight.register_hook(lambda x: 2 * x),
+        "accumulated": lambda: line.weight.register_post_accumulate_grad_hook(lambda x: None),
+    }[what]()
+    return line
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (weight_normed, "actor: .*(computed|hooks)"),
+        (lambda: hooked("layer"), "actor: place 0 has hooks"),
+        (lambda: hooked("parameter"), "actor: a parameter in place 0 has hooks"),
+        (lambda: hooked("accumulated"), "actor: a parameter in place 0 has hooks"),
+    ],
+)
+def test_what_autograd_would_call_is_refused(make, message):
+    with pytest.raises(fused.Unsupported, match=message):
+        fused_update(make(), nn.Linear(3, 1), torch.ones(1), **batch(4, (3, 3), 1))
+
+
+def test_a_policy_of_ones_own_goes_the_torch_way():
+    class Mine(ActorCritic):
+        pass
+
+    policy = make_policy(3, 2, PPOConfig(hidden_dims=(4,)))
+    assert fused.why_not(policy) is None
+    policy.__class__ = Mine
+    assert fused.why_not(policy) == "the policy is a Mine, which may compute something else"
+
+
+def test_frozen_parameters_get_no_gradient():
+    torch.manual_seed(0)
+    line, value = nn.Linear(3, 1), nn.Linear(3, 1)
+    line.weight.requires_grad_(False)
+    line.weight.grad = torch.ones(1, 3)  # left by something else
+    fused_update(line, value, torch.ones(1), **batch(4, (3, 3), 1))
+    assert line.weight.grad.eq(1).all() and line.bias.grad is not None
+
+
+def test_one_standard_deviation_for_all_actions():
+    torch.manual_seed(0)
+    actor, critic, log_std = nn.Linear(3, 2), nn.Linear(3, 1), torch.zeros(1, requires_grad=True)
+    given = batch(64, (3, 3), 2)
+    fused_update(actor, critic, log_std.exp().expand(2), **given)
+    one, log_std.grad = log_std.grad.clone(), None
+    each = torch.ones(2, requires_grad=True)
+    fused_update(actor, critic, each, **given)
+    torch.testing.assert_close(one, each.grad.sum().reshape(1))
 
 
 def test_no_samples():
