@@ -1,6 +1,6 @@
 // Storing one step on the CPU: narrow fields are put together in L1, a block of environments at a time, wide ones go
-// straight; rows leave in streaming stores. One thread: a core saturates the write bandwidth, and a fork costs as much as the step of a
-// small ring.
+// straight; rows leave in streaming stores. One thread: a core saturates the write bandwidth, and a fork costs as much as
+// the step of a small ring.
 #include "../recurrence.h"
 #include "../step.h"
 #include "append.h"
