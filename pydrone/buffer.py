@@ -314,6 +314,8 @@ class RolloutBuffer(Ring):
         step = self._appended + (ends is not None)
         if self._open != (None if ends is None else "begin") or step - self._discarded >= self.capacity:
             return False
+        if self._capturing():  # the operation takes the host's counters alone
+            return False
         end, final, truncated, valid = ((), (), None, None, None, None, 0, 0), (), None, None
         if ends is not None:
             dones, truncated, valid = ends.get("dones"), ends.get("truncated"), ends.get("valid")

@@ -371,6 +371,36 @@ def test_parameters_that_count_no_versions():
 # ------------------------------------------------------------------------------------------------ out of the ordinary
 
 
+@pytest.mark.parametrize("capacity", [4, 7, 8])
+def test_a_captured_step_follows_the_devices_counters(capacity):
+    """Those of the device are behind the host's, which advance() has moved already."""
+    results = []
+    for make in (by_calls, by_one):
+        world, policy = World(), policy_of(5)
+        buffer, ends, lengths = buffer_of(policy, world, num_steps=4, capacity=capacity), None, []
+        torch.manual_seed(5)
+        acting, obs = make(policy, buffer), world.reset()
+        for _ in range(3):
+            buffer.advance(4)
+            with buffer.as_captured(), torch.no_grad():
+                for _ in range(4):
+                    result = world.step(acting(obs, ends))
+                    ends = dict(zip(("rewards", "dones", "truncated", "final_obs"), result[1:5]))
+                    obs = result.obs
+                buffer.end(**ends)
+                ends = None
+            lengths.append(len(buffer))
+            assert buffer._cursor[:2].tolist() == [buffer._appended, buffer._discarded]
+            buffer.clear()
+        state = {name: x.clone() if isinstance(x, Tensor) else x for name, x in buffer.state_dict().items()}
+        results.append((state, world.seen, lengths))
+    (theirs, their_actions, _), (ours, actions, lengths) = results
+    assert lengths == [4, 4, 4] and all(torch.equal(x, y) for x, y in zip(actions, their_actions, strict=True))
+    for name, x in ours.items():
+        assert torch.equal(bits(x), bits(theirs[name])) if isinstance(x, Tensor) else x == theirs[name], name
+    assert ours["memory.values"].isfinite().all()
+
+
 def test_actions_are_not_written_over():
     world, policy = World(), policy_of(5)
     acting = by_one(policy, buffer_of(policy, world))
