@@ -421,7 +421,7 @@ class RolloutBuffer(Ring):
         )
         written(memory["advantages"], memory["returns"], memory["statistics"])
         self._captured_gae |= captured
-        self._computed, self._subset = True, None
+        self._computed, self._subset, self._scans = True, None, self._scans + 1
         if check and not captured and (self._policy == "raise" or (self._policy == "warn" and not self._on_cuda)):
             if self._on_cuda:
                 observed, advantages = self.flags()[3:].tolist()
@@ -479,6 +479,8 @@ class RolloutBuffer(Ring):
     ) -> Iterator[Minibatch]:
         """The oldest rollout in ``num_epochs`` x ``num_minibatches`` parts, each gathered in one launch.
 
+        That is when it is handed out or, with ``lazy``, when a tensor of it is first asked for.
+
         Args:
             num_minibatches: parts of an epoch; their sizes differ by at most one.
             num_epochs: each with a permutation of its own, of all N * T samples.
@@ -487,15 +489,20 @@ class RolloutBuffer(Ring):
                 of :meth:`compute_gae`, applied while gathering; "minibatch": over each minibatch (SB3, CleanRL), at the
                 price of further launches; False: as they are.
             drop_last: equal sizes; the permutation's last N * T % num_minibatches samples are left out.
-            reuse: hand out the same tensors each time, for CUDA graphs: each minibatch overwrites the one before.
+            reuse: hand out the same tensors each time, for CUDA graphs: each minibatch overwrites the one before. With
+                ``lazy``, one that is not the last that was handed out (by any iterator of this buffer with minibatches
+                as large) raises RuntimeError where its tensors are asked for.
             lazy: gather a minibatch when a tensor of it is first asked for, as the fused learner, which reads the ring
-                itself, never does. On the CPU alone; elsewhere, and with "minibatch", as if it were False.
+                itself, never does. The rollout and its advantages have to be there still: else RuntimeError. ``len``,
+                ``repr`` and ``indices`` gather nothing. On the CPU alone; elsewhere, in what is captured, and with
+                "minibatch", as if it were False.
 
         Yields:
             :class:`Minibatch`.
 
         Raises:
-            RuntimeError: before :meth:`compute_gae`, or after :meth:`clear` while iterating.
+            RuntimeError: before :meth:`compute_gae`, or after :meth:`clear`, :meth:`load_state_dict` or an
+                :meth:`advance` that discards, while iterating.
             ValueError: a bad argument.
         """
         count = positive("num_minibatches", num_minibatches)
@@ -514,7 +521,9 @@ class RolloutBuffer(Ring):
         if count > samples:
             raise ValueError(f"num_minibatches: expected at most one a sample, {samples}, got {count}")
         plan = Plan(samples, count, shuffle == "full", normalize, drop_last, reuse, subset)
-        return self._iterate(plan, epochs, lazy and self.device.type == "cpu" and normalize != "minibatch")
+        # What is captured follows the device's counters, which a minibatch that is read in the ring does not.
+        lazy = lazy and self.device.type == "cpu" and normalize != "minibatch" and not self._capturing()
+        return self._iterate(plan, epochs, lazy, self._discards)
 
     def sequences(
         self,
@@ -571,65 +580,101 @@ class RolloutBuffer(Ring):
         if normalize:
             mean, scale = normalization(self.statistics)
             views["advantages"] = (views["advantages"] - mean) * scale
-        position, rollout = torch.arange(self.num_envs, device=self.device), self._rollout
+        position, discards = torch.arange(self.num_envs, device=self.device), self._discards
         for _ in range(epochs):
             epoch, self._epoch = self._epoch, self._epoch + 1
             order = permute(position, self.num_envs, self._key, self._rollout, epoch)
             for i in range(count):
-                if rollout != self._rollout or not self._computed:
+                if discards != self._discards or not self._computed:
                     raise RuntimeError("sequences: the rollout was discarded while they were being read")
                 envs = order[i * self.num_envs // count : (i + 1) * self.num_envs // count]
                 yield pad(
                     views, tuple(self._layout.obs), self._layout.obs_is_mapping, self.dones, states, envs, burn_in
                 )
 
-    def _iterate(self, plan: Plan, epochs: int, lazy: bool) -> Iterator[Minibatch]:
-        rollout = self._rollout
+    def _iterate(self, plan: Plan, epochs: int, lazy: bool, discards: int) -> Iterator[Minibatch]:
         for _ in range(epochs):
             epoch, self._epoch = self._epoch, self._epoch + 1
             for first, size in plan.parts():
-                self._still(rollout)
+                self._still(discards)
                 yield (self._drawn if lazy else self._minibatch)(plan, epoch, first, size)
 
-    def _still(self, rollout: int) -> None:
-        if rollout != self._rollout or not self._computed:
+    def _still(self, discards: int) -> None:
+        if discards != self._discards:
             raise RuntimeError("minibatches: the rollout was discarded while they were being read")
 
     def _drawn(self, plan: Plan, epoch: int, first: int, size: int) -> Drawn:
-        rollout, start = self._rollout, self._start
+        position = (key, rollout, start) = self._position()
+        discards, scans, turn = self._discards, self._scans, self._hand_out(plan)
 
-        def gather() -> Minibatch:
-            self._still(rollout)
-            return self._minibatch(plan, epoch, first, size)
+        def there() -> None:
+            self._still(discards)
+            if scans != self._scans:
+                raise RuntimeError("minibatches: compute_gae() has renewed the advantages while they were being read")
+
+        def gather() -> dict[str, Tensor]:
+            there()
+            return self._filled(plan, epoch, first, size, position)
+
+        def overwritten() -> bool:
+            return plan.reuse and turn != self._turns[plan.largest]
 
         def place() -> InRing:
-            self._still(rollout)
-            numbers = [self.num_steps, start, plan.samples, self._key, rollout, epoch, int(plan.shuffle), first, size]
+            there()
+            numbers = [self.num_steps, start, plan.samples, key, rollout, epoch, int(plan.shuffle), first, size]
             statistics = self._memory["statistics"] if plan.normalize else None
             groups = {name: self._views[f"obs.{name}"] for name in self._layout.obs}
             obs = groups if self._layout.obs_is_mapping else groups["obs"]
             return InRing(obs, self._views, self._memory["advantages"], numbers, statistics, plan.subset)
 
-        return Drawn(size, gather, place)
+        names = (*(field.name for field in self._sources), "advantages", "returns")
+        groups, grouped = tuple(self._layout.obs), self._layout.obs_is_mapping
+        indices = self._numbers(plan, epoch, first, size, position)
+        return Drawn(names, size, groups, grouped, indices, gather, overwritten, place)
 
     def _minibatch(self, plan: Plan, epoch: int, first: int, size: int) -> Minibatch:
-        tensors = self._outputs(size, plan.largest, plan.reuse)
-        position = (rollout, start) = (self._rollout, self._start)
-        names = [field.name for field in self._sources]
-        statistics = self._memory["statistics"] if plan.normalize is True else None
-        self._gather(plan, epoch, first, position, tensors, names, statistics)
-        written(*tensors.values())
+        self._hand_out(plan)
+        position = self._position()
+        tensors = self._filled(plan, epoch, first, size, position)
         if plan.normalize == "minibatch":
             advantages = tensors["advantages"]
             mean, std = advantages.mean(), advantages.std() if size > 1 else 0.0
             advantages.sub_(mean).div_(std + 1e-8)
+        indices = self._numbers(plan, epoch, first, size, position)
+        return Minibatch(tensors, tuple(self._layout.obs), self._layout.obs_is_mapping, indices)
+
+    def _position(self) -> tuple[int, int, int]:
+        """Which permutations are the oldest rollout's, and where it begins: the key, its number, its slot."""
+        return self._key, self._rollout, self._start
+
+    def _hand_out(self, plan: Plan) -> int:
+        """The turn of a minibatch at the tensors that are reused: the last that was handed out has them."""
+        if not plan.reuse:
+            return 0
+        turn = self._turns[plan.largest] = self._turns.get(plan.largest, 0) + 1
+        return turn
+
+    def _filled(
+        self, plan: Plan, epoch: int, first: int, size: int, position: tuple[int, int, int]
+    ) -> dict[str, Tensor]:
+        tensors = self._outputs(size, plan.largest, plan.reuse)
+        names = [field.name for field in self._sources]
+        statistics = self._memory["statistics"] if plan.normalize is True else None
+        self._gather(plan, epoch, first, position, tensors, names, statistics)
+        written(*tensors.values())
+        return tensors
+
+    def _numbers(
+        self, plan: Plan, epoch: int, first: int, size: int, position: tuple[int, int, int]
+    ) -> Callable[[], Tensor]:
+        """What a minibatch's ``indices`` are made by, whatever has become of the rollout."""
 
         def indices() -> Tensor:
             made = {"indices": torch.empty(size, dtype=torch.int64, device=self.device)}
-            self._gather(plan, epoch, first, (rollout, start), made, [], None)
+            self._gather(plan, epoch, first, position, made, [], None)
             return made["indices"]
 
-        return Minibatch(tensors, tuple(self._layout.obs), self._layout.obs_is_mapping, indices)
+        return indices
 
     def _outputs(self, size: int, largest: int, reuse: bool) -> dict[str, Tensor]:
         @torch.inference_mode(False)
@@ -650,11 +695,12 @@ class RolloutBuffer(Ring):
         plan: Plan,
         epoch: int,
         first: int,
-        position: tuple[int, int],
+        position: tuple[int, int, int],
         tensors: dict[str, Tensor],
         names: list[str],
         statistics: Tensor | None,
     ) -> None:
+        key, rollout, start = position
         self._ops.gather(
             self._rows,
             self._offsets if names else [],
@@ -665,10 +711,10 @@ class RolloutBuffer(Ring):
             statistics,
             plan.subset,
             self.num_steps,
-            position[1],
+            start,
             plan.samples,
-            self._key,
-            position[0],
+            key,
+            rollout,
             epoch,
             plan.shuffle,
             first,

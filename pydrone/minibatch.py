@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -39,12 +40,21 @@ class Minibatch:
     ``mb["mu"]``. indices: int64 [B], which sample each is, n * T + t; computed when asked for.
     """
 
-    __slots__ = ("_grouped", "_groups", "_indices", "_tensors")
+    __slots__ = ("_gathered", "_grouped", "_groups", "_indices")
 
     def __init__(
         self, tensors: dict[str, Tensor], groups: tuple[str, ...], grouped: bool, indices: Callable[[], Tensor]
     ) -> None:
-        self._tensors, self._groups, self._grouped, self._indices = tensors, groups, grouped, indices
+        self._gathered: dict[str, Tensor] | None = tensors
+        self._groups, self._grouped, self._indices = groups, grouped, indices
+
+    @property
+    def _tensors(self) -> dict[str, Tensor]:
+        return self._gathered
+
+    @property
+    def _names(self) -> tuple[str, ...]:
+        return tuple(self._gathered)
 
     @property
     def obs(self) -> Tensor | dict[str, Tensor]:
@@ -79,15 +89,15 @@ class Minibatch:
     def __getitem__(self, name: str) -> Tensor:
         if name == "obs":
             return self.obs
-        if name not in self._tensors:
-            raise KeyError(f"{name}: not in this minibatch; it has {', '.join(self._tensors)}")
+        if name not in self._names:
+            raise KeyError(f"{name}: not in this minibatch; it has {', '.join(self._names)}")
         return self._tensors[name]
 
     def __len__(self) -> int:
         return self._tensors["advantages"].shape[0]
 
     def __repr__(self) -> str:
-        return f"Minibatch({len(self)} samples: {', '.join(self._tensors)})"
+        return f"Minibatch({len(self)} samples: {', '.join(self._names)})"
 
 
 class InRing(NamedTuple):
@@ -108,35 +118,41 @@ class InRing(NamedTuple):
 class Drawn(Minibatch):
     """A minibatch that has not left the ring: it is gathered when a tensor of it is first asked for.
 
+    Its tensors raise RuntimeError where its rollout is gone before that, and where the tensors that it would be
+    gathered into, or was, are ``overwritten``: a later minibatch's. A deep copy is gathered, and a plain Minibatch.
     place: where its samples lie; raises RuntimeError where they are no longer there.
     """
 
-    __slots__ = ("_gather", "_gathered", "_size", "place")
+    __slots__ = ("_gather", "_names", "_overwritten", "_size", "place")
 
-    def __init__(self, size: int, gather: Callable[[], Minibatch], place: Callable[[], InRing]) -> None:
-        self._size, self._gather, self.place = size, gather, place
-        self._gathered: Minibatch | None = None
+    def __init__(
+        self,
+        names: tuple[str, ...],
+        size: int,
+        groups: tuple[str, ...],
+        grouped: bool,
+        indices: Callable[[], Tensor],
+        gather: Callable[[], dict[str, Tensor]],
+        overwritten: Callable[[], bool],
+        place: Callable[[], InRing],
+    ) -> None:
+        self._names, self._size, self._groups, self._grouped, self._indices = names, size, groups, grouped, indices
+        self._gather, self._overwritten, self.place = gather, overwritten, place
+        self._gathered = None
 
-    def _made(self) -> Minibatch:
+    @property
+    def _tensors(self) -> dict[str, Tensor]:
+        if self._overwritten():
+            raise RuntimeError(
+                "minibatches: with reuse, a later minibatch has taken over this one's tensors; expected the last one "
+                "that was handed out, or reuse=False"
+            )
         if self._gathered is None:
             self._gathered = self._gather()
         return self._gathered
 
-    @property
-    def _tensors(self) -> dict[str, Tensor]:
-        return self._made()._tensors
-
-    @property
-    def _groups(self) -> tuple[str, ...]:
-        return self._made()._groups
-
-    @property
-    def _grouped(self) -> bool:
-        return self._made()._grouped
-
-    @property
-    def _indices(self) -> Callable[[], Tensor]:
-        return self._made()._indices
+    def __deepcopy__(self, memo: dict[int, object]) -> Minibatch:
+        return Minibatch(copy.deepcopy(self._tensors, memo), self._groups, self._grouped, self._indices)
 
     def __len__(self) -> int:
         return self._size

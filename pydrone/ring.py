@@ -94,8 +94,11 @@ class Ring:
         self._not_finite_in: int | None = None  # the last rollout that was found to be so
         self._pool_valued = self._captured_pool_valued = False  # whether compute_gae read the pool
         self._epoch = 0
+        # How often the oldest rollout was another from then on, and its advantages: what was drawn before is neither's.
+        self._discards = self._scans = 0
         self._subset: Tensor | None = None
         self._reused: dict[int, dict[str, Tensor]] = {}
+        self._turns: dict[int, int] = {}  # how many minibatches were handed out on each of these
 
     def __len__(self) -> int:
         """Steps stored and not discarded."""
@@ -148,6 +151,7 @@ class Ring:
         if self._policy != "ignore":  # of the next rollout there
             self._not_finite[rollout] = 0
         self._computed, self._pool_valued, self._subset, self._epoch = False, False, None, 0
+        self._discards += 1
 
     def advance(self, steps: int, rollouts: int = 0) -> None:
         """Tells the host what a captured graph is about to do: ``steps`` appends, ``rollouts`` calls of clear().
@@ -171,6 +175,7 @@ class Ring:
         if rollouts:
             self._discarded += rollouts * self.num_steps
             self._computed, self._subset, self._epoch = False, None, 0
+            self._discards += 1
 
     def flags(self) -> Tensor:
         """float64 [5] on the device, for :meth:`check`, to be read along with other figures.
@@ -396,6 +401,7 @@ class Ring:
         """
         own = self.state_dict()
         self._check_state(state, own)
+        self._discards += 1
         for name, x in own.items():
             if isinstance(x, Tensor):
                 x.copy_(state[name])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -275,6 +276,180 @@ def test_truthy_normalisation_normalises(backend):
     except (TypeError, ValueError):
         return
     assert abs(made.advantages.mean()) < 1e-5 and abs(made.advantages.std() - 1) < 1e-4
+
+
+# ---------------------------------------------------------------------------------------------- lazy ones
+
+FIELDS = ("obs", "actions", "values", "log_probs", "advantages", "returns")
+OVERWRITTEN = "^minibatches: with reuse, a later minibatch has taken over this one's tensors"
+DISCARDED = "^minibatches: the rollout was discarded while they were being read$"
+
+
+def contents(mb) -> list[torch.Tensor]:
+    return [mb[name].clone() for name in FIELDS]
+
+
+def equal(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("gathered", [False, True], ids=["not gathered", "gathered"])
+def test_an_older_lazy_minibatch_does_not_overwrite_the_last(gathered, backend):
+    buf = ready(5, 3, backend)
+    plain = [contents(mb) for mb in copy.deepcopy(buf).minibatches(2)]
+    reading = buf.minibatches(2, reuse=True, lazy=True)
+    first = next(reading)
+    numbers = first.indices
+    if gathered:
+        assert equal(contents(first), plain[0])
+    last = next(reading)
+    assert equal(contents(last), plain[1])
+    for name in FIELDS:
+        with pytest.raises(RuntimeError, match=OVERWRITTEN):
+            first[name]
+    with pytest.raises(RuntimeError, match=OVERWRITTEN):
+        copy.deepcopy(first)
+    assert equal(contents(last), plain[1]) and torch.equal(first.indices, numbers)
+    assert len(first) == len(numbers) and repr(first) == f"Minibatch({len(first)} samples: {', '.join(NAMES)})"
+    # One that lies in the ring is learnt from all the same.
+    assert first.place().numbers[-2:] == [0, len(first)]
+
+
+@pytest.mark.parametrize("other", [{"lazy": True}, {}], ids=["lazy", "not lazy"])
+def test_two_iterators_over_the_same_tensors(other, backend):
+    """The last that was handed out has them, by whichever; with other sizes, or without reuse, there are others."""
+    buf = ready(6, 3, backend)
+    one, two = buf.minibatches(2, reuse=True, lazy=True), buf.minibatches(2, reuse=True, **other)
+    first, second = next(one), next(two)
+    with pytest.raises(RuntimeError, match=OVERWRITTEN):
+        first.obs  # noqa: B018
+    expected = buf.obs[second.indices // 3, second.indices % 3]
+    assert torch.equal(second.obs, expected)
+    apart = [next(buf.minibatches(3, reuse=True, lazy=True)), next(buf.minibatches(2, lazy=True))]
+    for mb in apart:
+        assert torch.equal(mb.obs, buf.obs[mb.indices // 3, mb.indices % 3])
+    assert torch.equal(second.obs, expected) and equal([x.obs for x in apart], [x.obs for x in apart])
+    third = next(one)
+    assert torch.equal(third.obs, buf.obs[third.indices // 3, third.indices % 3])
+    if other:
+        with pytest.raises(RuntimeError, match=OVERWRITTEN):
+            second.obs  # noqa: B018
+
+
+def again(buf: RolloutBuffer) -> None:
+    """Another rollout with the same number."""
+    fill(buf, ends=False)
+    buf.compute_gae(torch.zeros(buf.num_envs))
+
+
+def loaded(buf: RolloutBuffer) -> None:
+    other = ready(buf.num_envs, buf.num_steps, capacity=buf.capacity, seed=5)
+    assert other._rollout == buf._rollout
+    buf.load_state_dict(other.state_dict())
+
+
+def rewound(buf: RolloutBuffer) -> None:
+    buf.load_state_dict(RolloutBuffer(buf.num_envs, buf.num_steps, 1, 1, capacity=buf.capacity).state_dict())
+    again(buf)
+
+
+def advanced(buf: RolloutBuffer) -> None:
+    buf.advance(0, rollouts=1)
+    again(buf)
+
+
+@pytest.mark.parametrize("discard", [loaded, rewound, advanced, lambda buf: buf.clear()])
+def test_a_lazy_minibatch_of_another_rollout(discard, backend):
+    buf = ready(5, 3, backend, capacity=6)
+    reading, begun = buf.minibatches(3, lazy=True), buf.minibatches(3)
+    kept, late = next(reading), next(reading)
+    before, numbers = contents(kept), late.indices
+    discard(buf)
+    for use in (late.place, kept.place, lambda: late.obs, lambda: late["returns"], lambda: copy.deepcopy(late)):
+        with pytest.raises(RuntimeError, match=DISCARDED):
+            use()
+    for iterator in (reading, begun):
+        with pytest.raises(RuntimeError, match=DISCARDED):
+            next(iterator)
+    # What was gathered is its own; so is where the samples were.
+    assert equal(contents(kept), before) and torch.equal(late.indices, numbers)
+
+
+def test_a_lazy_minibatch_of_other_advantages(backend):
+    buf = ready(5, 3, backend)
+    mb = next(buf.minibatches(2, lazy=True))
+    buf.compute_gae(torch.ones(5))
+    for use in (mb.place, lambda: mb.obs):
+        with pytest.raises(RuntimeError, match=r"^minibatches: compute_gae\(\) has renewed the advantages"):
+            use()
+
+
+def test_a_lazy_minibatch_while_the_next_rollout_is_collected(backend):
+    """By replays or not, its own is still there."""
+    buf = ready(5, 3, backend, capacity=6)
+    expected = [contents(mb) for mb in copy.deepcopy(buf).minibatches(3)]
+    found = []
+    for mb in buf.minibatches(3, lazy=True):
+        buf.append(**random_step(buf))
+        buf.advance(0)
+        mb.place()
+        found.append(contents(mb))
+    assert all(map(equal, found, expected)) and len(found) == 3
+
+
+NAMES = ("obs.obs", "actions", "log_probs", "values", "advantages", "returns")
+
+
+def test_what_does_not_gather_a_lazy_minibatch(backend):
+    buf = ready(5, 3, backend)
+    plain = next(copy.deepcopy(buf).minibatches(2))
+    mb = next(buf.minibatches(2, lazy=True))
+    assert repr(mb) == repr(plain) and len(mb) == len(plain) and torch.equal(mb.indices, plain.indices)
+    with pytest.raises(KeyError, match=r"sigma: not in this minibatch; it has obs\.obs, actions"):
+        mb["sigma"]
+    assert mb._gathered is None
+    buf.clear()
+    assert repr(mb) == repr(plain)  # as a debugger has it, at any time
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+def test_copies(lazy, backend):
+    """A deep one has tensors of its own; a shallow one of a lazy one with reuse is overwritten where that is."""
+    buf = ready(5, 3, backend)
+    expected = contents(next(copy.deepcopy(buf).minibatches(2)))
+    reading = buf.minibatches(2, reuse=True, lazy=lazy)
+    mb = next(reading)
+    deep, shallow = copy.deepcopy(mb), copy.copy(mb)
+    assert type(deep) is pydrone.buffer.Minibatch and equal(contents(shallow), expected)
+    assert deep.obs.data_ptr() != mb.obs.data_ptr() == shallow.obs.data_ptr() and repr(deep) == repr(mb)
+    numbers = deep.indices
+    next(reading).obs  # noqa: B018
+    buf.clear()
+    assert equal(contents(deep), expected) and torch.equal(deep.indices, numbers) and len(deep) == len(numbers)
+    if lazy:
+        with pytest.raises(RuntimeError, match=OVERWRITTEN):
+            shallow.obs  # noqa: B018
+
+
+def test_indices_after_another_seed_was_loaded(backend):
+    buf = ready(5, 3, backend)
+    made = [next(buf.minibatches(2, lazy=lazy)) for lazy in (False, True)]
+    before = [mb.indices for mb in made]
+    buf.load_state_dict(ready(5, 3, backend, seed=9).state_dict())
+    assert equal([mb.indices for mb in made], before)
+
+
+def test_what_is_captured_is_gathered_at_once():
+    """It follows the device's counters, which are behind the host's once advance() has told of a clear()."""
+    buf = ready(5, 3, capacity=6)
+    buf.advance(3, rollouts=1)
+    with buf.as_captured():
+        for _ in range(3):
+            buf.append(**random_step(buf))
+        buf.compute_gae(torch.zeros(5))
+        plain, lazy = ([contents(mb) for mb in buf.minibatches(2, shuffle="none", lazy=x)] for x in (False, True))
+        (drawn,) = buf.minibatches(1, lazy=True)
+    assert type(drawn) is pydrone.buffer.Minibatch and all(map(equal, plain, lazy))
 
 
 # ---------------------------------------------------------------------------------------------- valid, errors

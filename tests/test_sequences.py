@@ -127,10 +127,12 @@ def test_errors():
         buf.sequences()
 
 
-def test_a_rollout_discarded_meanwhile_is_an_error():
+@pytest.mark.parametrize("discard", [lambda buf: buf.clear(), lambda buf: buf.load_state_dict(buf.state_dict())])
+def test_a_rollout_discarded_meanwhile_is_an_error(discard):
+    """By another with its number too."""
     buf = filled(4, 3, [])
     batches = buf.sequences(num_minibatches=2)
     next(batches)
-    buf.clear()
+    discard(buf)
     with pytest.raises(RuntimeError, match="sequences: the rollout was discarded"):
         next(batches)

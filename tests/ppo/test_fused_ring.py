@@ -181,8 +181,10 @@ def test_a_discarded_rollout_is_not_learnt_from():
     reading = buffer.minibatches(2, lazy=True)
     first, second = next(reading), next(reading)
     first.obs  # noqa: B018
+    numbers = second.indices
     buffer.clear()
-    for use in (lambda: second.obs, lambda: second.indices, lambda: fused.of_policy(policy, first, PPOConfig())):
+    assert torch.equal(second.indices, numbers)  # as of every minibatch, whatever has become of the rollout
+    for use in (lambda: second.obs, lambda: copy.deepcopy(second), lambda: fused.of_policy(policy, first, PPOConfig())):
         with pytest.raises(RuntimeError, match="the rollout was discarded"):
             use()
     assert len(second) == 288
