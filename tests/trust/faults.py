@@ -661,7 +661,7 @@ UPDATE = [
     Fault(
         "clipping that lengthens",
         ADAM,
-        "shorter >= 1 ? 1.0f : static_cast<float>(shorter)",
+        "shorter >= 1 || std::isinf(max_norm) ? 1.0f : static_cast<float>(shorter)",
         "static_cast<float>(shorter)",
         OF_ADAM,
     ),
