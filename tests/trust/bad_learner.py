@@ -11,9 +11,12 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import pydrone.ppo
+from pydrone import RolloutBuffer
+from pydrone.ops.schema import packed_size
 from pydrone.ppo import fused
+from pydrone.ppo.acting import FusedActing
 from pydrone.ppo.config import PPOConfig
-from pydrone.ppo.policy import make_policy
+from pydrone.ppo.policy import ActorCritic, make_policy
 
 
 def networks(rng: random.Random, inputs: int, actions: int) -> tuple[nn.Module, nn.Module]:
@@ -102,7 +105,11 @@ RANGES = {
     "beta1": (-0.1, 1.0, NAN, INF),
     "beta2": (-0.1, 1.0, NAN, INF),
     "epsilon": (-1e-9, NAN, INF),
+    **dict.fromkeys(("slot", "end_slot", "pool_slot", "end_pool_slot"), (-1, 99, BIG, -BIG)),
 }
+# Words of pydrone/ops/schema.py for parts of an argument, beside those of ``drawn``.
+PARTS = ("sources", "rows", "codes", "planes", "pool", "count", "final_obs", "final_rows", "not_finite")
+PARTS += ("num_steps", "start", "num_samples", "first", "backend", "device")
 
 
 class Recorder(TorchDispatchMode):
@@ -118,10 +125,16 @@ class Recorder(TorchDispatchMode):
 def wrong_in_learner_op(name: str, x: object) -> list[object]:
     if isinstance(x, Tensor):
         made = [*not_tensors(x, True), *other_layouts(x), x.detach().to(torch.complex64), x.detach().unsqueeze(0)]
-        # Any number of groups has its norms: more than are asked for are zero.
-        return made if x.dim() == 0 or name == "norms" else [*made, torch.cat([x, x[:1]]).detach(), x.new_zeros(())]
+        if name == "packed":  # more than is needed is as good
+            return [*made, x.new_zeros(()), x[:0], x[: len(x) // 4], x.double(), x[:1].expand(len(x)), x.repeat(2)[::2]]
+        # Any number of groups has its norms: more than are asked for are zero. So have rollouts what is not finite.
+        longer_too = x.dim() == 0 or name == "norms" or (name == "memory" and x.dim() == 1)
+        return made if longer_too else [*made, torch.cat([x, x[:1]]).detach(), x.new_zeros(())]
     if isinstance(x, list) and x and isinstance(x[0], Tensor):
-        made: list[object] = [[*x, x[0]], [*x, *x], *([x[:1]] if len(x) > 1 else [])]
+        made: list[object] = [[*x, x[0]], *([x[:1]] if len(x) > 1 else [])]
+        # Twice a network that puts out as much as it takes is one; three more tensors are a pool, which may go unused.
+        longer_too = name in ("actor", "critic") and x[0].dim() == 2 and x[0].shape[1] == x[-1].shape[0]
+        made += [] if longer_too or ("memory" in name and len(x) == 3) else [[*x, *x]]
         for i, y in enumerate(x):
             made += [[*x[:i], z, *x[i + 1 :]] for z in wrong_in_learner_op(name, y)]
         return made
@@ -130,21 +143,118 @@ def wrong_in_learner_op(name: str, x: object) -> list[object]:
     return [*RANGES.get(name, ()), "x", [], object()]
 
 
+def rollout(rng: random.Random) -> tuple[ActorCritic, RolloutBuffer]:
+    """A policy and an empty buffer for it, which may wrap around and have groups and a pool."""
+    obs = rng.choice([rng.randint(1, 20), {"policy": rng.randint(1, 9), "critic": rng.randint(1, 9)}])
+    dtype = rng.choice(["float32", "float32", "bfloat16", "float16"])
+    normalize = {name: rng.random() < 0.3 for name in ("normalize_obs", "normalize_values")}
+    config = PPOConfig(hidden_dims=(rng.randint(1, 40),), obs_dtype=dtype, **normalize)
+    policy = make_policy(obs, rng.randint(1, 5), config)
+    num_envs, num_steps = rng.choice([2, 3, 130]), rng.randint(2, 4)
+    options = {"capacity": num_steps + rng.randint(0, 3), "final_obs_rows": rng.choice([0, 9])}
+    options |= {"obs_dtype": getattr(torch, dtype), "non_finite": rng.choice(["warn", "ignore"])}
+    buffer = RolloutBuffer(num_envs, num_steps, obs, len(policy.std_param), fields=policy.fields(), **options)
+    for _ in range(rng.randint(0, 1)):  # the next rollout may begin at another slot
+        collect(rng, policy, buffer)
+        buffer.clear()
+    return policy, buffer
+
+
+def observe(policy: ActorCritic, num_envs: int) -> Tensor | dict[str, Tensor]:
+    if isinstance(policy.obs, dict):
+        return {name: torch.randn(num_envs, width) for name, width in policy.obs.items()}
+    return torch.randn(num_envs, policy.obs)
+
+
+def collect(rng: random.Random, policy: ActorCritic, buffer: RolloutBuffer, steps: int | None = None) -> None:
+    """A rollout by ``ppo_step``, or so many calls of it."""
+    acting, ends, n = FusedActing(policy, buffer, lambda stage: None), None, buffer.num_envs
+    kind = rng.choice(["dones", "truncated", "final_obs", "valid"])
+    for _ in range(steps or buffer.num_steps):
+        acting(observe(policy, n), ends)
+        ends = {"rewards": torch.randn(n), "dones": torch.rand(n) < 0.3}
+        ends |= {"truncated": ends["dones"].clone()} if kind in ("truncated", "final_obs") else {}
+        ends |= {"final_obs": observe(policy, n)} if kind == "final_obs" and buffer._pool_count is not None else {}
+        ends |= {"valid": torch.arange(n) % 3 < rng.randint(1, 2)} if kind == "valid" else {}
+    if steps is None:
+        buffer.end(**ends)
+
+
+def wrong_numbers(drawn: list[int], capacity: int) -> list[list[int]]:
+    """``drawn`` with one number out of range, which are the same whatever the others."""
+    _, _, num_samples, *_, first, count = drawn
+    ranges = {0: (-1, 0, capacity + 1), 1: (-1, capacity), 2: (-1, 0, num_samples - 1, num_samples + 1)}
+    ranges |= {7: (-1, num_samples - count + 1), 8: (-1, 0, num_samples - first + 1)}
+    return [
+        [*drawn[:place], x, *drawn[place + 1 :]] for place, made in ranges.items() for x in (*made, BIG, -BIG, 2**62)
+    ]
+
+
+def wrong_layouts(layout: Tensor) -> list[Tensor]:
+    made = [layout.int(), layout.double(), layout[:0], layout[:-1], layout[:, :3], layout.repeat(1, 2)[:, ::2]]
+    for i in range(layout.numel()):
+        # A field [N, width] is one of less than two inner dimensions, whatever that number is.
+        for x in (BIG, 2**40, *(() if i > 4 and i % 4 == 3 else (-1, -BIG))):
+            made.append(layout.clone())
+            made[-1].view(-1)[i] = x
+    return made
+
+
 def learner_op(rng: random.Random) -> Subject:
     """The operations themselves, with the arguments that the functions give them."""
-    kind = rng.choice(["ppo_gradients", "ppo_act", "clipped_adam"])
+    kind = rng.choice(["ppo_gradients", "ppo_gradients in the ring", "ppo_act", "ppo_step", "clipped_adam"])
     recorder = Recorder()
-    with recorder:
-        if kind == "ppo_act":
-            policy = make_policy(rng.randint(2, 20), rng.randint(2, 5), PPOConfig(hidden_dims=(rng.randint(1, 40),)))
-            fused.act(policy, torch.randn(rng.choice([1, 3, 130, 300]), policy.actor[0].in_features))
+    if kind == "ppo_act":
+        policy = make_policy(rng.randint(2, 20), rng.randint(2, 5), PPOConfig(hidden_dims=(rng.randint(1, 40),)))
+        obs, parts = torch.randn(rng.choice([1, 3, 130, 300]), policy.obs), fused.parameters_of(policy)
+        packed = torch.zeros(sum(packed_size(x) for x in parts[:2])) if rng.random() < 0.7 else None
+        outputs = [torch.zeros(len(obs), policy.std_param.numel()), *torch.zeros(2, len(obs)).unbind()]
+        given = fused.act_arguments(policy, obs, parts, policy.std, outputs[0] + 1, packed, [*outputs, outputs[0] - 1])
+        with recorder, torch.no_grad():
+            torch.ops.pydrone.ppo_act(*given)
+    elif kind in ("ppo_step", "ppo_gradients in the ring"):
+        policy, buffer = rollout(rng)
+        if kind == "ppo_step":
+            with recorder:
+                collect(rng, policy, buffer, rng.randint(1, buffer.num_steps))
         else:
-            subject = fused_update(rng) if kind == "ppo_gradients" else clipped_step(rng)
+            collect(rng, policy, buffer)
+            buffer.compute_gae(torch.zeros(buffer.num_envs), timeout_bootstrap="stored_value")
+            options = {"shuffle": rng.choice(["full", "none"]), "normalize_advantages": rng.random() < 0.7}
+            for minibatch in buffer.minibatches(rng.randint(1, 2), lazy=True, **options):
+                with recorder:
+                    fused.of_policy(policy, minibatch, PPOConfig())
+    else:
+        subject = fused_update(rng) if kind == "ppo_gradients" else clipped_step(rng)
+        with recorder:
             subject.call(**subject.arguments)
     given, operation = recorder.arguments, recorder.operation
+    assert operation.name() == f"pydrone::{kind.partition(' ')[0]}", f"recorded {operation.name()}, not {kind}"
     wrong = {name: wrong_in_learner_op(name, x) for name, x in given.items() if x is not None and x != []}
+    if given.get("drawn"):
+        given |= {name: given.get(name) for name in ("stats", "subset")}  # in their places
+        wrong["drawn"] += [[], *wrong_numbers(given["drawn"], given["actions"].shape[0])]
+        fields = {name: given[name] for name in ("actions", "log_probs", "values", "mu", "sigma")}
+        for name, x in fields.items():  # not of the same rows
+            wrong[name] += [x.clone(), x[:, :-1], x[:-1], x.flip(0).contiguous()]
+        wrong["values"].append(given["values"].double())
+        wrong["returns"] = [given["values"], torch.zeros(given["drawn"][-1])]
+        wrong.setdefault("subset", []).extend([torch.arange(given["drawn"][2] + 1), torch.zeros(given["drawn"][2])])
+        wrong.setdefault("stats", []).extend([torch.zeros(3), torch.zeros(2).double()])
+    if kind == "ppo_step":
+        for name in wrong.keys() & {"layout", "end_layout"}:
+            wrong[name] += wrong_layouts(given[name])
+        # Numbers that nothing is stored by: without an end, without a pool, and where no field is looked at.
+        pooled = given["truncated"] is not None and len(given["end_memory"]) > 3
+        looked_at = given["layout"][0, 3].item() > 0
+        used = {"end_slot": given["end_layout"] is not None, "end_pool_slot": pooled, "pool_slot": looked_at}
+        wrong = {name: made for name, made in wrong.items() if used.get(name, True)}
+    if kind in ("ppo_act", "ppo_step"):
+        for name in ("actions", "mean", "log_probs", "values"):
+            wrong[name] += [given[name][:1].expand_as(given[name])] if len(given[name]) > 1 else []
     # Of a tensor that is elsewhere, or no plain memory, PyTorch's dispatcher speaks before the operation can.
-    wrong = {name: [Bad(x, (*given, "backend", "device")) for x in made] for name, made in wrong.items()}
+    names = (*given, *PARTS)
+    wrong = {name: [Bad(x, names) for x in made] for name, made in wrong.items()}
     flat = [y for x in given.values() for y in (x if isinstance(x, list) else [x])]
     held = tuple(x for x in flat if isinstance(x, Tensor))
     return Subject(f"ops.{kind}", lambda **x: operation(*x.values()), given, wrong, held)
