@@ -31,6 +31,10 @@ void ppo_gradients(const std::vector<Tensor>&, const std::vector<Tensor>&, const
                    const Optional&, const Optional&, const Optional&, double, const Optional&, const Optional&,
                    const std::vector<Tensor>&, const Tensor&, const std::vector<int64_t>&, const Optional&,
                    const Optional&);
+void ppo_act(const std::vector<Tensor>&, const std::vector<Tensor>&, const Tensor&, const std::vector<Tensor>&,
+             const std::vector<Tensor>&, const Tensor&, int64_t, bool, const Optional&, const Optional&,
+             const Optional&, const Optional&, double, const Optional&, const Optional&, const Optional&, const Tensor&,
+             const Tensor&, const Tensor&, const Tensor&);
 void clipped_adam(const std::vector<Tensor>&, const std::vector<Tensor>&, const std::vector<Tensor>&,
                   const std::vector<Tensor>&, const std::vector<Tensor>&, const std::vector<int64_t>&, double,
                   const Tensor&, double, double, double, const Tensor&);
@@ -109,20 +113,69 @@ std::vector<Tensor> network(int64_t inputs, int64_t width, int64_t outputs, doub
           make<float>({width}, most), make<float>({outputs, width}, most), make<float>({outputs}, most)};
 }
 
+// At least a half: a standard deviation.
+Tensor raised(const Tensor& x) {
+  for (int64_t i = 0; i < x.numel(); ++i) static_cast<float*>(x.data_ptr())[i] += 0.5f;
+  return x;
+}
+
+// Of a policy that sees 17 numbers and does 4, and where its gradients go.
+struct Policy {
+  std::vector<Tensor> actor, critic, grads;
+  Tensor std = raised(make<float>({4}, 1)), metrics = make<double>({3});
+
+  explicit Policy(int64_t width)
+      : actor(network(17, width, 4, 0.1)), critic(network(17, width, 1, 0.1)), grads(network(17, width, 4, 0)) {
+    const std::vector<Tensor> more = network(17, width, 1, 0);
+    grads.insert(grads.end(), more.begin(), more.end());
+    grads.push_back(make<float>({4}));
+  }
+  double found() const { return sum(grads[0]) + sum(grads[6]) + sum(metrics); }
+};
+
 void run_ppo(int64_t samples, int64_t width, int64_t activation) {
-  const std::vector<Tensor> actor = network(17, width, 4, 0.1), critic = network(17, width, 1, 0.1);
-  std::vector<Tensor> grads = network(17, width, 4, 0), more = network(17, width, 1, 0);
-  grads.insert(grads.end(), more.begin(), more.end());
-  grads.push_back(make<float>({4}));
-  const Tensor metrics = make<double>({3}), std = make<float>({4}, 1), mu = make<float>({samples, 4}, 1);
-  for (int64_t j = 0; j < 4; ++j) static_cast<float*>(std.data_ptr())[j] += 0.5f;
-  const Tensor sigma = make<float>({samples, 4}, 1);
-  for (int64_t j = 0; j < 4 * samples; ++j) static_cast<float*>(sigma.data_ptr())[j] += 0.5f;
+  const Policy x(width);
+  const Tensor mu = make<float>({samples, 4}, 1), sigma = raised(make<float>({samples, 4}, 1));
   auto vector = [&] { return make<float>({samples}, 1); };
-  pydrone::ppo_gradients({make<float>({samples, 17}, 1)}, {}, make<float>({samples, 4}, 1), vector(), vector(), vector(),
-                         vector(), mu, sigma, actor, critic, std, activation, false, 0.2, 0.2, 1, {}, {}, {}, {}, 10, {}, {},
-                         grads, metrics, {}, {}, {});
-  std::printf("ppo %lld: %.6g\n", (long long)samples, sum(grads[0]) + sum(grads[6]) + sum(metrics));
+  pydrone::ppo_gradients({make<float>({samples, 17}, 1)}, {}, make<float>({samples, 4}, 1), vector(), vector(),
+                         vector(), vector(), mu, sigma, x.actor, x.critic, x.std, activation, false, 0.2, 0.2, 1, {},
+                         {}, {}, {}, 10, {}, {}, x.grads, x.metrics, {}, {}, {});
+  std::printf("ppo %lld: %.6g\n", (long long)samples, x.found());
+}
+
+// The same, read in the ring: a rollout that begins at its last slot.
+void run_drawn(int64_t num_envs, int64_t num_steps, bool shuffle) {
+  constexpr int64_t kRow = 32;
+  const Policy x(33);
+  const int64_t capacity = num_steps + 2, samples = num_envs * num_steps;
+  const Tensor rows = raised(make<float>({capacity, num_envs, kRow}, 1));
+  const Tensor advantages = make<float>({num_envs, num_steps}, 1), stats = make<double>({3}, 9);
+  static_cast<double*>(stats.data_ptr())[0] = static_cast<double>(samples);
+  auto field = [&](int64_t at, std::vector<int64_t> width) {
+    std::vector<int64_t> sizes{capacity, num_envs}, strides{num_envs * kRow, kRow};
+    if (!width.empty()) sizes.push_back(width[0]), strides.push_back(1);
+    auto* const data = static_cast<float*>(rows.data_ptr()) + at;
+    return Tensor(data, ScalarType::Float, 4, std::move(sizes), std::move(strides));
+  };
+  const std::vector<int64_t> drawn = {num_steps, capacity - 1, samples, 1, 2, 3, shuffle, 5, samples - 7};
+  pydrone::ppo_gradients({field(0, {9}), field(9, {8})}, {}, field(17, {4}), field(21, {}), advantages, {},
+                         field(22, {}), field(23, {4}), field(27, {4}), x.actor, x.critic, x.std, 0, false, 0.2, 0.2, 1,
+                         {}, {}, {}, {}, 10, {}, {}, x.grads, x.metrics, drawn, stats, {});
+  std::printf("ppo in the ring %lld x %lld: %.6g\n", (long long)num_envs, (long long)num_steps, x.found());
+}
+
+// Twice where weights are kept packed: it packs, and it reads what it has packed.
+void run_act(int64_t num_envs, int64_t width, bool packed) {
+  const Policy x(width);
+  const Tensor obs = make<float>({num_envs, 17}, 1), noise = make<float>({num_envs, 4}, 1);
+  const Tensor actions = make<float>({num_envs, 4}), mean = make<float>({num_envs, 4});
+  const Tensor log_probs = make<float>({num_envs}), values = make<float>({num_envs});
+  Optional kept;
+  if (packed) kept = make<float>({8 * (width + 16) * (width + 32)});
+  for (int64_t i = 0; i < (packed ? 2 : 1); ++i)
+    pydrone::ppo_act({obs}, {}, noise, x.actor, x.critic, x.std, 0, false, {}, {}, {}, {}, 10, {}, {}, kept, actions,
+                     log_probs, values, mean);
+  std::printf("act %lld: %.6g\n", (long long)num_envs, sum(actions) + sum(log_probs) + sum(values) + sum(mean));
 }
 
 void run_adam(int64_t width) {
@@ -160,6 +213,14 @@ int main(int argc, char**) {
   }
   for (const int64_t activation : {0, 1, 2, 3}) run_ppo(4099, 33, activation);
   run_ppo(130, 128, 0);
+  for (const bool shuffle : {true, false}) {
+    run_drawn(301, 17, shuffle);
+    run_drawn(67, 2, shuffle);  // fewer tiles than threads
+  }
+  for (const bool packed : {true, false}) {
+    run_act(1031, 33, packed);
+    run_act(130, 128, packed);
+  }
   run_adam(512);
   return 0;
 }
