@@ -109,8 +109,8 @@ void ppo_step(const std::vector<Tensor>& end_memory, const std::vector<Tensor>& 
               int64_t end_pool_slot, const std::vector<Tensor>& obs, const std::vector<Tensor>& critic_obs,
               const Tensor& noise, const std::vector<Tensor>& actor, const std::vector<Tensor>& critic,
               const Tensor& std, int64_t activation, bool bf16, const Optional& obs_shift,
-              const Optional& obs_std, const Optional& critic_shift, const Optional& critic_std, double obs_clip, const Optional& value_shift,
-              const Optional& value_std, const Optional& packed, const Tensor& actions,
+              const Optional& obs_std, const Optional& critic_shift, const Optional& critic_std, double obs_clip,
+              const Optional& value_shift, const Optional& value_std, const Optional& packed, const Tensor& actions,
               const Tensor& log_probs, const Tensor& values, const Tensor& mean, const Tensor& sigma,
               const std::vector<Tensor>& memory, const std::vector<Tensor>& stored_obs, const Tensor& layout,
               int64_t slot, int64_t pool_slot) {
