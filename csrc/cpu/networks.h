@@ -274,9 +274,9 @@ struct Networks {
   bool one_input;  // the critic's input is the actor's
 
   Networks(const std::vector<Tensor>& obs, const std::vector<Tensor>& critic_obs,
-           const std::vector<Tensor>& actor_parameters, const std::vector<Tensor>& critic_parameters, const Tensor& std, int64_t activation, bool bf16,
-           int64_t samples, int64_t num_actions, const Optional& obs_shift, const Optional& obs_std,
-           const Optional& critic_shift, const Optional& critic_std, double obs_clip, const Optional& value_shift,
+           const std::vector<Tensor>& actor_parameters, const std::vector<Tensor>& critic_parameters,
+           const Tensor& std, int64_t activation, bool bf16, int64_t samples, int64_t num_actions,
+           const Optional& obs_shift, const Optional& obs_std, const Optional& critic_shift, const Optional& critic_std, double obs_clip, const Optional& value_shift,
            const Optional& value_std, const Tensor& like, const Ring* ring = nullptr)
       : version(picked(bf16)),
         shared(critic_obs.empty()),

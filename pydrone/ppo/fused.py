@@ -225,6 +225,8 @@ def _moments(*normalizers: RunningMoments | None) -> list[Tensor | None]:
 
 def take_apart(network: nn.Module, name: str) -> Network:
     """The parameters of a multilayer perceptron; raises Unsupported where it is something else."""
+    if not isinstance(network, nn.Module):
+        raise Unsupported(f"{name}: expected a Linear layer or nn.Sequential, got {type(network).__name__}")
     layers = list(network.children()) if isinstance(network, nn.Sequential) else [network]
     parameters: list[nn.Parameter] = []
     activations = set()

@@ -119,7 +119,7 @@ def learnt(env, **ppo) -> float:
 def test_learns_from_observations_in_odd_units():
     """Without control the mean reward is about -1.5; without normalisation hardly anything is learnt."""
     without, with_ = learnt(Odd(128), normalize_obs=False), learnt(Odd(128), normalize_obs=True)
-    assert with_ > -0.35 and without < -0.6, (with_, without)
+    assert with_ > -0.25 and without < -0.45, (with_, without)
 
 
 def test_statistics_are_there_before_the_first_iteration_and_change_between_rollouts_alone():

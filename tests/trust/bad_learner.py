@@ -85,6 +85,7 @@ def clipped_step(rng: random.Random) -> Subject:
     if rng.random() < 0.5:
         optimizer.step()
     other, another = (nn.Parameter(torch.ones(3)) for _ in range(2))
+    other.grad = torch.ones(3)
     others = [torch.optim.SGD(parameters), torch.optim.AdamW(parameters), torch.optim.Adam(parameters, amsgrad=True)]
     others += [torch.optim.Adam(parameters, weight_decay=0.1), torch.optim.Adam(parameters, maximize=True)]
     others += [torch.optim.Adam([{"params": x} for x in groups])]
