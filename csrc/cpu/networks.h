@@ -276,8 +276,9 @@ struct Networks {
   Networks(const std::vector<Tensor>& obs, const std::vector<Tensor>& critic_obs,
            const std::vector<Tensor>& actor_parameters, const std::vector<Tensor>& critic_parameters,
            const Tensor& std, int64_t activation, bool bf16, int64_t samples, int64_t num_actions,
-           const Optional& obs_shift, const Optional& obs_std, const Optional& critic_shift, const Optional& critic_std, double obs_clip, const Optional& value_shift,
-           const Optional& value_std, const Tensor& like, const Ring* ring = nullptr)
+           const Optional& obs_shift, const Optional& obs_std, const Optional& critic_shift,
+           const Optional& critic_std, double obs_clip, const Optional& value_shift, const Optional& value_std,
+           const Tensor& like, const Ring* ring = nullptr)
       : version(picked(bf16)),
         shared(critic_obs.empty()),
         actor_input("obs", obs, samples, like, ring),
