@@ -29,7 +29,7 @@ from pydrone.memory import plan
 from pydrone.ops.native import build_info
 
 TESTS = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(TESTS), str(TESTS / "ops")]
+sys.path[:0] = [str(TESTS), str(TESTS / "ops"), str(TESTS / "trust")]
 
 from bad_learner import clipped_step, fused_update, learner_op  # noqa: E402
 from bad_values import (  # noqa: E402
