@@ -149,7 +149,7 @@ class Ring:
         if not self._capturing():
             self._truncations[rollout] = self._resets[rollout] = False
         if self._policy != "ignore":  # of the next rollout there
-            self._not_finite[rollout] = 0
+            self._not_finite[rollout].zero_()
         self._computed, self._pool_valued, self._subset, self._epoch = False, False, None, 0
         self._discards += 1
 
