@@ -33,15 +33,14 @@ def why_not(optimizer: torch.optim.Optimizer, groups: Sequence[Sequence[Tensor]]
     hooks = optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks
     if any((*hooks, _global_optimizer_pre_hooks, _global_optimizer_post_hooks)):
         return "it would not call the optimiser's hooks"
-    for x in group["params"]:
-        for y in (x, *(y for y in optimizer.state.get(x, {}).values() if isinstance(y, Tensor))):
-            if y.device.type != "cpu" or y.dtype != torch.float32 or not y.is_contiguous():
-                return f"expected contiguous float32 parameters on the CPU, got {y.dtype} on {y.device}"
+    tensors = [*group["params"], *(x for state in optimizer.state.values() for x in state.values())]
+    for x in tensors:
+        if isinstance(x, Tensor) and not (x.is_cpu and x.dtype is torch.float32 and x.is_contiguous()):
+            return f"expected contiguous float32 parameters on the CPU, got {x.dtype} on {x.device}"
     given = [id(x) for parameters in groups for x in parameters]
     return None if len(given) == len(set(given)) else "a parameter is in two of the groups"
 
 
-@torch.no_grad()
 def clipped_step(
     optimizer: torch.optim.Adam, groups: Sequence[Sequence[Tensor]], max_norm: float | None = None
 ) -> Tensor:
@@ -70,15 +69,22 @@ def clipped_step(
         raise TypeError(f"max_norm: expected a number above 0 or None, got {type(max_norm).__name__}")
     if max_norm is not None and not max_norm > 0:
         raise ValueError(f"max_norm: expected a number above 0 or None, got {max_norm}")
-    (options,) = optimizer.param_groups
     try:
         groups = [list(group) for group in groups]
     except TypeError:
         raise TypeError(f"groups: expected lists of parameters, got {groups!r:.80}") from None
+    given = {id(x) for group in groups for x in group}
+    if sum(map(len, groups)) != len(given) or not given <= {id(x) for x in optimizer.param_groups[0]["params"]}:
+        raise ValueError("groups: expected parameters of the optimiser, each once")
+    return step(optimizer, groups, max_norm)
+
+
+@torch.no_grad()
+def step(optimizer: torch.optim.Adam, groups: Sequence[Sequence[Tensor]], max_norm: float | None) -> Tensor:
+    """:func:`clipped_step` where :func:`why_not` has been asked, with the groups."""
+    (options,) = optimizer.param_groups
     parameters = [x for x in options["params"] if x.grad is not None]
     index = {id(x): i for i, group in enumerate(groups) for x in group}
-    if sum(map(len, groups)) != len(index) or not index.keys() <= {id(x) for x in options["params"]}:
-        raise ValueError("groups: expected parameters of the optimiser, each once")
     if not index.keys() >= {id(x) for x in parameters}:
         raise ValueError("groups: expected each of the optimiser's parameters that has a gradient, one is missing")
     norms = torch.zeros(len(groups), dtype=torch.float32, device="cpu")

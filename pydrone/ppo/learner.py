@@ -144,7 +144,7 @@ class Learner:
         # Each on its own, as rsl_rl does: a large value error must not shorten the actor's step.
         groups = self.policy.actor_parameters(), self.policy.critic_parameters()
         if self.not_fused is None and adam.why_not(self.optimizer, groups) is None:
-            adam.clipped_step(self.optimizer, groups, self.config.max_grad_norm)
+            adam.step(self.optimizer, groups, self.config.max_grad_norm)
             return metrics
         for parameters in groups:
             nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm, foreach=True)
