@@ -114,7 +114,12 @@ def fused_update(
         raise TypeError(f"autocast: expected a bool, got {type(autocast).__name__}")
     if obs_clip != math.inf:  # which clips nothing
         _check_number("obs_clip", obs_clip, 0.0)
-    groups = _groups(obs), [] if critic_obs is None else _groups(critic_obs, "critic_obs")
+    for name, x in (("obs", obs), ("critic_obs", () if critic_obs is None else critic_obs)):
+        if not isinstance(x, (Tensor, list, tuple)):
+            raise TypeError(f"{name}: expected a tensor or several, got {type(x).__name__}")
+        for y in [x] if isinstance(x, Tensor) else x:
+            check_tensor(name, y, CPU, None, "the policy's gradients do")
+    groups = _groups(obs), [] if critic_obs is None else _groups(critic_obs)
     return _gradients(
         actor,
         critic,
@@ -256,12 +261,8 @@ def take_apart(network: nn.Module, name: str) -> Network:
     return Network(parameters, next(iter(activations), None))
 
 
-def _groups(obs: Tensor | Sequence[Tensor], name: str = "obs") -> list[Tensor]:
-    if not isinstance(obs, (Tensor, list, tuple)):
-        raise TypeError(f"{name}: expected a tensor or several, got {type(obs).__name__}")
+def _groups(obs: Tensor | Sequence[Tensor]) -> list[Tensor]:
     groups = [obs] if isinstance(obs, Tensor) else list(obs)
-    for x in groups:
-        check_tensor(name, x, CPU, None, "the policy's gradients do")
     return [x if x.is_floating_point() else x.float() for x in groups]
 
 
@@ -338,7 +339,9 @@ def _in_ring(policy: ActorCritic, minibatch: Drawn) -> tuple[tuple | None, tuple
 @torch.no_grad()
 def act(policy: ActorCritic, obs: Tensor | Mapping[str, Tensor]) -> PolicyStep:
     """``policy.act(obs)`` in one operation, both networks, the actions drawn and their log-probabilities."""
-    networks, std, num_envs = parameters_of(policy), policy.std, _inputs(policy, obs)[0][0].shape[0]
+    networks, std = parameters_of(policy), policy.std
+    group = obs if isinstance(obs, Tensor) else obs[policy.actor_obs[0]]
+    num_envs = group.shape[0]
     mean, actions = std.new_empty(2, num_envs, len(std)).unbind()
     log_probs, values = std.new_empty(2, num_envs).unbind()
     outputs = actions, log_probs, values, mean
