@@ -301,13 +301,14 @@ class Trainer:
         # A reset step's reward is anything, and counts for nothing.
         skipped = codes == INVALID
         finite = [(x.isfinite() | skipped).all() for x in (rewards, buffer.values, buffer.advantages)]
-        finite.append(buffer.flags()[3] == 0)  # observations, as append's launches have seen them
+        flags = buffer.flags()
+        finite.append(flags[3] == 0)  # observations, as append's launches have seen them
         timeouts = (codes == TRUNCATED).sum()
         scalars = [*learnt.values(), self.policy.std.mean(), rewards.mean(), *episodes.unbind(), timeouts, *finite]
         row = None
         if not self.ranks.several:
             sums = [x.to(self.device).double() for x in self._env_log.totals()]
-            row = torch.cat((torch.stack(scalars + sums).double(), buffer.flags()))
+            row = torch.cat((torch.stack(scalars + sums).double(), flags))
         return Computed(tuple(learnt), scalars, row)
 
     @torch.no_grad()
