@@ -357,7 +357,7 @@ def close_statistics(backend: str, stats: Tensor, advantages: Tensor, counts: np
     merged = 3 * count * ROUNDOFF[torch.float64] * largest
     assert abs(mean - exact) <= slack * largest + merged
     # Moved by at most x each, deviations of squares S change by at most 2 x sqrt(count S) + count x^2.
-    moved = 2 * merged * math.sqrt(count * squares) + count * (slack * largest + merged) ** 2
+    moved = 2 * merged * math.sqrt(count * squares) + count * merged**2
     if order_of(backend) == TREE:
         moved += 2 * merged * largest
     assert m2 >= 0 and abs(m2 - squares) <= slack * squares + moved + 1e-300

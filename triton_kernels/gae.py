@@ -58,6 +58,17 @@ def join(later, later_link, advantage, link):
 
 
 @triton.jit
+def moments_about(near, count, deviations, squares):
+    """(count, mean, M2), float64, of the sums of deviations from some number near the mean and of their squares.
+
+    A mean in float32 is off by its rounding, which may be large beside the spread.
+    """
+    count = count.to(tl.float64)
+    offset = deviations.to(tl.float64) / tl.where(count > 0, count, 1.0)
+    return count, near.to(tl.float64) + offset, squares.to(tl.float64) - count * offset * offset
+
+
+@triton.jit
 def merge(count, mean, m2, other_count, other_mean, other_m2):
     """Joins two samples' (count, mean, M2) (Chan, Golub and LeVeque 1979)."""
     total = count + other_count
@@ -193,8 +204,9 @@ def scan_rows(
             number = tl.sum(tl.where(sampled, 1.0, 0.0).to(dtype), 1)
             average = tl.sum(tl.where(sampled, advantage, 0.0), 1) / tl.where(number > 0, number, 1.0)
             deviation = tl.where(sampled, advantage - average[:, None], 0.0)
-            squares = tl.sum(deviation * deviation, 1)
-            number, average, squares = number.to(tl.float64), average.to(tl.float64), squares.to(tl.float64)
+            number, average, squares = moments_about(
+                average, number, tl.sum(deviation, 1), tl.sum(deviation * deviation, 1)
+            )
             if TILES > 1:
                 count, mean, m2 = merge(count, mean, m2, number, average, squares)
             else:
@@ -255,13 +267,14 @@ def walk_columns(
             total += tl.where(c[i] == INVALID, 0.0, carry)
         if WITH_STATS:
             average = total / tl.where(number > 0, number, 1.0)
+            deviations = tl.zeros(env.shape, dtype)
             squares = tl.zeros(env.shape, dtype)
             for i in tl.static_range(STEPS):
                 deviation = tl.where(c[i] == INVALID, 0.0, a[i] - average)
+                deviations += deviation
                 squares += deviation * deviation
-            count, mean, m2 = merge(
-                count, mean, m2, number.to(tl.float64), average.to(tl.float64), squares.to(tl.float64)
-            )
+            number, average, squares = moments_about(average, number, deviations, squares)
+            count, mean, m2 = merge(count, mean, m2, number, average, squares)
     return count, mean, m2
 
 

@@ -224,7 +224,7 @@ __global__ void __launch_bounds__(32 * kWarps, kMinBlocks<T, mode>) gae_rows(con
       }
       if (args.stats) {
         int count = 0;
-        T sum = 0, squares = 0;
+        T sum = 0, deviations = 0, squares = 0;
 #pragma unroll
         for (int k = 0; k < kLaneSteps; ++k) {
           const bool valid = (codes[row] >> 8 * k & 0xFF) != kInvalid;
@@ -235,11 +235,12 @@ __global__ void __launch_bounds__(32 * kWarps, kMinBlocks<T, mode>) gae_rows(con
 #pragma unroll
         for (int k = 0; k < kLaneSteps; ++k) {
           const T deviation = (codes[row] >> 8 * k & 0xFF) != kInvalid ? advantage.x[k] - mean : T(0);
+          deviations += deviation;
           squares += deviation * deviation;
         }
-        const T spread = warp_sum(squares);
+        const Sums<T> sums = warp_sums(deviations, squares);
         if (lane == 0) {
-          const Moments tile{static_cast<double>(count), mean, spread};
+          const Moments tile = moments_about(mean, count, sums.a, sums.b);
           Moments& part = parts[threadIdx.x / 32 * Rows + row];
           part = first + kTile >= num_steps ? tile : merge(part, tile);
         }
@@ -268,7 +269,7 @@ __global__ void __launch_bounds__(kColumnThreads) gae_columns(const __grid_const
         code[i] = last - i >= 0 ? code[i] : kInvalid;
       }
       int count = 0;
-      T sum = 0, squares = 0;
+      T sum = 0, deviations = 0, squares = 0;
 #pragma unroll
       for (int i = 0; i < Steps; ++i) {
         const int t = last - i;
@@ -290,9 +291,10 @@ __global__ void __launch_bounds__(kColumnThreads) gae_columns(const __grid_const
 #pragma unroll
         for (int i = 0; i < Steps; ++i) {
           const T deviation = code[i] != kInvalid ? reward[i] - mean : T(0);
+          deviations += deviation;
           squares += deviation * deviation;
         }
-        moments = merge(moments, Moments{static_cast<double>(count), mean, squares});
+        moments = merge(moments, moments_about(mean, count, deviations, squares));
       }
     }
   }

@@ -18,6 +18,28 @@ __device__ inline T warp_sum(T x) {
   return x;
 }
 
+// The sums of `a` and of `b` in lane 0: half of the lanes add the ones, half the others.
+template <typename T>
+struct Sums {
+  T a, b;
+};
+template <typename T>
+__device__ inline Sums<T> warp_sums(T a, T b) {
+  const bool upper = threadIdx.x & 16;
+  T x = (upper ? b : a) + __shfl_xor_sync(kAll, upper ? a : b, 16);
+#pragma unroll
+  for (int d = 8; d; d /= 2) x += __shfl_xor_sync(kAll, x, d);
+  return {x, __shfl_xor_sync(kAll, x, 16)};
+}
+
+// (count, mean, M2) of `count` numbers, from the sums of their deviations from some number near their mean and of
+// the squares of these. A mean in T is off by its rounding, which may be large beside the numbers' spread.
+template <typename T>
+__device__ inline Moments moments_about(T near, int count, T deviations, T squares) {
+  const double n = count, offset = deviations / (n > 0 ? n : 1), m2 = squares - n * offset * offset;
+  return {n, near + offset, m2 < 0 ? 0 : m2};
+}
+
 // Joins two samples (Chan, Golub and LeVeque 1979).
 __device__ inline Moments merge(const Moments& a, const Moments& b) {
   const double count = a.count + b.count, share = b.count / (count > 0 ? count : 1), difference = b.mean - a.mean;

@@ -32,7 +32,7 @@ BUDGET = {
     "gae rows, long": (64, 64),
     "gae rows, float64": (80, 8192),
     # Programs of 64 threads, 128 of them: registers do not bound them. Twenty steps are in flight.
-    "gae columns": (128, 16),
+    "gae columns": (168, 16),
     "gae columns, pool": (168, 16),
     # 256 programs of 128 threads for 8192 environments, two to a multiprocessor; all fields of 32 are in registers.
     # Shared memory: Triton 3.6's.
@@ -101,11 +101,11 @@ def test_gae_rows_scan_without_barrier_or_shared_memory(kernels):
 
 
 def test_statistics_cost_a_few_barriers_and_shuffles(kernels):
-    """Three sums of a row, over its four registers and 32 lanes; three of the program's 16 rows and of the partials'
+    """Four sums of a row, over its four registers and 32 lanes; three of the program's 16 rows and of the partials'
     program, in float64; the ticket."""
     own, without = kernels["gae rows"], kernels["gae rows, no statistics"]
     assert count(own, "BAR") <= 16
-    assert count(own, "SHFL") - count(without, "SHFL") <= 103
+    assert count(own, "SHFL") - count(without, "SHFL") <= 113
 
 
 def test_gae_columns_need_no_shuffle_to_scan(kernels):

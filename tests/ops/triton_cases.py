@@ -222,6 +222,21 @@ def test_gae_statistics(layout):
     assert stats.tolist() == [1.0, advantages[69, 32].item(), 0.0]
 
 
+@pytest.mark.parametrize("layout", ["env", "time"])
+def test_gae_statistics_of_a_mean_far_from_zero(layout):
+    """A mean in float32 is off by its rounding; squares about it would be too large."""
+    rollout = Rollout(70, 33, layout=layout)
+    rollout.arguments["gamma"] = 0.0
+    rollout.arguments["rewards"].mul_(1e-3).add_(1e3)
+    rollout.arguments["values"].zero_()
+    rollout.arguments["dones"].zero_()
+    advantages, _, stats = rollout.run(gae_module.gae)
+    advantages = advantages.double()
+    exact = advantages.mean()
+    assert stats[1].item() == pytest.approx(exact.item(), abs=1e-7)
+    assert stats[2].item() == pytest.approx((advantages - exact).square().sum().item(), rel=1e-4)
+
+
 def test_gae_empty():
     stats = torch.full((3,), NAN, dtype=torch.float64)
     rollout = Rollout(3, 1)
