@@ -91,18 +91,21 @@ inline void check_own(const char* name, const Tensor& x) {
                     ": expected memory of its own for every element, got an expanded tensor");
 }
 
+// Bytes from a tensor's first element to the end of its last.
+inline int64_t span(const Tensor& x) {
+  if (!x.numel()) return 0;
+  int64_t last = 0;
+  for (int64_t i = 0; i < x.dim(); ++i) last += (x.size(i) - 1) * x.stride(i);
+  return (last + 1) * static_cast<int64_t>(x.element_size());
+}
+
 // `out` shares no byte with `other`. Said of dense tensors and of equal ones: two that lie between each other's elements
 // may have a stretch of memory in common and still no element.
 inline void check_apart(const char* name, const Tensor& out, const Tensor& other) {
   if (!out.numel() || !other.numel()) return;
-  auto bytes = [](const Tensor& x) {
-    int64_t last = 0;
-    for (int64_t i = 0; i < x.dim(); ++i) last += (x.size(i) - 1) * x.stride(i);
-    return (last + 1) * static_cast<int64_t>(x.element_size());
-  };
   auto dense = [](const Tensor& x, int64_t size) { return size <= x.numel() * static_cast<int64_t>(x.element_size()); };
   const auto first = reinterpret_cast<uintptr_t>(out.data_ptr()), second = reinterpret_cast<uintptr_t>(other.data_ptr());
-  const int64_t size = bytes(out), other_size = bytes(other);
+  const int64_t size = span(out), other_size = span(other);
   const bool meet = first < second + other_size && second < first + size;
   STD_TORCH_CHECK(!meet || (first != second && !(dense(out, size) && dense(other, other_size))), name,
                   ": expected memory of its own, got some that another argument uses");

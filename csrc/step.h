@@ -84,6 +84,23 @@ struct Step {
     check_dtype("codes", *codes, ScalarType::Byte);
   }
 
+  // No source lies in what is written at `slot`: a view kept from an earlier rollout may be of that very slot, and whether
+  // reading or writing came first would hang on the backend.
+  void check_apart(int64_t slot) const {
+    const int64_t num_envs = rows.size(1), written = row.count ? num_envs * rows.size(2) : 0;
+    const char* const to = static_cast<const char*>(rows.data_ptr()) + slot * num_envs * rows.size(2);
+    for (const Sources* sources : {&row, &plane, &final})
+      for (int64_t i = 0; i < sources->count; ++i) {
+        const Tensor& source = (*sources)[i];
+        const auto* from = static_cast<const char*>(source.data_ptr());
+        const int64_t size = span(source);
+        bool meet = from < to + written && to < from + size;
+        for (int64_t j = 0; j < plane.count && size; ++j)
+          if (sources != &plane || i != j) meet = meet || meets(source, from, size, planes[j], slot);
+        STD_TORCH_CHECK(!meet, sources->name, ": expected memory of its own, got a view of the step that is written");
+      }
+  }
+
   // How the step ended: whether its truncations go to a pool.
   bool check_ends(const Optional& dones, const Optional& truncated, const Optional& valid) const {
     STD_TORCH_CHECK(codes || !dones, "memory: expected codes with dones, got rows alone");
@@ -108,6 +125,17 @@ struct Step {
   }
 
  private:
+  // Whether a source has an element of a plane's column. One that lies between the column's elements is told by its
+  // stride, which is the column's, as other columns' are.
+  static bool meets(const Tensor& source, const char* from, int64_t size, const Tensor& plane, int64_t slot) {
+    const int64_t stride = 4 * plane.stride(0), bytes = static_cast<int64_t>(source.element_size());
+    const char* const column = static_cast<const char*>(plane.data_ptr()) + 4 * slot * plane.stride(1);
+    if (from >= column + (plane.size(0) - 1) * stride + 4 || column >= from + size) return false;
+    if (stride <= 4 || source.stride(0) * bytes != stride) return stride <= 4;
+    const int64_t apart = ((from - column) % stride + stride) % stride;
+    return apart < 4 || apart + bytes > stride;
+  }
+
   static const Tensor& first(const std::vector<Tensor>& memory) {
     STD_TORCH_CHECK(!memory.empty(), "memory: expected rows, codes and planes, got no tensor");
     return memory[0];

@@ -266,18 +266,20 @@ def test_pictures_turned_round():
     assert len(buf) == 1
 
 
-def test_a_view_of_the_step_that_is_written_is_refused():
+def test_a_view_of_the_step_that_is_written_is_refused(backend):
     """Kept from an earlier rollout: read and written in turn, it would store what it had just overwritten."""
-    buf = RolloutBuffer(64, 2, obs=24, actions=24)
+    buf = RolloutBuffer(64, 2, obs=24, actions=24, max_episode_length=2, backend=backend)
     step = {name: torch.rand(64) for name in ("rewards", "dones", "values", "log_probs")}
     step |= {"obs": torch.rand(64, 24), "actions": torch.rand(64, 24)}
     for _ in range(2):
         buf.append(**step)
-    obs, actions, values = buf.obs[:, 0], buf.actions[:, 0], buf.values[:, 0]
+    obs, actions, values, rewards = buf.obs[:, 0], buf.actions[:, 0], buf.values[:, 0], buf.rewards[:, 0]
     buf.clear()
     before = memory_bytes(buf)
-    for change in ({"obs": actions, "actions": obs}, {"rewards": values}):
-        if buf._ops.name != "reference":
+    changes = [{"obs": actions, "actions": obs}, {"rewards": values}, {"values": rewards}, {"log_probs": values}]
+    changes.append({"truncated": torch.ones(64), "final_obs": obs})
+    for change in changes:
+        if buf._ops.checks:
             with pytest.raises(
                 RuntimeError, match="expected memory of its own, got a view of the step that is written"
             ):
@@ -285,8 +287,9 @@ def test_a_view_of_the_step_that_is_written_is_refused():
             assert memory_bytes(buf) == before and len(buf) == 0
     buf.append(**step)
     kept = buf.obs[:, 0].clone()
-    buf.append(**step | {"obs": buf.obs[:, 0]})  # another step's
+    buf.append(**step | {"obs": buf.obs[:, 0], "values": buf.values[:, 0], "rewards": buf.values[:, 0]})  # another's
     assert torch.equal(buf.obs[:, 1], kept)
+    assert torch.equal(buf.values[:, 1], step["values"]) and torch.equal(buf.rewards[:, 1], step["values"])
 
 
 def test_missing_arguments():

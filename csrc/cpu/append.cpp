@@ -161,19 +161,6 @@ void copy_field(const Field& field, char* to, int64_t row_bytes, int64_t n0, int
     std::memcpy(to + n * row_bytes + field.offset, field.data + (n0 + n) * field.env, bytes);
 }
 
-// What is read while a slot is written has memory of its own: a view kept from an earlier rollout may be of that very slot.
-void check_apart(const char* name, const char* from, int64_t bytes, const char* to, int64_t written) {
-  STD_TORCH_CHECK(from >= to + written || to >= from + bytes, name,
-                  ": expected memory of its own, got a view of the step that is written");
-}
-
-int64_t span(const Field& field, int64_t num_envs) {
-  if (!num_envs || !field.width) return 0;
-  int64_t last = field.dims ? 0 : field.width - 1;
-  for (int64_t d = 0; d < field.dims; ++d) last += (field.sizes[d] - 1) * field.strides[d];
-  return (num_envs - 1) * field.env + (last + 1) * field.from_size;
-}
-
 // In ascending order of their offsets; the first `looked_at` sources are looked at.
 std::vector<Field> describe_all(const Step::Sources& sources, const Tensor& rows, int64_t num_envs,
                                 int64_t looked_at = 0) {
@@ -494,19 +481,7 @@ std::function<void()> checked_append(const std::vector<Tensor>& memory, const st
   }
 
   char* const row = static_cast<char*>(rows.data_ptr()) + slot * num_envs * row_bytes;
-  for (const Field& field : fields) check_apart("sources", field.data, span(field, num_envs), row, num_envs * row_bytes);
-  for (int64_t i = 0; num_envs && i < step.plane.count; ++i) {
-    const Tensor& source = step.plane[i];
-    const int64_t bytes = ((num_envs - 1) * source.stride(0) + 1) * static_cast<int64_t>(source.element_size());
-    const auto* from = static_cast<const char*>(source.data_ptr());
-    if (!fields.empty()) check_apart(step.plane.name, from, bytes, row, num_envs * row_bytes);
-    for (int64_t j = 0; j < step.plane.count; ++j) {
-      const Tensor& plane = step.planes[j];
-      if (plane.stride(0) == 1 && i != j)
-        check_apart(step.plane.name, from, bytes, static_cast<char*>(plane.data_ptr()) + 4 * slot * plane.stride(1),
-                    4 * num_envs);
-    }
-  }
+  step.check_apart(slot);
   return [=, &dones, &truncated, &valid, fields = std::move(fields), target = std::move(target)] {
     if (num_envs && row_bytes && !fields.empty() && append_rows(row, row_bytes, fields, num_envs) && step.not_finite)
       static_cast<int32_t*>(step.not_finite->data_ptr())[pool_slot] = 1;

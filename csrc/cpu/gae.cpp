@@ -3,6 +3,7 @@
 // Time-major planes of the computation's own type are read and written where they lie, flags turned into codes a row at
 // a time. If one of the planes is anything else (row-major callers, other dtypes), the block goes through tiles.
 #include "../recurrence.h"
+#include "../scan.h"
 #include "tiles.h"
 
 #include <algorithm>
@@ -391,76 +392,11 @@ void gae(const Tensor& rewards, const Tensor& values, const Tensor& dones, const
          const Optional& valid, const Tensor& last_values, const Optional& final_values, const Optional& final_rows,
          double gamma, double lam, int64_t start, bool coded, int64_t bootstrap, const Optional& cursor,
          const Tensor& advantages, const Optional& returns, const Optional& stats, const Optional& workspace) {
-  check_shape("rewards", rewards, {-1, -1});
-  const int64_t num_envs = rewards.size(0), capacity = rewards.size(1);
-  check_shape("advantages", advantages, {num_envs, -1});
-  const int64_t num_steps = advantages.size(1);
-  STD_TORCH_CHECK(num_steps <= capacity, "advantages: expected at most ", capacity, " steps, got ", num_steps);
-  check_shape("values", values, {num_envs, capacity});
-  check_shape("dones", dones, {num_envs, capacity});
-  check_scalars("last_values", last_values, num_envs);
-  check_real("rewards", rewards);
-  check_real("values", values);
-  check_real("last_values", last_values);
-  check_device("values", values, rewards);
-  check_device("dones", dones, rewards);
-  check_device("last_values", last_values, rewards);
-  check_device("advantages", advantages, rewards);
-  if (coded) check_dtype("dones", dones, ScalarType::Byte);
-  check_flags("dones", dones);
-  for (const auto& [name, flags] : {std::pair{"truncated", &truncated}, {"valid", &valid}}) {
-    if (!flags->has_value()) continue;
-    check_shape(name, **flags, {num_envs, capacity});
-    check_flags(name, **flags);
-    check_device(name, **flags, rewards);
-  }
-  check_range("bootstrap", bootstrap, 0, 4);
-  if (bootstrap == 1) {
-    STD_TORCH_CHECK(final_values.has_value(), "final_values: expected a tensor with bootstrap 1, got None");
-    check_real("final_values", *final_values);
-    check_device("final_values", *final_values, rewards);
-    if (final_rows) check_device("final_rows", *final_rows, rewards);
-    if (final_rows) {
-      check_shape("final_values", *final_values, {-1});
-      check_shape("final_rows", *final_rows, {num_envs, capacity});
-      check_dtype("final_rows", *final_rows, ScalarType::Int);
-    } else {
-      check_shape("final_values", *final_values, {num_envs, capacity});
-    }
-  }
-  const ScalarType type = advantages.scalar_type();
-  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Double,
-                  "advantages: expected dtype Float or Double, got ", torch::headeronly::toString(type));
-  if (returns) {
-    check_shape("returns", *returns, {num_envs, num_steps});
-    check_dtype("returns", *returns, type);
-    check_device("returns", *returns, rewards);
-  }
-  if (stats) {
-    check_shape("stats", *stats, {3});
-    check_dtype("stats", *stats, ScalarType::Double);
-    check_contiguous("stats", *stats);
-    check_device("stats", *stats, rewards);
-    STD_TORCH_CHECK(workspace.has_value(), "workspace: expected a tensor with stats, got None");
-    check_dtype("workspace", *workspace, ScalarType::Double);
-    check_contiguous("workspace", *workspace);
-    check_device("workspace", *workspace, rewards);
-    STD_TORCH_CHECK(workspace->numel() >= 3 * ((num_envs + 3) / 4) + 1, "workspace: expected at least ",
-                    3 * ((num_envs + 3) / 4) + 1, " elements, got ", workspace->numel());
-  }
-  if (cursor) {
-    check_cursor(cursor, rewards);
-    if (capacity) start = static_cast<const int64_t*>(cursor->data_ptr())[1] % capacity;
-  }
+  check_gae(rewards, values, dones, truncated, valid, last_values, final_values, final_rows, coded, bootstrap, cursor,
+            advantages, returns, stats, workspace);
+  const int64_t num_envs = rewards.size(0), capacity = rewards.size(1), num_steps = advantages.size(1);
+  if (cursor && capacity) start = static_cast<const int64_t*>(cursor->data_ptr())[1] % capacity;
   if (num_steps) check_range("start", start, 0, capacity);
-  for (const auto& [name, out] : {std::pair{"advantages", &advantages}, {"returns", returns ? &*returns : nullptr}}) {
-    if (!out) continue;
-    check_own(name, *out);
-    for (const Tensor* x : {&rewards, &values, &dones, &last_values}) check_apart(name, *out, *x);
-    for (const Optional* x : {&truncated, &valid, &final_values, &final_rows})
-      if (*x) check_apart(name, *out, **x);
-  }
-  if (returns) check_apart("returns", *returns, advantages);
 
   Job job{};
   job.rewards = Plane(rewards);
@@ -470,8 +406,8 @@ void gae(const Tensor& rewards, const Tensor& values, const Tensor& dones, const
   job.advantages = Plane(advantages);
   if ((job.has_truncated = truncated.has_value())) job.truncated = Plane(*truncated);
   if ((job.has_valid = valid.has_value())) job.valid = Plane(*valid);
-  if (bootstrap == 1) job.final_values = Plane(*final_values);
-  if ((job.has_pool = bootstrap == 1 && final_rows.has_value())) {
+  if (bootstrap == kFinalValues) job.final_values = Plane(*final_values);
+  if ((job.has_pool = bootstrap == kFinalValues && final_rows.has_value())) {
     job.final_rows = Plane(*final_rows);
     job.pool_size = final_values->size(0);
   }
@@ -486,7 +422,7 @@ void gae(const Tensor& rewards, const Tensor& values, const Tensor& dones, const
   job.gamma_lam = gamma * lam;
   // Element 0 of the workspace is the GPU backends' ticket.
   job.partials = stats ? static_cast<double*>(workspace->data_ptr()) + 1 : nullptr;
-  type == ScalarType::Float ? run<float>(job) : run<double>(job);
+  advantages.scalar_type() == ScalarType::Float ? run<float>(job) : run<double>(job);
   if (stats) {
     double total[3] = {};
     for (int64_t block = 0; block < job.blocks; ++block)

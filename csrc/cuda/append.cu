@@ -172,13 +172,14 @@ __device__ void store_ends(const Args& args, int64_t slot, int64_t pool_slot) {
     const unsigned wanted = __ballot_sync(0xFFFFFFFFu, code == kTruncated);
     if (!args.pool_count || !wanted) continue;
     const unsigned lane = threadIdx.x % 32;
-    int32_t* count = args.pool_count + 2 * pool_slot;
-    int32_t place = 0;
-    if (lane == 0) place = atomicAdd(count + (args.num_finals ? 0 : 1), __popc(wanted));
+    auto* const count = reinterpret_cast<uint32_t*>(args.pool_count + 2 * pool_slot);
+    uint32_t place = 0;
+    if (lane == 0) place = atomicAdd(count + (args.num_finals ? 0 : 1), static_cast<uint32_t>(__popc(wanted)));
     place = __shfl_sync(0xFFFFFFFFu, place, 0) + __popc(wanted & ((1u << lane) - 1));
-    // A count that has run over its 32 bits is no place either.
-    const bool fits = args.num_finals && place >= 0 && place < args.pool_rows;
-    if (code == kTruncated) args.final_rows[n * args.final_rows_env + slot * args.final_rows_step] = fits ? place : -1;
+    // A count below zero, or that has run over 31 bits, is beyond all rows.
+    const bool fits = args.num_finals && place < args.pool_rows;
+    if (code == kTruncated)
+      args.final_rows[n * args.final_rows_env + slot * args.final_rows_step] = fits ? static_cast<int32_t>(place) : -1;
     for (unsigned left = __ballot_sync(0xFFFFFFFFu, fits && code == kTruncated); left; left &= left - 1) {
       const int source = __ffs(left) - 1;
       const int64_t row = pool_slot * args.pool_rows + __shfl_sync(0xFFFFFFFFu, place, source);
@@ -348,14 +349,19 @@ void append(const std::vector<Tensor>& memory, const std::vector<Tensor>& source
     if (!cursor) check_range("pool_slot", pool_slot, 0, rollouts);
   }
   check_cursor(cursor, rows);
-  if (cursor) args.cursor = static_cast<int64_t*>(cursor->data_ptr());
-  if (!cursor) check_range("slot", slot, 0, capacity);
+  if (cursor) {
+    STD_TORCH_CHECK(capacity > 0, "rows: expected a capacity of at least 1, got 0");
+    args.cursor = static_cast<int64_t*>(cursor->data_ptr());
+  } else {
+    check_range("slot", slot, 0, capacity);
+    step.check_apart(slot);
+  }
   args.slot = slot;
   args.pool_slot = pool_slot;
   args.commit = commit;
 
   const int jobs = args.num_fields + args.num_planes + (args.codes ? 1 : 0);
-  if (num_envs == 0 || capacity == 0 || (jobs == 0 && !(cursor && commit))) return;
+  if (num_envs == 0 || (jobs == 0 && !(cursor && commit))) return;
   const int64_t per_block = kThreads * kUnroll;
   const int64_t wanted = std::max((num_envs * words + per_block - 1) / per_block, (num_envs + kThreads - 1) / kThreads);
   const dim3 grid(static_cast<unsigned>(std::clamp<int64_t>(wanted, 1, 4096)), std::max(jobs, 1));

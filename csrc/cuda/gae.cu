@@ -7,6 +7,7 @@
 #include "moments.cuh"
 
 #include "../recurrence.h"
+#include "../scan.h"
 
 namespace pydrone {
 namespace {
@@ -323,11 +324,6 @@ void launch(const Args<T>& args, bool env_major, bool direct, cudaStream_t strea
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
-void check_plane(const char* name, const Tensor& x, const Tensor& like) {
-  check_device(name, x, like);
-  check_shape(name, x, {like.size(0), like.size(1)});
-}
-
 template <typename T>
 void run(const Tensor& rewards, const Tensor& values, const Tensor& dones, const Optional& truncated,
          const Optional& valid, const Tensor& last_values, const Optional& final_values, const Optional& final_rows,
@@ -390,61 +386,9 @@ void gae(const Tensor& rewards, const Tensor& values, const Tensor& dones, const
          const Optional& valid, const Tensor& last_values, const Optional& final_values, const Optional& final_rows,
          double gamma, double lam, int64_t start, bool coded, int64_t bootstrap, const Optional& cursor,
          const Tensor& advantages, const Optional& returns, const Optional& stats, const Optional& workspace) {
-  check_shape("rewards", rewards, {-1, -1});
-  const int64_t num_envs = rewards.size(0), capacity = rewards.size(1);
-  check_plane("values", values, rewards);
-  check_plane("dones", dones, rewards);
-  check_device("last_values", last_values, rewards);
-  check_scalars("last_values", last_values, num_envs);
-  for (const auto& [name, x] : {std::pair{"rewards", &rewards}, {"values", &values}, {"last_values", &last_values}})
-    check_real(name, *x);
-  if (coded) check_dtype("dones", dones, ScalarType::Byte);
-  for (const auto& [name, x] : {std::pair{"truncated", &truncated}, {"valid", &valid}}) {
-    if (!x->has_value()) continue;
-    check_plane(name, **x, rewards);
-    check_flags(name, **x);
-  }
-  check_flags("dones", dones);
-  check_range("bootstrap", bootstrap, 0, 4);
-  if (bootstrap == kFinalValues) {
-    STD_TORCH_CHECK(final_values.has_value(), "final_values: expected a tensor with bootstrap 1, got None");
-    check_device("final_values", *final_values, rewards);
-    check_real("final_values", *final_values);
-    if (final_rows) {
-      check_shape("final_values", *final_values, {-1});
-      check_plane("final_rows", *final_rows, rewards);
-      check_dtype("final_rows", *final_rows, ScalarType::Int);
-    } else {
-      check_plane("final_values", *final_values, rewards);
-    }
-  }
-  check_device("advantages", advantages, rewards);
-  check_shape("advantages", advantages, {num_envs, -1});
-  const ScalarType type = advantages.scalar_type();
-  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Double,
-                  "advantages: expected dtype Float or Double, got ", torch::headeronly::toString(type));
-  const int64_t num_steps = advantages.size(1);
-  STD_TORCH_CHECK(num_steps <= capacity && num_steps < (int64_t{1} << 30), "advantages: expected at most ", capacity,
-                  " steps, got ", num_steps);
-  if (returns) {
-    check_device("returns", *returns, rewards);
-    check_shape("returns", *returns, {num_envs, num_steps});
-    check_dtype("returns", *returns, type);
-  }
-  if (stats) {
-    check_device("stats", *stats, rewards);
-    check_shape("stats", *stats, {3});
-    check_dtype("stats", *stats, ScalarType::Double);
-    check_contiguous("stats", *stats);
-    STD_TORCH_CHECK(workspace.has_value(), "workspace: expected a tensor with stats, got None");
-    check_device("workspace", *workspace, rewards);
-    check_dtype("workspace", *workspace, ScalarType::Double);
-    check_contiguous("workspace", *workspace);
-    const int64_t needed = 3 * ((num_envs + 3) / 4) + 1;
-    STD_TORCH_CHECK(workspace->numel() >= needed, "workspace: expected at least ", needed, " elements, got ",
-                    workspace->numel());
-  }
-  check_cursor(cursor, rewards);
+  check_gae(rewards, values, dones, truncated, valid, last_values, final_values, final_rows, coded, bootstrap, cursor,
+            advantages, returns, stats, workspace);
+  const int64_t num_envs = rewards.size(0), capacity = rewards.size(1), num_steps = advantages.size(1);
   if (num_envs == 0 || num_steps == 0) {
     if (stats) {
       const Launch context(rewards);
@@ -453,7 +397,7 @@ void gae(const Tensor& rewards, const Tensor& values, const Tensor& dones, const
     return;
   }
   if (!cursor) check_range("start", start, 0, capacity);
-  auto* typed = type == ScalarType::Float ? run<float> : run<double>;
+  auto* typed = advantages.scalar_type() == ScalarType::Float ? run<float> : run<double>;
   typed(rewards, values, dones, truncated, valid, last_values, final_values, final_rows, gamma, lam, start, coded,
         bootstrap, cursor, advantages, returns, stats, workspace);
 }

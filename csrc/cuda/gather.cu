@@ -186,6 +186,7 @@ void gather(const Tensor& rows, const std::vector<int64_t>& offsets, const std::
     STD_TORCH_CHECK(x.dim() >= 1 && (args.count < 0 || x.size(0) == args.count), name,
                     ": expected a first dimension of ", args.count, ", got shape ", shape_of(x));
     check_contiguous(name, x);
+    check_apart(name, x, rows);
     args.count = x.size(0);
   };
   int64_t low = args.row_bytes, high = 0;
