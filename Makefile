@@ -56,11 +56,12 @@ TORCH_INCLUDE = $(PY) -c 'import torch.utils.cpp_extension as x; print(x.include
 RACE = $(CXX) -std=c++20 -O1 -g -fsanitize=thread -pthread -Wall -Wno-psabi -DTORCH_TARGET_VERSION=0x020a000000000000 \
     -DTORCH_STABLE_ONLY -Itests/trust/race -isystem "$$($(TORCH_INCLUDE))"
 
-sanitize: $(VENV)/.stamp-test ## Run the CPU kernels under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer
+sanitize: $(VENV)/.stamp-test ## Run the C++ and the emulated CUDA kernels under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer
 	PYDRONE_SANITIZE=address,undefined PYDRONE_NATIVE=1 PYDRONE_CUDA=0 \
 	    $(PY) setup.py --quiet build --build-base $(SANITIZED)-objects --build-lib $(SANITIZED)
 	$(SANITIZED_RUN) tests/trust/bad_input.py --sanitized --cases 20000
 	$(SANITIZED_RUN) -m pytest -q --capture=sys -p no:cacheprovider -k "not memory_is_constant and not test_soak" $(SANITIZED_TESTS) $(ARGS)
+	PYDRONE_SANITIZE=address,undefined $(SANITIZED_RUN) -m pytest -q --capture=sys -p no:cacheprovider tests/emulation
 	$(RACE) $(addprefix csrc/cpu/,act.cpp adam.cpp append.cpp gae.cpp gather.cpp mlp*.cpp ppo.cpp) \
 	    tests/trust/race/driver.cpp -o build/race
 	build/race

@@ -52,6 +52,7 @@ from rollout_model import random_step  # noqa: E402
 from test_ops import ARGUMENTS  # noqa: E402
 
 NATIVE = pydrone.backends()["cpu"] is None
+OPS = torch.ops.pydrone
 
 
 class Case(NamedTuple):
@@ -485,7 +486,7 @@ def an_op(rng: random.Random) -> Subject:
     held = tuple(x for x in flat if isinstance(x, Tensor))
 
     def call(**arguments: object) -> None:
-        getattr(torch.ops.pydrone, op).default(*arguments.values())
+        getattr(OPS, op).default(*arguments.values())
 
     return Subject(f"ops.{op}", call, given, wrong, held)
 

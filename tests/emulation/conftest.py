@@ -1,0 +1,43 @@
+"""The CUDA kernels on the CPU: csrc/cuda compiled as C++, over headers that stand in for CUDA's (cuda_on_cpu.py)."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import cuda_on_cpu
+import pytest
+import torch
+
+from pydrone import ring
+from pydrone.ops import dispatch, native
+from pydrone.ops.schema import SCHEMAS
+
+sys.path += [str(Path(__file__).parents[1] / name) for name in ("ops", "trust")]  # for modules whose cases run here too
+
+
+@pytest.fixture(scope="session")
+def operations() -> dispatch.Backend:
+    """The emulated backend. Its operations are torch.ops.pydrone_emulated's, with the schemas of pydrone's own."""
+    library = torch.library.Library("pydrone_emulated", "DEF")
+    for name, schema in SCHEMAS.items():
+        library.define(name + schema)
+        torch.library.register_fake(f"pydrone_emulated::{name}", native._fake(name), lib=library)
+        for key in ("CompositeExplicitAutograd", "MkldnnCPU", "AutogradNestedTensor"):
+            library.impl(name, native._plain(name), key)
+    torch.ops.load_library(str(cuda_on_cpu.build()))
+    ops = torch.ops.pydrone_emulated
+    yield dispatch.Backend("cuda", True, ops.gae.default, ops.append.default, ops.gather.default)
+    del library
+
+
+@pytest.fixture
+def backend(operations, monkeypatch) -> str:
+    """In place of tests/conftest.py's. Planes lie as they do on a GPU, by environment."""
+    monkeypatch.setitem(dispatch._cache, ("cpu", "emulated", None), operations)
+    monkeypatch.setattr(ring, "_allocate", allocated)
+    return "emulated"
+
+
+def allocated(wanted, device) -> dict[str, torch.Tensor]:
+    return {x.name: torch.zeros(x.shape, dtype=x.dtype) for x in wanted}

@@ -1,0 +1,65 @@
+"""The emulation itself: right kernels compute, and the mistakes of mistakes/cuda/mistakes.cu are noticed."""
+
+from __future__ import annotations
+
+import cuda_on_cpu
+import pytest
+import torch
+
+SOURCES = cuda_on_cpu.Path(__file__).with_name("mistakes")
+X = torch.arange(64.0)
+NAN = float("nan")
+REVERSE, NO_BARRIER, SUM, LANE_GONE, TWO_SHUFFLES, ONE_WARP, HALF_A_MASK, TICKETS, SHARED, GRID = range(10)
+
+
+@pytest.fixture(scope="module")
+def run(operations, tmp_path_factory):
+    library = torch.library.Library("pydrone_emulated", "FRAGMENT")
+    library.define("mistake(int kind, Tensor x, Tensor(a!) out) -> ()")
+    torch.ops.load_library(str(cuda_on_cpu.build(tmp_path_factory.mktemp("mistakes"), SOURCES)))
+
+    def call(kind: int) -> torch.Tensor:
+        out = torch.full((64,), NAN)
+        torch.ops.pydrone_emulated.mistake(kind, X, out)
+        return out
+
+    yield call
+    del library
+
+
+def test_what_is_right(run):
+    assert torch.equal(run(REVERSE), X.flip(0))
+    assert run(SUM).tolist() == [31 * 16.0] * 32 + [31 * 16.0 + 32 * 32.0] * 32
+
+
+def test_a_missing_barrier_is_numbers_that_are_not_there_yet(run):
+    assert run(NO_BARRIER).isnan().any()
+
+
+@pytest.mark.parametrize(
+    "kind, message",
+    [
+        (LANE_GONE, "wait for each other: 62 at __shfl_xor_sync, 2 at the end"),
+        (TWO_SHUFFLES, "wait for each other: 32 at __shfl_sync, 32 at __shfl_up_sync"),
+        (ONE_WARP, "wait for each other: 1 at __shfl_sync, 32 at __syncthreads, 31 at the end"),
+        (HALF_A_MASK, "__shfl_sync: expected all lanes"),
+        (SHARED, "49408 bytes of shared memory, expected 49152 at most"),
+        (GRID, "launch: invalid"),
+    ],
+)
+def test_what_a_gpu_would_hang_in_or_refuse_is_an_error(kind, message, run):
+    with pytest.raises(RuntimeError, match=message):
+        run(kind)
+    assert torch.equal(run(REVERSE), X.flip(0))  # nothing is left of it
+
+
+def test_blocks_come_in_another_order_each_time(run):
+    first, second = run(TICKETS), run(TICKETS)
+    assert sorted(first.tolist()) == X.tolist() and not torch.equal(first, X) and not torch.equal(first, second)
+
+
+def test_what_no_rule_rewrites_is_refused():
+    assert cuda_on_cpu.rewritten("f<<<a, b, 0, s>>>(x); // <<<") == "emulated::launch(f, a, b, 0, s, x); // <<<"
+    for text in ("__shared__ alignas(16) float x[4];", 'asm volatile("x");'):
+        with pytest.raises(ValueError, match="no rule rewrites"):
+            cuda_on_cpu.rewritten(text)
