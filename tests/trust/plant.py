@@ -2,7 +2,7 @@
 
     python tests/trust/plant.py [--only WORDS] [--relevant] [--list]
 
-In a copy of the tree, one fault of faults.py after the other is made, the C++ library is built again where csrc/
+In a copy of the tree, one fault of faults/ after the other is made, the C++ library is built again where csrc/
 changed, and the tests run until one fails: those that should catch it first, then all others. A fault that survives
 all of them is a test that is missing; the exit status is then 1.
 """

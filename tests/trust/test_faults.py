@@ -19,7 +19,7 @@ def test_every_fault_can_be_planted(fault):
 
 
 def test_there_are_enough_of_each_kind():
-    assert len(faults.CPP) >= 12 and len(faults.TRITON) >= 6 and len(faults.PYTHON) >= 12
+    assert len(faults.CPP) >= 12 and len(faults.TRITON) >= 6 and len(faults.CUDA) >= 12 and len(faults.PYTHON) >= 12
     assert len({fault.name for fault in faults.FAULTS}) == len(faults.FAULTS)
 
 

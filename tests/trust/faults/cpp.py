@@ -1,0 +1,216 @@
+"""Mistakes in the C++ kernels of storage, GAE and minibatches."""
+
+from __future__ import annotations
+
+from .fault import Fault
+
+RECURRENCE = "csrc/recurrence.h"
+GAE = "csrc/cpu/gae.cpp"
+GATHER = "csrc/cpu/gather.cpp"
+APPEND = "csrc/cpu/append.cpp"
+TILES = "csrc/cpu/tiles.h"
+PERMUTATION = "csrc/permutation.h"
+SAMPLES = "csrc/cpu/samples.h"
+OF_GAE = "tests/test_gae.py"
+OF_STATS = "tests/test_gae_contract.py"
+OF_RING = "tests/test_ring.py"
+OF_MINIBATCHES = "tests/test_minibatches.py"
+OF_FINAL_OBS = "tests/test_final_obs.py"
+OF_PROPERTIES = "tests/test_properties.py"
+
+CPP = [
+    Fault(
+        "the last value in the carry as well",
+        GAE,
+        "    after_ = advantages_row_;\n    next_ = next_row_;\n  }",
+        "    std::copy(next_row_, next_row_ + envs_, advantages_row_);\n    after_ = advantages_row_;\n"
+        "    next_ = next_row_;\n  }",
+        OF_GAE,
+    ),
+    Fault("gamma in place of lambda", GAE, "job.gamma_lam = gamma * lam;", "job.gamma_lam = gamma * gamma;", OF_GAE),
+    Fault(
+        "done shifted by one step",
+        GAE,
+        "const uint8_t* codes = codes_of(i, slot);",
+        "const uint8_t* codes = codes_of(i > 0 ? i - 1 : i, slot > 0 ? slot - 1 : slot);",
+        OF_GAE,
+    ),
+    Fault(
+        "a truncation taken for a termination",
+        RECURRENCE,
+        "T next = code == kTruncated ? at_truncation : next_value;",
+        "T next = code == kTruncated ? T{} : next_value;",
+        OF_GAE,
+    ),
+    Fault(
+        "a product for the select of the next value",
+        RECURRENCE,
+        "next = code == kTerminated ? T{} : next;",
+        "next = next * (code == kTerminated ? T{} : T{} + S{1});",
+        OF_GAE,
+    ),
+    Fault(
+        "a product for the select of the carry",
+        RECURRENCE,
+        "return cut ? delta : joined;",
+        "return joined - (cut ? T{} + decay : T{}) * carry;",
+        OF_GAE,
+    ),
+    Fault(
+        "the stored value where the next one is asked for",
+        GAE,
+        "job_.bootstrap == kStoredValue ? values : (job_",
+        "job_.bootstrap != kFinalValues ? values : (job_",
+        OF_GAE,
+    ),
+    Fault(
+        "the ring's head off by one",
+        GAE,
+        "const int64_t last_slot = (job_.start + end - 1) % job_.capacity;",
+        "const int64_t last_slot = (job_.start + end) % job_.capacity;",
+        OF_RING,
+    ),
+    Fault(
+        "the last environment of a row left out",
+        GAE,
+        "  for (; i < n; ++i) {\n    const T advantage",
+        "  for (; i + 1 < n; ++i) {\n    const T advantage",
+        OF_GAE,
+    ),
+    Fault(
+        "the value after a tile read from the tile that took its place",
+        GAE,
+        "if (next_ != next_row_) std::copy(next_, next_ + envs_, next_row_);",
+        "",
+        OF_GAE,
+    ),
+    Fault(
+        "the rest of a row left out of the moments",
+        GAE,
+        "  for (; i < n; ++i) merge(into, 1, x[i], 0);",
+        "",
+        OF_STATS,
+    ),
+    Fault(
+        "moments joined without the difference of the means",
+        GAE,
+        "into[2] += m2 + difference * difference * into[0] * count / total;",
+        "into[2] += m2;",
+        OF_STATS,
+    ),
+    Fault("naive sums of squares", GAE, "if (m2 >= 0.25 * second)", "if (m2 >= 0 || second >= 0)", OF_STATS),
+    Fault("steps that are none in the statistics", GAE, "kept += codes[n] != kInvalid;", "kept += 1;", OF_GAE),
+    Fault(
+        "zero for a final value that is missing",
+        GAE,
+        "spare_row_[n] = std::numeric_limits<T>::quiet_NaN();",
+        "spare_row_[n] = T{0};",
+        f"{OF_FINAL_OBS} tests/test_captured.py",
+    ),
+    Fault(
+        "streamed advantages without the rest of a row",
+        GAE,
+        "    if constexpr (Stream) advantages_out[i] = advantage;\n    returns[i]",
+        "    returns[i]",
+        "tests/test_gae.py tests/test_pages.py",
+    ),
+    Fault(
+        "streamed rows without their last bytes",
+        "csrc/cpu/common.h",
+        "    std::memcpy(target + i, source + i, bytes - i);",
+        "",
+        "tests/test_buffer.py",
+    ),
+    Fault(
+        "the rest of a tile not transposed",
+        TILES,
+        "for (int64_t c = r < whole_rows ? whole_columns : 0; c < columns; ++c)",
+        "for (int64_t c = whole_columns; c < columns; ++c)",
+        OF_GAE,
+    ),
+    Fault(
+        "flags by their lowest byte",
+        TILES,
+        "[](From x) -> uint8_t { return nonzero(x); }",
+        "[](From x) -> uint8_t { return static_cast<uint8_t>(static_cast<int64_t>(x)); }",
+        OF_GAE,
+    ),
+    Fault(
+        "two rounds in place of eight",
+        PERMUTATION,
+        "constexpr int kRounds = 8;",
+        "constexpr int kRounds = 2;",
+        OF_MINIBATCHES,
+    ),
+    Fault(
+        "the same permutation in every epoch",
+        PERMUTATION,
+        "for (int i = 0; i < 5; ++i) {",
+        "for (int i = 0; i < 4; ++i) {",
+        OF_MINIBATCHES,
+    ),
+    Fault(
+        "half of the rollout's number in the key",
+        PERMUTATION,
+        "uint32_t(rollout), uint32_t(rollout >> 32),",
+        "uint32_t(rollout), uint32_t(rollout),",
+        f"{OF_PROPERTIES} {OF_MINIBATCHES}",
+    ),
+    Fault(
+        "one sample beyond the last not walked back",
+        SAMPLES,
+        "n, batch)) >= samples.permutation.size)",
+        "n, batch)) > samples.permutation.size)",
+        OF_MINIBATCHES,
+    ),
+    Fault(
+        "a biased standard deviation",
+        SAMPLES,
+        "std::sqrt(moments[2] / (moments[0] - 1))",
+        "std::sqrt(moments[2] / moments[0])",
+        OF_MINIBATCHES,
+    ),
+    Fault(
+        "no epsilon under the advantages",
+        SAMPLES,
+        "static_cast<float>(1.0 / (std + kStdEpsilon))",
+        "static_cast<float>(1.0 / std)",
+        OF_MINIBATCHES,
+    ),
+    Fault(
+        "returns of normalised advantages",
+        GATHER,
+        "result[i] = advantage[i] + value;",
+        "result[i] = (advantage[i] - job.mean) * job.scale + value;",
+        OF_MINIBATCHES,
+    ),
+    Fault(
+        "rows gathered past the ring's end",
+        SAMPLES,
+        "slot -= slot >= capacity ? capacity : 0;",
+        "slot -= slot > capacity ? capacity : 0;",
+        OF_RING,
+    ),
+    Fault(
+        "every minibatch the first one",
+        SAMPLES,
+        "const int64_t first = samples.first + position;",
+        "const int64_t first = position;",
+        OF_MINIBATCHES,
+    ),
+    Fault(
+        "a sample's step without its correction",
+        SAMPLES,
+        "step += step < 0 ? num_steps : (step >= num_steps ? -num_steps : 0);",
+        "",
+        OF_MINIBATCHES,
+    ),
+    Fault(
+        "crashes stored over time-outs",
+        APPEND,
+        "*truncated, n0, envs, true, kTruncated);",
+        "*truncated, n0, envs, true, kTerminated);",
+        OF_FINAL_OBS,
+    ),
+    Fault("two final observations in one place", APPEND, "number = place;", "number = place / 2;", OF_FINAL_OBS),
+]

@@ -1,0 +1,155 @@
+"""Mistakes in the fused learner."""
+
+from __future__ import annotations
+
+from .fault import Fault
+
+BUFFER = "pydrone/buffer.py"
+LEARNER = "pydrone/ppo/learner.py"
+TILE = "csrc/cpu/mlp_tile.h"
+GRADIENTS = "csrc/cpu/ppo.cpp"
+ACT = "csrc/cpu/act.cpp"
+NETWORKS = "csrc/cpu/networks.h"
+ACTING = "pydrone/ppo/acting.py"
+OF_FUSED = "tests/ppo/test_fused.py"
+OF_ACTING = "tests/ppo/test_acting.py"
+ADAM = "csrc/cpu/adam.cpp"
+OF_ADAM = "tests/ppo/test_adam.py"
+OF_DRAWN = "tests/ppo/test_fused_ring.py"
+
+LEARNER = [
+    Fault(
+        "a clipped ratio that goes on being learnt from",
+        TILE,
+        "const Vec grad = plain <= clipped ? plain :",
+        "const Vec grad = plain <= plain ? plain :",
+        OF_FUSED,
+    ),
+    Fault("the smaller value error, not the larger", TILE, "squared > square ? squared : square", "square", OF_FUSED),
+    Fault(
+        "a clipped value that goes on being learnt from",
+        TILE,
+        "moved == held ? 2.0f * other : Vec{}",
+        "moved == moved ? 2.0f * other : Vec{}",
+        OF_FUSED,
+    ),
+    Fault(
+        "tanh's slope of its input", TILE, "case kTanh: return 1.0f - y * y;", "case kTanh: return 1.0f - y;", OF_FUSED
+    ),
+    Fault(
+        "rows of the last tile that do not exist",
+        TILE,
+        "return index < static_cast<int32_t>(count);",
+        "return index < static_cast<int32_t>(kTile);",
+        OF_FUSED,
+    ),
+    Fault(
+        "the divergence the other way round",
+        TILE,
+        "logarithm(all(s)) - logarithm(old)",
+        "logarithm(old) - logarithm(all(s))",
+        OF_FUSED,
+    ),
+    Fault(
+        "one thread's gradients alone",
+        GRADIENTS,
+        "for (const float* thread : sums) sum += thread[x.weight_grad",
+        "for (const float* thread : {sums[0]}) sum += thread[x.weight_grad",
+        OF_FUSED,
+    ),
+    Fault("one norm for all groups", ADAM, "totals[groups[piece.index]] +=", "totals[0] +=", OF_ADAM),
+    Fault(
+        "the first moment's bias correction for the second",
+        ADAM,
+        "std::sqrt(1 - std::pow(beta2, static_cast<double>(step)))",
+        "std::sqrt(1 - std::pow(beta1, static_cast<double>(step)))",
+        OF_ADAM,
+    ),
+    Fault(
+        "a decay that is rounded before it is taken from 1",
+        ADAM,
+        "static_cast<float>(1 - beta2)",
+        "1 - static_cast<float>(beta2)",
+        OF_ADAM,
+    ),
+    Fault(
+        "clipping that lengthens",
+        ADAM,
+        "shorter >= 1 || std::isinf(max_norm) ? 1.0f : static_cast<float>(shorter)",
+        "static_cast<float>(shorter)",
+        OF_ADAM,
+    ),
+    Fault(
+        "a return of the normalised advantage, in the ring",
+        GRADIENTS,
+        "x.returns[i] = advantage + x.values[i];",
+        "x.returns[i] = (advantage - mean_) * scale_ + x.values[i];",
+        OF_DRAWN,
+    ),
+    Fault(
+        "rows of another tile",
+        GRADIENTS,
+        "const Batch& batch = batches[tile % 2];",
+        "const Batch& batch = batches[0];",
+        OF_DRAWN,
+    ),
+    Fault("a value that is not denormalised", ACT, "networks.value_normalizer.undo(y[i * ld])", "y[i * ld]", OF_FUSED),
+    Fault(
+        "gradients that replace what was there",
+        "pydrone/ppo/fused.py",
+        "parameter.grad.add_(grad)",
+        "parameter.grad.copy_(grad)",
+        OF_FUSED,
+    ),
+    Fault(
+        "the entropy bonus as a penalty",
+        "pydrone/ppo/fused.py",
+        "torch.full_like(entropy, -entropy_coef)",
+        "torch.full_like(entropy, entropy_coef)",
+        OF_FUSED,
+    ),
+    Fault("weights packed once for all", NETWORKS, "!std::memcmp(weight, x.weight, weights) && ", "", OF_ACTING),
+    Fault("biases packed once for all", NETWORKS, " && !std::memcmp(bias, x.bias, biases)", "", OF_ACTING),
+    Fault(
+        "a step that ends before all is checked",
+        ACT,
+        "  const auto begin = checked_append(",
+        "  if (end) end();\n  end = nullptr;\n  const auto begin = checked_append(",
+        OF_ACTING,
+    ),
+    Fault(
+        "layers acted by that are no longer the policy's",
+        ACTING,
+        " or not all(map(operator.is_, parts, self._parts))",
+        "",
+        OF_ACTING,
+    ),
+    Fault(
+        "the standard deviation of a rollout's first step",
+        ACTING,
+        "        self._std.copy_(policy.std)\n",
+        "        if ends is None:\n            self._std.copy_(policy.std)\n",
+        OF_ACTING,
+    ),
+    Fault(
+        "actions written over while the environment has them",
+        ACTING,
+        "actions = torch.empty_like(mean)",
+        'actions = self.__dict__.setdefault("_actions", torch.empty_like(mean))',
+        OF_ACTING,
+    ),
+    Fault(
+        "a step's beginning in the slot before",
+        BUFFER,
+        "layout, *self._place(step)))",
+        "layout, *self._place(self._appended)))",
+        OF_ACTING,
+    ),
+    Fault(
+        "the next rollout's first step in a full ring",
+        BUFFER,
+        "or step - self._discarded >= self.capacity",
+        "or self._appended - self._discarded >= self.capacity",
+        OF_ACTING,
+    ),
+]

@@ -1,0 +1,307 @@
+"""Mistakes in Python: the reference, the buffer, the learner, the trainer."""
+
+from __future__ import annotations
+
+from .fault import Fault
+
+REFERENCE = "pydrone/ops/reference.py"
+BUFFER = "pydrone/buffer.py"
+RING = "pydrone/ring.py"
+SEQUENCES = "pydrone/sequences.py"
+LEARNER = "pydrone/ppo/learner.py"
+LOSS = "pydrone/ppo/loss.py"
+OF_GAE = "tests/test_gae.py"
+OF_RING = "tests/test_ring.py"
+OF_MINIBATCHES = "tests/test_minibatches.py"
+OF_FINAL_OBS = "tests/test_final_obs.py"
+OF_PROPERTIES = "tests/test_properties.py"
+OF_SEQUENCES = "tests/test_sequences.py"
+OF_STATE = "tests/test_buffer_state.py"
+OF_DRAWN = "tests/ppo/test_fused_ring.py"
+OF_LEARNER = "tests/ppo/test_learner.py"
+OF_LOSS = "tests/ppo/test_loss.py"
+
+PYTHON = [
+    Fault(
+        "the last value in the carry as well, in the reference",
+        REFERENCE,
+        "carry = torch.zeros_like(next_value)",
+        "carry = next_value",
+        OF_GAE,
+    ),
+    Fault(
+        "a product for the select of the carry, in the reference",
+        REFERENCE,
+        "torch.where(code == 0, delta + gamma * lam * carry, delta)",
+        "delta + gamma * lam * carry * (code == 0)",
+        OF_GAE,
+    ),
+    Fault(
+        "a biased standard deviation, in the reference",
+        REFERENCE,
+        "torch.where(count > 1, m2 / (count - 1).clamp_min(1), 0).sqrt()",
+        "torch.where(count > 1, m2 / count.clamp_min(1), 0).sqrt()",
+        OF_MINIBATCHES,
+    ),
+    Fault(
+        "columns taken for rows",
+        "pydrone/estimators.py",
+        "return x if time_dim else x.t()",
+        "return x if time_dim or x.shape[0] == x.shape[1] else x.t()",
+        f"{OF_GAE} {OF_PROPERTIES}",
+    ),
+    Fault(
+        "gamma 0.99 whatever was asked for",
+        BUFFER,
+        '        gamma, lam = unit_interval("gamma", gamma), unit_interval("lam", lam)\n',
+        '        gamma, lam = 0.99, unit_interval("lam", lam)\n',
+        OF_RING,
+    ),
+    Fault(
+        "the same permutation twice",
+        BUFFER,
+        "            epoch, self._epoch = self._epoch, self._epoch + 1\n            for first, size in plan.parts():",
+        "            epoch, self._epoch = self._epoch, self._epoch\n            for first, size in plan.parts():",
+        OF_MINIBATCHES,
+    ),
+    Fault(
+        "the same permutations in every rollout",
+        BUFFER,
+        "return self._key, self._rollout, self._start",
+        "return self._key, 0, self._start",
+        OF_MINIBATCHES,
+    ),
+    Fault(
+        "the same permutation in every epoch, read in the ring",
+        BUFFER,
+        "key, rollout, epoch, int(plan.shuffle)",
+        "key, rollout, 0, int(plan.shuffle)",
+        OF_DRAWN,
+    ),
+    Fault(
+        "an older minibatch gathered over a later one",
+        BUFFER,
+        "return plan.reuse and turn != self._turns[plan.largest]",
+        "return False",
+        OF_MINIBATCHES,
+    ),
+    Fault(
+        "a lazy minibatch of another rollout by the same number",
+        RING,
+        "        self._discards += 1\n        for name, x in own.items():",
+        "        for name, x in own.items():",
+        OF_MINIBATCHES,
+    ),
+    Fault(
+        "a captured step by the host's counter",
+        BUFFER,
+        "if self._capturing():  # the operation",
+        "if False:  # the operation",
+        "tests/ppo/test_acting.py",
+    ),
+    Fault(
+        "a minibatch's biased standard deviation",
+        BUFFER,
+        "advantages.std() if size > 1",
+        "advantages.std(correction=0) if size > 1",
+        OF_MINIBATCHES,
+    ),
+    Fault(
+        "an overwritten tensor that autograd does not notice",
+        BUFFER,
+        "        written(*tensors.values())\n",
+        "",
+        OF_STATE,
+    ),
+    Fault(
+        "the final values of another rollout",
+        BUFFER,
+        "rows = self._final_obs[rollout]",
+        "rows = self._final_obs[0]",
+        OF_FINAL_OBS,
+    ),
+    Fault(
+        "final values at slots from zero on",
+        BUFFER,
+        "slots = (torch.arange(self.num_steps, device=self.device) + start) % self.capacity",
+        "slots = torch.arange(self.num_steps, device=self.device) % self.capacity",
+        OF_FINAL_OBS,
+    ),
+    Fault(
+        "the head modulo the rollout's length",
+        RING,
+        "return self._discarded % self.capacity",
+        "return self._discarded % self.num_steps",
+        OF_RING,
+    ),
+    Fault(
+        "a wrapped view one step short of its end",
+        RING,
+        "plane[:, : start + steps - self.capacity]], dim=1)",
+        "plane[:, 1 : start + steps - self.capacity + 1]], dim=1)",
+        OF_RING,
+    ),
+    Fault("a pool that is never emptied", RING, "self._pool_count[rollout].zero_()", "pass", OF_FINAL_OBS),
+    Fault("every process shuffles alike", RING, "for word in (rank, 0):", "for word in (0, 0):", OF_MINIBATCHES),
+    Fault(
+        "a restored buffer begins its epochs anew",
+        RING,
+        '"computed", "epoch", "seed")',
+        '"computed", "seed")',
+        OF_STATE,
+    ),
+    Fault(
+        "parts of an epoch that overlap",
+        "pydrone/minibatch.py",
+        "yield first, (i + 1) * total // self.count - first",
+        "yield first, -(-total // self.count)",
+        OF_MINIBATCHES,
+    ),
+    Fault(
+        "a scalar read from the wrong element",
+        "pydrone/sources.py",
+        "fits = x.shape[:1] == (self.num_envs,) and x.numel() == self.num_envs\n        else:",
+        "fits = x.numel() >= self.num_envs\n        else:",
+        "tests/test_buffer.py",
+    ),
+    Fault(
+        "ends shifted by one step",
+        SEQUENCES,
+        "begins[:, 1:] = ended[envs, :-1]",
+        "begins[:, 1:] = ended[envs, 1:]",
+        OF_SEQUENCES,
+    ),
+    Fault(
+        "steps that only renew the memory learnt from",
+        SEQUENCES,
+        "(start > 0) | (offset >= burn_in)",
+        "(start >= 0) | (offset >= burn_in)",
+        OF_SEQUENCES,
+    ),
+    Fault(
+        "the memory of another environment",
+        SEQUENCES,
+        "state[env, start] for name",
+        "state[env.flip(0), start] for name",
+        OF_SEQUENCES,
+    ),
+    Fault("resets learnt from", SEQUENCES, " & (codes[env, step] != 3)", "", OF_SEQUENCES),
+    Fault("the surrogate's maximum", LOSS, "return -torch.minimum(ratio", "return -torch.maximum(ratio", OF_LOSS),
+    Fault(
+        "the surrogate clipped on one side",
+        LOSS,
+        "ratio.clamp(1 - clip, 1 + clip)",
+        "ratio.clamp_max(1 + clip)",
+        OF_LOSS,
+    ),
+    Fault("half of the KL's variance", LOSS, "(2 * std.square())).sum()", "std.square()).sum()", OF_LOSS),
+    Fault(
+        "entropy punished", LEARNER, "- config.entropy_coef * entropy", "+ config.entropy_coef * entropy", OF_LEARNER
+    ),
+    Fault("chunks that count alike", LEARNER, "(loss * share).backward()", "(loss / chunks).backward()", OF_LEARNER),
+    Fault(
+        "values clipped about nothing",
+        LEARNER,
+        "policy.normalize_values(minibatch.values[rows]),",
+        "minibatch.values[rows],",
+        f"{OF_LEARNER} tests/ppo/test_normalization.py",
+    ),
+    Fault(
+        "a log-probability of the mean",
+        "pydrone/ppo/policy.py",
+        "return PolicyStep(torch.addcmul(mean, noise, std), log_probs, values",
+        "return PolicyStep(torch.addcmul(mean, noise, std), log_probs * 0 - log_normalizer(std), values",
+        "tests/ppo/test_policy.py",
+    ),
+    Fault(
+        "running moments joined without the difference of the means",
+        "pydrone/ppo/normalization.py",
+        "self.m2.add_(m2 + delta.square() * self.count * share)",
+        "self.m2.add_(m2)",
+        "tests/ppo/test_normalization.py",
+    ),
+    Fault(
+        "a discounted reward that runs on over an end",
+        "pydrone/ppo/normalization.py",
+        "running = torch.where(codes[:, t] == RUNNING, running, 0)",
+        "pass",
+        "tests/ppo/test_normalization.py",
+    ),
+    Fault(
+        "a checkpoint whose bytes nobody looks at",
+        "pydrone/ppo/checkpoint.py",
+        "return end > 0 and content == _sealed(content[:end] + bytes(2))",
+        "return end > 0",
+        "tests/ppo/test_checkpoint.py",
+    ),
+    Fault(
+        "the newest checkpoint by its name's letters",
+        "pydrone/ppo/checkpoint.py",
+        "found = sorted((int(match[1]), path)",
+        "found = sorted((match[1], path)",
+        "tests/ppo/test_checkpoint.py",
+    ),
+    Fault(
+        "resumed with other random numbers",
+        "pydrone/ppo/trainer.py",
+        'torch.set_rng_state(progress["generators"]["cpu"].cpu())',
+        "pass",
+        "tests/ppo/test_resume.py",
+    ),
+    Fault(
+        "a bootstrap with the value before the time-out",
+        "pydrone/ppo/trainer.py",
+        'return last_values, {"value_fn": policy.value}',
+        'return last_values, {"timeout_bootstrap": "stored_value"}',
+        "tests/ppo/test_trainer.py",
+    ),
+    Fault(
+        "the value of the observation acted on, not of the one after",
+        "pydrone/ppo/trainer.py",
+        "        self._obs = obs\n        last_values = policy.value(obs)",
+        "        last_values = policy.value(self._obs)\n        self._obs = obs",
+        "tests/ppo/test_trainer.py",
+    ),
+    Fault(
+        "Stable-Baselines3's episode starts not shifted",
+        "pydrone/integrations/sb3.py",
+        "self._ring.end_last_step(self._tensor(episode_start, bool))",
+        "pass",
+        "tests/integrations/test_sb3.py",
+    ),
+    Fault(
+        "a final observation that the reset has overwritten",
+        "pydrone/envs/hover_task.py",
+        "dones, truncated, final_obs, None, log)",
+        "dones, truncated, self._obs, None, log)",
+        "tests/envs/test_hover_task.py tests/envs/test_quadrotor.py",
+    ),
+    Fault(
+        "a crash on the last step taken for a time-out",
+        "pydrone/envs/hover_task.py",
+        "truncated = timeout & ~crash",
+        "truncated = timeout",
+        "tests/envs/test_hover_task.py tests/envs/test_quadrotor.py",
+    ),
+    Fault(
+        "running episodes in memory that a replay does not read",
+        "pydrone/ppo/meters.py",
+        "self._length.copy_(length_after + torch.where(ended, 0, self._length))",
+        "self._length = length_after + torch.where(ended, 0, self._length)",
+        "tests/ppo/test_graphs.py",
+    ),
+    Fault(
+        "a log that is forgotten with the first replay's figures",
+        "pydrone/ppo/graphs.py",
+        "trainer._env_log = self._log.copy()",
+        "trainer._env_log = self._log",
+        "tests/ppo/test_graphs.py",
+    ),
+    Fault(
+        "a first iteration by the host's counters, whose kernels are not the capture's",
+        "pydrone/ppo/graphs.py",
+        "with trainer.buffer.as_captured():",
+        "if trainer.buffer is not None:",
+        "tests/ppo/test_graphs.py",
+    ),
+]

@@ -1,0 +1,91 @@
+"""Mistakes in the Triton kernels."""
+
+from __future__ import annotations
+
+from .fault import Fault
+
+TRITON_GAE = "triton_kernels/gae.py"
+TRITON_GATHER = "triton_kernels/gather.py"
+OF_TRITON = "tests/ops/test_triton.py::test_cases[gae] tests/ops/test_triton.py::test_properties"
+OF_GATHER = "tests/ops/test_triton.py::test_cases[gather] tests/ops/test_triton.py::test_properties"
+OF_APPEND = "tests/ops/test_triton.py::test_cases[append] tests/ops/test_triton.py::test_properties"
+
+TRITON = [
+    Fault(
+        "a product for the select of the carry, in Triton",
+        TRITON_GAE,
+        "return tl.where(cut, advantage, advantage + link * later), ",
+        "return advantage + tl.where(cut, 0.0, link) * later, ",
+        OF_TRITON,
+    ),
+    Fault(
+        "a truncation taken for a termination, in Triton",
+        TRITON_GAE,
+        "next_value = tl.where(code == TRUNCATED, at_truncation, next_value)",
+        "next_value = tl.where(code == TRUNCATED, 0.0, next_value)",
+        OF_TRITON,
+    ),
+    Fault(
+        "the last tile without its mask",
+        TRITON_GAE,
+        "mask=mask, other=INVALID).to(tl.int32)",
+        "mask=mask, other=RUNNING).to(tl.int32)",
+        OF_TRITON,
+    ),
+    Fault(
+        "the carry between tiles from the wrong step",
+        TRITON_GAE,
+        "carry = tl.sum(tl.where(lane == 0, a0, 0.0), 1)[:, None]",
+        "carry = tl.sum(tl.where(lane == 0, a1, 0.0), 1)[:, None]",
+        OF_TRITON,
+    ),
+    Fault(
+        "a cut that underflows is a cut no more",
+        TRITON_GAE,
+        "cut = link.to(tl.int32, bitcast=True) < 0",
+        "cut = link < 0",
+        OF_TRITON,
+    ),
+    Fault(
+        "the ring's end off by one, in Triton",
+        TRITON_GAE,
+        "slot = tl.where(slot >= capacity, slot - capacity, slot)",
+        "slot = tl.where(slot > capacity, slot - capacity, slot)",
+        OF_TRITON,
+    ),
+    Fault(
+        "moments of programs joined without their means' differences, in Triton",
+        TRITON_GAE,
+        "squares += spread + number * offset * offset",
+        "squares += spread",
+        OF_TRITON,
+    ),
+    Fault(
+        "a biased standard deviation, in Triton",
+        TRITON_GATHER,
+        "tl.load(stats + 2) / tl.maximum(count - 1, 1.0)",
+        "tl.load(stats + 2) / tl.maximum(count, 1.0)",
+        OF_GATHER,
+    ),
+    Fault(
+        "every minibatch the first one, in Triton",
+        TRITON_GATHER,
+        "position = tl.where(inside, first + sample, first).to(tl.uint32)",
+        "position = tl.where(inside, sample, first).to(tl.uint32)",
+        OF_GATHER,
+    ),
+    Fault(
+        "one sample beyond the last not walked back, in Triton",
+        TRITON_GATHER,
+        "    outside = tl.max((x >= size).to(tl.int32))\n    while outside > 0:",
+        "    outside = tl.max((x > size).to(tl.int32))\n    while outside > 0:",
+        OF_GATHER,
+    ),
+    Fault(
+        "two final observations in one place, in Triton",
+        "triton_kernels/append.py",
+        "place = place + tl.cumsum(wanted.to(tl.int32)) - 1",
+        "place = place + tl.cumsum(wanted.to(tl.int32)) // 2",
+        OF_APPEND,
+    ),
+]
