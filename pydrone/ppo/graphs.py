@@ -20,7 +20,8 @@ from pydrone.envs.base import LogMeter
 from pydrone.ppo.meters import REPLAY, Stopwatch
 
 if TYPE_CHECKING:
-    from pydrone.ppo.trainer import Computed, Trainer
+    from pydrone.ppo.iteration import Computed
+    from pydrone.ppo.trainer import Trainer
 
 
 def why_not(trainer: Trainer) -> str | None:

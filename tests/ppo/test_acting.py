@@ -16,9 +16,10 @@ from pydrone.ops.schema import packed_size
 from pydrone.ppo import fused
 from pydrone.ppo.acting import Acting, FusedActing
 from pydrone.ppo.config import PPOConfig, TrainConfig
+from pydrone.ppo.iteration import stored_obs
 from pydrone.ppo.learner import Learner
 from pydrone.ppo.policy import ActorCritic, make_policy
-from pydrone.ppo.trainer import Trainer, stored_obs
+from pydrone.ppo.trainer import Trainer
 
 pytestmark = pytest.mark.skipif(native.CPU_MISSING is not None, reason=f"no native library: {native.CPU_MISSING}")
 

@@ -14,7 +14,8 @@ from pydrone.envs import ENVIRONMENTS, make
 from pydrone.envs.base import StepResult
 from pydrone.ppo import checkpoint
 from pydrone.ppo.config import PPOConfig, TrainConfig
-from pydrone.ppo.trainer import EpisodeMeter, Trainer, progress_line
+from pydrone.ppo.meters import EpisodeMeter
+from pydrone.ppo.trainer import Trainer, progress_line
 
 
 class PointMass:

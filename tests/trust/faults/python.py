@@ -250,14 +250,14 @@ PYTHON = [
     ),
     Fault(
         "a bootstrap with the value before the time-out",
-        "pydrone/ppo/trainer.py",
+        "pydrone/ppo/iteration.py",
         'return last_values, {"value_fn": policy.value}',
         'return last_values, {"timeout_bootstrap": "stored_value"}',
         "tests/ppo/test_trainer.py",
     ),
     Fault(
         "the value of the observation acted on, not of the one after",
-        "pydrone/ppo/trainer.py",
+        "pydrone/ppo/iteration.py",
         "        self._obs = obs\n        last_values = policy.value(obs)",
         "        last_values = policy.value(self._obs)\n        self._obs = obs",
         "tests/ppo/test_trainer.py",
