@@ -23,7 +23,7 @@ SOURCES := $(shell find csrc -type f 2>/dev/null)
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .PHONY: help venv build train test test-slow sanitize faults install-check soak lint bench compare gpu gpu-build gpu-checks \
-    gpu-bench wheel clean
+    gpu-bench gpu-sweep wheel clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -106,6 +106,9 @@ gpu-checks: $(GPU_STAMP) ## The tests and sanitizers of `make gpu` alone
 
 gpu-bench: $(GPU_STAMP) ## The benchmarks of `make gpu` alone
 	@$(GPU_RUN) benches/gpu_bench.py --out benches/results $(ARGS)
+
+gpu-sweep: $(GPU_STAMP) ## Time each GPU kernel with other launch parameters and the other layout
+	@$(GPU_RUN) benches/gpu_sweep.py --out benches/results $(ARGS)
 
 wheel: $(VENV)/.stamp-tools ## Build a wheel in dist/
 	rm -rf build/lib* build/bdist*

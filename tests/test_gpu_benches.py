@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -52,7 +53,7 @@ def test_a_trial_of_everything():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-@pytest.mark.parametrize("script", ["gpu_bench.py"])
+@pytest.mark.parametrize("script", ["gpu_bench.py", "gpu_sweep.py"])
 def test_without_a_gpu_nothing_is_timed(script):
     done = run(script)
     assert done.returncode == 1 and f"{script}: no CUDA device is seen by torch" in done.stderr
@@ -69,6 +70,76 @@ def test_options_that_make_no_sense_are_refused(capsys):
     with pytest.raises(SystemExit):
         machine.refuse(parser, argparse.Namespace(**fine | {"num_envs": 0}))
     assert "--num-envs: expected at least 1, got 0" in capsys.readouterr().err
+
+
+def test_triton_variants_are_interpreted_and_checked():
+    pytest.importorskip("triton")
+    done = run("gpu_sweep.py", *SMALL, "--backends", "triton", "--kernels", "append", "--variants", "2")
+    assert done.returncode == 0, done.stderr
+    assert "ENVS 32, WARPS 4; the default; again" in done.stdout and "ENVS 16, WARPS 4" in done.stdout
+
+
+@pytest.mark.slow
+def test_every_triton_variant_is_right():
+    pytest.importorskip("triton")
+    done = run("gpu_sweep.py", *SMALL, "--backends", "triton")
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc not found")
+def test_cuda_variants_compile():
+    done = run("gpu_sweep.py", *SMALL, "--backends", "cuda", "--kernels", "append", "gather", "--variants", "3")
+    assert done.returncode == 0, done.stdout
+    assert done.stdout.count("compiled") == 6
+
+
+def test_each_cuda_variant_differs_from_its_source_in_the_constants_named():
+    from gpu import variants
+
+    seen = set()
+    for variant in variants.cuda():
+        source = (variants.SOURCES / f"{variant.operation}.cu").read_text()
+        changed = variants.changed(source, variant, "namespace_of_its_own")
+        assert "STABLE_TORCH_LIBRARY_IMPL(namespace_of_its_own," in changed
+        for name, x in variant.parameters.items():
+            assert f"{name} = {x}" in changed
+        constants = variants.constants(variant)
+        assert set(variants.KERNELS[variant.kernel][0]) <= set(constants)
+        seen.add((variant.kernel, *constants.values()))
+    assert len(seen) >= len(variants.cuda()) - 1  # the defaults of GAE's rows are also one of the combinations
+
+
+def test_a_constant_that_is_gone_is_named():
+    from gpu import variants
+    from gpu.variants import Variant
+
+    source = (variants.SOURCES / "append.cu").read_text()
+    with pytest.raises(ValueError, match=r"^kGone: expected one definition in the CUDA source, found 0$"):
+        variants.changed(source, Variant("append", "cuda", {"kGone": 1}), "other")
+    with pytest.raises(ValueError, match=r"^'gone': expected once in the CUDA source, found 0 times$"):
+        variants.changed(source, Variant("append", "cuda", {}, {"gone": "come"}), "other")
+
+
+def test_variants_are_compiled_as_the_library_is():
+    from gpu import variants
+
+    setup = (ROOT / "setup.py").read_text()
+    assert all(f'"{flag}"' in setup for flag in variants.FLAGS)
+
+
+def test_triton_constants_come_back_after_a_failure():
+    pytest.importorskip("triton")
+    from gpu import variants
+    from gpu.variants import Variant
+
+    from pydrone._triton import gae
+
+    before, twice = gae.WARPS, 2 * gae.WARPS
+    with pytest.raises(RuntimeError), variants.launched_with(Variant("gae rows", "triton", {"WARPS": twice})):
+        assert twice == gae.WARPS
+        raise RuntimeError
+    assert before == gae.WARPS
 
 
 @pytest.mark.parametrize("name", ["gae", "append", "gather"])
