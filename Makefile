@@ -23,7 +23,7 @@ SOURCES := $(shell find csrc -type f 2>/dev/null)
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .PHONY: help venv build train test test-slow sanitize faults install-check soak lint bench compare gpu gpu-build gpu-checks \
-    gpu-bench gpu-sweep wheel clean
+    gpu-bench gpu-sweep gpu-profile wheel clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -109,6 +109,9 @@ gpu-bench: $(GPU_STAMP) ## The benchmarks of `make gpu` alone
 
 gpu-sweep: $(GPU_STAMP) ## Time each GPU kernel with other launch parameters and the other layout
 	@$(GPU_RUN) benches/gpu_sweep.py --out benches/results $(ARGS)
+
+gpu-profile: $(GPU_STAMP) ## Profile one launch of each GPU kernel with Nsight Compute
+	@$(GPU_RUN) benches/gpu_profile.py $(ARGS)
 
 wheel: $(VENV)/.stamp-tools ## Build a wheel in dist/
 	rm -rf build/lib* build/bdist*

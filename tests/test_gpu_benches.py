@@ -209,3 +209,30 @@ def test_a_graph_that_lacks_launches_leaves_the_time_to_the_profiler(monkeypatch
     monkeypatch.setattr(clock, "count", lambda run: 1)
     assert clock.device_time([lambda: None]) == (5.0, "graph")
     assert clock.device_time([lambda: None], graph=False) == (7.0, "profiler")
+
+
+def test_what_ncu_says_of_a_kernel():
+    import gpu_profile
+
+    stall = "smsp__average_warps_issue_stalled_{}_per_issue_active.ratio"
+    columns = {
+        "ID": ("", "0"),
+        "Kernel Name": ("", "void pydrone::(anonymous namespace)::gae_rows<float, 2, 2>(Args<float>)"),
+        "gpu__time_duration.sum": ("ns", "5,120"),
+        "dram__bytes_read.sum": ("Mbyte", "7.37"),
+        "dram__bytes_write.sum": ("furlong", "1"),
+        "sm__warps_active.avg.pct_of_peak_sustained_active": ("%", "43.21"),
+        stall.format("long_scoreboard"): ("inst", "12.5"),
+        stall.format("barrier"): ("inst", "0.25"),
+        stall.format("selected"): ("inst", "99"),
+        stall.format("wait_not_issued"): ("inst", "98"),
+    }
+    lines = [",".join(f'"{x}"' for x in line) for line in (columns, *zip(*columns.values()))]
+    (row,) = gpu_profile.summary("\n".join(["==PROF== a line of ncu's own", *lines]))
+    assert row["kernel"] == "gae_rows<float, 2, 2>(Args<float>)"
+    assert (row["us"], row["read MB"], row["written MB"]) == ("5.12", "7.37", "1 furlong")
+    assert row["occupancy %"] == "43.21"
+    assert row["stalls, cycles an instruction"] == "long_scoreboard 12.5, barrier 0.2"
+    assert "long_scoreboard" in gpu_profile.table([row])
+    with pytest.raises(ValueError, match=r"^expected ncu's CSV"):
+        gpu_profile.summary("==ERROR== no permission")

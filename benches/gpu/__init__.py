@@ -1,4 +1,4 @@
-"""What the benchmarks on a GPU are made of; the commands are benches/gpu_bench.py and gpu_sweep.py.
+"""What the benchmarks on a GPU are made of; the commands are benches/gpu_bench.py, gpu_sweep.py and gpu_profile.py.
 
 clock.py       device time, eager time, launches, waits of the host
 cases.py       one operation's launches, hot and cold, and the check of what they wrote
