@@ -98,11 +98,14 @@ def gae(rollout: Rollout, backend: str | None, cache: int, layout: str | None = 
         scan = {name: written[name].t() for name in ("advantages", "returns")}
         return scan | ours.moments(written["stats"])
 
-    nbytes = GAE_BYTES * rollout.size.samples
-    sets = min(64, max(2, math.ceil(4 * cache / nbytes)))
-    cold = [arguments, *(_each(arguments, torch.clone) for _ in range(sets - 1))]
+    cold = [arguments, *(_each(arguments, torch.clone) for _ in range(gae_sets(rollout, cache) - 1))]
     # Twice: a launch must leave the workspace fit for the next.
-    return Case("gae", [arguments] * 2, [arguments], cold, poison, outputs, nbytes)
+    return Case("gae", [arguments] * 2, [arguments], cold, poison, outputs, GAE_BYTES * rollout.size.samples)
+
+
+def gae_sets(rollout: Rollout, cache: int) -> int:
+    """How many sets of GAE's inputs and outputs are four times the cache."""
+    return min(64, max(2, math.ceil(4 * cache / (GAE_BYTES * rollout.size.samples))))
 
 
 def append(rollout: Rollout, backend: str | None) -> Case:

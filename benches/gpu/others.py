@@ -11,6 +11,7 @@ import harness
 from peers import by_hand, gpu_kernels, rsl_rl
 from workload import BATCH_BYTES, GAE_BYTES, NUM_MINIBATCHES, POLICY_BYTES, ROW_BYTES, Rollout, Truth
 
+from .cases import gae_sets
 from .clock import Clock, in_a_line
 from .operations import on_device, whole_call
 
@@ -28,8 +29,7 @@ REPLAYED = 600  # launches that a graph of repetitions has, about
 
 def gae(rollout: Rollout, truth: Truth, clock: Clock, cache: int) -> list[dict]:
     """On copies of the inputs that are larger than the cache together, and on one of them."""
-    sets = min(64, max(2, -(-4 * cache // (GAE_BYTES * rollout.size.samples))))
-    copies = [rollout, *(rollout.clone() for _ in range(sets - 1))]
+    copies = [rollout, *(rollout.clone() for _ in range(gae_sets(rollout, cache) - 1))]
 
     def measure(prepare: Callable[[Rollout], harness.Run]) -> dict:
         runs = [prepare(copy) for copy in copies]
