@@ -22,7 +22,8 @@ SOURCES := $(shell find csrc -type f 2>/dev/null)
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help venv build train test test-slow sanitize faults install-check soak lint bench compare gpu wheel clean
+.PHONY: help venv build train test test-slow sanitize faults install-check soak lint bench compare gpu gpu-build gpu-checks \
+    gpu-bench gpu-sweep gpu-profile wheel clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -88,17 +89,30 @@ bench: $(VENV)/.stamp-bench $(VENV)/.stamp-native ## Run the benchmarks
 compare: $(VENV)/.stamp-test $(VENV)/.stamp-native ## Train the hover task with rsl_rl, with rsl_rl on pydrone, and with pydrone
 	$(PY) benches/hover.py $(ARGS)
 
-# The package as it would be installed, in a folder of its own: what was built for .venv stays as it is.
+# The package as it would be installed, in a folder of its own: what was built for .venv stays as it is. Folders on
+# PYTHONPATH come after it, with peers that GPU_PYTHON does not have.
 GPU_BUILD := build/gpu
-GPU_RUN := env -u TRITON_INTERPRET -u PYDRONE_BACKEND PYTHONSAFEPATH=1 PYTHONPATH=$(CURDIR)/$(GPU_BUILD) $(GPU_PYTHON)
+GPU_STAMP := $(GPU_BUILD)/.stamp
+GPU_RUN = env -u TRITON_INTERPRET -u PYDRONE_BACKEND PYTHONSAFEPATH=1 \
+    PYTHONPATH="$(CURDIR)/$(GPU_BUILD)$${PYTHONPATH:+:$$PYTHONPATH}" $(GPU_PYTHON)
 
-gpu: ## Build, test, sanitize and time on this machine's GPU, with the torch of GPU_PYTHON; needs no network
-	@$(GPU_PYTHON) benches/gpu_checks.py --machine
-	rm -rf $(GPU_BUILD)
-	TORCH_CUDA_ARCH_LIST=$$($(GPU_PYTHON) -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())') \
-	    PYDRONE_NATIVE=1 PYDRONE_CUDA=1 $(GPU_PYTHON) setup.py --quiet build --build-base $(GPU_BUILD)-objects --build-lib $(GPU_BUILD)
+gpu: $(GPU_STAMP) ## Build, test, sanitize and time on this machine's GPU, with the torch of GPU_PYTHON; needs no network
 	@$(GPU_RUN) benches/gpu_checks.py; checked=$$?; \
-	    $(GPU_RUN) benches/gpu.py --out benches/results $(ARGS) && exit $$checked
+	    $(GPU_RUN) benches/gpu_bench.py --out benches/results $(ARGS) && exit $$checked
+
+gpu-build: $(GPU_STAMP) ## The build of `make gpu` alone
+
+gpu-checks: $(GPU_STAMP) ## The tests and sanitizers of `make gpu` alone
+	@$(GPU_RUN) benches/gpu_checks.py
+
+gpu-bench: $(GPU_STAMP) ## The benchmarks of `make gpu` alone
+	@$(GPU_RUN) benches/gpu_bench.py --out benches/results $(ARGS)
+
+gpu-sweep: $(GPU_STAMP) ## Time each GPU kernel with other launch parameters and the other layout
+	@$(GPU_RUN) benches/gpu_sweep.py --out benches/results $(ARGS)
+
+gpu-profile: $(GPU_STAMP) ## Profile one launch of each GPU kernel with Nsight Compute
+	@$(GPU_RUN) benches/gpu_profile.py $(ARGS)
 
 wheel: $(VENV)/.stamp-tools ## Build a wheel in dist/
 	rm -rf build/lib* build/bdist*
@@ -144,4 +158,11 @@ $(VENV)/.stamp-bench: $(VENV)/.stamp-tools $(METADATA)
 
 $(VENV)/.stamp-native: $(VENV)/.stamp-tools setup.py $(SOURCES)
 	$(NATIVE)
+	@touch $@
+
+$(GPU_STAMP): $(METADATA) $(SOURCES) $(shell find pydrone triton_kernels -name '*.py' 2>/dev/null)
+	@$(GPU_PYTHON) benches/gpu_checks.py --machine
+	rm -rf $(GPU_BUILD)
+	TORCH_CUDA_ARCH_LIST=$$($(GPU_PYTHON) -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())') \
+	    PYDRONE_NATIVE=1 PYDRONE_CUDA=1 $(GPU_PYTHON) setup.py --quiet build --build-base $(GPU_BUILD)-objects --build-lib $(GPU_BUILD)
 	@touch $@

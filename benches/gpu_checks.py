@@ -16,31 +16,33 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 LOGS = ROOT / "build" / "gpu-logs"
-SECONDS = 300  # of a job, before it is stopped
+SECONDS, TOTAL = 300, 480  # of a job, and of all of them, before they are stopped
 WORK = (
     "the native CUDA library: not built",
     "tests of the backends cuda and triton, CUDA graphs, launches, streams: not run",
     "compute-sanitizer memcheck and racecheck: not run",
     "benchmarks: not run, benches/results not written",
+    "GAE and storage of torch loops, rsl_rl, rl-triton and PufferLib beside ours: not timed",
     "training iterations, eager, captured and rsl_rl's: not timed, their launches and waits not counted",
 )
 NEEDED = ("triton", "pytest", "hypothesis", "numpy", "setuptools", "ninja")
-PEERS = {"rsl_rl": "rsl-rl-lib", "tensordict": "tensordict"}
+PEERS = {"rsl_rl": "rsl-rl-lib", "tensordict": "tensordict", "rl_triton": "rl-triton", "pufferlib": "pufferlib"}
 
 
 def installed(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
 
 
-def sanitizer() -> str | None:
+def cuda_tool(name: str) -> str | None:
     homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
     folders = [os.environ.get("PATH", ""), *(f"{home}/bin" for home in homes if home)]
-    return shutil.which("compute-sanitizer", path=os.pathsep.join(folders))
+    return shutil.which(name, path=os.pathsep.join(folders))
 
 
 def machine() -> str | None:
@@ -88,7 +90,7 @@ def jobs() -> list[Job]:
         command = [*pytest, "tests/ops/triton_cases.py", "-m", ""]
         made.append(Job(f"triton_cases {i + 1} of {shards}", command, {"PYDRONE_SHARD": f"{i}/{shards}"}))
     made.append(Job("quadrotor as a graph", [*pytest, "-m", "gpu", "tests/envs/test_quadrotor.py"]))
-    tool = sanitizer() or "compute-sanitizer"
+    tool = cuda_tool("compute-sanitizer") or "compute-sanitizer"
     for backend in ("cuda", "triton"):
         for check in ("memcheck", "racecheck"):
             command = [tool, "--tool", check, "--error-exitcode", "1", sys.executable, "benches/gpu_sanitize.py"]
@@ -104,8 +106,12 @@ class Outcome(NamedTuple):
     log: str
 
 
-def run(job: Job) -> Outcome:
+def run(job: Job, until: float) -> Outcome:
+    """Runs a job that is to have ended by ``until`` on time.perf_counter()."""
     start = time.perf_counter()
+    seconds = min(SECONDS, until - start)
+    if seconds <= 0:
+        return Outcome(job, f"not started within {TOTAL} s", 0.0, "")
     environment = os.environ | {"OMP_NUM_THREADS": "1"} | job.environment
     path = LOGS / (re.sub(r"\W+", "-", job.name) + ".log")
     problem = None
@@ -118,12 +124,12 @@ def run(job: Job) -> Outcome:
         except OSError as error:
             return Outcome(job, str(error), 0.0, "")
         try:
-            status = process.wait(SECONDS)
+            status = process.wait(seconds)
             problem = f"exit status {status}" if status else None
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-            problem = f"stopped after {SECONDS} s"
+            problem = f"stopped after {seconds:.0f} s"
     text = path.read_text(errors="replace")
     if problem is None and "pytest" in job.command and not re.search(r"\d+ passed", text):
         problem = "no test ran"
@@ -151,10 +157,12 @@ def main() -> int:
         return 1
     if options.machine:
         return 0
-    shutil.rmtree(LOGS, ignore_errors=True)
-    LOGS.mkdir(parents=True)
+    LOGS.mkdir(parents=True, exist_ok=True)
+    for path in LOGS.glob("*.log"):
+        path.unlink()
+    until = time.perf_counter() + TOTAL
     with ThreadPoolExecutor(max_workers=max(2, os.cpu_count() or 1)) as pool:
-        outcomes = list(pool.map(run, jobs()))
+        outcomes = list(pool.map(partial(run, until=until), jobs()))
     failed = [outcome for outcome in outcomes if outcome.problem]
     for outcome in failed:
         print(f"--- {outcome.job.name}: {outcome.problem}", *outcome.log.splitlines()[-60:], sep="\n")

@@ -26,8 +26,9 @@ from .launch import (
     take_ticket,
 )
 
-# Environments of a program at most; elements of a tile at most; fields no wider than NARROW are all held at once.
-ENVS, MAX_TILE, NARROW = 32, 2048, 64
+# Environments of a program at most, and its warps; elements of a tile at most; fields no wider than NARROW are all held
+# at once.
+ENVS, WARPS, MAX_TILE, NARROW = 32, 4, 2048, 64
 
 # A field is described by so many constants, all fields by one flat tuple (nested ones do not reach a kernel): byte
 # offset, stored type, width, tile's width, stride of environments, then three inner (size, stride)s, the last first.
@@ -223,7 +224,7 @@ def append(memory, sources, layout, dones, truncated, valid, slot, pool_slot, cu
             tuple(final_sources), count, final_rows, not_finite, cursor, strides, num_envs, capacity, slot, pool_slot,
             num_rollouts, final_obs.shape[1] if final_sources else 0,
             ROW_BYTES=row_bytes, FIELDS=fields, LOOKED_AT=looked_at, POOL_ROW_BYTES=pool_bytes,
-            FINAL_FIELDS=final_fields, COMMIT=commit, ENVS=envs, NARROW=NARROW, num_warps=4, enable_fp_fusion=True,
+            FINAL_FIELDS=final_fields, COMMIT=commit, ENVS=envs, NARROW=NARROW, num_warps=WARPS, enable_fp_fusion=True,
         )  # fmt: skip
 
 

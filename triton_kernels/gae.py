@@ -25,9 +25,9 @@ from .launch import (
     take_ticket,
 )
 
-# Warps of an env-major program, one or two rows to a warp: two where there are enough environments, so that 8192 of
+# Warps of an env-major program, one row to a warp, or WARP_ROWS where there are enough environments, so that 8192 of
 # them are one wave of programs on 132 multiprocessors and leave half as many partial statistics.
-WARPS, MANY_ENVS = 8, 4096
+WARPS, WARP_ROWS, MANY_ENVS = 8, 2, 4096
 # Threads of a time-major program, and the steps that a thread holds at most: more would take long to compile.
 COLUMNS, COLUMN_STEPS = 64, 20
 
@@ -393,7 +393,7 @@ def gae(
     align = 4 if env_major and all(x.stride(0) % 4 == 0 for x in per_row) else 1
     start_align = 4 if env_major and cursor is None and start % 4 == 0 else 1
     strides = tuple(_strides(x, align) for x in (*columns, last_values, advantages, returns))
-    envs = (2 * WARPS if num_envs >= MANY_ENVS else WARPS) if env_major else COLUMNS
+    envs = (WARP_ROWS * WARPS if num_envs >= MANY_ENVS else WARPS) if env_major else COLUMNS
     chunks = triton.cdiv(num_steps, COLUMN_STEPS)
     programs = triton.cdiv(num_envs, envs)
     with on_device_of(advantages):

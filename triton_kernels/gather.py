@@ -17,8 +17,9 @@ from .launch import CURSOR_DISCARDED, TRITON_TYPES, on_device_of, power_of_2
 STD_EPSILON = tl.constexpr(schema.STD_EPSILON)
 ROUNDS = tl.constexpr(reference.ROUNDS)
 
-# Samples of a program at most; elements of a tile at most; fields no wider than NARROW are all held at once.
-SAMPLES, MAX_TILE, NARROW = 128, 4096, 64
+# Samples of a program at most, and its warps; elements of a tile at most; fields no wider than NARROW are all held at
+# once.
+SAMPLES, WARPS, MAX_TILE, NARROW = 128, 4, 4096, 64
 
 # A field is described by so many constants, all fields by one flat tuple (nested ones do not reach a kernel): byte
 # offset, stored type, width, tile's width.
@@ -219,7 +220,7 @@ def gather(
             (0, 0) if advantages is None else advantages.stride(),
             *_words(key), *_words(rollout), _words(epoch)[0], num_envs, capacity, start, first, batch, num_samples,
             a, b, NUM_STEPS=num_steps, SHUFFLE=shuffle, ROW_BYTES=row_bytes, FIELDS=tuple(fields), VALUE=value_offset,
-            SAMPLES=samples, NARROW=NARROW, num_warps=4, enable_fp_fusion=True,
+            SAMPLES=samples, NARROW=NARROW, num_warps=WARPS, enable_fp_fusion=True,
         )  # fmt: skip
 
 

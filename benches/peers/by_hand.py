@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import torch
 from harness import Absent, Run
 from torch import Tensor
-from workload import GAMMA, LAM, NUM_MINIBATCHES, Rollout, Truth
+from workload import GAMMA, LAM, NUM_EPOCHS, NUM_MINIBATCHES, Rollout, Truth
 
 from . import epoch_run
 
@@ -114,6 +114,30 @@ def epoch_index_select(rollout: Rollout) -> Run:
             yield out
 
     return epoch_run(batches, dict)
+
+
+def iteration(rollout: Rollout) -> Run:
+    """``append_copies``, ``gae_loop`` on what they stored, one ``randperm`` for all epochs and an indexing a field."""
+    stored, append = rollout.clone(), append_copies(rollout)
+    storage = append.outputs()
+    for name, x in storage.items():
+        setattr(stored, name, x)
+    gae = gae_loop(stored)
+    fields = [x.flatten(0, 1) for name, x in storage.items() if name not in ("rewards", "dones")]
+
+    def call() -> None:
+        append.call()
+        gae.call()
+        found = gae.outputs()
+        normalized = (found["advantages"] - found["mean"]) / (found["std"] + 1e-8)
+        flat = [*fields, normalized.flatten(), found["returns"].flatten()]
+        indices = torch.randperm(rollout.size.samples, device=rollout.device)
+        for _ in range(NUM_EPOCHS):
+            for part in indices.tensor_split(NUM_MINIBATCHES):
+                for x in flat:
+                    x[part]
+
+    return Run(call, lambda: {**storage, **gae.outputs()})
 
 
 def memcpy(bytes_per_sample: int, times: int = 1) -> Callable[[Rollout], Run]:

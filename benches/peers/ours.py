@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 from harness import Run
 from torch import Tensor
@@ -14,8 +15,8 @@ from pydrone.buffer import RolloutBuffer
 from . import Lap, epoch_run
 
 
-def buffer(rollout: Rollout, policy: bool = True) -> RolloutBuffer:
-    """With the old mean and std, as rsl_rl and rl_games have them, or without, as the others."""
+def buffer(rollout: Rollout, policy: bool = True, **options: Any) -> RolloutBuffer:
+    """With the old mean and std, as rsl_rl and rl_games have them, or without, as the others. ``options``: its own."""
     fields = {"mu": NUM_ACTIONS, "sigma": NUM_ACTIONS} if policy else None
     return RolloutBuffer(
         rollout.num_envs,
@@ -25,18 +26,23 @@ def buffer(rollout: Rollout, policy: bool = True) -> RolloutBuffer:
         device=rollout.device,
         fields=fields,
         final_obs_rows=0,
+        **options,
     )
 
 
-def filled(rollout: Rollout, policy: bool = True) -> RolloutBuffer:
-    buf = buffer(rollout, policy)
+def fill(buf: RolloutBuffer, rollout: Rollout, policy: bool = True) -> None:
     for t in range(rollout.num_steps):
         buf.append(**rollout.step(t, policy))
+
+
+def filled(rollout: Rollout, policy: bool = True, **options: Any) -> RolloutBuffer:
+    buf = buffer(rollout, policy, **options)
+    fill(buf, rollout, policy)
     buf.compute_gae(rollout.last_values, GAMMA, LAM)
     return buf
 
 
-def _statistics(statistics: Tensor) -> dict[str, Tensor]:
+def moments(statistics: Tensor) -> dict[str, Tensor]:
     count, mean, m2 = statistics.unbind()
     return {"mean": mean, "std": (m2 / (count - 1)).sqrt()}
 
@@ -59,24 +65,27 @@ def gae_steps(rollout: Rollout) -> Run:
             stats=True,
         )
 
-    return Run(call, lambda: {"advantages": results[0], "returns": results[1], **_statistics(results[2])})
+    return Run(call, lambda: {"advantages": results[0], "returns": results[1], **moments(results[2])})
 
 
-def gae_rows(rollout: Rollout) -> Run:
+def gae_rows(rollout: Rollout, backend: str | None = None) -> Run:
     """The same on contiguous [N, T] tensors."""
     rewards, values, dones = (x.t().contiguous() for x in (rollout.rewards, rollout.values, rollout.dones))
     out = rewards.new_empty(2, *rewards.shape).unbind()
     results: list[Tensor] = []
 
     def call() -> None:
-        results[:] = pydrone.gae(rewards, values, dones, rollout.last_values, GAMMA, LAM, out=out, stats=True)
+        results[:] = pydrone.gae(
+            rewards, values, dones, rollout.last_values, GAMMA, LAM, out=out, stats=True, backend=backend
+        )
 
-    return Run(call, lambda: {"advantages": results[0].t(), "returns": results[1].t(), **_statistics(results[2])})
+    return Run(call, lambda: {"advantages": results[0].t(), "returns": results[1].t(), **moments(results[2])})
 
 
-def gae(rollout: Rollout) -> Run:
+def gae(rollout: Rollout, backend: str | None = None) -> Run:
     """``RolloutBuffer.compute_gae`` in the buffer's own memory. (Observations are one number wide: it reads none.)"""
-    buf = RolloutBuffer(rollout.num_envs, rollout.num_steps, obs=1, actions=1, device=rollout.device, final_obs_rows=0)
+    sizes = {"num_envs": rollout.num_envs, "num_steps": rollout.num_steps, "obs": 1, "actions": 1}
+    buf = RolloutBuffer(**sizes, device=rollout.device, final_obs_rows=0, backend=backend)
     for t in range(rollout.num_steps):
         x = rollout.values[t]
         buf.append(
@@ -88,15 +97,17 @@ def gae(rollout: Rollout) -> Run:
             log_probs=x,
         )
 
-    def outputs() -> dict[str, Tensor]:
-        return {"advantages": buf.advantages.t(), "returns": buf.returns.t(), **_statistics(buf.statistics)}
-
-    return Run(lambda: buf.compute_gae(rollout.last_values, GAMMA, LAM), outputs)
+    return Run(lambda: buf.compute_gae(rollout.last_values, GAMMA, LAM), lambda: scanned(buf))
 
 
-def append(rollout: Rollout, policy: bool = True) -> Run:
+def scanned(buf: RolloutBuffer) -> dict[str, Tensor]:
+    """What ``compute_gae`` has given, for ``Truth.check``."""
+    return {"advantages": buf.advantages.t(), "returns": buf.returns.t(), **moments(buf.statistics)}
+
+
+def append(rollout: Rollout, policy: bool = True, **options: Any) -> Run:
     """``clear`` and T times ``append``."""
-    buf = buffer(rollout, policy)
+    buf = buffer(rollout, policy, **options)
     steps = [rollout.step(t, policy) for t in range(rollout.num_steps)]
 
     def call() -> None:
@@ -104,18 +115,18 @@ def append(rollout: Rollout, policy: bool = True) -> Run:
         for step in steps:
             buf.append(**step)
 
-    return Run(call, lambda: _stored(buf, steps[0]))
+    return Run(call, lambda: stored(buf, steps[0]))
 
 
-def _stored(buf: RolloutBuffer, names: Iterable[str]) -> dict[str, Tensor]:
+def stored(buf: RolloutBuffer, names: Iterable[str]) -> dict[str, Tensor]:
     found = {name: getattr(buf, name) for name in ("obs", "rewards", "dones")}
     found |= {name: buf[name] for name in names if name not in found}
     return {name: x.transpose(0, 1) for name, x in found.items()}
 
 
-def append_split(rollout: Rollout) -> Run:
+def append_split(rollout: Rollout, **options: Any) -> Run:
     """``clear`` and T times ``begin`` and ``end``, as around an environment that writes over its observations."""
-    buf = buffer(rollout)
+    buf = buffer(rollout, **options)
     ends = ("rewards", "dones")
     steps = [rollout.step(t) for t in range(rollout.num_steps)]
     halves = [[{k: x for k, x in step.items() if (k in ends) == end} for end in (False, True)] for step in steps]
@@ -126,7 +137,7 @@ def append_split(rollout: Rollout) -> Run:
             buf.begin(**first)
             buf.end(**second)
 
-    return Run(call, lambda: _stored(buf, steps[0]))
+    return Run(call, lambda: stored(buf, steps[0]))
 
 
 def _fields(mb) -> dict[str, Tensor]:  # type: ignore[no-untyped-def]
@@ -134,24 +145,24 @@ def _fields(mb) -> dict[str, Tensor]:  # type: ignore[no-untyped-def]
     return {"obs": mb.obs, "normalized": mb.advantages, **{name: getattr(mb, name) for name in names}}
 
 
-def _policy_fields(mb) -> dict[str, Tensor]:  # type: ignore[no-untyped-def]
+def policy_fields(mb) -> dict[str, Tensor]:  # type: ignore[no-untyped-def]
     return {**_fields(mb), "mu": mb["mu"], "sigma": mb["sigma"]}
 
 
-def epoch(rollout: Rollout, policy: bool = True, reuse: bool = False) -> Run:
+def epoch(rollout: Rollout, policy: bool = True, reuse: bool = False, **options: Any) -> Run:
     """One epoch of ``minibatches``: a permutation of its own, advantages normalised on the way.
 
     ``reuse=False``: new tensors for every minibatch, as all peers give. ``reuse=True``: the same ones again.
     """
-    buf = filled(rollout, policy)
-    return epoch_run(lambda: buf.minibatches(NUM_MINIBATCHES, reuse=reuse), _policy_fields if policy else _fields)
+    buf = filled(rollout, policy, **options)
+    return epoch_run(lambda: buf.minibatches(NUM_MINIBATCHES, reuse=reuse), policy_fields if policy else _fields)
 
 
 def iteration(rollout: Rollout, policy: bool = True) -> Run:
     """T times ``append``, ``compute_gae``, all epochs of ``minibatches(reuse=True)``, as ``pydrone train`` does it."""
     buf = buffer(rollout, policy)
     steps, lap = [rollout.step(t, policy) for t in range(rollout.num_steps)], Lap(rollout.device)
-    fields = _policy_fields if policy else _fields
+    fields = policy_fields if policy else _fields
 
     def call() -> None:
         buf.clear()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 from harness import Run
@@ -96,11 +97,14 @@ def epoch(rollout: Rollout) -> Run:
     return epoch_run(lambda: storage.mini_batch_generator(NUM_MINIBATCHES, 1), _fields)
 
 
-def iteration(rollout: Rollout) -> Run:
-    """T times ``add_transition``, ``compute_returns``, ``mini_batch_generator``: all epochs share its one randperm."""
+def iteration(rollout: Rollout, laps: bool = True) -> Run:
+    """T times ``add_transition``, ``compute_returns``, ``mini_batch_generator``: all epochs share its one randperm.
+
+    ``laps``: whether GAE's share is timed, for which a GPU is waited for.
+    """
     ppo = need("rsl_rl.algorithms").PPO
-    storage, transitions, lap = _storage(rollout, rollout.obs), _transitions(rollout), Lap(rollout.device)
-    algorithm = _algorithm(storage, rollout)
+    storage, transitions = _storage(rollout, rollout.obs), _transitions(rollout)
+    algorithm, lap = _algorithm(storage, rollout), Lap(rollout.device) if laps else nullcontext()
 
     def call() -> None:
         storage.clear()
@@ -111,4 +115,4 @@ def iteration(rollout: Rollout) -> Run:
         exhaust(storage.mini_batch_generator(NUM_MINIBATCHES, NUM_EPOCHS))
 
     last = epoch_run(lambda: storage.mini_batch_generator(NUM_MINIBATCHES, 1), _fields)
-    return Run(call, last.outputs, lap.seconds)
+    return Run(call, last.outputs, lap.seconds if laps else None)

@@ -1,0 +1,144 @@
+"""One operation's launches with the arguments that a buffer gives them, hot and cold, and the check of their outputs.
+
+The arguments are recorded, so that the same launches can be made by any backend's operation or any variant of it.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from peers import ours
+from torch import Tensor
+from workload import GAE_BYTES, GAMMA, LAM, NUM_MINIBATCHES, POLICY_BYTES, ROW_BYTES, SCALAR, Rollout, Truth
+
+from pydrone.buffer import RolloutBuffer
+from pydrone.ops import reference
+
+from .clock import Run
+
+Operation = Callable[..., None]
+
+
+class Case(NamedTuple):
+    """An operation's launches, each a tuple of arguments."""
+
+    operation: str
+    """gae, append or gather."""
+    whole: list[tuple]
+    """Launches after which ``outputs`` are complete."""
+    hot: list[tuple]
+    """One, whose data stays in the cache as it is made again and again."""
+    cold: list[tuple]
+    """Several over more memory than the cache holds, or as much of it as there is."""
+    poison: Callable[[], None]
+    """Fills the outputs of ``whole``, so that what is not written is seen."""
+    outputs: Callable[[], dict[str, Tensor]]
+    """For ``Truth.check``."""
+    nbytes: int
+    """Useful bytes of a launch: each that must be read or written, once."""
+
+    def check(self, operation: Operation, truth: Truth) -> None:
+        """Raises AssertionError unless ``operation`` writes what it must."""
+        self.poison()
+        for arguments in self.whole:
+            operation(*arguments)
+        truth.check(self.outputs())
+
+    def runs(self, operation: Operation) -> tuple[list[Run], list[Run]]:
+        """The hot and the cold launches by ``operation``."""
+        return tuple([partial(operation, *arguments) for arguments in x] for x in (self.hot, self.cold))
+
+
+def recorded(buf: RolloutBuffer, run: Run) -> list[tuple]:
+    """The arguments of each launch of ``run`` on ``buf``."""
+    kept, ops = [], buf._ops
+
+    def keep(launch: Operation) -> Operation:
+        def call(*arguments) -> None:
+            kept.append(arguments)
+            launch(*arguments)
+
+        return call
+
+    buf._ops = ops._replace(gae=keep(ops.gae), append=keep(ops.append), gather=keep(ops.gather))
+    try:
+        run()
+    finally:
+        buf._ops = ops
+    return kept
+
+
+def named(operation: str, arguments: tuple) -> dict[str, object]:
+    return dict(zip(inspect.signature(getattr(reference, operation)).parameters, arguments, strict=True))
+
+
+# Of planes [N, C]: the steps of an environment side by side, or the environments of a step.
+LAYOUTS = {"rows": Tensor.contiguous, "columns": lambda x: x.t().contiguous().t()}
+
+
+def gae(rollout: Rollout, backend: str | None, cache: int, layout: str | None = None) -> Case:
+    """The launch of ``compute_gae``, in the buffer's memory or in copies of one of LAYOUTS."""
+    buf = ours.filled(rollout, backend=backend)
+    (arguments,) = recorded(buf, lambda: buf.compute_gae(rollout.last_values, GAMMA, LAM))
+    if layout is not None:
+        arguments = _each(arguments, lambda x: LAYOUTS[layout](x) if x.dim() == 2 else x)
+    written = named("gae", arguments)
+    written = {name: written[name] for name in ("advantages", "returns", "stats")}
+
+    def poison() -> None:
+        for x in written.values():
+            x.fill_(float("nan"))
+
+    def outputs() -> dict[str, Tensor]:
+        scan = {name: written[name].t() for name in ("advantages", "returns")}
+        return scan | ours.moments(written["stats"])
+
+    cold = [arguments, *(_each(arguments, torch.clone) for _ in range(gae_sets(rollout, cache) - 1))]
+    # Twice: a launch must leave the workspace fit for the next.
+    return Case("gae", [arguments] * 2, [arguments], cold, poison, outputs, GAE_BYTES * rollout.size.samples)
+
+
+def gae_sets(rollout: Rollout, cache: int) -> int:
+    """How many sets of GAE's inputs and outputs are four times the cache."""
+    return min(64, max(2, math.ceil(4 * cache / (GAE_BYTES * rollout.size.samples))))
+
+
+def append(rollout: Rollout, backend: str | None) -> Case:
+    """The launches of a rollout's appends, into a ring of two."""
+    buf = ours.buffer(rollout, backend=backend, capacity=2 * rollout.num_steps)
+    each = recorded(buf, lambda: ours.fill(buf, rollout))
+    step = rollout.step(0)
+
+    def poison() -> None:
+        for x in named("append", each[0])["memory"]:
+            x.zero_()
+
+    # All is read and written; the value twice, into its row and its plane.
+    nbytes = (2 * (ROW_BYTES + POLICY_BYTES) + SCALAR) * rollout.num_envs
+    return Case("append", each, each[:1], each, poison, lambda: ours.stored(buf, step), nbytes)
+
+
+def gather(rollout: Rollout, backend: str | None) -> Case:
+    """The launches of an epoch's minibatches."""
+    buf, batches = ours.filled(rollout, backend=backend), []
+    each = recorded(buf, lambda: batches.extend(buf.minibatches(NUM_MINIBATCHES)))
+    fields = [ours.policy_fields(mb) for mb in batches]
+
+    def poison() -> None:
+        for x in (x for part in fields for x in part.values()):
+            x.fill_(float("nan"))
+
+    def outputs() -> dict[str, Tensor]:
+        return {"shuffled": True, **{name: torch.cat([part[name] for part in fields]) for name in fields[0]}}
+
+    nbytes = 2 * sum(x[0].numel() * x.element_size() for x in fields[0].values()) * len(batches[0])
+    return Case("gather", each, each[:1], each, poison, outputs, nbytes)
+
+
+def _each(arguments: tuple, change: Callable[[Tensor], Tensor]) -> tuple:
+    return tuple(change(x) if isinstance(x, Tensor) else x for x in arguments)

@@ -1,0 +1,192 @@
+"""The kernels with other launch parameters: Triton's by their launchers' constants, CUDA's compiled anew.
+
+The sources stay as they are. A CUDA variant is a copy of its source with other constants, which registers the operation
+under a namespace of its own, so that all of them can be called by one process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch.utils import cpp_extension
+
+from pydrone.ops.schema import SCHEMAS
+
+from .cases import Operation
+from .machine import ROOT
+
+SOURCES = ROOT / "csrc" / "cuda"
+# As setup.py has them.
+FLAGS = ["-std=c++20", "-O3", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000", "-DTORCH_STABLE_ONLY"]
+LIBRARIES = ["-ltorch", "-ltorch_cpu", "-ltorch_cuda", "-lc10", "-lc10_cuda", "-lcudart"]
+
+FOUR_ROWS = {f"gae_rows<T, {mode}, 2>": f"gae_rows<T, {mode}, 4>" for mode in ("kWide", "kDirect", "kGeneric")}
+FOUR_ROWS["two ? 2 * kWarps"] = "two ? 4 * kWarps"
+
+
+class Variant(NamedTuple):
+    kernel: str
+    """One of KERNELS."""
+    backend: str
+    parameters: dict[str, object] = {}
+    """Constants of the source or of the Triton launcher, by name; the others stay."""
+    text: dict[str, str] = {}
+    """What else is replaced in a CUDA source."""
+
+    @property
+    def operation(self) -> str:
+        return self.kernel.split()[0]
+
+
+# The constants of each kernel that are varied, in CUDA and in Triton. kMinBlocks is how many blocks must be there at
+# once, which bounds a thread's registers. kManyEnvs and MANY_ENVS are 1 for several rows to a warp, BEYOND for one.
+BEYOND = 1 << 30
+KERNELS = {
+    "gae rows": (("kWarps", "kManyEnvs", "kMinBlocks"), ("WARPS", "WARP_ROWS", "MANY_ENVS")),
+    "gae columns": (("kColumnThreads", "kSteps"), ("COLUMNS", "COLUMN_STEPS")),
+    "append": (("kThreads", "kUnroll"), ("ENVS", "WARPS")),
+    "gather": (("kSamples", "kThreads", "kUnroll", "kStaged"), ("SAMPLES", "WARPS")),
+}
+
+
+def _rows(warps: int, many: int, blocks: int, text: dict[str, str]) -> Variant:
+    # The bound is for the kernel that the sweep runs; the others are free.
+    bound = f"sizeof(T) == 8 ? 1 : (mode == kWide ? {blocks} : 1)"
+    return Variant("gae rows", "cuda", {"kWarps": warps, "kManyEnvs": many, "kMinBlocks": bound}, text)
+
+
+def _each(kernel: str, backend: str, names: str, values: str) -> list[Variant]:
+    """One for each comma-separated row of ``values`` of the constants ``names``."""
+    rows = [[int(x) for x in row.split()] for row in values.split(",")]
+    return [Variant(kernel, backend, dict(zip(names.split(), row, strict=True))) for row in rows]
+
+
+def cuda() -> list[Variant]:
+    """The first of a kernel is the source as it is."""
+    threads = "kSamples kThreads kUnroll"
+    return [
+        Variant("gae rows", "cuda"),
+        *(_rows(warps, many, 32 // warps, {}) for warps in (4, 8, 16) for many in (1, BEYOND)),
+        *(_rows(8, 1, blocks, {}) for blocks in (2, 3, 5)),
+        *(_rows(warps, 1, blocks, FOUR_ROWS) for warps, blocks in ((8, 2), (4, 5))),
+        Variant("gae columns", "cuda"),
+        *_each("gae columns", "cuda", "kColumnThreads kSteps", "64 10, 64 20, 64 25, 64 50"),
+        *_each("gae columns", "cuda", "kColumnThreads kSteps", "32 20, 32 34, 32 50, 128 34"),
+        Variant("append", "cuda"),
+        *_each("append", "cuda", "kThreads kUnroll", "256 1, 256 2, 256 8, 128 2, 128 4, 512 2, 512 4"),
+        Variant("gather", "cuda"),
+        *_each("gather", "cuda", threads, "128 256 2, 128 256 8, 128 128 4, 128 512 2, 64 128 4, 64 256 4, 64 256 2"),
+        *_each("gather", "cuda", threads, "32 128 4, 256 256 4, 256 512 4"),
+        *_each("gather", "cuda", "kSamples kStaged", "128 0, 64 0"),
+    ]
+
+
+def triton() -> list[Variant]:
+    """The first of a kernel is the launcher as it is."""
+    names = "WARPS WARP_ROWS MANY_ENVS"
+    return [
+        Variant("gae rows", "triton"),
+        *_each("gae rows", "triton", names, "4 2 1, 16 2 1, 8 4 1, 4 4 1"),
+        *_each("gae rows", "triton", names, f"4 1 {BEYOND}, 8 1 {BEYOND}, 16 1 {BEYOND}"),
+        Variant("gae columns", "triton"),
+        *_each("gae columns", "triton", "COLUMNS COLUMN_STEPS", "32 10, 32 20, 32 25, 64 10, 64 25, 64 34, 128 20"),
+        Variant("append", "triton"),
+        *_each("append", "triton", "ENVS WARPS", "16 4, 32 2, 32 8, 64 4, 64 8, 128 4, 128 8"),
+        Variant("gather", "triton"),
+        *_each("gather", "triton", "SAMPLES WARPS", "128 8, 64 2, 64 4, 64 8, 32 1, 32 2, 32 4, 256 8"),
+    ]
+
+
+@contextlib.contextmanager
+def launched_with(variant: Variant) -> Iterator[Operation]:
+    """Triton's launcher with the variant's constants, which are the module's own again afterwards."""
+    module = importlib.import_module(f"pydrone._triton.{variant.operation}")
+    before = {name: getattr(module, name) for name in variant.parameters}
+    try:
+        for name, x in variant.parameters.items():
+            setattr(module, name, x)
+        yield getattr(module, variant.operation)
+    finally:
+        for name, x in before.items():
+            setattr(module, name, x)
+
+
+def constants(variant: Variant) -> dict[str, str]:
+    """What the varied constants of the variant's kernel are, its own included."""
+    names = KERNELS[variant.kernel][variant.backend == "triton"]
+    if variant.backend == "triton":
+        module = importlib.import_module(f"pydrone._triton.{variant.operation}")
+        found = {name: getattr(module, name) for name in names}
+    else:
+        source = (SOURCES / f"{variant.operation}.cu").read_text()
+        found = {name: _assigned(name, source)[1] for name in names}
+    found |= variant.parameters
+    if "kMinBlocks" in found:  # of a condition's values, the one for the kernel that runs
+        found["kMinBlocks"] = re.search(r"kWide \? (\d+)", found["kMinBlocks"])[1]
+    return {name: str(x) for name, x in found.items()} | ({"rows of a warp": "4"} if variant.text else {})
+
+
+def _assigned(name: str, source: str) -> re.Match:
+    """`name = value` where the source defines the constant; its second group is the value."""
+    found = list(re.finditer(rf"\b{name} = ([^,;]+)(?=[,;])", source))
+    if len(found) != 1:
+        raise ValueError(f"{name}: expected one definition in the CUDA source, found {len(found)}")
+    return found[0]
+
+
+def changed(source: str, variant: Variant, namespace: str) -> str:
+    """The CUDA source with the variant's constants, its operation in ``namespace``."""
+    for name, x in variant.parameters.items():
+        found = _assigned(name, source)
+        source = source[: found.start(1)] + str(x) + source[found.end(1) :]
+    library = "STABLE_TORCH_LIBRARY_IMPL(pydrone,"
+    for old, new in {**variant.text, library: library.replace("pydrone", namespace)}.items():
+        if source.count(old) != 1:
+            raise ValueError(f"{old!r}: expected once in the CUDA source, found {source.count(old)} times")
+        source = source.replace(old, new)
+    return source
+
+
+def find_nvcc() -> str | None:
+    home = cpp_extension.CUDA_HOME
+    return shutil.which("nvcc", path=f"{home}/bin") if home else shutil.which("nvcc")
+
+
+def compiled(variant: Variant, namespace: str, folder: Path, architecture: str, link: bool = True) -> Path:
+    """The variant's library, or without ``link`` its object, for sm_<architecture>; RuntimeError in nvcc's words."""
+    nvcc = find_nvcc()
+    if nvcc is None:
+        raise RuntimeError("nvcc was not found")
+    folder.mkdir(parents=True, exist_ok=True)
+    source, target = folder / f"{namespace}.cu", folder / f"{namespace}.{'so' if link else 'o'}"
+    source.write_text(changed((SOURCES / f"{variant.operation}.cu").read_text(), variant, namespace))
+    command = [nvcc, *FLAGS, "-Xcompiler=-fPIC,-fvisibility=hidden", f"-arch=sm_{architecture}", f"-I{SOURCES}"]
+    command += [f"-I{path}" for path in cpp_extension.include_paths("cuda" if link else "cpu")]
+    if link:
+        command += ["-shared", "--cudart=shared", *(f"-L{path}" for path in cpp_extension.library_paths("cuda"))]
+        command += LIBRARIES
+    else:
+        command += ["-c"]
+    done = subprocess.run([*command, str(source), "-o", str(target)], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"nvcc: {done.stderr.strip()[-400:]}")
+    return target
+
+
+_libraries: list[torch.library.Library] = []
+
+
+def loaded(variant: Variant, namespace: str, library: Path) -> Operation:
+    """The variant's operation out of its library."""
+    _libraries.append(torch.library.Library(namespace, "DEF"))
+    _libraries[-1].define(variant.operation + SCHEMAS[variant.operation])
+    torch.ops.load_library(str(library))
+    return getattr(getattr(torch.ops, namespace), variant.operation).default

@@ -1,0 +1,187 @@
+"""Times each kernel with other launch parameters, and in the other layout, on a GPU.
+
+    python benches/gpu_sweep.py --out benches/results
+
+Each variant's outputs are checked before any is timed; then all of a kernel are timed in turn, round after round. What
+is wrong or does not compile is a row that says so. The table has the fastest first, and <gpu>-sweep.json every figure.
+`make gpu-sweep` runs it. `--device cpu --num-envs 5 --num-steps 8` is a trial: Triton's variants are interpreted, and
+CUDA's compiled and not run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import math
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # which Python's safe path leaves out
+
+from gpu import cases, machine, variants
+from gpu.cases import Case
+from gpu.clock import Clock, Run, in_a_line
+from gpu.variants import KERNELS, Variant
+from workload import Rollout, Size, Truth
+
+FOLDER = machine.ROOT / "build" / "gpu-sweep"
+REPEATED = {"gae": (100, 4), "append": (100, 1), "gather": (10, 10)}  # in a graph: hot launches, all the cold ones
+
+
+class Ready(NamedTuple):
+    """A variant's row, and its launches as graphs where it is right."""
+
+    row: dict
+    hot: Run | None = None
+    cold: Run | None = None
+
+
+class Bench(NamedTuple):
+    """A kernel's launches, and what their outputs are held against and timed with."""
+
+    case: Case
+    truth: Truth
+    clock: Clock
+
+    def prepare(self, variant: Variant, library: Future | None) -> Ready:
+        """The variant checked and its launches captured. Where it fails or cannot run, the row says so and has none."""
+        row = {"kernel": variant.kernel, "backend": variant.backend, **variants.constants(variant)}
+        row["default"] = not variant.parameters
+        try:
+            if variant.backend == "triton":
+                with variants.launched_with(variant) as operation:
+                    return self._captured(row, operation)
+            path = library.result()
+            if self.clock.cuda:
+                return self._captured(row, variants.loaded(variant, path.stem, path))
+            row["compiled"] = True
+        except Exception as error:  # wrong, not to be compiled, or not to be launched
+            row["failed"] = in_a_line(error)
+        return Ready(row)
+
+    def _captured(self, row: dict, operation: cases.Operation) -> Ready:
+        self.case.check(operation, self.truth)
+        self.clock.wait()
+        launches = zip(self.case.runs(operation), self._times())
+        return Ready(row, *(self.clock.repeated(runs, times) for runs, times in launches))
+
+    def _times(self) -> tuple[int, int]:
+        return REPEATED[self.case.operation] if self.clock.cuda else (1, 1)
+
+    def time_in_turn(self, ready: list[Ready]) -> None:
+        """Medians over the rounds into the rows; a round ends with the default once more, which shows the spread."""
+        runnable = [x for x in ready if x.hot is not None]
+        order = [(x, "") for x in runnable] + [(x, "_again") for x in runnable if x.row["default"]]
+        sizes = {"hot": self._times()[0], "cold": self._times()[1] * len(self.case.cold)}
+        for name, launches in sizes.items():
+            for x in runnable:
+                self.clock.warm_up(getattr(x, name))
+            seconds: list[list[float]] = [[] for _ in order]
+            for _ in range(self.clock.repeats):
+                for (x, _), kept in zip(order, seconds, strict=True):
+                    kept.append(self.clock.once(getattr(x, name)))
+            for (x, again), kept in zip(order, seconds, strict=True):
+                x.row[f"{name}{again}_us"] = 1e6 * statistics.median(kept) / launches
+
+
+def table(rows: list[dict]) -> str:
+    lines = [f"{'us':21}{'hot':>9}{'cold':>9}"]
+    for _, group in itertools.groupby(rows, lambda row: (row["kernel"], row["backend"])):
+        for row in sorted(group, key=lambda row: row.get("cold_us", math.inf)):
+            constants = [*KERNELS[row["kernel"]][row["backend"] == "triton"], "rows of a warp"]
+            notes = [", ".join(f"{name} {row[name]}" for name in constants if name in row)]
+            if row["default"]:
+                notes.append("the default")
+            if "hot_again_us" in row:
+                notes.append(f"again {row['hot_again_us']:.2f} and {row['cold_again_us']:.2f}")
+            notes += [row.get("failed") or "compiled"] if "hot_us" not in row else []
+            figures = [f"{row[x]:.2f}" if x in row else "" for x in ("hot_us", "cold_us")]
+            lines.append(f"{row['kernel']:13}{row['backend']:8}{figures[0]:>9}{figures[1]:>9}  {'; '.join(notes)}")
+    return "\n".join(lines)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, help="folder for <gpu>-sweep.json; nothing is written without it")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: to try this script out")
+    parser.add_argument("--kernels", nargs="+", choices=KERNELS, default=list(KERNELS))
+    parser.add_argument("--backends", nargs="+", choices=("cuda", "triton"), default=["cuda", "triton"])
+    parser.add_argument("--variants", type=int, help="so many of each kernel, the default first; default: all")
+    parser.add_argument("--num-envs", type=int, default=8192)
+    parser.add_argument("--num-steps", type=int, default=100)
+    parser.add_argument("--repeats", type=int, default=30)
+    options = parser.parse_args()
+    machine.refuse(parser, options)
+    return options
+
+
+def chosen(options: argparse.Namespace) -> dict[tuple[str, str], list[Variant]]:
+    """Triton's first: nvcc compiles the others meanwhile."""
+    found: dict[tuple[str, str], list[Variant]] = {}
+    for every in (variants.triton(), variants.cuda()):
+        for x in every:
+            if x.kernel in options.kernels and x.backend in options.backends:
+                found.setdefault((x.kernel, x.backend), []).append(x)
+    return {key: group[: options.variants] for key, group in found.items()}
+
+
+def sweep(options: argparse.Namespace, clock: Clock, keep: Callable[[list[dict]], None]) -> list[dict]:
+    """A row a variant; ``keep`` gets them after each kernel. What is timed are graphs, which nvcc does not delay."""
+    rollout, rows = Rollout(Size(options.num_envs, options.num_steps), options.device), []
+    truth, cache = Truth(rollout), machine.cache_bytes(clock)
+    architecture = "{}{}".format(*torch.cuda.get_device_capability()) if clock.cuda else "90"
+    backend = None if clock.cuda else "reference"
+    groups, make = chosen(options), {"gae": cases.gae, "append": cases.append, "gather": cases.gather}
+    with ThreadPoolExecutor(max(1, (os.cpu_count() or 2) - 1)) as pool:
+        libraries = {
+            key: [
+                pool.submit(
+                    variants.compiled, x, f"pydrone_{key[0]}_{i}".replace(" ", "_"), FOLDER, architecture, clock.cuda
+                )
+                for i, x in enumerate(group)
+            ]
+            for key, group in groups.items()
+            if key[1] == "cuda"
+        }
+        for key, group in groups.items():
+            operation, *layout = key[0].split()
+            case = make[operation](rollout, backend, *((cache, *layout) if layout else ()))
+            bench = Bench(case, truth, clock)
+            ready = [bench.prepare(x, library) for x, library in zip(group, libraries.get(key, [None] * len(group)))]
+            bench.time_in_turn(ready)
+            rows += [x.row for x in ready]
+            keep(rows)
+    return rows
+
+
+def main() -> None:
+    options, began = parse(), time.perf_counter()
+    clock = Clock(options.device, options.repeats)
+    if not clock.cuda:
+        os.environ["TRITON_INTERPRET"] = "1"  # read as the kernels are imported
+    torch.manual_seed(0)
+
+    def keep(rows: list[dict]) -> None:
+        if options.out is not None:
+            sizes = {"num_envs": options.num_envs, "num_steps": options.num_steps, "repeats": options.repeats}
+            machine.write(options.out, "-sweep", {"sizes": sizes, "rows": rows})
+
+    rows = sweep(options, clock, keep)
+    print(table(rows))
+    print(
+        f"\n{time.perf_counter() - began:.0f} s", "" if clock.cuda else "A trial on the CPU: the figures mean nothing."
+    )
+    if failed := sum("failed" in row for row in rows):
+        raise SystemExit(f"gpu_sweep.py: {failed} of {len(rows)} variants failed, see the table")
+
+
+if __name__ == "__main__":
+    main()
