@@ -167,7 +167,7 @@ def test_an_eager_append_does_not_wash_the_flag_away(backend, monkeypatch):
 
 def test_gae_and_gather_follow_the_cursor(backend, monkeypatch):
     """A graph of a whole rollout, computation and minibatches, replayed at every start of the ring."""
-    buf = make(backend, capacity=5)
+    buf, eager = make(backend, capacity=5), make(backend)
     inputs, last = [static(buf) for _ in range(T)], torch.zeros(N)
     out = {}
     with Graph(buf, monkeypatch) as graph:
@@ -194,6 +194,11 @@ def test_gae_and_gather_follow_the_cursor(backend, monkeypatch):
         assert torch.equal(out["mb"].advantages, buf._memory["advantages"][env, step])
         orders.add(tuple(out["indices"].tolist()))
         buf.clear()
+        for step in steps:
+            eager.append(**step)
+        eager.compute_gae(last)
+        assert torch.equal(out["indices"], next(eager.minibatches(1)).indices)  # as without a graph
+        eager.clear()
     assert len(orders) == 6  # the rollout's number is read on the device: a permutation of its own each time
 
 

@@ -10,6 +10,7 @@ from rollout_model import assert_close, gae_loop, rollout
 from torch import tensor
 
 from pydrone import gae
+from pydrone.ops.dispatch import select
 
 # gamma = lam = 1/2, so gamma * lam = 1/4 and every number below is exact in float32.
 # rewards 1 2 3, values 2 4 6, last value 10, value of the true final observation 20 (where one is asked for).
@@ -135,6 +136,37 @@ def test_matches_the_loop(shape, bootstrap, backend):
         assert_close(x, y)
     del data["valid"]
     assert_close(gae(gamma=0.97, lam=0.9, backend=backend, **data)[0], gae_loop(gamma=0.97, lam=0.9, **data)[0])
+
+
+@pytest.mark.parametrize("num_steps", [256, 257, 512])
+@pytest.mark.parametrize("columns", [False, True])
+def test_what_comes_hundreds_of_steps_later_reaches_the_first(columns, num_steps, backend):
+    """Without an end, over several of a kernel's tiles: rewards of zero but for the last one, known in closed form."""
+    rewards = torch.zeros(num_steps, 3).t() if columns else torch.zeros(3, num_steps)
+    rewards[:, -1] = tensor([1.0, 2.0, -4.0])
+    zeros = torch.zeros_like(rewards)
+    advantages, _ = gae(rewards, zeros, zeros, torch.zeros(3), gamma=0.999, lam=0.998, backend=backend)
+    decays = (0.999 * 0.998) ** torch.arange(num_steps - 1, -1, -1, dtype=torch.float64)
+    assert_close(advantages, (rewards[:, -1:] * decays).float())
+
+
+@pytest.mark.parametrize("start", [0, 3, 4, 8])
+def test_a_ring_of_odd_size_in_aligned_rows(start, backend):
+    """Ten slots of rows of twelve: four steps lie together where they begin, and not where the ring ends."""
+    num_envs, num_steps, capacity = 5, 8, 10
+    slots = (torch.arange(num_steps) + start) % capacity
+    data = rollout(num_envs, num_steps, seed=start)
+    rewards, values = (torch.full((num_envs, 12), math.nan)[:, :capacity] for _ in range(2))
+    codes = torch.full((num_envs, 12), 3, dtype=torch.uint8)[:, :capacity]
+    rewards[:, slots], values[:, slots], codes[:, slots] = data["rewards"], data["values"], data["dones"].byte()
+    advantages, returns = torch.full((2, num_envs, num_steps), math.nan)
+    select(advantages.device, backend).gae(
+        *(rewards, values, codes, None, None, data["last_values"], None, None, 0.97, 0.9, start, True, 0, None),
+        *(advantages, returns, None, None),
+    )
+    loop = gae_loop(data["rewards"], data["values"], data["dones"], data["last_values"], 0.97, 0.9)
+    assert_close(advantages, loop[0])
+    assert_close(returns, loop[1])
 
 
 @pytest.mark.parametrize("gamma, lam", [(0, 0), (1, 1), (0, 1), (1, 0), (0.999, 0.5)])

@@ -207,6 +207,13 @@ def test_gae_nan_where_a_final_value_is_missing():
     assert advantages.isnan().tolist() == [[False] * 6, [True] * 4 + [False] * 2]
 
 
+@pytest.mark.parametrize("num_steps", [257, 300])
+def test_gae_carries_through_three_tiles(num_steps):
+    rollout = Rollout(2, num_steps, ends=0.0)
+    rollout.arguments |= {"gamma": 0.999, "lam": 0.998}
+    rollout.check()
+
+
 @pytest.mark.parametrize("layout", ["env", "time"])
 def test_gae_statistics(layout):
     rollout = Rollout(70, 33, layout=layout)
