@@ -77,6 +77,10 @@ def gae(
         raise ValueError(f"time_dim: expected 0 or 1, got {time_dim!r}")
     gamma, lam = unit_interval("gamma", gamma), unit_interval("lam", lam)
     boolean("stats", stats)
+    given = rewards, values, dones, truncated, valid, final_values
+    usual = _usual(given, last_values, gamma, lam, timeout_bootstrap, time_dim, out, stats, backend)
+    if usual is not None:
+        return usual
     check_tensor("rewards", rewards, None)
     shape = tuple(rewards.shape)
     if len(shape) not in (2, 3) or (len(shape) == 3 and shape[2] != 1):
@@ -144,6 +148,72 @@ def gae(
     else:
         result = tuple((x if time_dim else x.t()).reshape(shape) for x in (advantages, returns))
     return (*result, moments) if stats else result
+
+
+def _usual(
+    given: tuple,
+    last_values: Tensor,
+    gamma: float,
+    lam: float,
+    timeout_bootstrap: str | None,
+    time_dim: int,
+    out: tuple[Tensor, Tensor] | None,
+    stats: bool,
+    backend: str | None,
+) -> tuple[Tensor, ...] | None:
+    """The whole of it where nothing is out of the ordinary, and nothing looked at that the operation checks by itself.
+
+    None, with nothing written, for all else: Python's checks, which take longer than a small rollout, say what is wrong in
+    the caller's words.
+    """
+    rewards, values, _, truncated, _, final_values = given
+    outputs = () if out is None else out
+    try:
+        ops = select(rewards.device, backend)
+        if not ops.checks or torch.compiler.is_compiling() or forward_ad._current_level >= 0:
+            return None
+        if rewards.numel() == 0 or (final_values is not None and truncated is None):
+            return None
+        grads = torch.is_grad_enabled()
+        for x in (*given, *outputs):
+            if x is not None and not _is_plain(x, 2, grads):
+                return None
+        if not _is_plain(last_values, 1, grads):
+            return None
+        bootstrap = pick_bootstrap(
+            truncated is not None, final_values=final_values, timeout_bootstrap=timeout_bootstrap
+        )
+        wide = torch.float64 in (rewards.dtype, values.dtype, last_values.dtype, getattr(final_values, "dtype", None))
+        dtype = torch.float64 if wide else torch.float32
+        if out is None:
+            outputs = torch.empty_like(rewards, dtype=dtype), torch.empty_like(rewards, dtype=dtype)
+        elif type(out) not in (tuple, list) or len(out) != 2 or out[0].dtype != dtype:
+            return None
+        moments = torch.empty(3, dtype=torch.float64, device=rewards.device) if stats else None
+        workspace = moments.new_zeros(workspace_size(rewards.shape[1 - time_dim])) if stats else None
+        planes = (*given, *outputs)
+        if time_dim == 0:
+            planes = [None if x is None else x.t() for x in planes]
+        *planes, final, advantages, returns = planes
+        ops.gae(
+            *planes, last_values, final if bootstrap == BOOTSTRAP["final_values"] else None, None, gamma, lam, 0, False,
+            bootstrap, None, advantages, returns, moments, workspace,
+        )  # fmt: skip
+    except (AttributeError, RuntimeError, TypeError, ValueError):
+        return None
+    written(*outputs)
+    return (*outputs, moments) if stats else tuple(outputs)
+
+
+def _is_plain(x: Tensor, dims: int, grads: bool) -> bool:
+    """Dense memory in either order, and no gradient, conjugation or negation to be kept in mind."""
+    return (
+        type(x) is Tensor
+        and x.dim() == dims
+        and not (grads and x.requires_grad)
+        and not x.is_neg()
+        and (x.is_contiguous() or (dims == 2 and x.t().is_contiguous()))
+    )
 
 
 def pick_bootstrap(truncations: bool, *, timeout_bootstrap: str | None, **values: object | None) -> int:
