@@ -163,8 +163,8 @@ def _usual(
 ) -> tuple[Tensor, ...] | None:
     """The whole of it where nothing is out of the ordinary, and nothing looked at that the operation checks by itself.
 
-    None, with nothing written, for all else: Python's checks, which take longer than a small rollout, say what is wrong in
-    the caller's words.
+    None, with nothing written, for all else: Python's checks, which take longer than a small rollout, say what is wrong
+    in the caller's words.
     """
     rewards, values, _, truncated, _, final_values = given
     outputs = () if out is None else out
