@@ -7,7 +7,10 @@ import pytest
 import test_non_finite
 import test_ops
 import torch
+from rollout_model import assert_close, rollout
 from shared_cases import MODULES, cases
+
+from pydrone import RolloutBuffer, gae
 
 found = cases(*MODULES, test_non_finite)
 del found["test_buffer_state_repr_and_truth"]  # it looks for the backend's name
@@ -45,3 +48,28 @@ def test_wrong_calls_are_refused_by_name(direct, monkeypatch):
         if problem:
             wrong.append(f"case {number}: {case.what}: {problem}")
     assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.slow
+def test_the_whole_size(backend):
+    """8192 x 100: a rollout of two environments to a warp, stored, scanned and drawn from."""
+    num_envs, num_steps = 8192, 100
+    data = rollout(num_envs, num_steps, seed=0)
+    obs = torch.randn(num_envs, num_steps, 17)
+    buf = RolloutBuffer(num_envs, num_steps, obs=17, actions=4, final_obs_rows=0, backend=backend)
+    for t in range(num_steps):
+        scalars = {name: data[name][:, t] for name in ("rewards", "dones", "values")}
+        buf.append(obs=obs[:, t], actions=obs[:, t, :4], log_probs=obs[:, t, 4], **scalars)
+    buf.compute_gae(data["last_values"])
+    arguments = [data[name].double() for name in ("rewards", "values", "dones", "last_values")]
+    advantages, returns, stats = gae(*arguments, stats=True, backend="reference")
+    assert_close(buf.advantages, advantages.float())
+    assert torch.allclose(buf.statistics, stats, rtol=1e-5)
+    normalized, drawn = (advantages - stats[1]) / (stats[2] / (stats[0] - 1)).sqrt(), []
+    for mb in buf.minibatches(4):
+        env, t = mb.indices // num_steps, mb.indices % num_steps
+        assert torch.equal(mb.obs, obs[env, t])
+        assert_close(mb.advantages, normalized[env, t].float())
+        assert_close(mb.returns, returns[env, t].float())
+        drawn.append(mb.indices)
+    assert torch.equal(torch.cat(drawn).sort().values, torch.arange(num_envs * num_steps))
