@@ -131,7 +131,8 @@ struct Step {
     const int64_t stride = 4 * plane.stride(0), bytes = static_cast<int64_t>(source.element_size());
     const char* const column = static_cast<const char*>(plane.data_ptr()) + 4 * slot * plane.stride(1);
     if (from >= column + (plane.size(0) - 1) * stride + 4 || column >= from + size) return false;
-    if (stride <= 4 || source.stride(0) * bytes != stride) return stride <= 4;
+    if (stride <= 4 || plane.size(0) == 1) return true;
+    if (source.stride(0) * bytes != stride) return false;
     const int64_t apart = ((from - column) % stride + stride) % stride;
     return apart < 4 || apart + bytes > stride;
   }

@@ -266,18 +266,19 @@ def test_pictures_turned_round():
     assert len(buf) == 1
 
 
-def test_a_view_of_the_step_that_is_written_is_refused(backend):
+@pytest.mark.parametrize("num_envs", [1, 64])
+def test_a_view_of_the_step_that_is_written_is_refused(num_envs, backend):
     """Kept from an earlier rollout: read and written in turn, it would store what it had just overwritten."""
-    buf = RolloutBuffer(64, 2, obs=24, actions=24, max_episode_length=2, backend=backend)
-    step = {name: torch.rand(64) for name in ("rewards", "dones", "values", "log_probs")}
-    step |= {"obs": torch.rand(64, 24), "actions": torch.rand(64, 24)}
+    buf = RolloutBuffer(num_envs, 2, obs=24, actions=24, max_episode_length=2, backend=backend)
+    step = {name: torch.rand(num_envs) for name in ("rewards", "dones", "values", "log_probs")}
+    step |= {"obs": torch.rand(num_envs, 24), "actions": torch.rand(num_envs, 24)}
     for _ in range(2):
         buf.append(**step)
     obs, actions, values, rewards = buf.obs[:, 0], buf.actions[:, 0], buf.values[:, 0], buf.rewards[:, 0]
     buf.clear()
     before = memory_bytes(buf)
     changes = [{"obs": actions, "actions": obs}, {"rewards": values}, {"values": rewards}, {"log_probs": values}]
-    changes.append({"truncated": torch.ones(64), "final_obs": obs})
+    changes.append({"truncated": torch.ones(num_envs), "final_obs": obs})
     for change in changes:
         if buf._ops.checks:
             with pytest.raises(
