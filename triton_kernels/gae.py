@@ -294,7 +294,8 @@ def merge_programs(count, mean, m2, workspace, stats, PARTIALS: tl.constexpr):
         counts = tl.zeros([PARTIALS], tl.float64)
         sums = tl.zeros([PARTIALS], tl.float64)
         squares = tl.zeros([PARTIALS], tl.float64)
-        for first in range(0, programs, PARTIALS):
+        first = 0
+        while first < programs:  # not a range: Triton 3.6's interpreter has none up to a tensor with numpy 2.5
             i = first + tl.arange(0, PARTIALS)
             number = tl.load(partials + i, mask=i < programs, other=0.0, cache_modifier=".cg")
             offset = tl.load(partials + programs + i, mask=i < programs, other=0.0, cache_modifier=".cg") - about
@@ -303,6 +304,7 @@ def merge_programs(count, mean, m2, workspace, stats, PARTIALS: tl.constexpr):
             counts += number
             sums += number * offset
             squares += spread + number * offset * offset
+            first += PARTIALS
         count = tl.sum(counts)
         offset = tl.sum(sums) / tl.where(count > 0, count, 1.0)
         m2 = tl.sum(squares) - count * offset * offset

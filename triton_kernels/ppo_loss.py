@@ -84,7 +84,8 @@ def merge_programs(
         surrogates = tl.zeros([PARTIALS], tl.float64)
         errors = tl.zeros([PARTIALS], tl.float64)
         divergences = tl.zeros([PARTIALS], tl.float64)
-        for first in range(0, programs, PARTIALS):
+        first = 0
+        while first < programs:  # not a range: Triton 3.6's interpreter has none up to a tensor with numpy 2.5
             i = first + tl.arange(0, PARTIALS)
             rows = partials + i * WIDTH
             mask = (i < programs)[:, None] & (action < NUM_ACTIONS)[None, :]
@@ -93,6 +94,7 @@ def merge_programs(
             surrogates += tl.load(sums, mask=i < programs, other=0.0, cache_modifier=".cg")
             errors += tl.load(sums + 1, mask=i < programs, other=0.0, cache_modifier=".cg")
             divergences += tl.load(sums + 2, mask=i < programs, other=0.0, cache_modifier=".cg")
+            first += PARTIALS
         total = total_samples.to(tl.float64)
         share = samples.to(tl.float64) / total
         s = tl.load(std + action * std_stride, mask=action < NUM_ACTIONS, other=1.0).to(tl.float64)
