@@ -546,7 +546,7 @@ def test_permutations_are_uniform_in_position_and_neighbours(backend, draw):
     for i, x in enumerate(numbers):
         x[counted] += i
     draws = torch.stack([permutation(backend, samples // num_steps, num_steps, *x) for x in numbers])
-    position, neighbour = position_and_neighbour(draws.cpu())
+    position, neighbour = position_and_neighbour(draws)
     assert position < 6 and neighbour < 6
 
 

@@ -12,12 +12,20 @@ if not torch.cuda.is_available():
 pytestmark = pytest.mark.gpu
 
 CPU = "its tensors are made on import, or it names the CPU"
+LAZY = "minibatches are lazy on the CPU alone"
 LEFT_OUT = {
     "test_gae_contract_equals_rsl_rl": CPU,
     "test_gae_contract_unsigned_flags_work_or_are_refused_by_name": CPU,
     "test_buffer_a_refused_step_leaves_everything_as_it_was": CPU,
     "test_buffer_state_to_its_own_device_is_itself": CPU,
     "test_buffer_state_repr_and_truth": CPU,
+    "test_minibatches_an_older_lazy_minibatch_does_not_overwrite_the_last": LAZY,
+    "test_minibatches_two_iterators_over_the_same_tensors": LAZY,
+    "test_minibatches_a_lazy_minibatch_of_another_rollout": LAZY,
+    "test_minibatches_a_lazy_minibatch_of_other_advantages": LAZY,
+    "test_minibatches_a_lazy_minibatch_while_the_next_rollout_is_collected": LAZY,
+    "test_minibatches_what_does_not_gather_a_lazy_minibatch": LAZY,
+    "test_minibatches_copies": LAZY,
 }
 
 found = cases(*MODULES)
