@@ -1,7 +1,8 @@
 """The Triton kernels against the reference: the cases of triton_cases.py, and the properties, each in its own process.
 
 Triton decides when it is imported whether kernels are interpreted, for the whole process, and other tests may have
-imported it already. On a machine with a GPU the cases run compiled. One by one, and with their output:
+imported it already. On a machine with a GPU the cases run compiled; the properties, whose tensors lie on the CPU here,
+are interpreted there too: tests/gpu has them compiled. One by one, and with their output:
 ``TRITON_INTERPRET=1 pytest tests/ops/triton_cases.py``.
 """
 
@@ -20,10 +21,10 @@ pytest.importorskip("triton")
 CASES = Path(__file__).with_name("triton_cases.py")
 
 
-def run(path: Path, *options: str) -> None:
+def run(path: Path, *options: str, interpreted: bool = not torch.cuda.is_available()) -> None:
     environment = dict(os.environ)
     environment.pop("TRITON_INTERPRET", None)
-    if not torch.cuda.is_available():
+    if interpreted:
         environment["TRITON_INTERPRET"] = "1"
     command = [sys.executable, "-m", "pytest", "-q", "-x", str(path), *options]
     done = subprocess.run(command, env=environment, cwd=CASES.parents[2], capture_output=True, text=True)
@@ -37,7 +38,7 @@ def test_cases(operation):
 
 
 def test_properties():
-    run(CASES.with_name("triton_properties.py"), "--hypothesis-profile", "few")
+    run(CASES.with_name("triton_properties.py"), "--hypothesis-profile", "few", interpreted=True)
 
 
 @pytest.mark.slow

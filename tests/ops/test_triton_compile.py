@@ -50,7 +50,7 @@ BUDGET = {
 }
 # ptxas keeps to 48 registers, five programs to a multiprocessor, by sparing one or two for a while: bytes of stack that
 # may be used for it, off the path of the loads. Nothing else may have any.
-SPARED = {"gae rows": 8, "gae rows, second rollout": 8, "gae rows, wrapped": 8}
+SPARED = {"gae rows": 8, "gae rows, second rollout": 8, "gae rows, wrapped": 8, "gae rows, odd": 8}
 WIDE = ["gae rows", "gae rows, no statistics", "gae rows, second rollout", "gae rows, few", "gae rows, pool"]
 
 
