@@ -61,8 +61,9 @@ class Clock:
         """
         if graph and self.cuda:
             calls[0]()
+            seen = self.count(calls[0])
             try:
-                whole = self.count(self.captured(calls[0])) >= self.count(calls[0])
+                whole = seen is not None and (self.count(self.captured(calls[0])) or 0) >= seen
             except RuntimeError:
                 whole = False
             self.wait()
@@ -105,11 +106,11 @@ class Clock:
         return start.elapsed_time(end) / 1e3
 
     def count(self, run: Run) -> int | None:
-        """Kernels, copies and fills of one call of ``run``."""
+        """Kernels, copies and fills of one call of ``run``; None where the profiler sees none, as without CUPTI."""
         if not self.cuda:
             return None
         run()
-        return len(self._on_device(self._events(run)))
+        return len(self._on_device(self._events(run))) or None
 
     def host_calls(self, run: Run) -> dict[str, int]:
         """How often the host launched something (a graph is one), and waited for the device, in one call of ``run``."""
@@ -117,6 +118,8 @@ class Clock:
             return {}
         run()
         own, found = (self._host_calls(x) for x in (lambda: None, run))
+        if not found["host_launches"]:
+            return {}
         return {name: n - own[name] for name, n in found.items()}  # without the profiler's
 
     def _host_calls(self, run: Run) -> dict[str, int]:
@@ -137,6 +140,8 @@ class Clock:
         seconds = []
         for _ in range(3):
             events = self._on_device(self._events(run))
+            if not events:
+                raise RuntimeError("the profiler has seen nothing of the device: is CUPTI there?")
             seconds.append(sum(event.time_range.elapsed_us() for event in events) / 1e6 / len(calls))
         return statistics.median(seconds)
 
