@@ -32,10 +32,12 @@ struct Plane {
   bool row_major(ScalarType wanted, int64_t size) const { return type == wanted && step == size && env != size; }
 };
 
+// Clang has no shuffle by a vector of numbers: there elements are moved one by one.
+#if defined(__GNUC__) && !defined(__clang__)
+#define PYDRONE_SQUARES
 // Rows of kSize elements.
 template <class T>
 struct Square;
-#if defined(__GNUC__)
 template <>
 struct Square<float> {
   typedef float Row __attribute__((vector_size(32)));
@@ -90,7 +92,7 @@ template <class T>
 PYDRONE_INLINE void transpose_body(char* to, int64_t to_row, const char* from, int64_t from_row, int64_t rows,
                                    int64_t columns) {
   int64_t whole_rows = 0, whole_columns = 0;
-#if defined(__GNUC__)
+#if defined(PYDRONE_SQUARES)
   constexpr int kSize = Square<T>::kSize;
   whole_rows = rows / kSize * kSize, whole_columns = columns / kSize * kSize;
   for (int64_t r = 0; r < whole_rows; r += kSize)
