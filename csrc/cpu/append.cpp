@@ -205,8 +205,13 @@ PYDRONE_STREAM_ROWS(PYDRONE_DEFAULT, __m128i, _mm_loadu_si128, _mm_stream_si128)
 struct Word {
   char bytes[16];
 };
-inline Word load_word(const Word* from) { return *from; }
-inline void store_word(Word* to, Word x) { *to = x; }
+// memcpy: what lies there was written as other types.
+inline Word load_word(const Word* from) {
+  Word x;
+  std::memcpy(&x, from, sizeof(x));
+  return x;
+}
+inline void store_word(Word* to, Word x) { std::memcpy(to, &x, sizeof(x)); }
 PYDRONE_STREAM_ROWS(PYDRONE_DEFAULT, Word, load_word, store_word)
 #endif
 #undef PYDRONE_STREAM_ROWS
