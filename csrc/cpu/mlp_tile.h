@@ -383,8 +383,9 @@ static void actor_loss(const PpoLoss& loss, const PpoTile& tile, float* outputs,
       if (loss.kl) {
         const Vec apart = load(tile.mu + j * kTile + n) - mean, old = load(tile.sigma + j * kTile + n);
         const float s = loss.std[j];
-        // Exactly 0 where nothing has changed.
-        apart_from_old += (apart * apart + (old * old - s * s)) * (0.5f / (s * s)) + (logarithm(all(s)) - logarithm(old));
+        // Exactly 0 where nothing has changed: of old * old - s * s, fused, one square would be rounded and one not.
+        const Vec wider = (old - s) * (old + s);
+        apart_from_old += (apart * apart + wider) * (0.5f / (s * s)) + (logarithm(all(s)) - logarithm(old));
       }
     }
     const Vec ratio = exponential(-0.5f * squares - lacking - load(tile.log_probs + n));

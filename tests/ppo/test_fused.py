@@ -488,7 +488,8 @@ def test_training_says_once_why_it_goes_the_torch_way(learner):
 @pytest.mark.parametrize("num_envs", [1, 130])
 def test_acting_is_the_policys(num_envs, obs, settings):
     torch.manual_seed(0)
-    policy = make_policy(obs, 3, PPOConfig(hidden_dims=(33, 16), **settings))
+    # A deviation whose square is rounded, as nearly all are.
+    policy = make_policy(obs, 3, PPOConfig(hidden_dims=(33, 16), init_std=0.7, **settings))
     if settings:
         policy.observe(
             {k: torch.randn(10, 9, w) * 2 for k, w in obs.items()} if isinstance(obs, dict) else torch.randn(10, 9, obs)
