@@ -2,7 +2,8 @@
 // as they are, over the stand-ins for torch's headers beside this file. It loads no torch.
 //
 // Sizes are such that every parallel loop is divided. Run with an argument, two threads write to the same memory, to show
-// that a race is seen. The printed sums say that something was computed.
+// that a race is seen. The printed sums say that something was computed, the same on every processor but for rounding: no
+// input is made among the arguments of a call, whose order is the compiler's.
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
@@ -136,10 +137,11 @@ struct Policy {
 void run_ppo(int64_t samples, int64_t width, int64_t activation) {
   const Policy x(width);
   const Tensor mu = make<float>({samples, 4}, 1), sigma = raised(make<float>({samples, 4}, 1));
-  auto vector = [&] { return make<float>({samples}, 1); };
-  pydrone::ppo_gradients({make<float>({samples, 17}, 1)}, {}, make<float>({samples, 4}, 1), vector(), vector(),
-                         vector(), vector(), mu, sigma, x.actor, x.critic, x.std, activation, false, 0.2, 0.2, 1, {},
-                         {}, {}, {}, 10, {}, {}, x.grads, x.metrics, {}, {}, {});
+  const Tensor obs = make<float>({samples, 17}, 1), actions = make<float>({samples, 4}, 1);
+  const Tensor log_probs = make<float>({samples}, 1), advantages = make<float>({samples}, 1);
+  const Tensor returns = make<float>({samples}, 1), values = make<float>({samples}, 1);
+  pydrone::ppo_gradients({obs}, {}, actions, log_probs, advantages, returns, values, mu, sigma, x.actor, x.critic, x.std,
+                         activation, false, 0.2, 0.2, 1, {}, {}, {}, {}, 10, {}, {}, x.grads, x.metrics, {}, {}, {});
   std::printf("ppo %lld: %.6g\n", (long long)samples, x.found());
 }
 
@@ -180,10 +182,13 @@ void run_act(int64_t num_envs, int64_t width, bool packed) {
 
 void run_adam(int64_t width) {
   const std::vector<Tensor> parameters = network(17, width, 4, 1), norms = {make<float>({2})};
+  const std::vector<Tensor> grads = network(17, width, 4, 1), exp_avgs = network(17, width, 4, 1);
+  const std::vector<Tensor> exp_avg_sqs = network(17, width, 4, 1);
+  const Tensor learning_rate = make<float>({}, 1);
   std::vector<Tensor> steps;
   for (size_t i = 0; i < parameters.size(); ++i) steps.push_back(make<float>({}));
-  pydrone::clipped_adam(parameters, network(17, width, 4, 1), network(17, width, 4, 1), network(17, width, 4, 1), steps,
-                        {0, 0, 0, 0, 1, 1}, 0.5, make<float>({}, 1), 0.9, 0.999, 1e-8, norms[0]);
+  pydrone::clipped_adam(parameters, grads, exp_avgs, exp_avg_sqs, steps, {0, 0, 0, 0, 1, 1}, 0.5, learning_rate, 0.9,
+                        0.999, 1e-8, norms[0]);
   std::printf("adam %lld: %.6g\n", (long long)width, sum(parameters[2]) + sum(norms[0]));
 }
 
