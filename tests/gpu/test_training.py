@@ -79,9 +79,10 @@ def test_the_host_reads_once_an_iteration(capture):
     trainer = make(capture)
     for _ in range(3):
         trainer.iterate()
-    found = calls(trainer.iterate)
+    own, found = calls(lambda: None), calls(trainer.iterate)
+    found.subtract(own)  # what the profiler does by itself
     waits = {name: n for name, n in found.items() if "Synchronize" in name and "Event" not in name}
-    assert sum(waits.values()) <= 2, waits  # the read, and the profiler's own
+    assert sum(waits.values()) <= 1, waits  # the read
     launched = {name: n for name, n in found.items() if name.startswith(("cudaLaunch", "cuLaunch"))}
     if capture:
         # beside the graph: the seed and the offset of torch's generator and the environment's
