@@ -24,7 +24,8 @@ from gpu import iterations, machine, operations, others, targets
 from gpu.clock import Clock, in_a_line
 from workload import Rollout, Size, Truth
 
-PARTS = ("operations", "others", "iterations", "trainings")
+# In this order: a capture that fails, another package's or a training's, may leave the next part unable to run.
+PARTS = ("operations", "iterations", "others", "trainings")
 
 
 def table(rows: list[dict], copy_gb_s: float) -> str:
