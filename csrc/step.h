@@ -89,6 +89,13 @@ struct Step {
   void check_apart(int64_t slot) const {
     const int64_t num_envs = rows.size(1), written = row.count ? num_envs * rows.size(2) : 0;
     const char* const to = static_cast<const char*>(rows.data_ptr()) + slot * num_envs * rows.size(2);
+    std::vector<Column> columns;
+    columns.reserve(plane.count);
+    for (int64_t j = 0; j < plane.count; ++j) {
+      const int64_t stride = 4 * planes[j].stride(0);
+      const char* const first = static_cast<const char*>(planes[j].data_ptr()) + 4 * slot * planes[j].stride(1);
+      columns.push_back({first, first + (num_envs - 1) * stride + 4, num_envs > 1 ? stride : 4});
+    }
     for (const Sources* sources : {&row, &plane, &final})
       for (int64_t i = 0; i < sources->count; ++i) {
         const Tensor& source = (*sources)[i];
@@ -96,7 +103,7 @@ struct Step {
         const int64_t size = span(source);
         bool meet = from < to + written && to < from + size;
         for (int64_t j = 0; j < plane.count && size; ++j)
-          if (sources != &plane || i != j) meet = meet || meets(source, from, size, planes[j], slot);
+          if (sources != &plane || i != j) meet = meet || columns[j].meets(source, from, from + size);
         STD_TORCH_CHECK(!meet, sources->name, ": expected memory of its own, got a view of the step that is written");
       }
   }
@@ -125,17 +132,22 @@ struct Step {
   }
 
  private:
-  // Whether a source has an element of a plane's column. One that lies between the column's elements is told by its
-  // stride, which is the column's, as other columns' are.
-  static bool meets(const Tensor& source, const char* from, int64_t size, const Tensor& plane, int64_t slot) {
-    const int64_t stride = 4 * plane.stride(0), bytes = static_cast<int64_t>(source.element_size());
-    const char* const column = static_cast<const char*>(plane.data_ptr()) + 4 * slot * plane.stride(1);
-    if (from >= column + (plane.size(0) - 1) * stride + 4 || column >= from + size) return false;
-    if (stride <= 4 || plane.size(0) == 1) return true;
-    if (source.stride(0) * bytes != stride) return false;
-    const int64_t apart = ((from - column) % stride + stride) % stride;
-    return apart < 4 || apart + bytes > stride;
-  }
+  // What is written of a plane, float32.
+  struct Column {
+    const char *first, *end;
+    int64_t stride;  // bytes; 4 at most if it is dense
+
+    // Whether the source, in [from, until), has an element of it. One that lies between the column's elements is told by
+    // its stride, which is the column's, as other columns' are.
+    bool meets(const Tensor& source, const char* from, const char* until) const {
+      if (from >= end || first >= until) return false;
+      if (stride <= 4) return true;
+      const auto bytes = static_cast<int64_t>(source.element_size());
+      if (source.stride(0) * bytes != stride) return false;
+      const int64_t apart = ((from - first) % stride + stride) % stride;
+      return apart < 4 || apart + bytes > stride;
+    }
+  };
 
   static const Tensor& first(const std::vector<Tensor>& memory) {
     STD_TORCH_CHECK(!memory.empty(), "memory: expected rows, codes and planes, got no tensor");
