@@ -101,7 +101,7 @@ struct Step {
         const Tensor& source = (*sources)[i];
         const auto* from = static_cast<const char*>(source.data_ptr());
         const int64_t size = span(source);
-        bool meet = from < to + written && to < from + size;
+        bool meet = written && from < to + written && to < from + size;
         for (int64_t j = 0; j < plane.count && size; ++j)
           if (sources != &plane || i != j) meet = meet || columns[j].meets(source, from, from + size);
         STD_TORCH_CHECK(!meet, sources->name, ": expected memory of its own, got a view of the step that is written");

@@ -293,6 +293,21 @@ def test_a_view_of_the_step_that_is_written_is_refused(num_envs, backend):
     assert torch.equal(buf.values[:, 1], step["values"]) and torch.equal(buf.rewards[:, 1], step["values"])
 
 
+def test_a_view_over_a_step_of_which_no_row_is_written_is_taken(backend):
+    """end() after slot() writes no row: a final observation may lie in the ring, around the step."""
+    buf = RolloutBuffer(2, 2, obs=3, actions=1, max_episode_length=2, backend=backend)
+    zeros, ones = torch.zeros(2), torch.ones(2)
+    buf.append(
+        obs=torch.rand(2, 3), actions=torch.zeros(2, 1), rewards=zeros, dones=zeros, values=zeros, log_probs=zeros
+    )
+    buf.slot()["obs"].copy_(torch.rand(2, 3))
+    over = buf._views["obs.obs"].transpose(0, 1)[0]  # the first environment's two steps
+    buf.end(rewards=zeros, dones=ones, truncated=ones, final_obs=over)
+    seen = []
+    buf.compute_gae(zeros, value_fn=lambda obs: seen.append(obs.clone()) or zeros)
+    assert torch.equal(seen[0].sort(0).values, over.sort(0).values)
+
+
 def test_missing_arguments():
     buf = RolloutBuffer(4, 2, obs=3, actions=((), torch.int64), fields={"mu": 2})
     with pytest.raises(TypeError, match=r"^mu: expected a tensor for this field, got none$"):
