@@ -57,12 +57,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: to try this script out")
     parser.add_argument("--backends", nargs="+", help="default: cuda triton; on a CPU: cpu")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="some go to <gpu>-<parts>.json")
-    parser.add_argument("--num-envs", type=int, default=8192)
-    parser.add_argument("--num-steps", type=int, default=100)
-    parser.add_argument("--repeats", type=int, default=30)
-    options = parser.parse_args()
-    machine.refuse(parser, options)
-    return options
+    return machine.parsed(parser)
 
 
 def main() -> None:
@@ -80,8 +75,8 @@ def main() -> None:
 
     work: dict[str, Callable[[], list[dict]]] = {
         "operations": of_operations,
-        "others": lambda: [*others.gae(scan, truth, clock, cache), *others.storage(rollout, truth, clock)],
         "iterations": lambda: iterations.storage(rollout, truth, backends, clock),
+        "others": lambda: [*others.gae(scan, truth, clock, cache), *others.storage(rollout, truth, clock)],
         "trainings": lambda: iterations.trainings(clock, *rollout.size),
     }
     suffix = "" if set(options.parts) == set(PARTS) else "-" + "-".join(options.parts)

@@ -115,12 +115,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--kernels", nargs="+", choices=KERNELS, default=list(KERNELS))
     parser.add_argument("--backends", nargs="+", choices=("cuda", "triton"), default=["cuda", "triton"])
     parser.add_argument("--variants", type=int, help="so many of each kernel, the default first; default: all")
-    parser.add_argument("--num-envs", type=int, default=8192)
-    parser.add_argument("--num-steps", type=int, default=100)
-    parser.add_argument("--repeats", type=int, default=30)
-    options = parser.parse_args()
-    machine.refuse(parser, options)
-    return options
+    return machine.parsed(parser)
 
 
 def chosen(options: argparse.Namespace) -> dict[tuple[str, str], list[Variant]]:

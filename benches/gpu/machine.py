@@ -18,6 +18,16 @@ from .clock import Clock
 ROOT = Path(__file__).resolve().parents[2]
 
 
+def parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The command's options, sizes and repeats among them."""
+    parser.add_argument("--num-envs", type=int, default=8192)
+    parser.add_argument("--num-steps", type=int, default=100)
+    parser.add_argument("--repeats", type=int, default=30)
+    options = parser.parse_args()
+    refuse(parser, options)
+    return options
+
+
 def refuse(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     """Ends the command where its options make no sense or there is no GPU."""
     for name in ("num_envs", "num_steps", "repeats", "variants"):

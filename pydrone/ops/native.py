@@ -66,6 +66,18 @@ def _triton(name: str):
     return launch
 
 
+def define(library: torch.library.Library, name: str, schema: str) -> None:
+    """An operation, and what it is in a trace."""
+    library.define(name + schema)
+    torch.library.register_fake(f"{library.ns}::{name}", _fake(name), lib=library)
+
+
+def fall_back(library: torch.library.Library, name: str) -> None:
+    """The reference, wherever there is no kernel."""
+    for key in ("CompositeExplicitAutograd", "MkldnnCPU", "AutogradNestedTensor"):
+        library.impl(name, _plain(name), key)
+
+
 def build_info() -> dict:
     """What the build recorded about itself: ``native_cpu`` and ``native_cuda``, None or the reason it is missing."""
     path = PACKAGE / "_build_info.json"
@@ -85,8 +97,7 @@ def _load(stem: str) -> str | None:
 
 
 for _name, _schema in (SCHEMAS | CPU_SCHEMAS | LEARNER_SCHEMAS).items():
-    _library.define(_name + _schema)
-    torch.library.register_fake(f"pydrone::{_name}", _fake(_name), lib=_library)
+    define(_library, _name, _schema)
 for _name, _schema in CPU_QUERIES.items():
     _library.define(_name + _schema)
 
@@ -94,7 +105,6 @@ CPU_MISSING = _load("_native_cpu")
 CUDA_MISSING = _load("_native_cuda") if torch.version.cuda else "this PyTorch is built without CUDA"
 
 for _name in (*SCHEMAS, *LEARNER_SCHEMAS):
-    for _key in ("CompositeExplicitAutograd", "MkldnnCPU", "AutogradNestedTensor"):
-        _library.impl(_name, _plain(_name), _key)
+    fall_back(_library, _name)
     if CUDA_MISSING is not None or _name in LEARNER_SCHEMAS:
         _library.impl(_name, _triton(_name), "CUDA")

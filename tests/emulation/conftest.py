@@ -21,10 +21,8 @@ def operations() -> dispatch.Backend:
     """The emulated backend. Its operations are torch.ops.pydrone_emulated's, with the schemas of pydrone's own."""
     library = torch.library.Library("pydrone_emulated", "DEF")
     for name, schema in SCHEMAS.items():
-        library.define(name + schema)
-        torch.library.register_fake(f"pydrone_emulated::{name}", native._fake(name), lib=library)
-        for key in ("CompositeExplicitAutograd", "MkldnnCPU", "AutogradNestedTensor"):
-            library.impl(name, native._plain(name), key)
+        native.define(library, name, schema)
+        native.fall_back(library, name)
     torch.ops.load_library(str(cuda_on_cpu.build()))
     ops = torch.ops.pydrone_emulated
     yield dispatch.Backend("cuda", True, ops.gae.default, ops.append.default, ops.gather.default)

@@ -64,15 +64,8 @@ def build(folder: Path = FOLDER, sources: Path = ROOT / "csrc") -> Path:
         list(pool.map(lambda x: run(*CXX, *FLAGS, "-c", "-x", "c++", str(x), "-o", f"{x}.o"), units))
     libraries = f"-L{Path(torch.__path__[0], 'lib')}", "-ltorch", "-ltorch_cpu", "-lc10"
     sanitize = [x for x in FLAGS if x.startswith("-fsanitize")]
-    run(
-        *CXX,
-        "-shared",
-        *sanitize,
-        *(f"{x}.o" for x in units),
-        *libraries,
-        "-o",
-        str(made := library.with_suffix(".new")),
-    )
+    made = library.with_suffix(".new")
+    run(*CXX, "-shared", *sanitize, *(f"{x}.o" for x in units), *libraries, "-o", str(made))
     return made.rename(library)
 
 
