@@ -49,9 +49,9 @@ SANITIZED := build/sanitized
 SANITIZED_RUN = env PYTHONSAFEPATH=1 PYTHONPATH=$(CURDIR)/$(SANITIZED) ASAN_OPTIONS=detect_leaks=0 \
     UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
     LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" $(PY)
-SANITIZED_TESTS := $(addprefix tests/,test_gae.py test_gae_contract.py test_ring.py test_buffer.py test_buffer_state.py \
-    test_final_obs.py test_minibatches.py test_sequences.py test_captured.py test_pages.py ops/test_ops.py \
-    $(addprefix ppo/,test_fused.py test_fused_ring.py test_fused_bf16.py test_acting.py test_adam.py) trust)
+SANITIZED_TESTS := $(addprefix tests/,test_gae.py test_gae_contract.py test_buffer.py test_buffer_state.py rollout \
+    ops/test_ops.py ops/test_pages.py trust \
+    $(addprefix ppo/learner/,test_fused.py test_fused_ring.py test_fused_bf16.py test_acting.py test_adam.py))
 # ThreadSanitizer cannot follow torch's threads: the same sources over std::thread, without torch.
 TORCH_INCLUDE = $(PY) -c 'import torch.utils.cpp_extension as x; print(x.include_paths()[0])'
 RACE = $(CXX) -std=c++20 -O1 -g -fsanitize=thread -pthread -Wall -Wno-psabi -DTORCH_TARGET_VERSION=0x020a000000000000 \

@@ -9,12 +9,12 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from ._version import __version__
+from pydrone._version import __version__
 
 if TYPE_CHECKING:
-    from .buffer import BufferFull, Minibatch, RolloutBuffer
-    from .estimators import gae
-    from .ops.dispatch import backends
+    from pydrone.buffer import BufferFull, Minibatch, RolloutBuffer
+    from pydrone.estimators import gae
+    from pydrone.ops.dispatch import backends
 
 __all__ = ["BufferFull", "Minibatch", "RolloutBuffer", "__version__", "backends", "gae"]
 

@@ -2,7 +2,7 @@
 
 import sys
 
-from pydrone.cli import main
+from pydrone.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

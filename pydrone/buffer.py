@@ -16,16 +16,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from .estimators import env_scalars, overlap, pick_bootstrap, unit_interval
-from .layout import boolean, of_append, positive
-from .minibatch import Drawn, InRing, Minibatch, Plan
-from .ops.dispatch import bump, written
-from .ops.pages import Recycler
-from .ops.reference import normalization, permute
-from .ops.schema import CURSOR_DISCARDED, INVALID
-from .ring import BufferFull, NonFinite, Ring, field_view
-from .sequences import Sequences, pad
-from .sources import Sources
+from pydrone.estimators import env_scalars, overlap, pick_bootstrap, unit_interval
+from pydrone.ops.dispatch import bump, written
+from pydrone.ops.pages import Recycler
+from pydrone.ops.reference import normalization, permute
+from pydrone.ops.schema import CURSOR_DISCARDED, INVALID
+from pydrone.rollout.layout import boolean, of_append, positive
+from pydrone.rollout.minibatch import Drawn, InRing, Minibatch, Plan
+from pydrone.rollout.ring import BufferFull, NonFinite, Ring, field_view
+from pydrone.rollout.sequences import Sequences, pad
+from pydrone.rollout.sources import Sources
 
 __all__ = ["BufferFull", "Minibatch", "NonFinite", "RolloutBuffer"]
 
@@ -545,8 +545,8 @@ class RolloutBuffer(Ring):
             normalize_advantages: as in :meth:`minibatches`.
 
         Yields:
-            :class:`~pydrone.sequences.Sequences`; its ``fields`` hold actions, values, log_probs, advantages, returns
-            and the constructor's. Plain PyTorch, one host sync a minibatch.
+            :class:`~pydrone.rollout.sequences.Sequences`; its ``fields`` hold actions, values, log_probs, advantages,
+            returns and the constructor's. Plain PyTorch, one host sync a minibatch.
         """
         count, epochs = positive("num_minibatches", num_minibatches), positive("num_epochs", num_epochs)
         if isinstance(burn_in, bool) or not isinstance(burn_in, int) or burn_in < 0:

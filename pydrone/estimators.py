@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .layout import boolean
-from .ops.dispatch import select, written
-from .ops.schema import BOOTSTRAP, workspace_size
+from pydrone.ops.dispatch import select, written
+from pydrone.ops.schema import BOOTSTRAP, workspace_size
+from pydrone.rollout.layout import boolean
 
 __all__ = ["gae"]
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from .layout import Allocation, Layout, positive
+from pydrone.rollout.layout import Allocation, Layout, positive
 
 __all__ = ["MemoryPlan", "plan", "render"]
 

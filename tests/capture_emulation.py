@@ -85,7 +85,7 @@ def written(func: torch._ops.OpOverload, args: tuple, kwargs: dict) -> Iterator[
 
 
 def capture(run: Callable[[], None], generators: Sequence[torch.Generator], stream: None) -> Callable[[], None]:
-    """In place of pydrone.ppo.graphs.capture."""
+    """In place of pydrone.ppo.training.graphs.capture."""
     recorder = Recorder(list(generators))
     with recorder:
         run()

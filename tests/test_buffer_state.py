@@ -63,7 +63,7 @@ def test_bytes_are_those_of_the_plan(options, backend):
 
 def test_the_table_of_the_task():
     """8192 x 100, 17 observations, 4 actions: rows of 128 bytes with mean, std and row number; 96 without them."""
-    from pydrone.layout import Layout
+    from pydrone.rollout.layout import Layout
 
     def rows(**options) -> int:
         return Layout(8192, 100, 17, 4, **options).row_bytes

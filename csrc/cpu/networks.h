@@ -202,7 +202,7 @@ void copy_tile(const Column& from, int64_t first, int64_t count, int64_t rows, f
     for (int64_t k = 0; k < from.width; ++k) to[i * sample + k * element] = 0.0f;
 }
 
-// (x - shift) / std, clipped: pydrone/ppo/normalization.py.
+// (x - shift) / std, clipped: pydrone/ppo/policy/normalization.py.
 struct Normalizer {
   const float *shift = nullptr, *std = nullptr;
   float clip = 0;

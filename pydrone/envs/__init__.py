@@ -11,12 +11,12 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from .randomization import Randomization
-from .registry import ENVIRONMENTS, check_name, known, make
-from .task_options import TaskOptions
+from pydrone.envs.randomization import Randomization
+from pydrone.envs.registry import ENVIRONMENTS, check_name, known, make
+from pydrone.envs.task_options import TaskOptions
 
 if TYPE_CHECKING:
-    from .base import Env, EpisodeStats, LogMeter, StepResult
+    from pydrone.envs.base import Env, EpisodeStats, LogMeter, StepResult
 
 __all__ = [
     "ENVIRONMENTS",

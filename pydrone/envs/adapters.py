@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .base import ActionSpec, Autoreset, EpisodeStats, Obs, ObsSpec, StepResult
+from pydrone.envs.base import ActionSpec, Autoreset, EpisodeStats, Obs, ObsSpec, StepResult
 
 BoundedActions = Literal["clip", "rescale", "none"]
 

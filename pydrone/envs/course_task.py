@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .hover_task import HoverConfig, HoverTask
+from pydrone.envs.hover_task import HoverConfig, HoverTask
 
 # a figure of eight about the start, 8.1 m a lap
 FIGURE_OF_EIGHT = (

@@ -15,9 +15,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .base import Autoreset, StepResult, check_actions
-from .course_task import CourseTask
-from .hover_task import (
+from pydrone.envs.base import Autoreset, StepResult, check_actions
+from pydrone.envs.course_task import CourseTask
+from pydrone.envs.hover_task import (
     ACTION_DIM,
     ACTION_LIMITS,
     OBS_DIM,
@@ -27,7 +27,7 @@ from .hover_task import (
     propeller_rpm,
     rotate_inverse,
 )
-from .randomization import Randomization
+from pydrone.envs.randomization import Randomization
 
 
 def init_genesis(device: torch.device, seed: int, performance_mode: bool = True, logging_level: str = "warning") -> Any:

@@ -20,12 +20,12 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from .base import EpisodeStats, StepResult
-from .task_options import TaskOptions
+from pydrone.envs.base import EpisodeStats, StepResult
+from pydrone.envs.task_options import TaskOptions
 
 if TYPE_CHECKING:
-    from .randomization import Randomization
-    from .randomizer import Randomizer
+    from pydrone.envs.randomization import Randomization
+    from pydrone.envs.randomizer import Randomizer
 
 OBS_DIM = 17
 ACTION_DIM = 4
@@ -290,7 +290,7 @@ class HoverTask:
         self._everyone = torch.ones(num_envs, dtype=torch.bool, device=self.device)
         self.randomizer: Randomizer | None = None
         if randomization is not None and randomization.varies():
-            from .randomizer import Randomizer
+            from pydrone.envs.randomizer import Randomizer
 
             self.randomizer = Randomizer(num_envs, randomization, self.generator, self.config)
         self._prepare()

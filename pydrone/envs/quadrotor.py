@@ -14,9 +14,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .base import Autoreset, StepResult, check_actions
-from .course_task import CourseTask
-from .hover_task import (
+from pydrone.envs.base import Autoreset, StepResult, check_actions
+from pydrone.envs.course_task import CourseTask
+from pydrone.envs.hover_task import (
     ACTION_DIM,
     ACTION_LIMITS,
     OBS_DIM,
@@ -26,8 +26,8 @@ from .hover_task import (
     propeller_rpm,
     rotate_inverse,
 )
-from .randomization import Randomization
-from .state import restore, state_of
+from pydrone.envs.randomization import Randomization
+from pydrone.envs.state import restore, state_of
 
 # Crazyflie 2.x as in the cf2x.urdf that Genesis ships (from Foerster, "System Identification of the Crazyflie 2.0 Nano
 # Quadrocopter", 2015, and Landry, "Planning and control for quadrotor flight through cluttered environments", 2015)

@@ -11,8 +11,8 @@ import math
 import torch
 from torch import Tensor
 
-from .hover_task import ACTION_DIM, DroneState, HoverConfig, propeller_rpm
-from .randomization import Randomization
+from pydrone.envs.hover_task import ACTION_DIM, DroneState, HoverConfig, propeller_rpm
+from pydrone.envs.randomization import Randomization
 
 NOISES = ("pos_noise", "att_noise", "vel_noise", "gyro_noise")
 #: how many numbers a drone draws from each range

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-    from .base import Env
+    from pydrone.envs.base import Env
 
 GROUP = "pydrone.envs"
 
@@ -94,7 +94,7 @@ def _origin(point: EntryPoint) -> str:
 
 
 def _check_env(env: Any, name: str, point: EntryPoint, num_envs: int) -> None:
-    from .base import Env
+    from pydrone.envs.base import Env
 
     parts = ("num_envs", "obs", "actions", "device", "max_episode_length", "autoreset")
     methods = ("reset", "step", "randomize_episode_lengths", "close")

@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..estimators import gae
-from .peer import Change, Patches, require
+from pydrone.estimators import gae
+from pydrone.integrations.peer import Change, Patches, require
 
 require("rl-games", (1, 6), (1, 7))
 

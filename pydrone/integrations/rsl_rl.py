@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from ..buffer import Minibatch, RolloutBuffer
-from ..minibatch import Plan
-from ..ops.reference import normalization
-from ..sequences import trajectories
-from .peer import Change, Patches, require
+from pydrone.buffer import Minibatch, RolloutBuffer
+from pydrone.integrations.peer import Change, Patches, require
+from pydrone.ops.reference import normalization
+from pydrone.rollout.minibatch import Plan
+from pydrone.rollout.sequences import trajectories
 
 require("rsl-rl-lib", (5,), (6,))  # before imports that would fail without such a sentence
 

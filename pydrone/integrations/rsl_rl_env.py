@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..envs.base import Env
-from .rsl_rl import TensorDict, VecEnv  # which says what is missing
+from pydrone.envs.base import Env
+from pydrone.integrations.rsl_rl import TensorDict, VecEnv  # which says what is missing
 
 __all__ = ["VecEnvWrapper"]
 

@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..buffer import Minibatch
-from ..buffer import RolloutBuffer as Ring
-from ..layout import positive
-from ..minibatch import Plan
-from .peer import require
+from pydrone.buffer import Minibatch
+from pydrone.buffer import RolloutBuffer as Ring
+from pydrone.integrations.peer import require
+from pydrone.rollout.layout import positive
+from pydrone.rollout.minibatch import Plan
 
 require("stable-baselines3", (2, 4), (3,))
 

@@ -14,14 +14,14 @@ from importlib import import_module
 import torch
 from torch import Tensor
 
-from ..estimators import gae
-from ..layout import of_append, pack
-from ..ops import pages
-from ..ops.dispatch import select, written
-from ..ops.reference import normalization
-from ..ops.schema import SCALAR_TYPES
-from ..ring import field_view
-from .peer import Change, Patches, require
+from pydrone.estimators import gae
+from pydrone.integrations.peer import Change, Patches, require
+from pydrone.ops import pages
+from pydrone.ops.dispatch import select, written
+from pydrone.ops.reference import normalization
+from pydrone.ops.schema import SCALAR_TYPES
+from pydrone.rollout.layout import of_append, pack
+from pydrone.rollout.ring import field_view
 
 require("skrl", (2, 1), (2, 2))
 

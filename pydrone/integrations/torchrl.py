@@ -11,8 +11,8 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
-from ..estimators import gae
-from .peer import require
+from pydrone.estimators import gae
+from pydrone.integrations.peer import require
 
 require("torchrl", (0, 14), (0, 15))
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from . import native, reference, triton
+from pydrone.ops import native, reference, triton
 
 NAMES = ("reference", "cpu", "triton", "cuda")
 

@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import reference
-from .schema import CPU_QUERIES, CPU_SCHEMAS, LEARNER_SCHEMAS, SCHEMAS
+from pydrone.ops import reference
+from pydrone.ops.schema import CPU_QUERIES, CPU_SCHEMAS, LEARNER_SCHEMAS, SCHEMAS
 
 PACKAGE = Path(__file__).resolve().parent.parent
 
@@ -59,7 +59,7 @@ def _plain(name: str):
 
 def _triton(name: str):
     def launch(*args) -> None:
-        from . import triton
+        from pydrone.ops import triton
 
         getattr(triton, name)(*args)
 

@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from .schema import (
+from pydrone.ops.schema import (
     CURSOR_APPENDED,
     CURSOR_DISCARDED,
     CURSOR_FLAG,
@@ -236,7 +236,7 @@ def ppo_loss(
     metrics,
     workspace,
 ) -> None:
-    """PPO's loss (the formulas of pydrone/ppo/loss.py) and its derivatives, term by term."""
+    """PPO's loss (the formulas of pydrone/ppo/learner/loss.py) and its derivatives, term by term."""
     mean, std, actions, log_probs, advantages, new, old, target = (
         x.to(mean_grad.dtype) for x in (mean, std, actions, log_probs, advantages, new_values, values, returns)
     )

@@ -16,7 +16,7 @@ C = capacity of the ring in steps. All outputs are written in place; nothing is 
     zero before the first launch, private to one stream.
 
 ``append``  stores one step of N environments. (An argument costs a tenth of a microsecond, a list half of one and more
-with numbers in it: hence two lists, and a tensor of numbers. :func:`pydrone.layout.of_append` makes it.)
+with numbers in it: hence two lists, and a tensor of numbers. :func:`pydrone.rollout.layout.of_append` makes it.)
 
     memory: [rows, codes, *planes], or [rows] alone: rows uint8 [C, N, row_bytes], codes uint8 [N, C], planes [N, C].
     With a pool of final observations also final_obs, count, final_rows: uint8 [R, P, pool_row_bytes], rows where
@@ -46,8 +46,8 @@ with numbers in it: hence two lists, and a tensor of numbers. :func:`pydrone.lay
     bfloat16, as far as ``has_bf16``; all else is float32.  value_clip below 0: the value loss is plain.
     obs_shift, obs_std [width], critic_shift, critic_std, value_shift, value_std []: (x - shift) / std, of observations
     clipped to obs_clip; None: as they are.  grads: of actor, critic and std, shaped as these, of
-    surrogate + value_loss_coef * value loss (pydrone/ppo/loss.py).  metrics: float64 [3], surrogate, value loss, and
-    KL(mu, sigma || new), not a number without these.
+    surrogate + value_loss_coef * value loss (pydrone/ppo/learner/loss.py).  metrics: float64 [3], surrogate, value
+    loss, and KL(mu, sigma || new), not a number without these.
     drawn: empty, or [num_steps, start, num_samples, key, rollout, epoch, shuffle, first, B], as ``gather``'s. Then obs,
     critic_obs, actions, log_probs, values, mu and sigma are fields of a ring's rows, [C, N, ...], advantages are
     [N, T], stats and subset as ``gather``'s, and returns None: A + values. To the bit what gathering first would give.

@@ -69,7 +69,7 @@ def describe(policy: nn.Module, limits: tuple[float, float] | None = None) -> tu
     """The layers of the deterministic policy and their tensors.
 
     Args:
-        policy: a :class:`pydrone.ppo.policy.ActorCritic`.
+        policy: a :class:`pydrone.ppo.policy.actor_critic.ActorCritic`.
         limits: what actions are clipped to; None: they are not.
     """
     layers: Layers = []
@@ -188,7 +188,7 @@ def save(
     """Writes ``policy`` to ``path``, whole and checked against its own actions, or not at all.
 
     Args:
-        policy: a :class:`pydrone.ppo.policy.ActorCritic`.
+        policy: a :class:`pydrone.ppo.policy.actor_critic.ActorCritic`.
         path: replaced where it exists.
         format: one of FORMATS.
         limits: what the environment clips actions to; None: it does not.
@@ -423,7 +423,7 @@ def policy_of(state: Mapping[str, Any]) -> nn.Module:
     Raises ValueError where the checkpoint holds no such policy.
     """
     from pydrone.ppo.config import PPOConfig
-    from pydrone.ppo.policy import make_policy
+    from pydrone.ppo.policy.actor_critic import make_policy
 
     try:
         weights, settings = state["policy"], state["config"]["ppo"]

@@ -18,11 +18,12 @@ import torch
 
 from pydrone.envs.base import Env
 from pydrone.ops import native
-from pydrone.ppo import checkpoint, configfile
+from pydrone.ppo import configfile
 from pydrone.ppo.config import TrainConfig
-from pydrone.ppo.distributed import Ranks
-from pydrone.ppo.iteration import Iteration, NotFinite
-from pydrone.ppo.meters import stages_of
+from pydrone.ppo.training import checkpoint
+from pydrone.ppo.training.distributed import Ranks
+from pydrone.ppo.training.iteration import Iteration, NotFinite
+from pydrone.ppo.training.meters import stages_of
 
 # What a checkpoint holds, see Trainer.state_dict.
 CHECKPOINT_KEYS = ("iteration", "policy", "learner", "config")
@@ -281,7 +282,7 @@ class Trainer(Iteration):
     def _open_run(self) -> None:
         if self.run_dir is None:
             return
-        from pydrone.report import CONFIG, RunLog
+        from pydrone.ppo.training.run_log import CONFIG, RunLog
 
         config, settings = self.config, dataclasses.asdict(self.config)
         self.run_dir.mkdir(parents=True, exist_ok=True)
@@ -313,7 +314,7 @@ def progress_line(figures: dict[str, float], iterations: int, seconds_left: floa
 
 
 def read_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """The checkpoint of a training, see :meth:`Trainer.state_dict`; raises as :func:`pydrone.ppo.checkpoint.load`."""
+    """The checkpoint of a training, see :meth:`Trainer.state_dict`; raises as ``checkpoint.load``."""
     state = checkpoint.load(path, device, CHECKPOINT_KEYS)
     if type(state["iteration"]) is not int or state["iteration"] < 0:
         raise ValueError(f"{path}: iteration: expected an int of at least 0, got {state['iteration']!r}")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pydrone import cli
+from pydrone.cli import main as cli
 from pydrone.envs import known, make
 from pydrone.ppo.config import TrainConfig
 

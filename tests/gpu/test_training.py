@@ -10,9 +10,9 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from pydrone.envs.quadrotor import Quadrotor
-from pydrone.ppo import checkpoint
 from pydrone.ppo.config import PPOConfig, TrainConfig
 from pydrone.ppo.trainer import Trainer
+from pydrone.ppo.training import checkpoint
 
 if not torch.cuda.is_available():
     pytest.skip("no CUDA device", allow_module_level=True)

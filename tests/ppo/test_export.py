@@ -15,10 +15,11 @@ import pytest
 import torch
 from torch import nn
 
-from pydrone.cli import main
-from pydrone.ppo import checkpoint, export
+from pydrone.cli.main import main
+from pydrone.ppo import export
 from pydrone.ppo.config import PPOConfig, TrainConfig
-from pydrone.ppo.policy import ActorCritic
+from pydrone.ppo.policy.actor_critic import ActorCritic
+from pydrone.ppo.training import checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMITS = (-1.0, 1.0)
@@ -136,7 +137,7 @@ def test_what_is_written_down(by_hand, format, tmp_path):
 
 def variant(**options: object) -> nn.Module:
     """A policy with the given options, its normaliser fed, in the environment of three groups and two actions."""
-    policies = pytest.importorskip("pydrone.ppo.policy")
+    policies = pytest.importorskip("pydrone.ppo.policy.actor_critic")
     if not hasattr(policies, "make_policy"):
         pytest.skip("policies are of one kind")
     torch.manual_seed(1)

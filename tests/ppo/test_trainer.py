@@ -12,10 +12,10 @@ import torch
 
 from pydrone.envs import ENVIRONMENTS, make
 from pydrone.envs.base import StepResult
-from pydrone.ppo import checkpoint
 from pydrone.ppo.config import PPOConfig, TrainConfig
-from pydrone.ppo.meters import EpisodeMeter
 from pydrone.ppo.trainer import Trainer, progress_line
+from pydrone.ppo.training import checkpoint
+from pydrone.ppo.training.meters import EpisodeMeter
 
 
 class PointMass:

@@ -13,10 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import pydrone.ppo
 from pydrone import RolloutBuffer
 from pydrone.ops.schema import packed_size
-from pydrone.ppo import fused
-from pydrone.ppo.acting import FusedActing
 from pydrone.ppo.config import PPOConfig
-from pydrone.ppo.policy import ActorCritic, make_policy
+from pydrone.ppo.learner import fused
+from pydrone.ppo.learner.acting import FusedActing
+from pydrone.ppo.policy.actor_critic import ActorCritic, make_policy
 
 
 def networks(rng: random.Random, inputs: int, actions: int) -> tuple[nn.Module, nn.Module]:

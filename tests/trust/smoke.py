@@ -26,11 +26,12 @@ import torch  # noqa: E402
 from torch import nn  # noqa: E402
 
 import pydrone  # noqa: E402
-from pydrone import selftest  # noqa: E402
+from pydrone.doctor import selftest  # noqa: E402
 from pydrone.envs import make  # noqa: E402
-from pydrone.ppo import checkpoint, fused_update  # noqa: E402
+from pydrone.ppo import fused_update  # noqa: E402
 from pydrone.ppo.config import PPOConfig, TrainConfig  # noqa: E402
 from pydrone.ppo.trainer import Trainer  # noqa: E402
+from pydrone.ppo.training import checkpoint  # noqa: E402
 
 N, T, GAMMA, LAM = 37, 13, 0.97, 0.9
 ROUNDING = 1e-5

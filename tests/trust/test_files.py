@@ -17,11 +17,12 @@ import torch
 from torch import nn
 
 import pydrone
-from pydrone import cli, report
+from pydrone.cli import main as cli
 from pydrone.envs import make
-from pydrone.ppo import checkpoint
 from pydrone.ppo.config import PPOConfig, TrainConfig
 from pydrone.ppo.trainer import CHECKPOINT_KEYS, Trainer
+from pydrone.ppo.training import checkpoint
+from pydrone.ppo.training import run_log as report
 
 CODE_RAN = "a file's code ran"
 

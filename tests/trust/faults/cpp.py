@@ -13,9 +13,9 @@ PERMUTATION = "csrc/permutation.h"
 SAMPLES = "csrc/cpu/samples.h"
 OF_GAE = "tests/test_gae.py"
 OF_STATS = "tests/test_gae_contract.py"
-OF_RING = "tests/test_ring.py"
-OF_MINIBATCHES = "tests/test_minibatches.py"
-OF_FINAL_OBS = "tests/test_final_obs.py"
+OF_RING = "tests/rollout/test_ring.py"
+OF_MINIBATCHES = "tests/rollout/test_minibatches.py"
+OF_FINAL_OBS = "tests/rollout/test_final_obs.py"
 OF_PROPERTIES = "tests/test_properties.py"
 
 CPP = [
@@ -105,14 +105,14 @@ CPP = [
         GAE,
         "spare_row_[n] = std::numeric_limits<T>::quiet_NaN();",
         "spare_row_[n] = T{0};",
-        f"{OF_FINAL_OBS} tests/test_captured.py",
+        f"{OF_FINAL_OBS} tests/rollout/test_captured.py",
     ),
     Fault(
         "streamed advantages without the rest of a row",
         GAE,
         "    if constexpr (Stream) advantages_out[i] = advantage;\n    returns[i]",
         "    returns[i]",
-        "tests/test_gae.py tests/test_pages.py",
+        "tests/test_gae.py tests/ops/test_pages.py",
     ),
     Fault(
         "streamed rows without their last bytes",

@@ -5,17 +5,17 @@ from __future__ import annotations
 from .fault import Fault
 
 BUFFER = "pydrone/buffer.py"
-LEARNER = "pydrone/ppo/learner.py"
+LEARNER = "pydrone/ppo/learner/learner.py"
 TILE = "csrc/cpu/mlp_tile.h"
 GRADIENTS = "csrc/cpu/ppo.cpp"
 ACT = "csrc/cpu/act.cpp"
 NETWORKS = "csrc/cpu/networks.h"
-ACTING = "pydrone/ppo/acting.py"
-OF_FUSED = "tests/ppo/test_fused.py"
-OF_ACTING = "tests/ppo/test_acting.py"
+ACTING = "pydrone/ppo/learner/acting.py"
+OF_FUSED = "tests/ppo/learner/test_fused.py"
+OF_ACTING = "tests/ppo/learner/test_acting.py"
 ADAM = "csrc/cpu/adam.cpp"
-OF_ADAM = "tests/ppo/test_adam.py"
-OF_DRAWN = "tests/ppo/test_fused_ring.py"
+OF_ADAM = "tests/ppo/learner/test_adam.py"
+OF_DRAWN = "tests/ppo/learner/test_fused_ring.py"
 
 LEARNER = [
     Fault(
@@ -96,14 +96,14 @@ LEARNER = [
     Fault("a value that is not denormalised", ACT, "networks.value_normalizer.undo(y[i * ld])", "y[i * ld]", OF_FUSED),
     Fault(
         "gradients that replace what was there",
-        "pydrone/ppo/fused.py",
+        "pydrone/ppo/learner/fused.py",
         "parameter.grad.add_(grad)",
         "parameter.grad.copy_(grad)",
         OF_FUSED,
     ),
     Fault(
         "the entropy bonus as a penalty",
-        "pydrone/ppo/fused.py",
+        "pydrone/ppo/learner/fused.py",
         "torch.full_like(entropy, -entropy_coef)",
         "torch.full_like(entropy, entropy_coef)",
         OF_FUSED,

@@ -6,20 +6,20 @@ from .fault import Fault
 
 REFERENCE = "pydrone/ops/reference.py"
 BUFFER = "pydrone/buffer.py"
-RING = "pydrone/ring.py"
-SEQUENCES = "pydrone/sequences.py"
-LEARNER = "pydrone/ppo/learner.py"
-LOSS = "pydrone/ppo/loss.py"
+RING = "pydrone/rollout/ring.py"
+SEQUENCES = "pydrone/rollout/sequences.py"
+LEARNER = "pydrone/ppo/learner/learner.py"
+LOSS = "pydrone/ppo/learner/loss.py"
 OF_GAE = "tests/test_gae.py"
-OF_RING = "tests/test_ring.py"
-OF_MINIBATCHES = "tests/test_minibatches.py"
-OF_FINAL_OBS = "tests/test_final_obs.py"
+OF_RING = "tests/rollout/test_ring.py"
+OF_MINIBATCHES = "tests/rollout/test_minibatches.py"
+OF_FINAL_OBS = "tests/rollout/test_final_obs.py"
 OF_PROPERTIES = "tests/test_properties.py"
-OF_SEQUENCES = "tests/test_sequences.py"
+OF_SEQUENCES = "tests/rollout/test_sequences.py"
 OF_STATE = "tests/test_buffer_state.py"
-OF_DRAWN = "tests/ppo/test_fused_ring.py"
-OF_LEARNER = "tests/ppo/test_learner.py"
-OF_LOSS = "tests/ppo/test_loss.py"
+OF_DRAWN = "tests/ppo/learner/test_fused_ring.py"
+OF_LEARNER = "tests/ppo/learner/test_learner.py"
+OF_LOSS = "tests/ppo/learner/test_loss.py"
 
 PYTHON = [
     Fault(
@@ -97,7 +97,7 @@ PYTHON = [
         BUFFER,
         "if self._capturing():  # the operation",
         "if False:  # the operation",
-        "tests/ppo/test_acting.py",
+        "tests/ppo/learner/test_acting.py",
     ),
     Fault(
         "a minibatch's biased standard deviation",
@@ -152,14 +152,14 @@ PYTHON = [
     ),
     Fault(
         "parts of an epoch that overlap",
-        "pydrone/minibatch.py",
+        "pydrone/rollout/minibatch.py",
         "yield first, (i + 1) * total // self.count - first",
         "yield first, -(-total // self.count)",
         OF_MINIBATCHES,
     ),
     Fault(
         "a scalar read from the wrong element",
-        "pydrone/sources.py",
+        "pydrone/rollout/sources.py",
         "fits = x.shape[:1] == (self.num_envs,) and x.numel() == self.num_envs\n        else:",
         "fits = x.numel() >= self.num_envs\n        else:",
         "tests/test_buffer.py",
@@ -204,60 +204,60 @@ PYTHON = [
         LEARNER,
         "policy.normalize_values(minibatch.values[rows]),",
         "minibatch.values[rows],",
-        f"{OF_LEARNER} tests/ppo/test_normalization.py",
+        f"{OF_LEARNER} tests/ppo/policy/test_normalization.py",
     ),
     Fault(
         "a log-probability of the mean",
-        "pydrone/ppo/policy.py",
+        "pydrone/ppo/policy/actor_critic.py",
         "return PolicyStep(torch.addcmul(mean, noise, std), log_probs, values",
         "return PolicyStep(torch.addcmul(mean, noise, std), log_probs * 0 - log_normalizer(std), values",
-        "tests/ppo/test_policy.py",
+        "tests/ppo/policy/test_policy.py",
     ),
     Fault(
         "running moments joined without the difference of the means",
-        "pydrone/ppo/normalization.py",
+        "pydrone/ppo/policy/normalization.py",
         "self.m2.add_(m2 + delta.square() * self.count * share)",
         "self.m2.add_(m2)",
-        "tests/ppo/test_normalization.py",
+        "tests/ppo/policy/test_normalization.py",
     ),
     Fault(
         "a discounted reward that runs on over an end",
-        "pydrone/ppo/normalization.py",
+        "pydrone/ppo/policy/normalization.py",
         "running = torch.where(codes[:, t] == RUNNING, running, 0)",
         "pass",
-        "tests/ppo/test_normalization.py",
+        "tests/ppo/policy/test_normalization.py",
     ),
     Fault(
         "a checkpoint whose bytes nobody looks at",
-        "pydrone/ppo/checkpoint.py",
+        "pydrone/ppo/training/checkpoint.py",
         "return end > 0 and content == _sealed(content[:end] + bytes(2))",
         "return end > 0",
-        "tests/ppo/test_checkpoint.py",
+        "tests/ppo/training/test_checkpoint.py",
     ),
     Fault(
         "the newest checkpoint by its name's letters",
-        "pydrone/ppo/checkpoint.py",
+        "pydrone/ppo/training/checkpoint.py",
         "found = sorted((int(match[1]), path)",
         "found = sorted((match[1], path)",
-        "tests/ppo/test_checkpoint.py",
+        "tests/ppo/training/test_checkpoint.py",
     ),
     Fault(
         "resumed with other random numbers",
         "pydrone/ppo/trainer.py",
         'torch.set_rng_state(progress["generators"]["cpu"].cpu())',
         "pass",
-        "tests/ppo/test_resume.py",
+        "tests/ppo/training/test_resume.py",
     ),
     Fault(
         "a bootstrap with the value before the time-out",
-        "pydrone/ppo/iteration.py",
+        "pydrone/ppo/training/iteration.py",
         'return last_values, {"value_fn": policy.value}',
         'return last_values, {"timeout_bootstrap": "stored_value"}',
         "tests/ppo/test_trainer.py",
     ),
     Fault(
         "the value of the observation acted on, not of the one after",
-        "pydrone/ppo/iteration.py",
+        "pydrone/ppo/training/iteration.py",
         "        self._obs = obs\n        last_values = policy.value(obs)",
         "        last_values = policy.value(self._obs)\n        self._obs = obs",
         "tests/ppo/test_trainer.py",
@@ -285,23 +285,23 @@ PYTHON = [
     ),
     Fault(
         "running episodes in memory that a replay does not read",
-        "pydrone/ppo/meters.py",
+        "pydrone/ppo/training/meters.py",
         "self._length.copy_(length_after + torch.where(ended, 0, self._length))",
         "self._length = length_after + torch.where(ended, 0, self._length)",
-        "tests/ppo/test_graphs.py",
+        "tests/ppo/training/test_graphs.py",
     ),
     Fault(
         "a log that is forgotten with the first replay's figures",
-        "pydrone/ppo/graphs.py",
+        "pydrone/ppo/training/graphs.py",
         "trainer._env_log = self._log.copy()",
         "trainer._env_log = self._log",
-        "tests/ppo/test_graphs.py",
+        "tests/ppo/training/test_graphs.py",
     ),
     Fault(
         "a first iteration by the host's counters, whose kernels are not the capture's",
-        "pydrone/ppo/graphs.py",
+        "pydrone/ppo/training/graphs.py",
         "with trainer.buffer.as_captured():",
         "if trainer.buffer is not None:",
-        "tests/ppo/test_graphs.py",
+        "tests/ppo/training/test_graphs.py",
     ),
 ]

@@ -1,0 +1,1 @@
+"""The command line: ``pydrone COMMAND``, a module each."""

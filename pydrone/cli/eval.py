@@ -1,0 +1,207 @@
+"""``pydrone eval RUN``: flies a run's policy, without noise, and says how well it does."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import textwrap
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pydrone.envs import Randomization
+    from pydrone.report.evaluation import Episodes
+    from pydrone.report.runs import Run
+
+# What --targets stands for: whether targets that were reached move on.
+TARGETS = {"fixed": (False,), "moving": (True,), "both": (False, True)}
+COLUMNS = {False: "fixed target", True: "moving targets"}
+
+
+def main(argv: list[str]) -> int:
+    """Runs ``pydrone eval ARGV`` and returns the exit status."""
+    from pydrone.cli.main import _fail
+
+    args = _parser().parse_args(argv)
+    try:
+        for line in _evaluate(args):
+            print(line, flush=True)
+    except BrokenPipeError:
+        raise
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
+        return _fail(error)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="pydrone eval",
+        description="Fly a run's policy, one episode in each of so many environments, with the mean of its actions. "
+        "Writes the figures (JSON) and a picture of the flight paths beside the checkpoint.",
+    )
+    parser.add_argument("run", metavar="RUN", help="folder of a run, for its newest checkpoint, or a checkpoint")
+    parser.add_argument("--episodes", type=_count, default=64, metavar="N", help="episodes, all at once (default: 64)")
+    parser.add_argument(
+        "--targets",
+        choices=TARGETS,
+        default="both",
+        help="fixed: one target an episode; moving: a target that was reached moves on, as in training (default: both)",
+    )
+    parser.add_argument(
+        "--within",
+        type=_metres,
+        metavar="METRES",
+        help="success with a fixed target: a final distance below this (default: twice what counts as reached)",
+    )
+    parser.add_argument("--env", metavar="NAME", help="another environment than the run's own")
+    parser.add_argument(
+        "--randomize", action="store_true", help="with the domain randomisation of the run (default: with none)"
+    )
+    parser.add_argument(
+        "--steps", type=_count, metavar="T", help="leave episodes after so many steps (default: their time limit)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the targets (default: 0)")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
+    parser.add_argument("--out", metavar="DIR", help="where figures and picture go (default: the run's folder)")
+    parser.add_argument(
+        "--video", metavar="OUT.mp4", help="film the first episode, of the last kind of targets, with a Genesis camera"
+    )
+    return parser
+
+
+def _evaluate(args: argparse.Namespace) -> Any:
+    """Yields what is to be printed."""
+    import importlib.util
+
+    from pydrone import envs
+    from pydrone.cli.main import _device
+    from pydrone.report import runs, video
+
+    # All that can be told before a simulator is built, which takes its time.
+    if args.video is not None:
+        if not args.video.lower().endswith(".mp4"):
+            raise ValueError(f"--video {args.video}: expected a file name that ends in .mp4")
+        if video.missing():
+            raise ImportError(
+                f'--video: {", ".join(video.missing())} not installed; `pip install "pydrone-rl[train]"` installs it'
+            )
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ImportError('matplotlib not installed; `pip install "pydrone-rl[train]"` installs it')
+    device = _device(args.device)
+    run = runs.load(args.run, device)
+    name = args.env or run.settings["env"]
+    options = {"randomization": _randomization(run)} if args.randomize else {}
+    yield f"{run.checkpoint}: iteration {run.iteration}, trained in {run.settings['env']}"
+    env = envs.make(name, num_envs=args.episodes, device=device, seed=args.seed, **options)
+    try:
+        flown = _fly(args, run, env)
+    finally:
+        env.close()
+    yield from _report(args, run, name, flown)
+    paths = flown[-1].paths
+    if args.video is not None and paths is not None:
+        yield f"Video: {video.render(paths, int(flown[-1].length[0]), args.video, device, args.seed)}"
+    elif args.video is not None:
+        raise ValueError(f"--video: {name} has no drone to be filmed")
+
+
+def _randomization(run: Run) -> Randomization:
+    """The ranges that the run was trained with."""
+    from pydrone.envs import Randomization
+
+    ranges = Randomization(**run.settings.get("randomization", {}))
+    if not ranges.varies():
+        raise ValueError(f"--randomize: {run.checkpoint} was trained without domain randomisation")
+    return ranges
+
+
+def _fly(args: argparse.Namespace, run: Run, env: Any) -> list[Episodes]:
+    from pydrone.report import evaluation, runs
+
+    policy = runs.load_policy(run, env)
+    memory = {"ended": policy.reset} if policy.recurrent else {}
+    flown = []
+    for resample in TARGETS[args.targets]:
+        episodes = evaluation.fly(env, policy.mode, resample=resample, seed=args.seed, max_steps=args.steps, **memory)
+        flown.append(episodes)
+        if episodes.paths is None:
+            break  # nothing to switch
+    return flown
+
+
+def _report(args: argparse.Namespace, run: Run, name: str, flown: list[Episodes]) -> Any:
+    from pydrone.report import evaluation, trajectories
+
+    found = {COLUMNS[x.resampled] if x.paths is not None else name: evaluation.summary(x, args.within) for x in flown}
+    title = f"{name}, {args.episodes} episodes, deterministic actions{', randomized' if args.randomize else ''}"
+    yield f"{title}\n\n{table(found)}\n"
+    if flown[0].paths is not None:
+        yield f"{_footnote(flown, args.within)}\n"
+    out = run.folder if args.out is None else Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    figures = out / f"eval_{name}.json"
+    about = {"checkpoint": str(run.checkpoint), "iteration": run.iteration, "env": name, "seed": args.seed}
+    about["randomized"] = args.randomize
+    figures.write_text(json.dumps(about | {"results": found}, indent=2) + "\n", encoding="utf-8")
+    yield f"Figures: {figures}"
+    if all(x.paths is not None for x in flown):
+        heading = f"{run.checkpoint}, iteration {run.iteration}\n{title}"
+        yield f"Picture: {trajectories.draw(heading, flown, out / f'eval_{name}.png')}"
+
+
+def _footnote(flown: list[Episodes], within: float | None) -> str:
+    from pydrone.report import evaluation
+
+    paths = flown[0].paths
+    assert paths is not None
+    within = evaluation.success_distance(paths) if within is None else within
+    success = {
+        False: f"a distance below {within:g} m from a fixed target",
+        True: "at least one of the moving targets reached",
+    }
+    text = (
+        f"Success: no crash, and {', or '.join(success[x.resampled] for x in flown)}. Reached: within "
+        f"{paths.at_target:g} m. Distance: an episode's median over its last {evaluation.FINAL_SECONDS:g} s, or all "
+        "of a shorter one; of those, the median over all episodes, crashes included."
+    )
+    return textwrap.fill(text, 100)
+
+
+def table(found: dict[str, dict[str, Any]]) -> str:
+    """The figures of :func:`pydrone.report.evaluation.summary`, a row each, a column for each of ``found``."""
+    labels = {
+        "success_rate": ("success rate", lambda x: f"{100 * x:.1f} %"),
+        "final_distance": ("distance to the target, last 5 s", lambda x: f"{x:.3f} m"),
+        "final_distance_quartiles": ("  its middle half", lambda x: f"{x[0]:.3f} to {x[1]:.3f} m"),
+        "targets_reached": ("targets reached an episode", lambda x: f"{x:.2f}"),
+        "crash_rate": ("crash rate", lambda x: f"{100 * x:.1f} %"),
+        "episode_seconds": ("length of an episode", lambda x: f"{x:.2f} s"),
+        "episode_length": ("steps of an episode", lambda x: f"{x:.1f}"),
+        "episode_return": ("reward of an episode", lambda x: f"{x:.3f}"),
+    }
+    rows = [["", *found]]
+    for key, (label, text) in labels.items():
+        if any(key in figures for figures in found.values()):
+            values = [figures.get(key) for figures in found.values()]
+            rows.append([label, *("-" if x is None else text(x) for x in values)])
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["  ".join([row[0].ljust(widths[0]), *(x.rjust(w) for x, w in zip(row[1:], widths[1:]))]) for row in rows]
+    lines.insert(1, "-" * len(lines[0]))
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
+def _metres(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not (0 < value < math.inf):
+        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
+    return value

@@ -1,0 +1,65 @@
+"""``pydrone export``: the policy of a run as a file that runs without pydrone."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def main(argv: list[str]) -> int:
+    """Writes the file and says what is in it; returns the exit status."""
+    from pydrone.cli.main import _fail, _missing
+    from pydrone.ppo import export
+
+    parser = argparse.ArgumentParser(
+        prog="pydrone export",
+        description="Write the deterministic policy of a run (observation normaliser and action clipping included) to "
+        "a file that runs without pydrone; see docs/export.md. The file is compared with the policy's own actions "
+        "before it takes its name.",
+    )
+    parser.add_argument("run", metavar="RUN", help="folder of a run, of which the newest checkpoint, or a checkpoint")
+    parser.add_argument("--format", choices=list(export.FORMATS), default="onnx", help="default: onnx")
+    parser.add_argument("--out", metavar="FILE", help="default: policy.onnx, .pt or .safetensors beside the checkpoint")
+    parser.add_argument(
+        "--clip",
+        nargs=2,
+        type=float,
+        metavar=("LOW", "HIGH"),
+        help="clip actions to this; default: as the environment does that the policy was trained in",
+    )
+    options = parser.parse_args(argv)
+    lacking = export.missing(options.format)
+    if lacking:
+        return _missing(*lacking, extra="export")
+    try:
+        print(_export(options))
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
+        return _fail(error)
+    return 0
+
+
+def _export(options: argparse.Namespace) -> str:
+    """Does it, and returns what is to be said of it."""
+    from pydrone.ppo import export
+    from pydrone.ppo.trainer import read_checkpoint
+    from pydrone.report.runs import checkpoint_of
+
+    path = checkpoint_of(options.run)
+    state = read_checkpoint(path)
+    try:
+        policy = export.policy_of(state)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    env = state["config"].get("env")
+    limits = tuple(options.clip) if options.clip else export.action_limits(env)
+    out = Path(options.out) if options.out else path.parent / f"policy{export.FORMATS[options.format]}"
+    metadata = {"env": env, "iteration": state["iteration"]}
+    done = export.save(policy, out, options.format, limits, metadata)
+    clipped = "not clipped" if limits is None else f"clipped to [{limits[0]:g}, {limits[1]:g}]"
+    remembered = f", with a memory of {done.memory}" if done.memory else ""
+    return (
+        f"{done.path}: {done.num_obs} observations to {done.num_actions} actions, {clipped}{remembered}; of iteration "
+        f"{state['iteration']} of {path}\n"
+        f"Checked with {done.checked_with} for {done.num_inputs} inputs: at most {done.difference:.1e} from the "
+        "policy's own actions"
+    )

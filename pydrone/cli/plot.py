@@ -1,0 +1,80 @@
+"""``pydrone plot RUN...``: learning curves of one or several runs, with their spread over seeds."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+from typing import Any
+
+NAME = "learning_curves.png"
+
+
+def main(argv: list[str]) -> int:
+    """Runs ``pydrone plot ARGV`` and returns the exit status."""
+    from pathlib import Path
+
+    from pydrone.cli.main import _fail
+    from pydrone.report import curves
+
+    args = _parser().parse_args(argv)
+    if importlib.util.find_spec("matplotlib") is None:
+        return _fail('matplotlib not installed; `pip install "pydrone-rl[train]"` installs it')
+    try:
+        folders = curves.find(args.runs)
+        groups = curves.group([curves.read(folder) for folder in folders])
+        out = args.out or (folders[0] / NAME if len(folders) == 1 else Path(NAME))
+        drawn = curves.draw(groups, out, args.x, args.figure)
+    except BrokenPipeError:
+        raise
+    except (ValueError, OSError) as error:
+        return _fail(error)
+    print(table(curves.results(groups)))
+    print(f"Learning curves: {drawn}")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="pydrone plot",
+        description="Draw the learning curves of runs. Runs that differ in nothing but the seed are drawn as their "
+        "mean, with a band from the smallest to the largest.",
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run, or one that holds runs")
+    parser.add_argument(
+        "--x",
+        choices=("iteration", "steps", "time"),
+        default="iteration",
+        help="along the horizontal axis: iterations, steps of all environments, or the minutes they took "
+        "(default: iteration)",
+    )
+    parser.add_argument(
+        "--figure",
+        nargs="+",
+        metavar="NAME",
+        help="figures to draw, named as in progress.jsonl: env/distance, reward, ... (default: six that tell most)",
+    )
+    parser.add_argument(
+        "--out", metavar="PNG", help=f"the picture (default: {NAME}, in the run's folder if there is one run only)"
+    )
+    return parser
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The results of :func:`pydrone.report.curves.results` in words."""
+    head = ["", "runs", "iterations", "episode length at the end", "reward at the end"]
+    lines = [head]
+    for row in rows:
+        ends = [(row["episode_length"], 1), (row["episode_return"], 3)]
+        lines.append([row["label"], str(row["runs"]), str(row["iterations"]), *(_end(x, n) for x, n in ends)])
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    return "\n".join(
+        "  ".join([line[0].ljust(widths[0]), *(x.rjust(w) for x, w in zip(line[1:], widths[1:]))]).rstrip()
+        for line in lines
+    )
+
+
+def _end(x: tuple[float, float, float] | None, digits: int) -> str:
+    if x is None:
+        return "-"
+    mean, low, high = (f"{value:.{digits}f}" for value in x)
+    return mean if low == high else f"{mean} ({low} to {high})"

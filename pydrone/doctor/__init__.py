@@ -1,0 +1,1 @@
+"""What ``pydrone doctor`` finds out: what this machine has, and whether each kernel computes what it should."""

@@ -1,0 +1,113 @@
+"""Acting and storing a rollout: each step ends, the policy acts on what came of it, and the next step begins."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+
+from pydrone.ops.schema import packed_size
+from pydrone.ppo.learner import fused
+from pydrone.ppo.policy.actor_critic import ActorCritic
+
+if TYPE_CHECKING:
+    from pydrone.buffer import RolloutBuffer
+    from pydrone.ppo.learner.learner import Learner
+
+Obs = Tensor | Mapping[str, Tensor]
+Ends = Mapping[str, Any]
+
+
+class ActAndStore(Protocol):
+    """Called with what the policy is to act on, and with how the step before ended, which is stored first.
+
+    ``ends`` are the arguments of the buffer's ``end``, None at the first step of a rollout; the last step's end is the
+    caller's to store. Returns the actions, [N, ...]; they and all but rewards and flags are stored by then.
+    """
+
+    def __call__(self, obs: Obs, ends: Ends | None = None) -> Tensor: ...
+
+
+class Acting:
+    """One call after another, for every policy and buffer."""
+
+    def __init__(self, learner: Learner, buffer: RolloutBuffer, lap: Callable[[str], None]) -> None:
+        self._learner, self._buffer, self._lap = learner, buffer, lap
+
+    def __call__(self, obs: Obs, ends: Ends | None = None) -> Tensor:
+        learner, buffer = self._learner, self._buffer
+        if ends is not None:
+            buffer.end(**ends)
+            self._lap("storage")
+        step = learner.act(obs)
+        self._lap("policy")
+        stored = learner.policy.stored(step)
+        buffer.begin(obs=obs, actions=step.actions, values=step.values, log_probs=step.log_probs, **stored)
+        self._lap("storage")
+        return step.actions
+
+
+class FusedActing:
+    """All of it by one operation, ``ppo_step``, on networks taken apart once and weights packed once.
+
+    Weights that change on the way are acted by from the next step on, however that came about; running statistics too.
+    """
+
+    @staticmethod
+    def serves(policy: ActorCritic, buffer: RolloutBuffer) -> bool:
+        """Whether the operation stores what this buffer holds."""
+        fields = [x for x in buffer._layout.fields if x != "final_row"][len(buffer._layout.obs) :]
+        return buffer._ops.name == "cpu" and fields == ["actions", "log_probs", "values", "mu", "sigma"]
+
+    def __init__(self, policy: ActorCritic, buffer: RolloutBuffer, lap: Callable[[str], None]) -> None:
+        self._policy, self._buffer, self._lap = policy, buffer, lap
+        like, num_envs = policy.std_param, buffer.num_envs
+        with torch.inference_mode(False):
+            self._std, self._mean = like.new_empty(len(like)), like.new_empty(num_envs, len(like))
+            self._values, self._log_probs = like.new_empty(2, num_envs).unbind()
+        self._sigma = self._std.expand_as(self._mean)
+        self._parts: list[object] = []
+
+    def __call__(self, obs: Obs, ends: Ends | None = None) -> Tensor:
+        """As :class:`ActAndStore`."""
+        if torch.is_grad_enabled():
+            with torch.no_grad():
+                return self(obs, ends)
+        policy, buffer = self._policy, self._buffer
+        parts = _parts(policy)
+        if len(parts) != len(self._parts) or not all(map(operator.is_, parts, self._parts)):
+            self._networks = fused.parameters_of(policy)
+            with torch.inference_mode(False):
+                self._packed = self._std.new_zeros(sum(packed_size(x) for x in self._networks[:2]))
+            self._parts = parts
+        self._std.copy_(policy.std)
+        mean, sigma, values, log_probs = self._mean, self._sigma, self._values, self._log_probs
+        actions = torch.empty_like(mean)  # the environment may keep it, and sees nothing of the others
+        outputs, noise = (actions, log_probs, values, mean), torch.randn_like(mean)
+        act = fused.act_arguments(policy, obs, self._networks, self._std, noise, self._packed, outputs)
+        row = {"obs": obs, "actions": actions, "values": values, "log_probs": log_probs, "mu": mean, "sigma": sigma}
+
+        def run(end: tuple, begin: tuple) -> None:
+            torch.ops.pydrone.ppo_step.default(*end, *act, sigma, *begin)
+
+        if not buffer._turn(run, row, ends):
+            if ends is not None:
+                buffer.end(**ends)
+            torch.ops.pydrone.ppo_act.default(*act)
+            buffer.begin(**row)
+        self._lap("policy")
+        return actions
+
+
+def _parts(policy: ActorCritic) -> list[object]:
+    """The layers of both networks and their parameters, and how they are multiplied."""
+    parts: list[object] = [policy.autocast]
+    for network in (policy.actor, policy.critic):
+        layers = network._modules.values() or (network,)
+        parts += layers
+        for layer in layers:
+            parts += layer._parameters.values()
+    return parts

@@ -1,0 +1,381 @@
+"""PPO's gradients in one pass over a minibatch: what autograd does in some sixty operations, in one of the CPU library.
+
+Tiles of 128 samples go through both networks, the loss and back, and never leave the second-level cache; see
+``ppo_gradients`` in :mod:`pydrone.ops.schema`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from pydrone.estimators import check_tensor
+from pydrone.ops import native
+from pydrone.ops.schema import ACTIVATIONS
+from pydrone.ppo.learner.loss import gaussian_entropy
+from pydrone.ppo.policy.actor_critic import ActorCritic, PolicyStep
+from pydrone.rollout.minibatch import Drawn, Minibatch
+
+if TYPE_CHECKING:
+    from pydrone.ppo.config import PPOConfig
+    from pydrone.ppo.policy.normalization import RunningMoments
+
+
+CPU = torch.device("cpu")
+
+
+class Network(NamedTuple):
+    """A multilayer perceptron taken apart."""
+
+    parameters: list[nn.Parameter]  # weight and bias of each layer in turn
+    activation: str | None  # of the hidden layers, one of ACTIVATIONS; None: there are none
+
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+class Unsupported(RuntimeError):
+    """What the operation cannot serve, in a sentence; torch can."""
+
+
+def fused_update(
+    actor: nn.Module,
+    critic: nn.Module,
+    std: Tensor,
+    *,
+    obs: Tensor | Sequence[Tensor],
+    actions: Tensor,
+    log_probs: Tensor,
+    advantages: Tensor,
+    returns: Tensor,
+    values: Tensor,
+    critic_obs: Tensor | Sequence[Tensor] | None = None,
+    mu: Tensor | None = None,
+    sigma: Tensor | None = None,
+    clip: float = 0.2,
+    value_clip: float | None = None,
+    value_loss_coef: float = 1.0,
+    entropy_coef: float = 0.0,
+    obs_normalizer: RunningMoments | None = None,
+    critic_normalizer: RunningMoments | None = None,
+    obs_clip: float = 10.0,
+    value_normalizer: RunningMoments | None = None,
+    autocast: bool = False,
+) -> Tensor:
+    """As ``loss.backward()`` on PPO's loss of a minibatch: adds its gradients to the parameters' ``.grad``.
+
+    Any optimiser, clipping and all-reduce go on from there. The loss is
+    surrogate + value_loss_coef * value loss - entropy_coef * entropy, see :mod:`pydrone.ppo.learner.loss`; B = samples,
+    A = action dimensions. float32, on the CPU; half-precision inputs are widened.
+
+    Args:
+        actor, critic: ``nn.Sequential`` of ``nn.Linear`` with tanh, ELU, ReLU or SiLU between them.
+        std: [A], the standard deviation: a parameter, or a function of one (``log_std.exp()``).
+        obs: [B, width], or several such, which lie side by side in the actor's input.
+        actions: [B, A].
+        log_probs: [B], of the policy that acted.
+        advantages, returns, values: [B]; values as they were when the policy acted.
+        critic_obs: as obs, of the critic. None: what the actor sees.
+        mu, sigma: [B, A], the distribution that was acted by. None: the KL divergence is not a number.
+        clip: half-width of the probability ratio's range.
+        value_clip: of the value's around the old one. None: the plain squared error.
+        value_loss_coef, entropy_coef: weights in the loss.
+        obs_normalizer, critic_normalizer, value_normalizer: running statistics (their ``shift`` and ``std``) that
+            inputs, and values and returns, are normalised by; inputs are clipped to ``obs_clip``.
+        autocast: the networks' products in bfloat16, on a processor with AVX512_BF16: what is multiplied (activations,
+            weights, derivatives) is rounded to it, to the nearest, and denormals to zero; sums, biases, activation
+            functions and everything else stay in float32.
+
+    Returns:
+        [4] float32: surrogate, value loss, entropy, KL(old || new). Means over B, nats.
+
+    Raises:
+        Unsupported: a RuntimeError; the networks, or this machine, are of another kind.
+        TypeError, ValueError, RuntimeError: an argument does not fit; nothing was written.
+    """
+    check_tensor("std", std.detach() if isinstance(std, Tensor) else std, CPU, True)
+    tensors = {"actions": actions, "log_probs": log_probs, "advantages": advantages, "returns": returns}
+    tensors |= {"values": values, **({} if mu is None else {"mu": mu}), **({} if sigma is None else {"sigma": sigma})}
+    for name, x in tensors.items():
+        check_tensor(name, x, CPU, True, "the policy's gradients do")
+    for name, x in (("clip", clip), ("value_clip", 0.0 if value_clip is None else value_clip)):
+        _check_number(name, x, 0.0)
+    for name, x in (("value_loss_coef", value_loss_coef), ("entropy_coef", entropy_coef)):
+        _check_number(name, x, -math.inf)
+    moments = {"obs_normalizer": obs_normalizer, "critic_normalizer": critic_normalizer}
+    for name, x in {**moments, "value_normalizer": value_normalizer}.items():
+        if x is not None and not all(isinstance(getattr(x, y, None), Tensor) for y in ("shift", "std")):
+            raise TypeError(f"{name}: expected running statistics with shift and std, got {type(x).__name__}")
+    if not isinstance(autocast, bool):
+        raise TypeError(f"autocast: expected a bool, got {type(autocast).__name__}")
+    if obs_clip != math.inf:  # which clips nothing
+        _check_number("obs_clip", obs_clip, 0.0)
+    for name, x in (("obs", obs), ("critic_obs", () if critic_obs is None else critic_obs)):
+        if not isinstance(x, (Tensor, list, tuple)):
+            raise TypeError(f"{name}: expected a tensor or several, got {type(x).__name__}")
+        for y in [x] if isinstance(x, Tensor) else x:
+            check_tensor(name, y, CPU, None, "the policy's gradients do")
+    groups = _groups(obs), [] if critic_obs is None else _groups(critic_obs)
+    return _gradients(
+        actor,
+        critic,
+        std,
+        (*groups, actions, log_probs, advantages, returns, values, mu, sigma),
+        (),
+        clip=clip,
+        value_clip=value_clip,
+        value_loss_coef=value_loss_coef,
+        entropy_coef=entropy_coef,
+        obs_normalizer=obs_normalizer,
+        critic_normalizer=critic_normalizer,
+        obs_clip=obs_clip,
+        value_normalizer=value_normalizer,
+        autocast=autocast,
+    )
+
+
+def _gradients(
+    actor: nn.Module,
+    critic: nn.Module,
+    std: Tensor,
+    samples: tuple,
+    drawn: tuple,
+    *,
+    clip: float,
+    value_clip: float | None,
+    value_loss_coef: float,
+    entropy_coef: float,
+    obs_normalizer: RunningMoments | None,
+    critic_normalizer: RunningMoments | None,
+    obs_clip: float,
+    value_normalizer: RunningMoments | None,
+    autocast: bool,
+) -> Tensor:
+    """``ppo_gradients`` of what it takes first, ``samples``, and last, ``drawn``; the rest as :func:`fused_update`."""
+    ours, theirs, activation = _both(actor, critic)
+    if autocast:
+        _require_bf16()
+    parameters = [*ours, *theirs]
+    with torch.no_grad():
+        grads = [torch.empty_like(x) for x in parameters]
+        std_grad, metrics = torch.empty(std.shape), torch.empty(3, dtype=torch.float64)
+        torch.ops.pydrone.ppo_gradients(
+            *samples,
+            [x.detach() for x in ours],
+            [x.detach() for x in theirs],
+            std.detach().contiguous(),
+            activation,
+            autocast,
+            clip,
+            -1.0 if value_clip is None else value_clip,
+            value_loss_coef,
+            *_moments(obs_normalizer, critic_normalizer),
+            obs_clip,
+            *_moments(value_normalizer),
+            [*grads, std_grad],
+            metrics,
+            *drawn,
+        )
+        for parameter, grad in zip(parameters, grads):
+            if not parameter.requires_grad:
+                continue
+            if parameter.grad is not None:
+                parameter.grad.add_(grad)
+            else:
+                parameter.grad = grad
+    return torch.cat((metrics[:2].float(), _through_std(std, std_grad, entropy_coef), metrics[2:].float()))
+
+
+def _through_std(std: Tensor, grad: Tensor, entropy_coef: float) -> Tensor:
+    """Hands ``grad`` and the entropy bonus's on to what ``std`` is made of; returns the entropy, [1]."""
+    with torch.enable_grad():
+        entropy = gaussian_entropy(std)
+        if std.requires_grad:
+            torch.autograd.backward([std, entropy], [grad, torch.full_like(entropy, -entropy_coef)])
+    return entropy.detach().reshape(1)
+
+
+def _both(actor: nn.Module, critic: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter], int]:
+    """The parameters of each, and the number of their activation."""
+    if native.CPU_MISSING is not None:
+        raise Unsupported(f"the native CPU library is missing: {native.CPU_MISSING}")
+    networks = take_apart(actor, "actor"), take_apart(critic, "critic")
+    # Without hidden layers any will do.
+    kinds = {x.activation for x in networks} - {None} or {ACTIVATIONS[0]}
+    if len(kinds) > 1:
+        raise Unsupported(f"critic: expected the actor's activation, got {' and '.join(sorted(kinds))}")
+    return networks[0].parameters, networks[1].parameters, ACTIVATIONS.index(kinds.pop())
+
+
+def _check_number(name: str, x: float, least: float) -> None:
+    if isinstance(x, bool) or not isinstance(x, (int, float)):
+        raise TypeError(f"{name}: expected a number, got {type(x).__name__}")
+    if not math.isfinite(x) or x < least:
+        raise ValueError(f"{name}: expected a finite number{f' of at least {least:g}' * (least == 0)}, got {x}")
+
+
+def _require_bf16() -> None:
+    """Raises Unsupported where the library has no products in bfloat16; that there is a library was asked before."""
+    if not torch.ops.pydrone.has_bf16():
+        raise Unsupported("autocast is on, and the processor has no AVX512_BF16, or PYDRONE_ISA leaves it out")
+
+
+def _moments(*normalizers: RunningMoments | None) -> list[Tensor | None]:
+    return [x for y in normalizers for x in ((None, None) if y is None else (y.shift, y.std))]
+
+
+def take_apart(network: nn.Module, name: str) -> Network:
+    """The parameters of a multilayer perceptron; raises Unsupported where it is something else."""
+    if not isinstance(network, nn.Module):
+        raise Unsupported(f"{name}: expected a Linear layer or nn.Sequential, got {type(network).__name__}")
+    layers = list(network.children()) if isinstance(network, nn.Sequential) else [network]
+    parameters: list[nn.Parameter] = []
+    activations = set()
+    for i, layer in enumerate(layers):
+        if any(getattr(x, hooks) for x in (layer, network) for hooks in _HOOKS):
+            raise Unsupported(f"{name}: place {i} has hooks, which would not be called")
+        if i % 2 == 0:
+            if type(layer) is not nn.Linear or layer.bias is None:
+                raise Unsupported(f"{name}: expected a Linear layer with a bias in place {i}, got {layer}")
+            if not all(isinstance(x, nn.Parameter) for x in (layer.weight, layer.bias)):
+                raise Unsupported(f"{name}: expected parameters in place {i}, got a weight that is computed")
+            for x in (layer.weight, layer.bias):
+                if x._backward_hooks or getattr(x, "_post_accumulate_grad_hooks", None):
+                    raise Unsupported(f"{name}: a parameter in place {i} has hooks, which would not be called")
+                if x.device != CPU or x.dtype != torch.float32:
+                    raise Unsupported(f"{name}: expected float32 parameters on the CPU, got {x.dtype} on {x.device}")
+            parameters += [layer.weight, layer.bias]
+            continue
+        kind = type(layer).__name__.lstrip("_").lower()
+        if kind not in ACTIVATIONS or getattr(layer, "alpha", 1.0) != 1.0:
+            raise Unsupported(f"{name}: expected {', '.join(ACTIVATIONS)} in place {i}, got {layer}")
+        activations.add(kind)
+    if len(layers) % 2 == 0:
+        raise Unsupported(f"{name}: expected a Linear layer at its end, got {layers[-1] if layers else 'no layer'}")
+    if len(activations) > 1:
+        raise Unsupported(f"{name}: expected one activation in all layers, got {' and '.join(sorted(activations))}")
+    return Network(parameters, next(iter(activations), None))
+
+
+def _groups(obs: Tensor | Sequence[Tensor]) -> list[Tensor]:
+    groups = [obs] if isinstance(obs, Tensor) else list(obs)
+    return [x if x.is_floating_point() else x.float() for x in groups]
+
+
+# ------------------------------------------------------------------------------------------------------ the learner's
+
+
+def why_not(policy: ActorCritic) -> str | None:
+    """Why torch is to compute this policy's gradients, or None where :func:`of_policy` can."""
+    parameter = next(policy.parameters())
+    if parameter.device.type != "cpu":
+        return f"it runs on the CPU, the policy is on {parameter.device.type}"
+    if policy.recurrent:
+        return "the policy is recurrent"
+    if not hasattr(policy, "std_param"):
+        return "actions are discrete"
+    if type(policy) is not ActorCritic:
+        return f"the policy is a {type(policy).__name__}, which may compute something else"
+    if parameter.dtype != torch.float32:
+        return f"the policy is {str(parameter.dtype).removeprefix('torch.')}"
+    try:
+        _both(policy.actor, policy.critic)
+        if policy.autocast:
+            _require_bf16()
+    except Unsupported as error:
+        return str(error)
+    return None
+
+
+def of_policy(policy: ActorCritic, minibatch: Minibatch, config: PPOConfig) -> Tensor:
+    """:func:`fused_update` of a policy and a minibatch of its rollout buffer, read in the ring where it can be."""
+    samples, drawn = _in_ring(policy, minibatch) if isinstance(minibatch, Drawn) else (None, ())
+    if samples is None:
+        advantages = minibatch.advantages, minibatch.returns
+        samples = _samples(policy, minibatch.obs, minibatch, advantages)
+    return _gradients(
+        policy.actor,
+        policy.critic,
+        policy.std,
+        samples,
+        drawn,
+        clip=config.clip,
+        value_clip=config.clip if config.clipped_value_loss else None,
+        value_loss_coef=config.value_loss_coef,
+        entropy_coef=config.entropy_coef,
+        obs_normalizer=policy.actor_normalizer,
+        critic_normalizer=policy.critic_normalizer,
+        obs_clip=policy.obs_clip,
+        value_normalizer=policy.value_normalizer,
+        autocast=policy.autocast,
+    )
+
+
+def _samples(policy: ActorCritic, obs: Tensor | Mapping[str, Tensor], fields: Any, advantages: tuple) -> tuple:
+    """What ``ppo_gradients`` takes of a minibatch; ``advantages``, and returns."""
+    actions, log_probs, values, mu, sigma = (fields[x] for x in ("actions", "log_probs", "values", "mu", "sigma"))
+    return *_inputs(policy, obs), actions, log_probs, *advantages, values, mu, sigma
+
+
+def readable(obs: Tensor | Mapping[str, Tensor]) -> bool:
+    """Whether stored observations can be learnt from where they lie: floats, [.., .., width]."""
+    groups = [obs] if isinstance(obs, Tensor) else [*obs.values()]
+    return all(x.is_floating_point() and x.dim() == 3 for x in groups)
+
+
+def _in_ring(policy: ActorCritic, minibatch: Drawn) -> tuple[tuple | None, tuple]:
+    """The same of the ring that a minibatch is drawn from, and what draws it; None where it has to be gathered."""
+    place = minibatch.place()
+    if not readable(place.obs):
+        return None, ()
+    samples = _samples(policy, place.obs, place.fields, (place.advantages, None))
+    return samples, (place.numbers, place.statistics, place.subset)
+
+
+@torch.no_grad()
+def act(policy: ActorCritic, obs: Tensor | Mapping[str, Tensor]) -> PolicyStep:
+    """``policy.act(obs)`` in one operation, both networks, the actions drawn and their log-probabilities."""
+    networks, std = parameters_of(policy), policy.std
+    group = obs if isinstance(obs, Tensor) else obs[policy.actor_obs[0]]
+    num_envs = group.shape[0]
+    mean, actions = std.new_empty(2, num_envs, len(std)).unbind()
+    log_probs, values = std.new_empty(2, num_envs).unbind()
+    outputs = actions, log_probs, values, mean
+    torch.ops.pydrone.ppo_act(*act_arguments(policy, obs, networks, std, torch.randn_like(mean), None, outputs))
+    return PolicyStep(actions, log_probs, values, mean, std.expand_as(mean))
+
+
+def parameters_of(policy: ActorCritic) -> tuple[list[nn.Parameter], list[nn.Parameter], int]:
+    """The actor's, the critic's, and the number of their activation."""
+    return _both(policy.actor, policy.critic)
+
+
+def act_arguments(
+    policy: ActorCritic,
+    obs: Tensor | Mapping[str, Tensor],
+    networks: tuple[Sequence[Tensor], Sequence[Tensor], int],
+    std: Tensor,
+    noise: Tensor,
+    packed: Tensor | None,
+    outputs: Sequence[Tensor],
+) -> tuple:
+    """Those of ``ppo_act``; ``networks`` are :func:`parameters_of`."""
+    seen = _inputs(policy, obs)
+    if policy._rounded is not None:  # as it is stored, and will be learnt from
+        seen = tuple([policy._float(x) for x in groups] for groups in seen)
+    moments = _moments(policy.actor_normalizer, policy.critic_normalizer)
+    of_values = _moments(policy.value_normalizer)
+    options = networks[2], policy.autocast, *moments, policy.obs_clip, *of_values, packed
+    return *seen, noise, *networks[:2], std, *options, *outputs
+
+
+def _inputs(policy: ActorCritic, obs: Tensor | Mapping[str, Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """What the actor sees, and the critic; none for the critic where that is the same."""
+    if not isinstance(obs, Mapping) and not hasattr(obs, "keys"):
+        return _groups(obs), []
+    apart = policy.critic_obs != policy.actor_obs
+    return tuple(_groups([obs[x] for x in names]) for names in (policy.actor_obs, policy.critic_obs if apart else ()))

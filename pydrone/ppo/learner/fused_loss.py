@@ -1,0 +1,88 @@
+"""The loss and its gradients by one operation, between networks that are torch's: the learner's way on a GPU.
+
+The policy's networks run forward by torch, ``ppo_loss`` (:mod:`pydrone.ops.schema`) computes the loss's derivatives by
+what they put out, and autograd takes these back through the networks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from pydrone.ops import triton
+from pydrone.ops.schema import loss_workspace_size
+from pydrone.ppo.policy.actor_critic import ActorCritic
+
+if TYPE_CHECKING:
+    from pydrone.ppo.config import PPOConfig
+
+
+def why_not(policy: ActorCritic) -> str | None:
+    """Why autograd is to compute this policy's loss, or None where :class:`FusedLoss` can."""
+    if _device(policy) != "cuda":
+        return f"its kernel runs on CUDA, the policy is on {_device(policy)}"
+    if triton.missing() is not None:
+        return triton.missing()
+    if policy.recurrent:
+        return "the policy is recurrent"
+    if not hasattr(policy, "std_param"):
+        return "actions are discrete"
+    return None
+
+
+def _device(policy: ActorCritic) -> str:
+    return next(policy.parameters()).device.type
+
+
+class FusedLoss:
+    """Gradients of a minibatch, or of a part of one, by ``torch.ops.pydrone.ppo_loss``."""
+
+    #: what it reads of a minibatch besides the observations
+    SAMPLES = ("actions", "log_probs", "advantages", "values", "returns", "mu", "sigma")
+
+    def __init__(self) -> None:
+        self._workspace: Tensor | None = None  # its ticket is zero between launches
+
+    def backward(
+        self,
+        policy: ActorCritic,
+        obs: Tensor | Mapping[str, Tensor],
+        samples: Mapping[str, Tensor],
+        num_samples: int,
+        config: PPOConfig,
+    ) -> Tensor:
+        """As ``loss.backward()``: adds to the parameters' ``.grad``; returns the METRICS of the learner, [4].
+
+        samples: SAMPLES of a part of a minibatch of ``num_samples``, [B] and [B, A]. Gradients and metrics are the
+        part's share.
+        """
+        mean, values, std = policy.mean(obs), policy._value(obs), policy.std
+        size, actions = mean.shape
+        needed = loss_workspace_size(size, actions)
+        if self._workspace is None or self._workspace.numel() < needed:
+            self._workspace = torch.zeros(needed, dtype=torch.float64, device=mean.device)
+        metrics = mean.new_empty(4)
+        grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (mean, values, std)]
+        moments = policy.value_normalizer
+        torch.ops.pydrone.ppo_loss(
+            mean.detach(),
+            std.detach(),
+            *(samples[name] for name in ("actions", "log_probs", "advantages")),
+            values.detach(),
+            *(samples[name] for name in ("values", "returns", "mu", "sigma")),
+            config.clip,
+            config.clip if config.clipped_value_loss else -1.0,
+            config.value_loss_coef,
+            config.entropy_coef,
+            *((None, None) if moments is None else (moments.shift, moments.std)),
+            num_samples,
+            *grads,
+            metrics,
+            self._workspace,
+        )
+        differentiable = [(x, grad) for x, grad in zip((mean, values, std), grads) if x.requires_grad]
+        torch.autograd.backward(*zip(*differentiable))
+        return metrics

@@ -1,0 +1,234 @@
+"""The learner: a rollout in, a better policy out.
+
+Nothing in it waits for the device, but for ``max_kl`` and for recurrent policies, once a minibatch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from pydrone.ops.schema import INVALID
+from pydrone.ppo.config import PPOConfig
+from pydrone.ppo.learner import adam, fused, fused_loss
+from pydrone.ppo.learner.acting import ActAndStore, Acting, FusedActing
+from pydrone.ppo.learner.loss import surrogate_loss, value_loss
+from pydrone.ppo.policy.actor_critic import ActorCritic, PolicyStep
+from pydrone.ppo.training.distributed import ALONE, MeanGradients, Ranks
+from pydrone.rollout.minibatch import Minibatch
+from pydrone.rollout.sequences import Sequences
+
+if TYPE_CHECKING:
+    from pydrone.buffer import RolloutBuffer
+
+# rsl_rl's adaptive schedule.
+LEARNING_RATE_BOUNDS = (1e-5, 1e-2)
+LEARNING_RATE_FACTOR = 1.5
+# Of two equal policies, in float32.
+ZERO_KL = 1e-6
+
+# Activations of 128 units are 1.6 MB then, which a core's cache holds; the allocator returns to the system, and faults
+# in again, what is much larger.
+CPU_CHUNK_PER_THREAD = 3200
+
+
+class Learner:
+    """Proximal policy optimisation: Adam, clipped losses, a learning rate that follows the KL divergence.
+
+    ``learning_rate`` is a tensor on the device, which Adam reads there: the schedule costs no synchronisation, and a
+    captured CUDA graph of the update follows it. With several ``ranks`` each learns from a rollout of its own, and all
+    of them take the same steps.
+    """
+
+    METRICS = ("surrogate_loss", "value_loss", "entropy", "kl")
+
+    def __init__(self, policy: ActorCritic, config: PPOConfig | None = None, ranks: Ranks = ALONE) -> None:
+        self.policy, self.ranks = policy, ranks
+        self.config = config = config or PPOConfig()
+        device = next(policy.parameters()).device
+        self.learning_rate = torch.tensor(config.learning_rate, device=device)
+        self.optimizer = torch.optim.Adam(policy.parameters(), lr=self.learning_rate, fused=True)
+        #: why autograd computes the gradients; None: the fused operation does, which takes a minibatch whole
+        self.not_fused = "learner is torch" if config.learner == "torch" else fused.why_not(policy)
+        #: computes the loss alone by one operation, where that cannot be; None: autograd does
+        self.fused_loss: fused_loss.FusedLoss | None = None
+        if config.learner != "torch" and device.type == "cuda":
+            self.not_fused = fused_loss.why_not(policy)
+            self.fused_loss = fused_loss.FusedLoss() if self.not_fused is None else None
+            self.not_fused = self.not_fused or "its networks are torch's on CUDA"
+        if config.learner == "fused" and self.not_fused is not None and self.fused_loss is None:
+            raise ValueError(f"learner: 'fused' cannot be used: {self.not_fused}")
+        self.chunk_size = config.chunk_size
+        if self.chunk_size is None and device.type == "cpu":
+            self.chunk_size = CPU_CHUNK_PER_THREAD * torch.get_num_threads()
+        if policy.recurrent:
+            self.chunk_size = None
+        self._past_max_kl = False
+        self._over_ranks = MeanGradients(ranks, list(policy.parameters()), len(self.METRICS)) if ranks.several else None
+
+    def act(self, obs: Tensor | Mapping[str, Tensor]) -> PolicyStep:
+        """``policy.act(obs)``, fused where the gradients are."""
+        return self.policy.act(obs) if self.not_fused is not None else fused.act(self.policy, obs)
+
+    def acting(self, buffer: RolloutBuffer, lap: Callable[[str], None] = lambda stage: None) -> ActAndStore:
+        """How a rollout is acted and stored in ``buffer``, step by step; one for each rollout.
+
+        ``lap`` is called with what a piece of work belonged to, "policy" or "storage".
+        """
+        if self.not_fused is None and FusedActing.serves(self.policy, buffer):
+            return FusedActing(self.policy, buffer, lap)
+        return Acting(self, buffer, lap)
+
+    def update(self, buffer: RolloutBuffer) -> dict[str, Tensor]:
+        """Learns from a full rollout whose advantages are computed; the rollout stays.
+
+        The buffer has the fields that ``policy.fields()`` names, of the policy that acted: its "mu" and "sigma", mean
+        and standard deviation. The policy's running statistics take in the rollout: returns before, observations after
+        it is learnt from. Returns means over all minibatches, as scalars on the device: METRICS, and the last learning
+        rate; with ``max_kl`` also how many "minibatches" were looked at.
+        """
+        policy = self.policy
+        if policy.value_normalizer is not None:
+            policy.observe_returns(buffer.returns, buffer.dones != INVALID, self.ranks)
+        totals = torch.zeros(len(self.METRICS), device=self.learning_rate.device)
+        done, self._past_max_kl = 0, False
+        for minibatch in self._minibatches(buffer):
+            totals += self.step(minibatch)
+            done += 1
+            if self._past_max_kl:
+                break
+        totals /= done
+        if policy.actor_normalizer is not None:
+            policy.observe(buffer.obs, self.ranks)
+        figures = {**dict(zip(self.METRICS, totals.unbind())), "learning_rate": self.learning_rate.clone()}
+        if self.config.max_kl is not None:
+            figures["minibatches"] = totals.new_tensor(done)
+        return figures
+
+    def _minibatches(self, buffer: RolloutBuffer) -> Iterable[Any]:
+        config = self.config
+        if self.policy.recurrent:
+            from pydrone.ppo.policy.recurrent import sequence_batches
+
+            return sequence_batches(self.policy, buffer, config, empty=self.ranks.several)
+        by_minibatch = config.normalize_advantages and config.advantage_scope == "minibatch"
+        return buffer.minibatches(
+            num_minibatches=config.num_minibatches,
+            num_epochs=config.num_epochs,
+            normalize_advantages="minibatch" if by_minibatch else config.normalize_advantages,
+            reuse=True,
+            lazy=self.not_fused is None,
+        )
+
+    def gathers(self, buffer: RolloutBuffer) -> bool:
+        """Whether :meth:`update` has minibatches gathered, whose tensors the buffer then keeps."""
+        by_minibatch = self.config.normalize_advantages and self.config.advantage_scope == "minibatch"
+        return self.not_fused is not None or by_minibatch or not fused.readable(buffer.obs)
+
+    def step(self, minibatch: Any) -> Tensor:
+        """One gradient step on a minibatch. Returns its METRICS, [4]; its KL is that before the step.
+
+        Above ``max_kl`` there is no step, and :meth:`update` ends.
+        """
+        metrics = self.compute_gradients(minibatch)
+        if self._over_ranks is not None:
+            metrics = self._over_ranks(metrics, _size(minibatch))
+        if self.config.schedule == "adaptive":
+            self.adapt_learning_rate(metrics[-1])
+        if self.config.max_kl is not None and metrics[-1] > self.config.max_kl:
+            self._past_max_kl = True
+            return metrics
+        # Each on its own, as rsl_rl does: a large value error must not shorten the actor's step.
+        groups = self.policy.actor_parameters(), self.policy.critic_parameters()
+        if self.not_fused is None and adam.why_not(self.optimizer, groups) is None:
+            adam.step(self.optimizer, groups, self.config.max_grad_norm)
+            return metrics
+        for parameters in groups:
+            nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm, foreach=True)
+        self.optimizer.step()
+        return metrics
+
+    def compute_gradients(self, minibatch: Any) -> Tensor:
+        """Leaves the loss's gradients in the parameters and returns the METRICS, [4]. Autograd takes it in chunks."""
+        config, policy = self.config, self.policy
+        size = _size(minibatch)
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.not_fused is None and size > 0:
+            return fused.of_policy(policy, minibatch, config)
+        chunks = -(-size // self.chunk_size) if self.chunk_size else 1
+        totals, stored = torch.zeros(len(self.METRICS), device=self.learning_rate.device), policy.fields()
+        if size == 0:  # another rank has samples
+            return totals
+        for chunk in range(chunks):
+            rows = slice(chunk * size // chunks, (chunk + 1) * size // chunks)
+            share = (rows.stop - rows.start) / size
+            if self.fused_loss is not None:
+                samples = {name: minibatch[name][rows] for name in self.fused_loss.SAMPLES}
+                totals += self.fused_loss.backward(policy, _rows(minibatch.obs, rows), samples, size, config)
+                continue
+            new = policy.evaluate(_rows(minibatch.obs, rows), minibatch.actions[rows])
+            old = {name: minibatch[name][rows] for name in stored}
+            surrogate = surrogate_loss(
+                new.log_probs, minibatch.log_probs[rows], minibatch.advantages[rows], config.clip
+            )
+            value = value_loss(
+                new.values,
+                policy.normalize_values(minibatch.values[rows]),
+                policy.normalize_values(minibatch.returns[rows]),
+                config.clip if config.clipped_value_loss else None,
+            )
+            entropy = policy.entropy(new)
+            loss = surrogate + config.value_loss_coef * value - config.entropy_coef * entropy
+            (loss * share).backward()
+            with torch.no_grad():
+                kl = policy.kl(old, new)
+                totals.add_(torch.stack((surrogate, value, entropy, kl)), alpha=share)
+        return totals
+
+    def adapt_learning_rate(self, kl: Tensor) -> None:
+        """rsl_rl's schedule: divided by 1.5 above twice the desired KL, multiplied by 1.5 below half of it.
+
+        A KL of zero, as before a rollout's first step, or what rounding makes of it, leaves it alone; so does one that
+        is not a number.
+        """
+        least, most = LEARNING_RATE_BOUNDS
+        rate, desired = self.learning_rate, self.config.desired_kl
+        rate.copy_(
+            torch.where(
+                kl > 2 * desired,
+                (rate / LEARNING_RATE_FACTOR).clamp_min(least),
+                torch.where((kl > ZERO_KL) & (kl < desired / 2), (rate * LEARNING_RATE_FACTOR).clamp_max(most), rate),
+            )
+        )
+
+    def set_progress(self, fraction: float) -> None:
+        """Sets the linear schedule's learning rate for the update at ``fraction`` of the training, 0 at its start."""
+        if self.config.schedule == "linear":
+            self.learning_rate.fill_(self.config.learning_rate * max(0.0, 1.0 - fraction))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Adam's state, with the learning rate in it. The policy has its own."""
+        return self.optimizer.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes over what ``state_dict`` returned; the learning rate only with the adaptive schedule."""
+        self.optimizer.load_state_dict(state)
+        # Adam must go on reading the tensor that the schedule writes.
+        for group in self.optimizer.param_groups:
+            if self.config.schedule == "adaptive":
+                self.learning_rate.copy_(torch.as_tensor(group["lr"]))
+            group["lr"] = self.learning_rate
+            group["capturable"] = False  # as a checkpoint from within a captured iteration has it not
+
+
+def _size(minibatch: Any) -> int:
+    return len(minibatch) if isinstance(minibatch, Minibatch) else minibatch.actions.shape[0]
+
+
+def _rows(obs: Tensor | Mapping[str, Tensor] | Sequences, rows: slice) -> Tensor | dict[str, Tensor] | Sequences:
+    if isinstance(obs, Sequences):
+        return obs  # they are learnt from whole
+    return {name: group[rows] for name, group in obs.items()} if isinstance(obs, Mapping) else obs[rows]

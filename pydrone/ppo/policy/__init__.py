@@ -1,0 +1,1 @@
+"""Networks that act: :mod:`actor_critic` and its variations, and what normalises their inputs."""

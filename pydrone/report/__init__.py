@@ -1,0 +1,1 @@
+"""What a person looks at: evaluations, learning curves, flight paths, films, the view in a terminal."""

@@ -1,0 +1,80 @@
+"""What a training left in its folder: the newest checkpoint, its settings, its policy."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from pydrone.envs import Env
+from pydrone.ppo.config import PPOConfig
+from pydrone.ppo.policy.actor_critic import ActorCritic, make_policy
+from pydrone.ppo.trainer import read_checkpoint
+from pydrone.ppo.training import checkpoint
+
+
+class Run(NamedTuple):
+    """A run as it is loaded."""
+
+    folder: Path
+    checkpoint: Path
+    iteration: int
+    settings: Mapping[str, Any]
+    """The training's configuration, nested mappings of plain values."""
+    state: Mapping[str, Any]
+    """The checkpoint, see :meth:`pydrone.ppo.trainer.Trainer.state_dict`."""
+
+
+def checkpoint_of(run: str | os.PathLike[str]) -> Path:
+    """``run`` itself if it is a file, else the newest checkpoint of that folder that can be loaded.
+
+    Raises FileNotFoundError where there is none.
+    """
+    path = Path(run)
+    if not path.exists():
+        raise FileNotFoundError(f"{run}: no such run folder or checkpoint")
+    found = checkpoint.newest(path) if path.is_dir() else path
+    if found is None:
+        raise FileNotFoundError(f"{run}: no checkpoint model_ITERATION.pt in this folder that can be loaded")
+    return found
+
+
+def load(run: str | os.PathLike[str], device: torch.device | str = "cpu") -> Run:
+    """Loads a run.
+
+    Args:
+        run: its folder, of which the newest checkpoint is taken, or a checkpoint.
+        device: where tensors go.
+
+    Raises:
+        OSError: there is no such folder or file, or no checkpoint in it.
+        ValueError: the checkpoint is none of a training.
+    """
+    path = checkpoint_of(run)
+    state = read_checkpoint(path, device)
+    return Run(path.parent, path, state["iteration"], state["config"], state)
+
+
+def load_policy(run: Run, env: Env) -> ActorCritic:
+    """The run's policy on ``env``'s device, to fly ``env``.
+
+    Raises:
+        ValueError: the environment's observations or actions are not those the policy was trained with, or the run
+            holds no such policy.
+    """
+    try:
+        settings = PPOConfig(**run.settings["ppo"])
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{run.checkpoint}: config: expected the settings of a policy, got others: {error}") from error
+    try:
+        policy = make_policy(env.obs, env.actions, settings, getattr(env, "num_discrete_actions", None)).to(env.device)
+        policy.load_state_dict(run.state["policy"])
+    except (AttributeError, TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"{run.checkpoint}: a policy trained in {run.settings['env']} does not fit an environment with "
+            f"observations {env.obs} and {env.actions} actions: {error}"
+        ) from error
+    return policy.eval()

@@ -1,0 +1,83 @@
+"""A picture of evaluated episodes: flight paths in space, and the distance to the target over time."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pydrone.report.evaluation import Episodes, Paths
+
+# So many paths are drawn; where targets move on, each is a tangle of its own.
+PATHS, TANGLED = 6, 2
+
+
+def draw(title: str, evaluated: Sequence[Episodes], path: str | os.PathLike[str]) -> Path:
+    """Writes the picture, a column for each of ``evaluated``, all of which have ``paths``. Needs matplotlib."""
+    # Not through pyplot, which would look for a display.
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7 * len(evaluated), 9.5), layout="constrained")
+    grid = figure.add_gridspec(2, len(evaluated), height_ratios=(2.2, 1))
+    for column, episodes in enumerate(evaluated):
+        assert episodes.paths is not None
+        space = figure.add_subplot(grid[0, column], projection="3d")
+        shown = _draw_paths(space, episodes, episodes.paths)
+        name = "targets that move on" if episodes.resampled else "one target an episode"
+        space.set_title(f"{name} ({shown} of {len(episodes.length)} episodes)")
+        panel = figure.add_subplot(grid[1, column])
+        _draw_distances(panel, episodes.paths, shown)
+    figure.suptitle(title)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    return path
+
+
+def _draw_paths(space: Any, episodes: Episodes, paths: Paths) -> int:
+    """Returns how many were drawn."""
+    shown = min(paths.pos.shape[1], TANGLED if episodes.resampled else PATHS)
+    start = paths.pos[0, :shown].nanmean(dim=0).tolist()
+    space.scatter(*([x] for x in start), color="black", s=25, label="start")
+    crashes: list[torch.Tensor] = []
+    for k in range(shown):
+        flown = paths.pos[: int(episodes.length[k]), k]
+        flown = flown[flown.isfinite().all(dim=-1)]  # a crash may be a state of NaN
+        if episodes.crashed[k]:
+            crashes.extend(flown[-1:])
+        space.plot(*flown.T.tolist(), color=f"C{k}", linewidth=1)
+        targets = paths.target[: int(episodes.length[k]), k].unique(dim=0)
+        label = {"label": "targets"} if k == 0 else {}
+        space.scatter(*targets.T.tolist(), color=f"C{k}", marker="*", s=90, depthshade=False, **label)
+    if crashes:
+        space.scatter(*torch.stack(crashes).T.tolist(), color="red", marker="x", s=60, depthshade=False, label="crash")
+    # The same scale along all axes; never so close that millimetres look like a journey.
+    points = torch.cat((paths.pos[:, :shown], paths.target[:, :shown])).flatten(0, 1)
+    points = points[points.isfinite().all(dim=-1)]
+    low, high = points.amin(dim=0), points.amax(dim=0)
+    middle, half = (low + high) / 2, (high - low).clamp(min=1.0) / 2 * 1.05
+    for axis, m, h in zip("xyz", middle.tolist(), half.tolist()):
+        getattr(space, f"set_{axis}lim")(m - h, m + h)
+        getattr(space, f"set_{axis}label")(f"{axis} [m]")
+    space.set_box_aspect(half.tolist(), zoom=0.88)  # room for the labels
+    space.legend(loc="upper left")
+    return shown
+
+
+def _draw_distances(panel: Any, paths: Paths, shown: int) -> None:
+    """The paths' own distances, and the median and the quartiles of all episodes that are still flying."""
+    seconds = (torch.arange(len(paths.distance)) + 1) * paths.dt
+    for k in range(shown):
+        panel.plot(seconds, paths.distance[:, k], color=f"C{k}", linewidth=0.7, alpha=0.6)
+    first, median, third = (paths.distance.nanquantile(q, dim=1) for q in (0.25, 0.5, 0.75))
+    panel.fill_between(seconds, first, third, color="black", alpha=0.15, linewidth=0, label="middle half")
+    panel.plot(seconds, median, color="black", linewidth=1.5, label="median of all in flight")
+    panel.axhline(paths.at_target, color="gray", linestyle="--", linewidth=1, label="at the target")
+    panel.set_xlabel("time [s]")
+    panel.set_ylabel("distance to the target [m]")
+    panel.set_ylim(bottom=0)
+    panel.grid(alpha=0.3)
+    panel.legend(loc="upper right")

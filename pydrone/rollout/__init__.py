@@ -1,0 +1,1 @@
+"""What :mod:`pydrone.buffer` stands on: the ring of rows, how they lie in memory, what is taken out of them."""
