@@ -91,8 +91,8 @@ def _train(argv: list[str]) -> int:
     if config.wandb and importlib.util.find_spec("wandb") is None:
         return _missing("wandb", extra="wandb")
 
+    from pydrone.ppo import distributed
     from pydrone.ppo.trainer import Trainer, nothing_to_do, read_checkpoint
-    from pydrone.ppo.training import distributed
     from pydrone.ppo.training import run_log as report
     from pydrone.report import live
 

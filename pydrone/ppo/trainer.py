@@ -20,8 +20,8 @@ from pydrone.envs.base import Env
 from pydrone.ops import native
 from pydrone.ppo import configfile
 from pydrone.ppo.config import TrainConfig
+from pydrone.ppo.distributed import Ranks
 from pydrone.ppo.training import checkpoint
-from pydrone.ppo.training.distributed import Ranks
 from pydrone.ppo.training.iteration import Iteration, NotFinite
 from pydrone.ppo.training.meters import stages_of
 

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from pydrone.ops.schema import INVALID
 from pydrone.ppo.config import PPOConfig
+from pydrone.ppo.distributed import ALONE, MeanGradients, Ranks
 from pydrone.ppo.learner import adam, fused, fused_loss
 from pydrone.ppo.learner.acting import ActAndStore, Acting, FusedActing
 from pydrone.ppo.learner.loss import surrogate_loss, value_loss
 from pydrone.ppo.policy.actor_critic import ActorCritic, PolicyStep
-from pydrone.ppo.training.distributed import ALONE, MeanGradients, Ranks
 from pydrone.rollout.minibatch import Minibatch
 from pydrone.rollout.sequences import Sequences
 

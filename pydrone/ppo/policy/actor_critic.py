@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from pydrone.ppo.config import PPOConfig
+from pydrone.ppo.distributed import ALONE, Ranks
 from pydrone.ppo.learner.loss import gaussian_entropy, gaussian_kl, gaussian_log_prob, log_normalizer
 from pydrone.ppo.policy.normalization import RunningMoments
-from pydrone.ppo.training.distributed import ALONE, Ranks
 from pydrone.rollout.layout import Spec, parse_obs
 
 # rsl_rl's lower bound: the standard deviation is a plain parameter, and a gradient step could take it below zero.

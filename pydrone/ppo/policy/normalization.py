@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pydrone.ops.schema import INVALID, RUNNING
-from pydrone.ppo.training.distributed import ALONE, Ranks
+from pydrone.ppo.distributed import ALONE, Ranks
 
 # Added to variances: what never varies is not divided by zero.
 EPSILON = 1e-8

@@ -14,10 +14,10 @@ from pydrone.buffer import RolloutBuffer
 from pydrone.envs.quadrotor import Quadrotor, QuadrotorCourse
 from pydrone.envs.randomization import Randomization
 from pydrone.ppo.config import PPOConfig, TrainConfig
+from pydrone.ppo.distributed import ALONE
 from pydrone.ppo.learner import fused_loss
 from pydrone.ppo.trainer import NotFinite, Trainer, progress_line
 from pydrone.ppo.training import checkpoint, graphs
-from pydrone.ppo.training.distributed import ALONE
 from pydrone.ppo.training.meters import Stopwatch
 
 cpu = pytest.mark.skipif(pydrone.backends()["cpu"] is not None, reason=str(pydrone.backends()["cpu"]))

@@ -15,8 +15,8 @@ import torch
 from pydrone.envs.base import StepResult
 from pydrone.envs.state import restore, state_of
 from pydrone.ppo.config import PPOConfig, TrainConfig
+from pydrone.ppo.distributed import MeanGradients, PeerLost, Ranks
 from pydrone.ppo.trainer import NotFinite, Trainer
-from pydrone.ppo.training.distributed import MeanGradients, PeerLost, Ranks
 
 N, T, ITERATIONS = 3, 8, 3  # of each process
 

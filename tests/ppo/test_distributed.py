@@ -20,10 +20,10 @@ import torch
 from pydrone.cli import main as cli
 from pydrone.envs import make
 from pydrone.ppo.config import PPOConfig, TrainConfig
+from pydrone.ppo.distributed import ALONE, Launch, MeanGradients, Ranks, merge_moments
 from pydrone.ppo.trainer import Trainer
 from pydrone.ppo.training import checkpoint
 from pydrone.ppo.training import run_log as report
-from pydrone.ppo.training.distributed import ALONE, Launch, MeanGradients, Ranks, merge_moments
 from pydrone.report import runs
 
 pytestmark = pytest.mark.skipif(
@@ -195,7 +195,7 @@ class Counted(Ranks):
 
 def test_the_sizes_in_the_document():
     """What the default training, and one with everything normalised, send in an iteration."""
-    text = (Path(__file__).parents[3] / "docs" / "scaling.md").read_text(encoding="utf-8")
+    text = (Path(__file__).parents[2] / "docs" / "scaling.md").read_text(encoding="utf-8")
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
     table = [(row[1], int(row[2].replace(",", "")), int(row[3])) for row in rows if row[1].startswith("all-")]
     listed = [(text[:10], size) for text, size, count in table for _ in range(count)]
