@@ -11,28 +11,34 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from pydrone.estimators import env_scalars, overlap, pick_bootstrap, unit_interval
-from pydrone.ops.dispatch import bump, written
-from pydrone.ops.pages import Recycler
+from pydrone.ops.arguments import boolean, positive
+from pydrone.ops.dispatch import select
 from pydrone.ops.reference import normalization, permute
-from pydrone.ops.schema import CURSOR_DISCARDED, INVALID
-from pydrone.rollout.layout import boolean, of_append, positive
-from pydrone.rollout.minibatch import Drawn, InRing, Minibatch, Plan
-from pydrone.rollout.ring import BufferFull, NonFinite, Ring, field_view
+from pydrone.ops.schema import INVALID
+from pydrone.rollout import non_finite as finiteness
+from pydrone.rollout import state as states
+from pydrone.rollout.draws import Draws, mix_seed
+from pydrone.rollout.layout import Layout
+from pydrone.rollout.minibatch import Minibatch, Plan
+from pydrone.rollout.non_finite import NonFinite
+from pydrone.rollout.ring import BufferFull, Ring
+from pydrone.rollout.scan import Scan
 from pydrone.rollout.sequences import Sequences, pad
-from pydrone.rollout.sources import Sources
+from pydrone.rollout.sources import Ends, Sources
+from pydrone.rollout.steps import Steps
+from pydrone.rollout.storage import Storage, device_of
+from pydrone.rollout.views import Rollout
 
 __all__ = ["BufferFull", "Minibatch", "NonFinite", "RolloutBuffer"]
 
-_ENDS = {"rewards", "dones", "truncated", "final_obs", "valid"}  # what end() takes
 
-
-class RolloutBuffer(Ring):
+class RolloutBuffer(Rollout):
     """Storage of N environments x T steps, with GAE and shuffled minibatches as kernels.
 
     Everything is allocated here, once; memory is constant however many iterations follow (see docs/memory.md).
@@ -75,48 +81,64 @@ class RolloutBuffer(Ring):
         backend: str | None = None,
         non_finite: str = "warn",
     ) -> None:
-        super().__init__(
-            {
-                "num_envs": num_envs,
-                "num_steps": num_steps,
-                "obs": obs,
-                "actions": actions,
-                "capacity": capacity,
-                "obs_dtype": obs_dtype,
-                "fields": fields,
-                "max_episode_length": max_episode_length,
-                "final_obs_rows": final_obs_rows,
-            },
-            device,
-            seed,
-            rank,
-            backend,
-            non_finite,
+        report = finiteness.Report(non_finite)
+        self.device = device_of(device)
+        self._arguments = {
+            "num_envs": num_envs,
+            "num_steps": num_steps,
+            "obs": obs,
+            "actions": actions,
+            "capacity": capacity,
+            "obs_dtype": obs_dtype,
+            "fields": fields,
+            "max_episode_length": max_episode_length,
+            "final_obs_rows": final_obs_rows,
+        }
+        layout = Layout(**self._arguments)
+        self.num_envs, self.num_steps, self.capacity = layout.num_envs, layout.num_steps, layout.capacity
+        for name, x in (("seed", seed), ("rank", rank)):
+            if isinstance(x, bool) or not isinstance(x, int):
+                raise TypeError(f"{name}: expected an int, got {type(x).__name__}")
+        self._seed, self._rank, self._backend = seed, rank, backend
+        storage = Storage(layout, self.device, select(self.device, backend))
+        ring = Ring(num_steps, self.capacity, layout.num_rollouts, storage.cursor)
+        sources = Sources(layout, self.device)
+        super().__init__(storage, ring, Scan(storage, ring, sources))
+        self._steps = Steps(storage, ring, sources, look=non_finite != "ignore")
+        self._draws = Draws(storage, ring, self._scan, mix_seed(seed, rank))
+        self._report = report
+        self._subset: Tensor | None = None  # the numbers of the oldest rollout's valid samples, once they are known
+
+    @property
+    def backend(self) -> str:
+        """The name of the backend that its operations run on."""
+        return self._storage.ops.name
+
+    def __len__(self) -> int:
+        """Steps stored and not discarded."""
+        return len(self._ring)
+
+    @property
+    def full(self) -> bool:
+        """Whether the rollout being collected has T steps."""
+        return len(self) > 0 and len(self) % self.num_steps == 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of every tensor that the buffer holds; equals the plan of :mod:`pydrone.memory`."""
+        reused = (x for tensors in self._draws.reused.values() for x in tensors.values())
+        return sum(x.numel() * x.element_size() for x in (*self._storage.tensors.values(), *reused))
+
+    def __repr__(self) -> str:
+        obs = {name: list(shape) for name, (shape, _) in self.layout.obs.items()}
+        obs = obs if self.layout.obs_is_mapping else next(iter(obs.values()))
+        extra = f", fields={list(self.layout.extra)}" if self.layout.extra else ""
+        ring = "" if self.capacity == self.num_steps else f", capacity={self.capacity}"
+        return (
+            f"RolloutBuffer(num_envs={self.num_envs}, num_steps={self.num_steps}, obs={obs}, "
+            f"actions={list(self.layout.fields['actions'].shape)}{extra}{ring}, device={str(self.device)!r}, "
+            f"backend={self.backend!r}, steps={len(self)}, {self.nbytes / 1e6:.1f} MB)"
         )
-        self._checked = Sources(self._layout, self.device)
-        self._recycler = Recycler()
-        self._num_rollouts = self._layout.num_rollouts
-        self._values_at = self._sources.index(self._layout.fields["values"])
-        rows, values, rewards = self._rows, self._memory["values"], self._memory["rewards"]
-        self._step_memory = [rows, values, rewards, self._codes, *self._pool[:2]]
-        # The operation's ``memory`` and ``layout`` for a whole step and for its halves; without truncations, with
-        # them, and with their final observations too.
-        self._constants = {}
-        pool_fields = self._layout.pool_fields.values()
-        for call, fields, planes in (
-            ("append", self._sources, [values, rewards]),
-            ("begin", self._sources, [values]),
-            ("end", [], [rewards]),
-            ("slot", [], [values, rewards]),
-        ):
-            memory = [rows, self._codes, *planes]
-            # Observations are the first fields; the scan sees what rewards and values are.
-            looked_at = len(self._layout.obs) if fields and non_finite != "ignore" else 0
-            flag = [self._not_finite] if looked_at else []
-            with torch.inference_mode(False):
-                layout, with_final = (of_append(fields, len(planes), final, looked_at) for final in ([], pool_fields))
-            pooled = [*memory, *self._pool, *flag]
-            self._constants[call] = ([*memory, *flag], layout), (pooled, layout), (pooled, with_final)
 
     def append(
         self,
@@ -154,20 +176,9 @@ class RolloutBuffer(Ring):
             BufferFull: the ring holds a rollout there that has not been discarded; nothing was written.
             TypeError, ValueError: an argument is missing, unknown, or of the wrong shape, dtype or device.
         """
-        self._ready("append")
-        given = self._checked.given(obs, actions, values, log_probs, fields)
-        # Without dones the operation would store half a step.
-        final = None if dones is None else self._usual_final(truncated, final_obs)
-        sources = None if final is None else self._checked.usual(given, final)
-        if sources is not None:
-            try:
-                self._write("append", [*sources, values, rewards, *final], dones, truncated, valid, final)
-                return
-            except (RuntimeError, TypeError):
-                pass  # the operation has written nothing; the checks below say what is wrong in the caller's words
-        sources = self._checked.row(given)
-        rewards, *ends = self._ends(rewards, dones, truncated, final_obs, valid)
-        self._write("append", [*sources, sources[self._values_at], rewards, *ends[-1]], *ends)
+        self._steps.require_start("append")
+        row = self._steps.sources.named(obs, actions, values, log_probs, fields)
+        self._steps.store("append", row, Ends(rewards, dones, truncated, final_obs, valid))
 
     def begin(
         self,
@@ -179,19 +190,9 @@ class RolloutBuffer(Ring):
         **fields: Tensor,
     ) -> None:
         """The first half of :meth:`append`, for environments that write over their observation in ``step()``."""
-        self._ready("begin")
-        given = self._checked.given(obs, actions, values, log_probs, fields)
-        usual = self._checked.usual(given, ()) if self._ops.checks else None
-        for sources in (usual, None):
-            if sources is None:
-                sources = self._checked.row(given)
-            try:
-                self._write("begin", [*sources, sources[self._values_at]], None, None, None, ())
-                break
-            except (RuntimeError, TypeError):
-                if sources is not usual:
-                    raise  # else as in append
-        self._open = "begin"
+        self._steps.require_start("begin")
+        self._steps.store("begin", self._steps.sources.named(obs, actions, values, log_probs, fields), None)
+        self._steps.begun = "begin"
 
     def slot(self) -> dict[str, Tensor | dict[str, Tensor]]:
         """Views of the step being written, for those who can write straight into it; :meth:`end` commits.
@@ -201,12 +202,11 @@ class RolloutBuffer(Ring):
 
         Raises BufferFull as :meth:`append` does.
         """
-        self._ready("slot")
-        step = {name: self._views[name][self._appended % self.capacity] for name in self._views}
-        groups = {name: step[f"obs.{name}"] for name in self._layout.obs}
-        self._open = "slot"
-        names = ("actions", "values", "log_probs", *self._layout.extra)
-        return {"obs": groups if self._layout.obs_is_mapping else groups["obs"], **{name: step[name] for name in names}}
+        self._steps.require_start("slot")
+        step = {name: view[self._ring.slot] for name, view in self._storage.views.items()}
+        self._steps.begun = "slot"
+        names = ("actions", "values", "log_probs", *self.layout.extra)
+        return {"obs": self._storage.groups(step), **{name: step[name] for name in names}}
 
     def end(
         self,
@@ -218,127 +218,20 @@ class RolloutBuffer(Ring):
         valid: Tensor | None = None,
     ) -> None:
         """The second half of a step begun by :meth:`begin` or :meth:`slot`; arguments as in :meth:`append`."""
-        if self._open is None:
+        begun = self._steps.begun
+        if begun is None:
             raise RuntimeError("end: expected begin() or slot() before it")
-        rewards, *ends = self._ends(rewards, dones, truncated, final_obs, valid)
-        if self._open == "slot":
-            values = self._views["values"][self._appended % self.capacity]
-            self._write("slot", [values, rewards, *ends[-1]], *ends)
-        else:
-            self._write("end", [rewards, *ends[-1]], *ends)
-        self._open = None
+        kind = "slot" if begun == "slot" else "end"
+        self._steps.store(kind, None, Ends(rewards, dones, truncated, final_obs, valid))
+        self._steps.begun = None
 
-    def _ready(self, call: str) -> None:
-        """Raises where a step cannot be begun."""
-        if self._open is not None:
-            self._idle(call)
-        if self._appended - self._discarded >= self.capacity and not self._capturing():
-            raise BufferFull(
-                f"the ring of {self.capacity} steps holds {len(self)} that are not discarded: "
-                "learn from the rollout and call clear() first"
-            )
+    def turn(self, run: Callable[[tuple, tuple], None], row: dict[str, object], ends: Mapping | None) -> bool:
+        """:meth:`end` and the next step's :meth:`begin` by one operation, for one that also acts in between.
 
-    def _idle(self, call: str) -> None:
-        if self._open is not None:
-            raise RuntimeError(f"{call}: expected end() first, {self._open}() has begun a step")
-
-    def _usual_final(self, truncated: Tensor | None, final_obs: object) -> list[object] | None:
-        """The final observations, unchecked; None where all is to be checked in Python."""
-        if not self._ops.checks:
-            return None
-        if final_obs is None:
-            return []
-        if truncated is None or not self._pool:
-            return None
-        return list(self._checked.groups("final_obs", final_obs).values())
-
-    def _ends(self, rewards, dones, truncated, final_obs, valid) -> tuple:
-        """How a step ended, checked: rewards, dones, truncated, valid, and the final observations' groups."""
-        scalar, final = self._checked.scalar, []
-        rewards, dones = scalar("rewards", rewards, True), scalar("dones", dones, False)
-        truncated = None if truncated is None else scalar("truncated", truncated, False)
-        valid = None if valid is None else scalar("valid", valid, False)
-        if final_obs is not None:
-            if truncated is None:
-                raise ValueError("final_obs: expected truncated with it, got None")
-            if not self._pool:
-                raise ValueError("final_obs: this buffer has no pool for them; construct it with final_obs_rows > 0")
-            groups = self._checked.groups("final_obs", final_obs)
-            for field in self._layout.pool_fields.values():
-                final.append(self._checked.field(field, groups[field.name], "final_" + field.name))
-        return rewards, dones, truncated, valid, final
-
-    def _write(
-        self,
-        call: str,
-        sources: list[Tensor],
-        dones: Tensor | None,
-        truncated: Tensor | None,
-        valid: Tensor | None,
-        final: Sequence[Tensor],
-    ) -> None:
-        """A step or its half: ``sources`` of a row, of planes and of the pool (``final``), and how it ended."""
-        captured, commit = self._capturing(), call != "begin"
-        memory, layout = self._constants[call][0 if truncated is None else 2 if final else 1]
-        cursor = self._cursor if captured else None
-        place = self._place(self._appended)
-        self._ops.append(memory, sources, layout, dones, truncated, valid, *place, cursor, commit)
-        bump(self._step_memory)
-        if captured:
-            self._captured_truncations |= truncated is not None
-            self._captured_resets |= valid is not None
-        elif commit:
-            self._committed(truncated, valid)
-
-    def _place(self, step: int) -> tuple[int, int]:
-        """The slot of a step, counted from the first ever, and the place of its rollout in the pool."""
-        return step % self.capacity, step // self.num_steps % self._num_rollouts
-
-    def _committed(self, truncated: Tensor | None, valid: Tensor | None) -> None:
-        """Counts a step that has been stored whole."""
-        rollout = self._appended // self.num_steps % self._num_rollouts
-        if truncated is not None:
-            self._truncations[rollout] = True
-        if valid is not None:
-            self._resets[rollout] = True
-        self._appended += 1
-        self._cursor_live = False
-
-    def _turn(self, run: Callable[[tuple, tuple], None], row: dict[str, object], ends: Mapping | None) -> bool:
-        """:meth:`end` with ``ends``, None before the first step, and :meth:`begin` of the next by one operation.
-
-        ``run`` is called with the operation's arguments of either; it may write the sources of ``row`` that are no
-        observations before it stores them. Returns False, and nothing has been stored, where anything is out of the
-        ordinary: the two methods do it then, or say what is wrong.
+        See :meth:`pydrone.rollout.steps.Steps.turn`. False, and nothing has been stored, where the two methods have to
+        do it.
         """
-        step = self._appended + (ends is not None)
-        if self._open != (None if ends is None else "begin") or step - self._discarded >= self.capacity:
-            return False
-        if self._capturing():  # the operation takes the host's counters alone
-            return False
-        end, final, truncated, valid = ((), (), None, None, None, None, 0, 0), (), None, None
-        if ends is not None:
-            dones, truncated, valid = ends.get("dones"), ends.get("truncated"), ends.get("valid")
-            final = None if dones is None else self._usual_final(truncated, ends.get("final_obs"))
-            if final is None or not ends.keys() <= _ENDS:
-                return False
-            memory, layout = self._constants["end"][0 if truncated is None else 2 if final else 1]
-            end = memory, [ends.get("rewards"), *final], layout, dones, truncated, valid, *self._place(self._appended)
-        fields = dict(row)
-        given = self._checked.given(*(fields.pop(x) for x in ("obs", "actions", "values", "log_probs")), fields)
-        sources = self._checked.usual(given, final)
-        if sources is None:
-            return False
-        memory, layout = self._constants["begin"][0]
-        try:
-            run(end, (memory, sources[: len(self._layout.obs)], layout, *self._place(step)))
-        except (RuntimeError, TypeError):
-            return False
-        bump(self._step_memory)
-        if ends is not None:
-            self._committed(truncated, valid)
-        self._open = "begin"
-        return True
+        return self._steps.turn(run, row, ends)
 
     def compute_gae(
         self,
@@ -372,100 +265,19 @@ class RolloutBuffer(Ring):
             RuntimeError: the rollout has fewer than T steps; the pool has overflowed; a truncation came without its
                 final observation. TypeError, ValueError: as :func:`pydrone.gae`.
         """
-        captured = self._capturing()
-        if len(self) < self.num_steps and not captured:
-            raise RuntimeError(f"compute_gae: expected a rollout of {self.num_steps} steps, {len(self)} are stored")
-        gamma, lam = unit_interval("gamma", gamma), unit_interval("lam", lam)
-        boolean("check", check)
-        if isinstance(last_values, Tensor):
-            last_values = last_values.detach()
-        last_values = env_scalars("last_values", last_values, self.num_envs, self.device)
-        if value_fn is not None and not callable(value_fn):
-            raise TypeError(f"value_fn: expected a function of observations, got {type(value_fn).__name__}")
-        rollout = self._rollout % self._layout.num_rollouts
-        truncations = self._truncations[rollout] or self._captured_truncations
-        bootstrap = pick_bootstrap(
-            truncations, final_values=final_values, value_fn=value_fn, timeout_bootstrap=timeout_bootstrap
-        )
-        if final_values is not None:
-            final_values = self._in_ring(final_values)
-        final_rows, self._pool_valued = None, truncations and value_fn is not None
-        self._captured_pool_valued |= captured and self._pool_valued
-        if not truncations:
-            bootstrap, final_values = 0, None
-        elif value_fn is not None:
-            final_values, final_rows = self._evaluate(value_fn, rollout, check), self._final_rows
-        memory = self._memory
-        for name, x in (("last_values", last_values), ("final_values", final_values)):
-            if x is not None and (overlap(x, memory["advantages"]) or overlap(x, memory["returns"])):
-                raise ValueError(f"{name}: expected memory of its own, got some of this buffer's advantages or returns")
-        self._ops.gae(
-            memory["rewards"],
-            memory["values"],
-            self._codes,
-            None,
-            None,
-            last_values,
-            final_values,
-            final_rows,
-            gamma,
-            lam,
-            self._start,
-            True,
-            bootstrap,
-            self._cursor if captured else None,
-            memory["advantages"],
-            memory["returns"],
-            memory["statistics"],
-            memory["workspace"],
-        )
-        written(memory["advantages"], memory["returns"], memory["statistics"])
-        self._captured_gae |= captured
-        self._computed, self._subset, self._scans = True, None, self._scans + 1
-        if check and not captured and (self._policy == "raise" or (self._policy == "warn" and not self._on_cuda)):
-            if self._on_cuda:
-                observed, advantages = self.flags()[3:].tolist()
-            else:  # nothing to wait for: the two are read where they lie
-                observed = self._not_finite.tolist()[rollout]
-                advantages = sum(memory["statistics"].tolist()[1:])
-            self._check_finite(observed, advantages, 3)
+        self._scan.run(last_values, gamma, lam, final_values, value_fn, timeout_bootstrap, check)
+        self._subset = None
+        if check and not self._ring.capturing():
+            self._say_non_finite()
 
-    def _evaluate(self, value_fn: Callable, rollout: int, check: bool) -> Tensor:
-        """The values of the rollout's pool of final observations: of the rows in use where their number is known."""
-        if not self._pool:
-            raise ValueError(
-                "value_fn: this buffer has no pool of final observations; construct it with final_obs_rows"
-            )
-        rows = self._final_obs[rollout]
-        if self._capturing():
-            if self._layout.num_rollouts > 1:
-                raise RuntimeError(
-                    "value_fn: in a captured graph it needs a ring of one rollout, capacity == num_steps"
-                )
-        elif check or self.device.type == "cpu":
-            used, missing = self._pool_count[rollout].tolist()
-            self._check_pool(used, missing)
-            rows = rows[:used]
-        if rows.shape[0] == 0:
-            return torch.empty(0, device=self.device)
-        groups = {name: field_view(rows, self._layout.pool_fields[f"obs.{name}"]) for name in self._layout.obs}
-        with torch.no_grad():
-            values = value_fn(groups if self._layout.obs_is_mapping else groups["obs"])
-        return env_scalars("value_fn's result", values, rows.shape[0], self.device)
-
-    def _in_ring(self, final_values: Tensor) -> Tensor:
-        """Values [N, T] of the rollout as [N, C] at the ring's slots."""
-        self._checked.check("final_values", final_values)
-        if not final_values.is_floating_point():
-            raise TypeError(f"final_values: expected a floating dtype, got {final_values.dtype}")
-        if final_values.shape != (self.num_envs, self.num_steps):
-            expected = [self.num_envs, self.num_steps]
-            raise ValueError(f"final_values: expected shape {expected}, got {list(final_values.shape)}")
-        if self.capacity == self.num_steps:
-            return final_values.detach()
-        start = self._cursor[CURSOR_DISCARDED] if self._capturing() else self._discarded
-        slots = (torch.arange(self.num_steps, device=self.device) + start) % self.capacity
-        return final_values.new_zeros(self.num_envs, self.capacity).index_copy_(1, slots, final_values.detach())
+    def _say_non_finite(self) -> None:
+        """What :meth:`compute_gae` says of numbers that are not finite; on a GPU "warn" waits for :meth:`check`."""
+        if self.device.type == "cuda":
+            if self._report.policy == "raise":
+                self._check_finite(*self.flags()[3:].tolist(), 4)
+        elif self._report.policy != "ignore":  # nothing to wait for: the two are read where they lie
+            observed = self._storage.not_finite.tolist()[self._ring.place]
+            self._check_finite(observed, sum(self._storage.statistics.tolist()[1:]), 4)
 
     def minibatches(
         self,
@@ -513,7 +325,7 @@ class RolloutBuffer(Ring):
         if normalize_advantages not in (True, False, "minibatch"):
             raise ValueError(f"normalize_advantages: expected a bool or 'minibatch', got {normalize_advantages!r}")
         boolean("drop_last", drop_last), boolean("reuse", reuse), boolean("lazy", lazy)
-        self._need_gae("minibatches")
+        self._scan.require("minibatches")
         subset = self._valid_samples()
         samples = self.num_envs * self.num_steps if subset is None else subset.shape[0]
         if samples == 0:
@@ -522,8 +334,8 @@ class RolloutBuffer(Ring):
             raise ValueError(f"num_minibatches: expected at most one a sample, {samples}, got {count}")
         plan = Plan(samples, count, shuffle == "full", normalize, drop_last, reuse, subset)
         # What is captured follows the device's counters, which a minibatch that is read in the ring does not.
-        lazy = lazy and self.device.type == "cpu" and normalize != "minibatch" and not self._capturing()
-        return self._iterate(plan, epochs, lazy, self._discards)
+        lazy = lazy and self.device.type == "cpu" and normalize != "minibatch" and not self._ring.capturing()
+        return self._draws.iterate(plan, epochs, lazy, self._ring.discards)
 
     def sequences(
         self,
@@ -554,17 +366,17 @@ class RolloutBuffer(Ring):
         if count > self.num_envs:
             raise ValueError(f"num_minibatches: expected at most one an environment, {self.num_envs}, got {count}")
         boolean("normalize_advantages", normalize_advantages)
-        self._need_gae("sequences")
+        self._scan.require("sequences")
         states = {}
         if hidden is not None and not isinstance(hidden, Mapping):
             raise TypeError(f"hidden: expected a mapping of names to fields or tensors, got {type(hidden).__name__}")
         for name, state in (hidden or {}).items():
             if isinstance(state, Tensor):
-                self._checked.check(f"hidden[{name!r}]", state)
+                self._steps.sources.check(f"hidden[{name!r}]", state)
             elif not isinstance(state, str):
                 raise TypeError(f"hidden[{name!r}]: expected a field's name or a tensor, got {type(state).__name__}")
-            elif state not in self._layout.extra:
-                names = ", ".join(self._layout.extra) or "none"
+            elif state not in self.layout.extra:
+                names = ", ".join(self.layout.extra) or "none"
                 raise ValueError(f"hidden[{name!r}]: expected the name of a field, one of {names}, got {state!r}")
             states[name] = self[state] if isinstance(state, str) else state
             if states[name].shape[:2] != (self.num_envs, self.num_steps):
@@ -575,159 +387,165 @@ class RolloutBuffer(Ring):
     def _trajectories(
         self, states: dict[str, Tensor], burn_in: int, count: int, epochs: int, normalize: bool
     ) -> Iterator[Sequences]:
-        views = {field.name: self._field(field.name) for field in self._sources}
+        views = {field.name: self._field(field.name) for field in self._storage.fields}
         views["advantages"], views["returns"] = self.advantages, self.returns
         if normalize:
             mean, scale = normalization(self.statistics)
             views["advantages"] = (views["advantages"] - mean) * scale
-        position, discards = torch.arange(self.num_envs, device=self.device), self._discards
+        position, discards = torch.arange(self.num_envs, device=self.device), self._ring.discards
         for _ in range(epochs):
-            epoch, self._epoch = self._epoch, self._epoch + 1
-            order = permute(position, self.num_envs, self._key, self._rollout, epoch)
+            epoch = self._draws.next_epoch()
+            order = permute(position, self.num_envs, self._draws.key, self._ring.rollout, epoch)
             for i in range(count):
-                if discards != self._discards or not self._computed:
+                if discards != self._ring.discards or not self._scan.computed:
                     raise RuntimeError("sequences: the rollout was discarded while they were being read")
                 envs = order[i * self.num_envs // count : (i + 1) * self.num_envs // count]
-                yield pad(
-                    views, tuple(self._layout.obs), self._layout.obs_is_mapping, self.dones, states, envs, burn_in
-                )
-
-    def _iterate(self, plan: Plan, epochs: int, lazy: bool, discards: int) -> Iterator[Minibatch]:
-        for _ in range(epochs):
-            epoch, self._epoch = self._epoch, self._epoch + 1
-            for first, size in plan.parts():
-                self._still(discards)
-                yield (self._drawn if lazy else self._minibatch)(plan, epoch, first, size)
-
-    def _still(self, discards: int) -> None:
-        if discards != self._discards:
-            raise RuntimeError("minibatches: the rollout was discarded while they were being read")
-
-    def _drawn(self, plan: Plan, epoch: int, first: int, size: int) -> Drawn:
-        position = (key, rollout, start) = self._position()
-        discards, scans, turn = self._discards, self._scans, self._hand_out(plan)
-
-        def there() -> None:
-            self._still(discards)
-            if scans != self._scans:
-                raise RuntimeError("minibatches: compute_gae() has renewed the advantages while they were being read")
-
-        def gather() -> dict[str, Tensor]:
-            there()
-            return self._filled(plan, epoch, first, size, position)
-
-        def overwritten() -> bool:
-            return plan.reuse and turn != self._turns[plan.largest]
-
-        def place() -> InRing:
-            there()
-            numbers = [self.num_steps, start, plan.samples, key, rollout, epoch, int(plan.shuffle), first, size]
-            statistics = self._memory["statistics"] if plan.normalize else None
-            groups = {name: self._views[f"obs.{name}"] for name in self._layout.obs}
-            obs = groups if self._layout.obs_is_mapping else groups["obs"]
-            return InRing(obs, self._views, self._memory["advantages"], numbers, statistics, plan.subset)
-
-        names = (*(field.name for field in self._sources), "advantages", "returns")
-        groups, grouped = tuple(self._layout.obs), self._layout.obs_is_mapping
-        indices = self._numbers(plan, epoch, first, size, position)
-        return Drawn(names, size, groups, grouped, indices, gather, overwritten, place)
-
-    def _minibatch(self, plan: Plan, epoch: int, first: int, size: int) -> Minibatch:
-        self._hand_out(plan)
-        position = self._position()
-        tensors = self._filled(plan, epoch, first, size, position)
-        if plan.normalize == "minibatch":
-            advantages = tensors["advantages"]
-            mean, std = advantages.mean(), advantages.std() if size > 1 else 0.0
-            advantages.sub_(mean).div_(std + 1e-8)
-        indices = self._numbers(plan, epoch, first, size, position)
-        return Minibatch(tensors, tuple(self._layout.obs), self._layout.obs_is_mapping, indices)
-
-    def _position(self) -> tuple[int, int, int]:
-        """Which permutations are the oldest rollout's, and where it begins: the key, its number, its slot."""
-        return self._key, self._rollout, self._start
-
-    def _hand_out(self, plan: Plan) -> int:
-        """The turn of a minibatch at the tensors that are reused: the last that was handed out has them."""
-        if not plan.reuse:
-            return 0
-        turn = self._turns[plan.largest] = self._turns.get(plan.largest, 0) + 1
-        return turn
-
-    def _filled(
-        self, plan: Plan, epoch: int, first: int, size: int, position: tuple[int, int, int]
-    ) -> dict[str, Tensor]:
-        tensors = self._outputs(size, plan.largest, plan.reuse)
-        names = [field.name for field in self._sources]
-        statistics = self._memory["statistics"] if plan.normalize is True else None
-        self._gather(plan, epoch, first, position, tensors, names, statistics)
-        written(*tensors.values())
-        return tensors
-
-    def _numbers(
-        self, plan: Plan, epoch: int, first: int, size: int, position: tuple[int, int, int]
-    ) -> Callable[[], Tensor]:
-        """What a minibatch's ``indices`` are made by, whatever has become of the rollout."""
-
-        def indices() -> Tensor:
-            made = {"indices": torch.empty(size, dtype=torch.int64, device=self.device)}
-            self._gather(plan, epoch, first, position, made, [], None)
-            return made["indices"]
-
-        return indices
-
-    def _outputs(self, size: int, largest: int, reuse: bool) -> dict[str, Tensor]:
-        @torch.inference_mode(False)
-        def fresh(n: int) -> dict[str, Tensor]:
-            wanted = self._layout.minibatch(n)
-            made = self._recycler.empty([(x.shape, x.dtype) for x in wanted], self.device)
-            return {x.name: tensor for x, tensor in zip(wanted, made, strict=True)}
-
-        if not reuse:
-            return fresh(size)
-        if largest not in self._reused:
-            self._reused[largest] = fresh(largest)
-        kept = self._reused[largest]
-        return kept if size == largest else {name: x[:size] for name, x in kept.items()}
-
-    def _gather(
-        self,
-        plan: Plan,
-        epoch: int,
-        first: int,
-        position: tuple[int, int, int],
-        tensors: dict[str, Tensor],
-        names: list[str],
-        statistics: Tensor | None,
-    ) -> None:
-        key, rollout, start = position
-        self._ops.gather(
-            self._rows,
-            self._offsets if names else [],
-            self._dtypes if names else [],
-            [tensors[name] for name in names],
-            self._layout.fields["values"].offset,
-            self._memory["advantages"] if names else None,
-            statistics,
-            plan.subset,
-            self.num_steps,
-            start,
-            plan.samples,
-            key,
-            rollout,
-            epoch,
-            plan.shuffle,
-            first,
-            self._cursor if self._capturing() else None,
-            tensors.get("advantages"),
-            tensors.get("returns"),
-            tensors.get("indices"),
-        )
+                yield pad(views, tuple(self.layout.obs), self.layout.obs_is_mapping, self.dones, states, envs, burn_in)
 
     def _valid_samples(self) -> Tensor | None:
         """Numbers n * T + t of the samples that count, or None if all do. Known on the device: one sync a rollout."""
-        if not (self._resets[self._rollout % self._layout.num_rollouts] or self._captured_resets):
+        if not self._ring.has_resets:
             return None
         if self._subset is None:
             self._subset = (self.dones != INVALID).flatten().nonzero().squeeze(1)
         return self._subset
+
+    def clear(self) -> None:
+        """Discards the oldest full rollout; in the middle of the only one, rewinds to its start.
+
+        A step that was begun is forgotten.
+        """
+        storage, ring = self._storage, self._ring
+        place, truncations = ring.place, ring.has_truncations
+        self._steps.begun = None
+        ring.discard()
+        if storage.pool and truncations:
+            storage.pool_count[place].zero_()
+        if self._report.policy != "ignore":  # of the next rollout there
+            storage.not_finite[place].zero_()
+        self._scan.pool_valued = False
+        self._forget()
+
+    def advance(self, steps: int, rollouts: int = 0) -> None:
+        """Tells the host what a captured graph is about to do: ``steps`` appends, ``rollouts`` calls of clear().
+
+        Call it before each replay. Raises BufferFull, and changes nothing, if the appends would overwrite a rollout
+        that has not been discarded.
+        """
+        self._steps.require_none("advance")
+        self._ring.advance(steps, rollouts)
+        if rollouts:
+            self._forget()
+
+    def _forget(self) -> None:
+        """The oldest rollout is another one."""
+        self._scan.computed, self._subset, self._draws.epoch = False, None, 0
+
+    def flags(self) -> Tensor:
+        """float64 [5] on the device, for :meth:`check`, to be read along with other figures.
+
+        Whether a captured append found the ring full; of the oldest rollout, if :meth:`compute_gae` valued its final
+        observations: how many there are, and the truncations that came without one; whether an observation is not
+        finite; a number that is not finite if an advantage is not.
+        """
+        return self._scan.flags(look=self._report.policy != "ignore")
+
+    def check(self, flags: Sequence[float] | None = None) -> None:
+        """Raises, or warns of, what :meth:`flags` say; None reads them, one host sync.
+
+        BufferFull: a captured append found the ring full and wrote nothing. RuntimeError: as :meth:`compute_gae`.
+        FloatingPointError, or with ``non_finite="warn"`` a RuntimeWarning once a rollout: what
+        :meth:`non_finite` finds. To be called before :meth:`clear`.
+        """
+        full, used, missing, observed, advantages = self.flags().tolist() if flags is None else flags
+        if full:
+            raise BufferFull(
+                "a captured append found the ring full; nothing was written: call advance() before replays"
+            )
+        self._scan.check_pool(int(used), int(missing))
+        self._check_finite(observed, advantages, 3)
+
+    def non_finite(self) -> list[NonFinite]:
+        """What is NaN or infinite in the oldest rollout, in the order of steps: observations by group, actions, values
+        and rewards.
+
+        If all of these are finite, the advantages, whose cause is then ``last_values``, a final value or an overflow.
+        Steps that are none (``valid`` 0) do not count. Plain PyTorch over the whole rollout, with host syncs:
+        :meth:`compute_gae` and :meth:`check` call it where a launch has found something.
+        """
+        groups = self.obs if self.layout.obs_is_mapping else {"": self.obs}
+        # A step's observation comes before its action and its reward: of one step the first is the cause.
+        fields = {f"obs[{name!r}]" if name else "obs": x for name, x in groups.items()}
+        fields |= {"actions": self.actions, "values": self.values, "rewards": self.rewards}
+        sampled = self.dones != INVALID
+        found = finiteness.find(fields, sampled)
+        if not found and self._scan.computed:
+            found = finiteness.find({"advantages": self._storage.advantages}, sampled)
+        return found
+
+    def _check_finite(self, observed: float, advantages: float, level: int) -> None:
+        """Acts on two of :meth:`flags`; ``level`` of a warning's caller."""
+        flag = self._storage.not_finite[self._ring.place]
+        self._report(self._ring.rollout, observed, advantages, self.non_finite, flag, level)
+
+    @contextlib.contextmanager
+    def as_captured(self) -> Iterator[None]:
+        """Calls within it do at once what a captured graph's do: they follow the device's counters.
+
+        Before a capture they load the kernels that it needs, which a capture may not be able to. :meth:`advance` comes
+        before them, as before a replay.
+        """
+        with self._ring.as_captured():
+            yield
+
+    def to(self, device: torch.device | str) -> RolloutBuffer:
+        """This buffer if it lies on ``device``, else a new one there with the same contents."""
+        device = device_of(device)
+        if device == self.device:
+            return self
+        backend = self._backend if self._backend == "reference" else None
+        options = {"seed": self._seed, "rank": self._rank, "backend": backend, "non_finite": self._report.policy}
+        moved = type(self)(**self._arguments, device=device, **options)
+        moved.load_state_dict(self.state_dict())
+        return moved
+
+    def __reduce__(self) -> tuple:
+        arguments = (self._arguments, str(self.device), self._seed, self._rank, self._backend, self._report.policy)
+        return _rebuild, (type(self), arguments, self.state_dict())
+
+    def state_dict(self) -> dict[str, object]:
+        """Everything that :meth:`load_state_dict` needs to go on as if nothing had happened; tensors are not copied."""
+        self._steps.require_none("state_dict")
+        ring, tensors = self._ring, self._storage.tensors
+        state: dict[str, object] = {f"memory.{name}": x for name, x in tensors.items() if name not in states.TRANSIENT}
+        state |= {"appended": ring.appended, "discarded": ring.discarded, "computed": self._scan.computed}
+        state |= {"epoch": self._draws.epoch, "seed": self._seed}
+        layout = [(x.name, tuple(x.shape), str(x.dtype), x.offset) for x in self.layout.fields.values()]
+        flags = {"truncations": list(ring.truncations), "resets": list(ring.resets)}
+        return state | flags | {"layout": [self.num_steps, *layout]}
+
+    def load_state_dict(self, state: Mapping[str, object]) -> None:
+        """Takes over the state of a buffer constructed with the same sizes, from any device.
+
+        Raises ValueError, and changes nothing, where a size or a key differs.
+        """
+        own = self.state_dict()
+        states.check(state, own, self.num_steps, self.capacity)
+        self._ring.restore(state["appended"], state["discarded"], state["truncations"], state["resets"])
+        for name, x in own.items():
+            if isinstance(x, Tensor):
+                x.copy_(state[name])
+        self._scan.computed, self._subset = state["computed"], None
+        self._seed, self._draws.epoch = state["seed"], state["epoch"]
+        self._draws.key = mix_seed(self._seed, self._rank)
+        self._steps.begun = None
+        self._report.forget()
+        self._storage.not_finite.fill_(1)  # what its launches have found is not known: look once
+
+
+def _rebuild(kind: type[RolloutBuffer], arguments: tuple, state: dict[str, object]) -> RolloutBuffer:
+    """A pickled or copied buffer."""
+    sizes, device, seed, rank, backend, non_finite = arguments
+    made = kind(**sizes, device=device, seed=seed, rank=rank, backend=backend, non_finite=non_finite)
+    made.load_state_dict(state)
+    return made

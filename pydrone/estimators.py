@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from pydrone.ops.arguments import boolean, check_tensor, env_scalars, overlap, overlaps_itself, unit_interval
 from pydrone.ops.dispatch import select, written
 from pydrone.ops.schema import BOOTSTRAP, workspace_size
-from pydrone.rollout.layout import boolean
 
 __all__ = ["gae"]
 
@@ -233,51 +231,6 @@ def pick_bootstrap(truncations: bool, *, timeout_bootstrap: str | None, **values
     return BOOTSTRAP[timeout_bootstrap] if timeout_bootstrap else BOOTSTRAP["final_values"] if given else 0
 
 
-def unit_interval(name: str, x: float) -> float:
-    """``x`` as a float in [0, 1], or an error that names it."""
-    try:
-        number = float(None if isinstance(x, (str, bytes)) else x)
-    except OverflowError:  # an int beyond all floats
-        number = math.inf
-    except (TypeError, ValueError, RuntimeError):  # the last of a tensor
-        raise TypeError(f"{name}: expected a number, got {type(x).__name__}") from None
-    if not math.isfinite(number) or not 0 <= number <= 1:
-        raise ValueError(f"{name}: expected a number in [0, 1], got {x}")
-    return number
-
-
-def env_scalars(name: str, x: Tensor, num_envs: int, device: torch.device) -> Tensor:
-    """``x``, floating, as [N]; accepts [N] and [N, 1]."""
-    check_tensor(name, x, device, floating=True)
-    if x.shape[:1] != (num_envs,) or x.numel() != num_envs:
-        raise ValueError(f"{name}: expected shape [{num_envs}] or [{num_envs}, 1], got {list(x.shape)}")
-    return x.reshape(num_envs) if x.dim() == 1 else x.flatten(1)[:, 0]
-
-
-def check_strided(name: str, x: Tensor) -> None:
-    """Raises TypeError unless ``x`` is plain memory with strides."""
-    if x.layout != torch.strided or x.is_nested or x.is_quantized:
-        kind = "a nested one" if x.is_nested else x.dtype if x.is_quantized else x.layout
-        raise TypeError(f"{name}: expected a strided tensor, got {kind}")
-
-
-def check_tensor(
-    name: str, x: object, device: torch.device | None, floating: bool | None = None, result: str = "advantages do"
-) -> None:
-    """Raises unless ``x`` is a tensor of real numbers there, without a gradient that ``result`` would drop."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
-    if device is not None and x.device != device:
-        raise ValueError(f"{name}: expected device {device}, got {x.device}")
-    if x.is_complex() or (floating and not x.is_floating_point()):
-        raise TypeError(f"{name}: expected a {'floating' if floating else 'real'} dtype, got {x.dtype}")
-    check_strided(name, x)
-    if x.requires_grad and torch.is_grad_enabled():
-        raise RuntimeError(f"{name}: requires grad, which {result} not pass on; pass {name}.detach()")
-    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:
-        raise RuntimeError(f"{name}: has a tangent, which {result} not pass on; pass {name}.detach()")
-
-
 def _check_out(out: object, shape: tuple[int, ...], dtype: torch.dtype, inputs: list[Tensor]) -> tuple[Tensor, Tensor]:
     if not isinstance(out, (tuple, list)) or len(out) != 2:
         raise TypeError(f"out: expected (advantages, returns), got {type(out).__name__}")
@@ -290,31 +243,9 @@ def _check_out(out: object, shape: tuple[int, ...], dtype: torch.dtype, inputs: 
             raise TypeError(f"out[{i}]: expected dtype {dtype}, got {x.dtype}")
         if not traced and x.is_neg():
             raise ValueError(f"out[{i}]: expected memory of its own, got a negated view")
-        if _overlaps_itself(x):
+        if overlaps_itself(x):
             raise ValueError(f"out[{i}]: expected memory of its own for every element, got strides {list(x.stride())}")
         others = [] if traced else [*inputs, *(out[:i])]
         if any(overlap(x, other) for other in others):
             raise ValueError(f"out[{i}]: expected memory of its own, got some that another argument uses")
     return out[0], out[1]
-
-
-def _overlaps_itself(x: Tensor) -> bool:
-    reach = 0  # of the dimensions with smaller strides
-    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
-        if size > 1 and stride <= reach:
-            return True
-        reach += stride * (size - 1)
-    return False
-
-
-def overlap(x: Tensor, y: Tensor) -> bool:
-    """Whether the memory from the first to the last element of each has bytes in common."""
-    if x.numel() == 0 or y.numel() == 0 or x.untyped_storage().data_ptr() != y.untyped_storage().data_ptr():
-        return False
-    (x0, x1), (y0, y1) = _extent(x), _extent(y)
-    return x0 < y1 and y0 < x1
-
-
-def _extent(x: Tensor) -> tuple[int, int]:
-    last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
-    return x.data_ptr(), x.data_ptr() + (last + 1) * x.element_size()

@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from pydrone.rollout.layout import Allocation, Layout, positive
+from pydrone.ops.arguments import positive
+from pydrone.rollout.layout import Allocation, Layout
 
 __all__ = ["MemoryPlan", "plan", "render"]
 

@@ -93,7 +93,7 @@ def random_like(shape: tuple[int, ...], dtype: torch.dtype, g: torch.Generator |
 
 def random_step(buf: RolloutBuffer, ends: bool = True, g: torch.Generator | None = None) -> dict[str, object]:
     """Arguments of append for one step of ``buf``: every field random, one in five environments ends."""
-    n, layout = buf.num_envs, buf._layout
+    n, layout = buf.num_envs, buf.layout
     obs = {name: random_like((n, *shape), dtype, g) for name, (shape, dtype) in layout.obs.items()}
     step: dict[str, object] = {"obs": obs if layout.obs_is_mapping else obs["obs"]}
     for name in ("actions", *layout.extra):
@@ -118,7 +118,7 @@ def stacked(steps: list[dict], name: str, group: str | None = None) -> Tensor:
 
 def memory_bytes(buf: RolloutBuffer) -> dict[str, bytes]:
     """Every byte that the buffer holds."""
-    return {name: x.contiguous().view(torch.uint8).numpy().tobytes() for name, x in buf._memory.items()}
+    return {name: x.contiguous().view(torch.uint8).numpy().tobytes() for name, x in buf._storage.tensors.items()}
 
 
 class RingModel:

@@ -21,13 +21,13 @@ from pydrone import RolloutBuffer
 
 def check_contents(buf: RolloutBuffer, steps: list[dict]) -> None:
     """Views and an epoch of minibatches hold what was appended, bit for bit."""
-    expected = {name: stacked(steps, name) for name in ("actions", "values", "log_probs", *buf._layout.extra)}
-    for group in buf._layout.obs:
+    expected = {name: stacked(steps, name) for name in ("actions", "values", "log_probs", *buf.layout.extra)}
+    for group in buf.layout.obs:
         key = f"obs.{group}"
-        expected[key] = stacked(steps, "obs", group if buf._layout.obs_is_mapping else None)
+        expected[key] = stacked(steps, "obs", group if buf.layout.obs_is_mapping else None)
     for name, x in expected.items():
-        x = expected[name] = x.reshape(buf.num_envs, buf.num_steps, *buf._layout.fields[name].shape)
-        stored = x.to(buf._layout.fields[name].dtype)
+        x = expected[name] = x.reshape(buf.num_envs, buf.num_steps, *buf.layout.fields[name].shape)
+        stored = x.to(buf.layout.fields[name].dtype)
         assert torch.equal(buf[name], stored), name
         expected[name] = stored.float() if stored.dtype in (torch.float16, torch.bfloat16) else stored
     buf.compute_gae(torch.zeros(buf.num_envs))
@@ -41,7 +41,7 @@ def check_contents(buf: RolloutBuffer, steps: list[dict]) -> None:
     for mb in buf.minibatches(min(3, buf.num_envs * buf.num_steps), normalize_advantages=False):
         env, step = mb.indices // buf.num_steps, mb.indices % buf.num_steps
         for name, x in expected.items():
-            got = mb.obs[name[4:]] if name.startswith("obs.") and buf._layout.obs_is_mapping else mb[name]
+            got = mb.obs[name[4:]] if name.startswith("obs.") and buf.layout.obs_is_mapping else mb[name]
             assert got.dtype == x.dtype and torch.equal(got, x[env, step]), name
             assert got.is_contiguous()
 
@@ -89,8 +89,8 @@ def test_groups_and_fields(actions, num_envs, backend):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_storage(dtype, backend):
     buf = RolloutBuffer(33, 4, obs={"a": 17, "b": (2, 3), "c": ((4,), torch.float32)}, actions=4, obs_dtype=dtype)
-    assert buf._layout.fields["obs.a"].dtype == buf._layout.fields["obs.b"].dtype == dtype
-    assert buf._layout.fields["obs.c"].dtype == torch.float32  # a dtype of its own goes first
+    assert buf.layout.fields["obs.a"].dtype == buf.layout.fields["obs.b"].dtype == dtype
+    assert buf.layout.fields["obs.c"].dtype == torch.float32  # a dtype of its own goes first
     buf = RolloutBuffer(33, 4, obs=17, actions=4, obs_dtype=dtype, backend=backend)
     steps = [random_step(buf) for _ in range(4)]
     for step in steps:
@@ -105,7 +105,7 @@ def test_rows_longer_than_a_block(num_envs, backend):
     """27,648 bytes of picture a row, stored as bytes, next to a float group and one in half precision."""
     groups = {"camera": ((3, 96, 96), torch.uint8), "state": 3, "low": ((70, 70), torch.float16)}
     buf = RolloutBuffer(num_envs, 3, obs=groups, actions=1, capacity=4, backend=backend)
-    assert buf._layout.row_bytes > 16384
+    assert buf.layout.row_bytes > 16384
     check_contents(buf, fill(buf))
     buf.clear()
     check_contents(buf, fill(buf))  # wraps
@@ -199,7 +199,7 @@ def test_inputs_that_require_grad_leave_no_graph(backend):
         wanted = ("obs", "actions", "values", "log_probs", "rewards")
         step |= {name: step[name].clone().requires_grad_() * 1 for name in wanted}
         buf.append(**step)
-    assert not any(x.requires_grad for x in buf._memory.values())
+    assert not any(x.requires_grad for x in buf._storage.tensors.values())
     assert not buf.values.requires_grad and not buf.rewards.requires_grad and not buf.obs.requires_grad
 
 
@@ -280,7 +280,7 @@ def test_a_view_of_the_step_that_is_written_is_refused(num_envs, backend):
     changes = [{"obs": actions, "actions": obs}, {"rewards": values}, {"values": rewards}, {"log_probs": values}]
     changes.append({"truncated": torch.ones(num_envs), "final_obs": obs})
     for change in changes:
-        if buf._ops.checks:
+        if buf._storage.ops.checks:
             with pytest.raises(
                 RuntimeError, match="expected memory of its own, got a view of the step that is written"
             ):
@@ -301,7 +301,7 @@ def test_a_view_over_a_step_of_which_no_row_is_written_is_taken(backend):
         obs=torch.rand(2, 3), actions=torch.zeros(2, 1), rewards=zeros, dones=zeros, values=zeros, log_probs=zeros
     )
     buf.slot()["obs"].copy_(torch.rand(2, 3))
-    over = buf._views["obs.obs"].transpose(0, 1)[0]  # the first environment's two steps
+    over = buf._storage.views["obs.obs"].transpose(0, 1)[0]  # the first environment's two steps
     buf.end(rewards=zeros, dones=ones, truncated=ones, final_obs=over)
     seen = []
     buf.compute_gae(zeros, value_fn=lambda obs: seen.append(obs.clone()) or zeros)
@@ -437,7 +437,7 @@ def test_scalars_as_columns_take_the_short_way(column, monkeypatch):
     if reason is not None:
         pytest.skip(f"cpu: {reason}")
     buf = RolloutBuffer(3, 2, obs=2, actions=1)
-    monkeypatch.setattr(buf._checked, "row", lambda given: pytest.fail("checked argument by argument"))
+    monkeypatch.setattr(buf._steps.sources, "row", lambda given: pytest.fail("checked argument by argument"))
     step = {name: torch.arange(3.0) + i for i, name in enumerate(("rewards", "dones", "values", "log_probs"))}
     for name in ("values", "log_probs"):
         if column in (name, "both"):

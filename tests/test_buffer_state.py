@@ -55,10 +55,10 @@ def iteration(buf: RolloutBuffer, g: torch.Generator, epochs: int = 2, **options
 )
 def test_bytes_are_those_of_the_plan(options, backend):
     buf = make(backend, **options)
-    assert buf.nbytes == sum(made.nbytes for made in buf._layout.allocations())
-    storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in buf._memory.values()}
-    assert buf.nbytes == sum(storages.values()) and len(storages) == len(buf._memory)
-    assert {made.name for made in buf._layout.allocations()} == set(buf._memory)
+    assert buf.nbytes == sum(made.nbytes for made in buf.layout.allocations())
+    storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in buf._storage.tensors.values()}
+    assert buf.nbytes == sum(storages.values()) and len(storages) == len(buf._storage.tensors)
+    assert {made.name for made in buf.layout.allocations()} == set(buf._storage.tensors)
 
 
 def test_the_table_of_the_task():
@@ -74,7 +74,7 @@ def test_the_table_of_the_task():
 
 
 def pointers(buf: RolloutBuffer) -> list[int]:
-    return [x.data_ptr() for x in (*buf._memory.values(), *buf._views.values())]
+    return [x.data_ptr() for x in (*buf._storage.tensors.values(), *buf._storage.views.values())]
 
 
 def test_memory_is_constant_over_301_iterations():
@@ -94,7 +94,7 @@ def test_memory_is_constant_over_301_iterations():
     finally:
         tracemalloc.stop()
     assert pointers(buf) == before and buf.nbytes == size
-    assert buf._appended == 301 * 3
+    assert buf._ring.appended == 301 * 3
     assert grown < 49152  # bytes of Python objects, mostly interpreter caches
     # A rollout kept an iteration, of 768 samples in rows of 64 bytes, would be 10 MB.
     unit = 1024 if sys.platform == "linux" else 1
@@ -200,7 +200,7 @@ def test_collected_in_inference_mode_and_trained_on_later(backend):
         fill(buf)
         buf.compute_gae(torch.zeros(6), value_fn=None)
         first = list(buf.minibatches(2, reuse=True))
-    held = (*buf._memory.values(), *buf._views.values(), buf.obs["a"], buf.advantages)
+    held = (*buf._storage.tensors.values(), *buf._storage.views.values(), buf.obs["a"], buf.advantages)
     assert not any(x.is_inference() for x in held)
     assert not any(x.is_inference() for mb in first for x in (mb.obs["a"], mb.advantages))
     product(buf.advantages).backward()
@@ -298,7 +298,7 @@ def test_a_state_of_other_fields_is_refused_though_rows_are_as_long(options, bac
     base = {"obs": 2, "actions": 3, "fields": {"mu": 2}, "final_obs_rows": 0}
     one, other = make(backend, **base), make(backend, **base | options)
     fill(one)
-    assert one._rows.shape == other._rows.shape
+    assert one._storage.rows.shape == other._storage.rows.shape
     with pytest.raises(ValueError, match=r"^state_dict: "):
         other.load_state_dict(one.state_dict())
 

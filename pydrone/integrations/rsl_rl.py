@@ -223,19 +223,20 @@ class _Buffer(RolloutBuffer):
 
     def field(self, name: str) -> Tensor:
         """[T, N, ...]."""
-        return self._views[name]
+        return self._storage.views[name]
 
     def plane(self, name: str) -> Tensor:
         """[T, N, 1]."""
-        return self._memory[name].t().unsqueeze(-1)
+        return self._storage.tensors[name].t().unsqueeze(-1)
 
     def moments(self) -> Tensor:
         """``statistics``, which stay when the rollout is discarded."""
-        return self._memory["statistics"]
+        return self._storage.statistics
 
     def arranged(self, order: Tensor, normalize: bool) -> Minibatch:
         """The samples n * T + t of ``order``, int64 [B], in one launch, into the same tensors each time."""
-        return self._minibatch(Plan(len(order), 1, False, normalize, False, True, order), 0, 0, len(order))
+        plan = Plan(len(order), 1, False, normalize, False, True, order)
+        return self._draws.minibatch(self._draws.part(plan, 0, 0, len(order)))
 
 
 _peer_compute_returns = ppo.PPO.compute_returns

@@ -16,7 +16,7 @@ from torch import Tensor
 from pydrone.buffer import Minibatch
 from pydrone.buffer import RolloutBuffer as Ring
 from pydrone.integrations.peer import require
-from pydrone.rollout.layout import positive
+from pydrone.ops.arguments import positive
 from pydrone.rollout.minibatch import Plan
 
 require("stable-baselines3", (2, 4), (3,))
@@ -34,20 +34,19 @@ class _Ring(Ring):
     def end_last_step(self, ended: Tensor) -> None:
         """``ended``, bool [N]: of the step appended last. Code 1, an end without a bootstrap: the collector has added
         gamma * V(final observation) to the reward."""
-        self._codes[:, (self._appended - 1) % self.capacity].copy_(ended)
+        self._storage.codes[:, (self._ring.appended - 1) % self.capacity].copy_(ended)
 
     def batches(self, batch_size: int, order: Tensor | None = None) -> Iterator[Minibatch]:
         """The rollout in parts of ``batch_size``, the last of what is left: shuffled, or by ``order``, int64 numbers
         n * T + t."""
-        self._need_gae("get")
+        self._scan.require("get")
         samples = self.num_envs * self.num_steps if order is None else len(order)
         plan = Plan(samples, -(-samples // batch_size), order is None, False, False, False, order)
-        rollout, epoch = self._rollout, self._epoch
-        self._epoch += 1
+        rollout, epoch = self._ring.rollout, self._draws.next_epoch()
         for first in range(0, samples, batch_size):
-            if rollout != self._rollout or not self._computed:
+            if rollout != self._ring.rollout or not self._scan.computed:
                 raise RuntimeError("get: reset() has discarded the rollout while it was being read")
-            yield self._minibatch(plan, epoch, first, min(batch_size, samples - first))
+            yield self._draws.minibatch(self._draws.part(plan, epoch, first, min(batch_size, samples - first)))
 
 
 def _array(name: str, doc: str) -> property:

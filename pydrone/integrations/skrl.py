@@ -21,7 +21,7 @@ from pydrone.ops.dispatch import select, written
 from pydrone.ops.reference import normalization
 from pydrone.ops.schema import SCALAR_TYPES
 from pydrone.rollout.layout import of_append, pack
-from pydrone.rollout.ring import field_view
+from pydrone.rollout.storage import field_view
 
 require("skrl", (2, 1), (2, 2))
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pydrone.rollout.ring import mix_seed
+from pydrone.rollout.draws import mix_seed
 
 
 class PeerLost(RuntimeError):

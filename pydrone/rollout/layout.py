@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import torch
 
+from pydrone.ops.arguments import positive
 from pydrone.ops.schema import CURSOR_SIZE, MAX_SAMPLES, SCALAR_TYPES, workspace_size
 
 ROW_ALIGNMENT = 32  # bytes: a sector of GPU memory; two cache lines hold a row of 96 wherever it starts
@@ -99,22 +100,6 @@ def parse_obs(obs: object, obs_dtype: torch.dtype) -> tuple[dict[str, Spec], boo
         if not isinstance(key, str):
             raise TypeError(f"obs: expected names of groups as str, got {key!r}")
     return {key: parse_spec(f"obs[{key!r}]", spec, obs_dtype) for key, spec in obs.items()}, True
-
-
-def positive(name: str, x: object) -> int:
-    """``x`` as an int of at least 1, or an error that names it."""
-    if isinstance(x, bool) or not isinstance(x, int):
-        raise TypeError(f"{name}: expected an int, got {type(x).__name__}")
-    if x < 1:
-        raise ValueError(f"{name}: expected at least 1, got {x}")
-    return x
-
-
-def boolean(name: str, x: object) -> bool:
-    """``x`` if it is True or False, or an error that names it: "false" is true."""
-    if not isinstance(x, bool):
-        raise TypeError(f"{name}: expected a bool, got {type(x).__name__}")
-    return x
 
 
 def pack(specs: dict[str, Spec]) -> tuple[dict[str, Field], int]:

@@ -1,19 +1,36 @@
-"""What may be appended to a buffer: the checks of its arguments, with errors that name them."""
+"""What may be stored in a buffer: the checks of a step's arguments, with errors that name them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from operator import itemgetter
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from pydrone.estimators import check_strided
+from pydrone.ops.arguments import check_strided
 from pydrone.rollout.layout import Field, Layout
 
 
+class Ends(NamedTuple):
+    """How a step ended, as a caller says it: the arguments of :meth:`pydrone.buffer.RolloutBuffer.end`."""
+
+    rewards: Tensor
+    dones: Tensor
+    truncated: Tensor | None = None
+    final_obs: Tensor | Mapping[str, Tensor] | None = None
+    valid: Tensor | None = None
+
+
 class Sources:
-    """Checks tensors of one step against a layout; what passes can be read by a kernel as it is."""
+    """Checks tensors of one step against a layout; what passes can be read by a kernel as it is.
+
+    A step has two parts, its row and how it ended. For each there are two checks. ``quick_row`` and ``quick_final`` run
+    every step, and Python is much of a small step's time: they look only at what an operation that checks its own
+    arguments cannot see, and return None where anything is out of the ordinary. ``row`` and ``ends`` check everything,
+    and raise errors that name the argument.
+    """
 
     def __init__(self, layout: Layout, device: torch.device) -> None:
         self.layout, self.device, self.num_envs = layout, device, layout.num_envs
@@ -21,39 +38,22 @@ class Sources:
         self._in_order = itemgetter(*(field.name for field in self.fields))
         self._deep, self._final_deep = _deep(layout, self.fields), _deep(layout, layout.pool_fields.values())
 
-    def given(self, obs: object, actions: object, values: object, log_probs: object, fields: dict) -> dict[str, object]:
-        """What a step was given for a row, by the names of the layout's fields."""
+    def named(self, obs: object, actions: object, values: object, log_probs: object, fields: dict) -> dict[str, object]:
+        """What a step was given for its row, by the names of the layout's fields."""
         row = self.groups("obs", obs)
         row["actions"], row["values"], row["log_probs"] = actions, values, log_probs
         row.update(fields)
         return row
 
-    def row(self, given: Mapping[str, object]) -> tuple[Tensor, ...]:
-        """The sources of a row in the layout's order, each checked."""
-        if given.keys() != self.layout.fields.keys() - {"final_row"}:
-            for name in self.layout.extra:
-                if name not in given:
-                    raise TypeError(f"{name}: expected a tensor for this field, got none")
-            name = next(name for name in given if name not in self.layout.fields or name == "final_row")
-            raise TypeError(f"{name}: not a field of this buffer; it has {', '.join(self.layout.extra) or 'none'}")
-        return tuple(self.field(field, given[field.name], field.name) for field in self.fields)
-
-    def usual(self, given: Mapping[str, object], final: Sequence[object]) -> tuple[Tensor, ...] | None:
-        """The sources of a row, and nothing looked at but what an operation cannot check by itself.
-
-        None if anything is out of the ordinary. This runs every step, and Python is much of a small step's time.
-        """
+    def quick_row(self, named: Mapping[str, object]) -> tuple[Tensor, ...] | None:
+        """The sources of a row in the layout's order."""
         try:
-            sources = self._in_order(given)
-            if len(given) != len(sources):
+            sources = self._in_order(named)
+            if len(named) != len(sources):
                 return None
             for i, shape in self._deep:
                 if sources[i].shape != shape:
                     return None
-            if final:
-                for i, shape in self._final_deep:
-                    if final[i].shape != shape:
-                        return None
             if torch.is_grad_enabled():
                 for x in sources:
                     if x.requires_grad:
@@ -61,6 +61,48 @@ class Sources:
         except (KeyError, AttributeError, RuntimeError):  # the last of a nested tensor, which has no shape
             return None
         return sources
+
+    def quick_final(self, ends: Ends) -> list[object] | None:
+        """The final observations of a step, [] where there are none."""
+        if ends.dones is None:  # without them the operation would store half a step
+            return None
+        if ends.final_obs is None:
+            return []
+        if ends.truncated is None or not self.layout.final_obs_rows:
+            return None
+        final = list(self.groups("final_obs", ends.final_obs).values())
+        try:
+            for i, shape in self._final_deep:
+                if final[i].shape != shape:
+                    return None
+        except (AttributeError, RuntimeError):
+            return None
+        return final
+
+    def row(self, named: Mapping[str, object]) -> tuple[Tensor, ...]:
+        """As :meth:`quick_row`."""
+        if named.keys() != self.layout.fields.keys() - {"final_row"}:
+            for name in self.layout.extra:
+                if name not in named:
+                    raise TypeError(f"{name}: expected a tensor for this field, got none")
+            name = next(name for name in named if name not in self.layout.fields or name == "final_row")
+            raise TypeError(f"{name}: not a field of this buffer; it has {', '.join(self.layout.extra) or 'none'}")
+        return tuple(self.field(field, named[field.name], field.name) for field in self.fields)
+
+    def ends(self, ends: Ends) -> tuple[Ends, list[Tensor]]:
+        """``ends`` as a kernel can read them, and the final observations of a step."""
+        rewards, dones = self.scalar("rewards", ends.rewards, True), self.scalar("dones", ends.dones, False)
+        truncated = None if ends.truncated is None else self.scalar("truncated", ends.truncated, False)
+        valid = None if ends.valid is None else self.scalar("valid", ends.valid, False)
+        final = []
+        if ends.final_obs is not None:
+            if truncated is None:
+                raise ValueError("final_obs: expected truncated with it, got None")
+            if not self.layout.final_obs_rows:
+                raise ValueError("final_obs: this buffer has no pool for them; construct it with final_obs_rows > 0")
+            groups = self.groups("final_obs", ends.final_obs)
+            final = [self.field(x, groups[x.name], "final_" + x.name) for x in self.layout.pool_fields.values()]
+        return Ends(rewards, dones, truncated, ends.final_obs, valid), final
 
     def groups(self, name: str, obs: object) -> dict[str, object]:
         """``obs`` by the names of the layout's fields."""

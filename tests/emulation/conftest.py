@@ -8,7 +8,7 @@ import torch
 
 from pydrone.ops import dispatch, native
 from pydrone.ops.schema import SCHEMAS
-from pydrone.rollout import ring
+from pydrone.rollout import storage
 
 
 @pytest.fixture(scope="session")
@@ -28,7 +28,7 @@ def operations() -> dispatch.Backend:
 def backend(operations, monkeypatch) -> str:
     """In place of tests/conftest.py's. Planes lie as they do on a GPU, by environment."""
     monkeypatch.setitem(dispatch._cache, ("cpu", "emulated", None), operations)
-    monkeypatch.setattr(ring, "_allocate", allocated)
+    monkeypatch.setattr(storage, "allocate", allocated)
     return "emulated"
 
 

@@ -104,8 +104,8 @@ def test_a_rollout_replayed_is_a_rollout_run(capacity, late, clears, backend):
         eager.compute_gae(last, GAMMA, LAM, **how)
         on_host.compute_gae(last.cpu(), GAMMA, LAM, **how)
         for name in ("advantages", "returns", "statistics"):
-            assert torch.equal(buf._memory[name], eager._memory[name]), name
-        assert_close(buf._memory["advantages"], on_host.advantages)
+            assert torch.equal(buf._storage.tensors[name], eager._storage.tensors[name]), name
+        assert_close(buf._storage.tensors["advantages"], on_host.advantages)
         for ours, theirs in zip(seen, epochs(eager), strict=True):
             for name in ours:
                 assert torch.equal(ours[name], theirs[name]), name
@@ -117,8 +117,8 @@ def test_a_rollout_replayed_is_a_rollout_run(capacity, late, clears, backend):
         buf.check()
         for each in (eager, on_host) if clears else (buf, eager, on_host):
             each.clear()
-        assert (buf._appended, buf._discarded) == (eager._appended, eager._discarded)
-        assert buf._cursor.tolist() == [buf._appended, buf._discarded, 0, 0, T]
+        assert (buf._ring.appended, buf._ring.discarded) == (eager._ring.appended, eager._ring.discarded)
+        assert buf._storage.cursor.tolist() == [buf._ring.appended, buf._ring.discarded, 0, 0, T]
     assert len(orders) == 6 * ROLLOUTS  # no permutation twice
 
 
@@ -171,7 +171,7 @@ def test_a_full_ring_is_left_alone_and_flagged(backend):
     for _ in range(2):  # sticky
         with pytest.raises(BufferFull, match=r"^a captured append found the ring full"):
             buf.check()
-    assert buf._cursor.tolist() == [T, 0, 1, 0, T]
+    assert buf._storage.cursor.tolist() == [T, 0, 1, 0, T]
 
 
 def test_a_graph_outlives_many_rollouts(backend):
@@ -190,6 +190,8 @@ def test_a_graph_outlives_many_rollouts(backend):
     for _ in range(200):
         buf.advance(T, rollouts=1)
         graph.replay()
-        results.add(tuple(buf._memory["statistics"].tolist()))
+        results.add(tuple(buf._storage.tensors["statistics"].tolist()))
     assert len(results) == 1
-    assert buf._cursor.tolist() == [200 * T, 200 * T, 0, 0, T] and buf._memory["workspace"][0].item() == 0
+    assert (
+        buf._storage.cursor.tolist() == [200 * T, 200 * T, 0, 0, T] and buf._storage.tensors["workspace"][0].item() == 0
+    )

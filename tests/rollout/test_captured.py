@@ -18,18 +18,18 @@ class Graph:
         self.buf, self.monkeypatch, self.launches = buf, monkeypatch, []
 
     def __enter__(self) -> Graph:
-        buf, ops = self.buf, self.buf._ops
+        buf, ops = self.buf, self.buf._storage.ops
         self.ops = ops
 
         def recorded(name: str):
             return lambda *args: self.launches.append((getattr(ops, name), args))
 
-        buf._ops = ops._replace(**{name: recorded(name) for name in ("gae", "append", "gather")})
-        self.monkeypatch.setattr(buf, "_capturing", lambda: True)
+        buf._storage.ops = ops._replace(**{name: recorded(name) for name in ("gae", "append", "gather")})
+        self.monkeypatch.setattr(buf._ring, "capturing", lambda: True)
         return self
 
     def __exit__(self, *_) -> None:
-        self.buf._ops = self.ops
+        self.buf._storage.ops = self.ops
         self.monkeypatch.undo()
 
     def replay(self) -> None:
@@ -54,7 +54,7 @@ def refill(inputs: dict, step: dict) -> dict:
 
 
 def cursor(buf: RolloutBuffer) -> tuple[int, int, int]:
-    appended, discarded, flag, _, steps = buf._cursor.tolist()
+    appended, discarded, flag, _, steps = buf._storage.cursor.tolist()
     assert steps == T
     return appended, discarded, flag
 
@@ -72,7 +72,7 @@ def test_replayed_appends_follow_the_cursor(capacity, backend, monkeypatch):
             buf.advance(1)
             steps.append(refill(inputs, random_step(buf)))
             graph.replay()
-            assert cursor(buf) == (buf._appended, buf._discarded, 0)
+            assert cursor(buf) == (buf._ring.appended, buf._ring.discarded, 0)
         with pytest.raises(BufferFull, match=rf"^the ring of {capacity} steps holds {capacity}; 1 more"):
             buf.advance(1)
         for name in ("rewards", "values", "actions", "obs"):
@@ -85,7 +85,7 @@ def test_replayed_appends_follow_the_cursor(capacity, backend, monkeypatch):
         for mb in buf.minibatches(2):
             assert torch.equal(mb.obs, buf.obs[mb.indices // T, mb.indices % T])
         buf.clear()
-        assert cursor(buf) == (buf._appended, buf._discarded, 0)
+        assert cursor(buf) == (buf._ring.appended, buf._ring.discarded, 0)
         del steps[:T]
 
 
@@ -185,13 +185,13 @@ def test_gae_and_gather_follow_the_cursor(backend, monkeypatch):
         last.copy_(torch.randn(N))
         graph.replay()
         arguments = [stacked(steps, name) for name in ("rewards", "values", "dones")]
-        assert_close(buf._memory["advantages"], gae_loop(*arguments, last, 0.99, 0.95)[0])
+        assert_close(buf._storage.tensors["advantages"], gae_loop(*arguments, last, 0.99, 0.95)[0])
         gather, args = mb_launch
         gather(*args[:-1], out["indices"])
         env, step = out["indices"] // T, out["indices"] % T
         assert sorted(out["indices"].tolist()) == list(range(N * T))
         assert torch.equal(out["mb"].obs, stacked(steps, "obs")[env, step])
-        assert torch.equal(out["mb"].advantages, buf._memory["advantages"][env, step])
+        assert torch.equal(out["mb"].advantages, buf._storage.tensors["advantages"][env, step])
         orders.add(tuple(out["indices"].tolist()))
         buf.clear()
         for step in steps:

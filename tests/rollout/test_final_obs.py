@@ -111,9 +111,9 @@ def check(buf: RolloutBuffer, steps: list[dict]) -> None:
     if picked:
         groups = shown[0] if grouped else {"obs": shown[0]}
         for name, x in groups.items():
-            stored = buf._layout.fields[f"obs.{name}"].dtype
+            stored = buf.layout.fields[f"obs.{name}"].dtype
             assert x.dtype == (torch.float32 if stored in (torch.float16, torch.bfloat16) else stored)
-            assert x.shape == (len(picked), *buf._layout.obs[name][0])
+            assert x.shape == (len(picked), *buf.layout.obs[name][0])
         wanted = {}
         for name, x in groups.items():
             finals = [steps[t]["final_obs"] for _, t in picked]
@@ -216,7 +216,7 @@ def make(backend: str, **options) -> RolloutBuffer:
 def test_room_and_overflow(options, room, backend):
     """N * (1 + T // max_episode_length) rows by default; one more time-out than that is an error that says so."""
     buf = make(backend, **options)
-    assert buf._memory["final_obs"].shape[:2] == (1, room)
+    assert buf._storage.tensors["final_obs"].shape[:2] == (1, room)
     counts = [min(6, max(0, min(room, 24) - 6 * t)) for t in range(4)]
     for count in counts:
         buf.append(**all_late(buf, count))
@@ -271,7 +271,7 @@ def test_flags_without_any_truncation(backend):
 
 def test_no_pool(backend):
     buf = make(backend, final_obs_rows=0)
-    assert "final_obs" not in buf._memory
+    assert "final_obs" not in buf._storage.tensors
     made = all_late(buf, 3)
     with pytest.raises(ValueError, match=r"^final_obs: this buffer has no pool for them.*final_obs_rows > 0"):
         buf.append(**made)

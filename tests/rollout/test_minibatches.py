@@ -344,7 +344,7 @@ def again(buf: RolloutBuffer) -> None:
 
 def loaded(buf: RolloutBuffer) -> None:
     other = ready(buf.num_envs, buf.num_steps, capacity=buf.capacity, seed=5)
-    assert other._rollout == buf._rollout
+    assert other._ring.rollout == buf._ring.rollout
     buf.load_state_dict(other.state_dict())
 
 

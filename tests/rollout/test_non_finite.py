@@ -26,7 +26,7 @@ def make(backend: str, **options) -> RolloutBuffer:
 def steps_of(buf: RolloutBuffer) -> list[dict]:
     """Of integers and numbers that are finite, whatever the fields' bits."""
     steps = [random_step(buf, ends=False) for _ in range(T)]
-    for step in steps if buf._layout.obs_is_mapping else ():
+    for step in steps if buf.layout.obs_is_mapping else ():
         step["obs"] = step["obs"] | {"c": torch.full((N, 2, 2), 255, dtype=torch.uint8)}
         step["obs"]["d"] = torch.full((N, 3), 0x7FC00000, dtype=torch.int32)  # the bits of a NaN
     return steps
@@ -66,7 +66,7 @@ def test_one_number_is_found_wherever_it_is(name, number, halves, backend):
         store(buf, steps_of(buf), halves)
         buf.compute_gae(torch.zeros(N))
         buf.check()
-        assert buf._not_finite.tolist() == [0]
+        assert buf._storage.not_finite.tolist() == [0]
         buf.clear()
 
 
@@ -116,9 +116,9 @@ def test_observations_of_every_size_and_layout(how, width, dtype, backend):
                 step["obs"] = given
             store(buf, steps)
             expected = [0] if math.isfinite(number) else [1]
-            assert buf._not_finite.tolist() == expected
+            assert buf._storage.not_finite.tolist() == expected
             assert [x[2:] for x in buf.non_finite()] == [(11, 2)] * expected[0]
-            buf._not_finite.zero_()
+            buf._storage.not_finite.zero_()
             buf.clear()
 
 
@@ -159,7 +159,7 @@ def test_each_rollout_of_the_ring_on_its_own(capacity, backend):
         expected = [NonFinite("obs['a']", sum(x is not None for x in pending[:T]), x, t)
                     for t, x in enumerate(pending[:T]) if x is not None][:1]  # fmt: skip
         if expected:
-            with pytest.raises(FloatingPointError, match=f"^rollout {buf._rollout}: "):
+            with pytest.raises(FloatingPointError, match=f"^rollout {buf._ring.rollout}: "):
                 buf.compute_gae(torch.zeros(N))
         else:
             buf.compute_gae(torch.zeros(N))
@@ -216,7 +216,7 @@ def test_policies(backend):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             buf.compute_gae(torch.zeros(N), check=False)
-    assert RolloutBuffer(2, 2, 1, 1)._policy == "warn"
+    assert RolloutBuffer(2, 2, 1, 1)._report.policy == "warn"
     for policy in ("error", None, True):
         with pytest.raises(ValueError, match=r"^non_finite: expected 'ignore', 'warn' or 'raise', got"):
             make(backend, non_finite=policy)
@@ -242,7 +242,7 @@ def test_a_copy_looks_again(backend):
         copied.load_state_dict(buf.state_dict())
         with pytest.raises(FloatingPointError, match="environment 5 at step 1"):
             copied.compute_gae(torch.zeros(N))
-    assert copy.deepcopy(buf)._policy == "raise"
+    assert copy.deepcopy(buf)._report.policy == "raise"
 
 
 @pytest.mark.parametrize("capacity", [T, 2 * T])
@@ -274,7 +274,7 @@ def test_what_was_found_ends_with_its_rollout(check, backend, monkeypatch):
     """A state that was loaded is looked at once, whoever reads the flags, and so is a step that is none."""
     looked = []
     look = RolloutBuffer.non_finite
-    monkeypatch.setattr(RolloutBuffer, "non_finite", lambda self: looked.append(self._rollout) or look(self))
+    monkeypatch.setattr(RolloutBuffer, "non_finite", lambda self: looked.append(self._ring.rollout) or look(self))
     buf = make(backend)
     buf.load_state_dict(make(backend).state_dict())
     for rollout in range(5):

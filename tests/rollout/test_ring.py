@@ -57,7 +57,7 @@ def compare(buf: RolloutBuffer, model: RingModel) -> None:
     same(buf.dones, stacked(steps, "code").byte())
     same(buf.truncated, stacked(steps, "code") == 2)
     # A view where the rollout does not wrap, a copy where it does.
-    inside = {x.untyped_storage().data_ptr() for x in buf._memory.values()}
+    inside = {x.untyped_storage().data_ptr() for x in buf._storage.tensors.values()}
     for view in (buf.rewards, buf.values, buf.dones, buf["mu"], buf["cost"], buf.obs["camera"]):
         assert (view.untyped_storage().data_ptr() in inside) == (not model.wraps)
 
@@ -261,7 +261,7 @@ def test_slot_writes_into_the_buffer_itself(backend):
     buf = make(T, backend)
     fill(buf, 1)
     slot = buf.slot()
-    rows = buf._memory["rows"]
+    rows = buf._storage.tensors["rows"]
     for x in (*slot["obs"].values(), *(slot[name] for name in ("actions", "values", "log_probs", *FIELDS))):
         assert x.untyped_storage().data_ptr() == rows.untyped_storage().data_ptr()
         assert x.shape[0] == N

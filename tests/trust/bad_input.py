@@ -161,7 +161,7 @@ def wrong_obs(buf: RolloutBuffer, obs: object, optional: bool = False) -> list[o
 def wrong_halves(buf: RolloutBuffer, step: dict[str, object]) -> dict[str, list]:
     """By name, what each argument of append may be replaced with."""
     wrong = {"obs": wrong_obs(buf, step["obs"])}
-    for name in ("actions", "log_probs", "values", *buf._layout.extra):
+    for name in ("actions", "log_probs", "values", *buf.layout.extra):
         wrong[name] = wrong_source(step[name])
     wrong["rewards"] = bad_tensor(step["rewards"], "real")
     for name in ("dones", "truncated", "valid"):
@@ -238,7 +238,7 @@ def compute_gae(rng: random.Random) -> Subject:
         buf.clear()
         for _ in range(buf.num_steps):
             late = {"truncated": torch.ones(buf.num_envs), "final_obs": random_step(buf)["obs"]}
-            buf.append(**random_step(buf) | (late if buf._appended % buf.num_steps == 0 else {}))
+            buf.append(**random_step(buf) | (late if buf._ring.appended % buf.num_steps == 0 else {}))
         given.pop("final_values", None)
         size = buf.num_envs
         results = [torch.zeros(size + 1), torch.zeros(size, 2), torch.zeros(size).int(), None, 3.0, "x"]
@@ -249,7 +249,7 @@ def compute_gae(rng: random.Random) -> Subject:
         wrong["timeout_bootstrap"] = [Bad(x, ("value_fn",)) for x in ("next_value", "nonsense")]
     if rng.random() < 0.3:
         buf.compute_gae(torch.zeros(buf.num_envs), timeout_bootstrap="next_value")
-        outputs = [buf._memory["advantages"], buf._memory["returns"]]
+        outputs = [buf._storage.tensors["advantages"], buf._storage.tensors["returns"]]
         across = [x.t().view(-1)[: buf.num_envs] for x in outputs]  # they lie by steps
         wrong["last_values"] = [*wrong["last_values"], *across, *(x[:, 0] for x in outputs)]
     return Subject("compute_gae", buf.compute_gae, given, wrong, (buf,))
@@ -544,8 +544,11 @@ def snapshot(held: Iterable[object]) -> list[object]:
     seen: list[object] = []
     for x in held:
         if isinstance(x, RolloutBuffer):
-            counters = (x._appended, x._discarded, x._computed, x._epoch, x._open, x._truncations, x._resets, x._seed)
-            seen.append((copy.deepcopy(counters), [(name, bytes_of(y)) for name, y in x._memory.items()]))
+            counted = [
+                y for y in vars(x._ring).values() if not isinstance(y, Tensor)
+            ]  # the cursor is among the tensors
+            counters = (counted, x._scan.computed, x._draws.epoch, x._steps.begun, x._seed)
+            seen.append((copy.deepcopy(counters), [(name, bytes_of(y)) for name, y in x._storage.tensors.items()]))
         elif isinstance(x, Tensor):
             seen.append(bytes_of(x))
     return seen

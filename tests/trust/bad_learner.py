@@ -175,7 +175,9 @@ def collect(rng: random.Random, policy: ActorCritic, buffer: RolloutBuffer, step
         acting(observe(policy, n), ends)
         ends = {"rewards": torch.randn(n), "dones": torch.rand(n) < 0.3}
         ends |= {"truncated": ends["dones"].clone()} if kind in ("truncated", "final_obs") else {}
-        ends |= {"final_obs": observe(policy, n)} if kind == "final_obs" and buffer._pool_count is not None else {}
+        ends |= (
+            {"final_obs": observe(policy, n)} if kind == "final_obs" and buffer._storage.pool_count is not None else {}
+        )
         ends |= {"valid": torch.arange(n) % 3 < rng.randint(1, 2)} if kind == "valid" else {}
     if steps is None:
         buffer.end(**ends)

@@ -97,7 +97,7 @@ KEPT: list[torch.Tensor] = []
 
 
 def hoard(trainer: Trainer) -> None:
-    KEPT.append(trainer.buffer._rows.clone())
+    KEPT.append(trainer.buffer._storage.rows.clone())
 
 
 def ring(rollouts: int) -> Watch:

@@ -59,8 +59,8 @@ class FusedActing:
     @staticmethod
     def serves(policy: ActorCritic, buffer: RolloutBuffer) -> bool:
         """Whether the operation stores what this buffer holds."""
-        fields = [x for x in buffer._layout.fields if x != "final_row"][len(buffer._layout.obs) :]
-        return buffer._ops.name == "cpu" and fields == ["actions", "log_probs", "values", "mu", "sigma"]
+        fields = [x for x in buffer.layout.fields if x != "final_row"][len(buffer.layout.obs) :]
+        return buffer.backend == "cpu" and fields == ["actions", "log_probs", "values", "mu", "sigma"]
 
     def __init__(self, policy: ActorCritic, buffer: RolloutBuffer, lap: Callable[[str], None]) -> None:
         self._policy, self._buffer, self._lap = policy, buffer, lap
@@ -93,7 +93,7 @@ class FusedActing:
         def run(end: tuple, begin: tuple) -> None:
             torch.ops.pydrone.ppo_step.default(*end, *act, sigma, *begin)
 
-        if not buffer._turn(run, row, ends):
+        if not buffer.turn(run, row, ends):
             if ends is not None:
                 buffer.end(**ends)
             torch.ops.pydrone.ppo_act.default(*act)

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pydrone.estimators import check_tensor
 from pydrone.ops import native
+from pydrone.ops.arguments import check_tensor
 from pydrone.ops.schema import ACTIVATIONS
 from pydrone.ppo.learner.loss import gaussian_entropy
 from pydrone.ppo.policy.actor_critic import ActorCritic, PolicyStep

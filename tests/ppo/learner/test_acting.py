@@ -114,7 +114,7 @@ def buffer_of(policy: ActorCritic, world: World, num_steps: int = 5, capacity: i
         final_obs_rows=0 if world.autoreset == "next_step" else 30,
         **options,
     )
-    for name, x in buffer._memory.items():  # whatever is not written shows
+    for name, x in buffer._storage.tensors.items():  # whatever is not written shows
         if name in ("rows", "rewards", "values", "dones", "final_obs"):
             x.view(torch.uint8).fill_(0xFF) if x.dtype == torch.uint8 else x.fill_(math.nan)
     return buffer
@@ -124,7 +124,7 @@ def collect(policy, world, make, rollouts: int = 3, num_steps: int = 5, capacity
     """The buffer's state after each rollout, and torch's generator's; which operations ran."""
     torch.manual_seed(5)
     buffer, obs, states = buffer_of(policy, world, num_steps, capacity), world.reset(), []
-    before = [x._version for x in buffer._step_memory]
+    before = [x._version for x in buffer._steps.written]
     with torch.no_grad(), Operations() as operations:
         for _ in range(rollouts):
             acting, ends = make(policy, buffer), None
@@ -136,8 +136,8 @@ def collect(policy, world, make, rollouts: int = 3, num_steps: int = 5, capacity
                 obs = result.obs
             buffer.end(**ends)
             state = {name: x.clone() if isinstance(x, Tensor) else x for name, x in buffer.state_dict().items()}
-            states.append(state | {"generator": torch.get_rng_state(), "seen": buffer._not_finite.clone()})
-            versions = [x._version - y for x, y in zip(buffer._step_memory, before)]
+            states.append(state | {"generator": torch.get_rng_state(), "seen": buffer._storage.not_finite.clone()})
+            versions = [x._version - y for x, y in zip(buffer._steps.written, before)]
             if len(buffer) + num_steps > buffer.capacity:
                 buffer.clear()
     return states, versions, operations.calls
@@ -330,9 +330,9 @@ def test_weights_that_change_within_a_rollout_are_acted_by(change):
     stored = {"actions": expected.actions, "values": expected.values, "log_probs": expected.log_probs}
     stored |= {"mu": expected.mean, "sigma": expected.std}
     for name, x in stored.items():
-        assert torch.equal(buffer._views[name][2], x), name  # the third slot
+        assert torch.equal(buffer._storage.views[name][2], x), name  # the third slot
     # The same noise in all three steps: what differs is the change's.
-    steps = [[buffer._views[name][i] for name in stored] for i in range(3)]
+    steps = [[buffer._storage.views[name][i] for name in stored] for i in range(3)]
     assert torch.equal(before, repeated) and all(map(torch.equal, steps[0], steps[1]))
     assert not all(map(torch.equal, steps[1], steps[2]))
 
@@ -394,7 +394,7 @@ def test_a_captured_step_follows_the_devices_counters(capacity):
                 buffer.end(**ends)
                 ends = None
             lengths.append(len(buffer))
-            assert buffer._cursor[:2].tolist() == [buffer._appended, buffer._discarded]
+            assert buffer._storage.cursor[:2].tolist() == [buffer._ring.appended, buffer._ring.discarded]
             buffer.clear()
         state = {name: x.clone() if isinstance(x, Tensor) else x for name, x in buffer.state_dict().items()}
         results.append((state, world.seen, lengths))
@@ -454,10 +454,10 @@ def test_a_full_ring_is_not_written_over():
     acting, ends = by_one(policy, buffer), {"rewards": world.rewards, "dones": world.rewards}
     acting(world.held)
     acting(world.held, ends)
-    row = buffer._rows[0].clone()
+    row = buffer._storage.rows[0].clone()
     with pytest.raises(BufferFull):
         acting(world.held, ends)
-    assert buffer.full and torch.equal(buffer._rows[0], row)
+    assert buffer.full and torch.equal(buffer._storage.rows[0], row)
     with pytest.raises(BufferFull):
         acting(world.held)
 
@@ -481,10 +481,10 @@ def test_wrong_ends_are_named_and_nothing_is_stored(change, error, message):
     buffer = buffer_of(policy, world)
     acting, ends = by_one(policy, buffer), {"rewards": world.rewards, "dones": world.rewards}
     acting(world.held)
-    rows, codes = buffer._rows.clone(), buffer._codes.clone()
+    rows, codes = buffer._storage.rows.clone(), buffer._storage.codes.clone()
     with pytest.raises(error, match=message):
         acting(world.held, ends | change)
-    assert len(buffer) == 0 and torch.equal(buffer._rows, rows) and torch.equal(buffer._codes, codes)
+    assert len(buffer) == 0 and torch.equal(buffer._storage.rows, rows) and torch.equal(buffer._storage.codes, codes)
     acting(world.held, ends)
     buffer.end(**ends)
     assert len(buffer) == 2
@@ -510,10 +510,10 @@ def test_a_wrong_observation_ends_the_step_before_it_once():
     ends = {"rewards": world.rewards, "dones": timeouts, "truncated": timeouts, "final_obs": world.held}
     with pytest.raises(ValueError, match=r"^obs.other: expected shape \[7, 2\], got \[7, 3\]$"):
         acting(world.held | {"other": torch.zeros(7, 3)}, ends)
-    assert len(buffer) == 1 and buffer._pool_count.tolist() == [[3, 0]]
+    assert len(buffer) == 1 and buffer._storage.pool_count.tolist() == [[3, 0]]
     acting(world.held)
     buffer.end(**ends)
-    assert len(buffer) == 2 and buffer._pool_count.tolist() == [[6, 0]]
+    assert len(buffer) == 2 and buffer._storage.pool_count.tolist() == [[6, 0]]
 
 
 def test_observations_that_are_not_finite_are_found():

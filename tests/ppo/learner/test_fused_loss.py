@@ -53,7 +53,7 @@ def test_an_update_equals_autograds(options):
     policy = make_policy({"policy": OBS, "critic": 2}, ACTIONS, config)
     buf, other = rollout(policy), copy.deepcopy(policy)
     expected = Learner(policy, config).update(buf)
-    buf._epoch = 0
+    buf._draws.epoch = 0
     calls = []
     learner = with_fused_loss(other, config)
     run = learner.fused_loss.backward

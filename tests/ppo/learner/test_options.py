@@ -60,7 +60,7 @@ def test_a_large_kl_ends_the_rollout_before_its_step():
     first = next(i for i, kl in enumerate(kls) if kl > limit)
     assert 0 < first < 19, "the case is to stop in the middle"
 
-    buffer._epoch = 0  # the same permutations again
+    buffer._draws.epoch = 0  # the same permutations again
     learner = Learner(policy, PPOConfig(**{**vars(config_), "max_kl": limit}))
     figures = learner.update(buffer)
     assert {int(x["step"]) for x in learner.optimizer.state.values()} == {first} and figures["minibatches"] == first + 1
@@ -208,4 +208,4 @@ def test_learns_with_autocast():
 def test_rows_of_the_rollout_are_those_of_the_options():
     """N = 16 times T = 8, two floats an observation less two bytes each."""
     buffer = Trainer(PointMass(N), config(num_steps=8, ppo={"obs_dtype": "float16"}), echo=lambda _: None).buffer
-    assert buffer._layout.fields["obs.obs"].nbytes == 4
+    assert buffer.layout.fields["obs.obs"].nbytes == 4

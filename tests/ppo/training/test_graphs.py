@@ -10,7 +10,6 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import pydrone
-from pydrone.buffer import RolloutBuffer
 from pydrone.envs.quadrotor import Quadrotor, QuadrotorCourse
 from pydrone.envs.randomization import Randomization
 from pydrone.ppo.config import PPOConfig, TrainConfig
@@ -19,6 +18,7 @@ from pydrone.ppo.learner import fused_loss
 from pydrone.ppo.trainer import NotFinite, Trainer, progress_line
 from pydrone.ppo.training import checkpoint, graphs
 from pydrone.ppo.training.meters import Stopwatch
+from pydrone.rollout.scan import Scan
 
 cpu = pytest.mark.skipif(pydrone.backends()["cpu"] is not None, reason=str(pydrone.backends()["cpu"]))
 N, T, ITERATIONS = 12, 6, 4
@@ -27,19 +27,19 @@ N, T, ITERATIONS = 12, 6, 4
 @pytest.fixture
 def on_the_cpu(monkeypatch) -> list[str]:
     """Graphs as if the CPU had them. Returns what was captured."""
-    seen, evaluate = [], RolloutBuffer._evaluate
+    seen, evaluate = [], Scan._evaluate
 
     def of_the_whole_pool(self, *arguments):
         """A CPU values the rows in use, whose number it knows; CUDA all of them, and products of other sizes round
         otherwise."""
-        with self.as_captured():
+        with self._ring.as_captured():
             return evaluate(self, *arguments)
 
     def recorded(run, generators, stream):
         seen.append(run.__name__)
         return capture_emulation.capture(run, generators, stream)
 
-    monkeypatch.setattr(RolloutBuffer, "_evaluate", of_the_whole_pool)
+    monkeypatch.setattr(Scan, "_evaluate", of_the_whole_pool)
     monkeypatch.setattr(graphs, "why_not", lambda trainer: None)
     monkeypatch.setattr(graphs, "side_stream", lambda device: None)
     monkeypatch.setattr(graphs, "aside", lambda run, stream: run())
@@ -107,7 +107,7 @@ def test_a_captured_training_is_the_uncaptured_one(case, on_the_cpu):
     assert ours["appended"] == ours["discarded"]
     same = ("appended", "discarded", "computed", "epoch", "truncations", "resets")
     assert {name: ours[name] for name in same} == {name: theirs[name] for name in same}
-    assert replayed.buffer._cursor.tolist() == [ours["appended"], ours["discarded"], 0, 0, T]
+    assert replayed.buffer._storage.cursor.tolist() == [ours["appended"], ours["discarded"], 0, 0, T]
 
 
 class Outside(TorchDispatchMode):
@@ -167,8 +167,8 @@ def test_a_capture_launches_no_kernel_that_the_first_iteration_has_not(on_the_cp
 
         return call
 
-    ops, loss = trainer.buffer._ops, torch.ops.pydrone.ppo_loss
-    trainer.buffer._ops = ops._replace(gae=noted(ops.gae), append=noted(ops.append), gather=noted(ops.gather))
+    ops, loss = trainer.buffer._storage.ops, torch.ops.pydrone.ppo_loss
+    trainer.buffer._storage.ops = ops._replace(gae=noted(ops.gae), append=noted(ops.append), gather=noted(ops.gather))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.ops.pydrone, "ppo_loss", noted(loss))
         trainer.iterate()

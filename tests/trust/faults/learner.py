@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .fault import Fault
 
-BUFFER = "pydrone/buffer.py"
+STEPS = "pydrone/rollout/steps.py"
 LEARNER = "pydrone/ppo/learner/learner.py"
 TILE = "csrc/cpu/mlp_tile.h"
 GRADIENTS = "csrc/cpu/ppo.cpp"
@@ -140,16 +140,16 @@ LEARNER = [
     ),
     Fault(
         "a step's beginning in the slot before",
-        BUFFER,
-        "layout, *self._place(step)))",
-        "layout, *self._place(self._appended)))",
+        STEPS,
+        "layout, *ring.where(step)))",
+        "layout, *ring.where(ring.appended)))",
         OF_ACTING,
     ),
     Fault(
         "the next rollout's first step in a full ring",
-        BUFFER,
-        "or step - self._discarded >= self.capacity",
-        "or self._appended - self._discarded >= self.capacity",
+        STEPS,
+        "or step - ring.discarded >= ring.capacity",
+        "or ring.appended - ring.discarded >= ring.capacity",
         OF_ACTING,
     ),
 ]

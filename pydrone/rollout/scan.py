@@ -1,0 +1,162 @@
+"""How advantages get into a buffer: GAE of the oldest rollout, by one launch, and what is known of it afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from pydrone.estimators import pick_bootstrap
+from pydrone.ops.arguments import boolean, env_scalars, overlap, unit_interval
+from pydrone.ops.dispatch import written
+from pydrone.ops.schema import CURSOR_DISCARDED, CURSOR_FLAG
+from pydrone.rollout.ring import Ring
+from pydrone.rollout.sources import Sources
+from pydrone.rollout.storage import Storage
+
+
+class Scan:
+    """Computes advantages, returns and statistics of the oldest rollout.
+
+    Attributes:
+        computed: whether the oldest rollout has advantages.
+        runs: how often advantages were written: what was drawn with older ones must not be gathered.
+        pool_valued: whether the pool of final observations was valued for them.
+        captured, captured_pool_valued: whether a captured call has done so: then every replay does.
+    """
+
+    def __init__(self, storage: Storage, ring: Ring, sources: Sources) -> None:
+        self._storage, self._ring, self._sources = storage, ring, sources
+        self.computed = self.pool_valued = self.captured = self.captured_pool_valued = False
+        self.runs = 0
+
+    def require(self, name: str) -> None:
+        """Raises RuntimeError, for ``name``, where the oldest rollout has no advantages."""
+        if not self.computed and not (self.captured and len(self._ring) >= self._ring.num_steps):
+            raise RuntimeError(f"{name}: expected compute_gae() before it")
+
+    def run(
+        self,
+        last_values: Tensor,
+        gamma: float,
+        lam: float,
+        final_values: Tensor | None,
+        value_fn: Callable | None,
+        timeout_bootstrap: str | None,
+        check: bool,
+    ) -> None:
+        """As :meth:`pydrone.buffer.RolloutBuffer.compute_gae`, but for what is not finite."""
+        storage, ring, captured = self._storage, self._ring, self._ring.capturing()
+        if len(ring) < ring.num_steps and not captured:
+            raise RuntimeError(f"compute_gae: expected a rollout of {ring.num_steps} steps, {len(ring)} are stored")
+        gamma, lam = unit_interval("gamma", gamma), unit_interval("lam", lam)
+        boolean("check", check)
+        if isinstance(last_values, Tensor):
+            last_values = last_values.detach()
+        last_values = env_scalars("last_values", last_values, storage.layout.num_envs, storage.device)
+        if value_fn is not None and not callable(value_fn):
+            raise TypeError(f"value_fn: expected a function of observations, got {type(value_fn).__name__}")
+        truncations = ring.has_truncations
+        bootstrap = pick_bootstrap(
+            truncations, final_values=final_values, value_fn=value_fn, timeout_bootstrap=timeout_bootstrap
+        )
+        if final_values is not None:
+            final_values = self._in_ring(final_values)
+        final_rows, self.pool_valued = None, truncations and value_fn is not None
+        self.captured_pool_valued |= captured and self.pool_valued
+        if not truncations:
+            bootstrap, final_values = 0, None
+        elif value_fn is not None:
+            final_values, final_rows = self._evaluate(value_fn, check), storage.final_rows
+        for name, x in (("last_values", last_values), ("final_values", final_values)):
+            if x is not None and (overlap(x, storage.advantages) or overlap(x, storage.returns)):
+                raise ValueError(f"{name}: expected memory of its own, got some of this buffer's advantages or returns")
+        outputs = storage.advantages, storage.returns, storage.statistics
+        storage.ops.gae(
+            storage.rewards,
+            storage.values,
+            storage.codes,
+            None,
+            None,
+            last_values,
+            final_values,
+            final_rows,
+            gamma,
+            lam,
+            ring.start,
+            True,
+            bootstrap,
+            ring.cursor if captured else None,
+            *outputs,
+            storage.tensors["workspace"],
+        )
+        written(*outputs)
+        self.captured |= captured
+        self.computed, self.runs = True, self.runs + 1
+
+    def _evaluate(self, value_fn: Callable, check: bool) -> Tensor:
+        """The values of the rollout's pool of final observations: of the rows in use where their number is known."""
+        storage, ring, used = self._storage, self._ring, None
+        if not storage.pool:
+            raise ValueError(
+                "value_fn: this buffer has no pool of final observations; construct it with final_obs_rows"
+            )
+        if ring.capturing():
+            if ring.num_rollouts > 1:
+                raise RuntimeError(
+                    "value_fn: in a captured graph it needs a ring of one rollout, capacity == num_steps"
+                )
+        elif check or storage.device.type == "cpu":
+            used, missing = storage.pool_count[ring.place].tolist()
+            self.check_pool(used, missing)
+        rows = storage.layout.final_obs_rows if used is None else used
+        if rows == 0:
+            return torch.empty(0, device=storage.device)
+        with torch.no_grad():
+            values = value_fn(storage.final_observations(ring.place, rows))
+        return env_scalars("value_fn's result", values, rows, storage.device)
+
+    def _in_ring(self, final_values: Tensor) -> Tensor:
+        """Values [N, T] of the rollout as [N, C] at the ring's slots."""
+        storage, ring = self._storage, self._ring
+        self._sources.check("final_values", final_values)
+        if not final_values.is_floating_point():
+            raise TypeError(f"final_values: expected a floating dtype, got {final_values.dtype}")
+        expected = [storage.layout.num_envs, ring.num_steps]
+        if list(final_values.shape) != expected:
+            raise ValueError(f"final_values: expected shape {expected}, got {list(final_values.shape)}")
+        if ring.capacity == ring.num_steps:
+            return final_values.detach()
+        start = ring.cursor[CURSOR_DISCARDED] if ring.capturing() else ring.discarded
+        slots = (torch.arange(ring.num_steps, device=storage.device) + start) % ring.capacity
+        return final_values.new_zeros(expected[0], ring.capacity).index_copy_(1, slots, final_values.detach())
+
+    def flags(self, look: bool) -> Tensor:
+        """:meth:`pydrone.buffer.RolloutBuffer.flags`; ``look``: with what is not finite."""
+        storage, place = self._storage, self._ring.place
+        full = storage.cursor[CURSOR_FLAG : CURSOR_FLAG + 1].double()
+        if not storage.pool or not (self.pool_valued or self.captured_pool_valued):
+            pool = full.new_zeros(2)
+        else:
+            pool = storage.pool_count[place].double()
+        if not look:
+            return torch.cat((full, pool, full.new_zeros(2)))
+        observed = storage.not_finite[place : place + 1].double()
+        mean, m2 = storage.statistics[1:2], storage.statistics[2:]
+        known = self.computed or self.captured
+        return torch.cat((full, pool, observed, mean + m2 if known else full.new_zeros(1)))
+
+    def check_pool(self, used: int, missing: int) -> None:
+        """Raises RuntimeError where truncations came without a final observation, or the pool had no room for them."""
+        if missing:
+            raise RuntimeError(
+                f"final_obs: {missing} truncations of this rollout came without a final observation: "
+                "pass final_obs with truncated, or timeout_bootstrap to compute_gae"
+            )
+        room = self._storage.layout.final_obs_rows
+        if used > room:
+            raise RuntimeError(
+                f"final_obs: {used} truncations in this rollout, the pool has room for {room}: "
+                "construct the buffer with a larger final_obs_rows, or with max_episode_length"
+            )

@@ -1,0 +1,156 @@
+"""How steps get into a ring: from a caller's tensors to one launch of the operation ``append``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pydrone.ops.dispatch import bump
+from pydrone.rollout.layout import of_append
+from pydrone.rollout.ring import Ring
+from pydrone.rollout.sources import Ends, Sources
+from pydrone.rollout.storage import Storage
+
+
+class Call(NamedTuple):
+    """What is the same in every step of a kind: ``memory`` and ``layout`` of ``append``."""
+
+    memory: list[Tensor]
+    layout: Tensor
+
+
+class Steps:
+    """Stores steps, and halves of steps, in a storage, and has the ring count them.
+
+    Attributes:
+        begun: the half of a step that was stored last, "begin" or "slot"; None between steps.
+    """
+
+    def __init__(self, storage: Storage, ring: Ring, sources: Sources, look: bool) -> None:
+        """``look``: whether the launches look for observations that are not finite."""
+        self._storage, self._ring, self.sources = storage, ring, sources
+        self.begun: str | None = None
+        self._values_at = storage.fields.index(storage.layout.fields["values"])
+        self.written = [storage.rows, storage.values, storage.rewards, storage.codes, *storage.pool[:2]]
+        # For each kind of call: without truncations, with them, and with their final observations too.
+        self._calls: dict[str, tuple[Call, Call, Call]] = {
+            "append": self._variants(True, [storage.values, storage.rewards], look),
+            "begin": self._variants(True, [storage.values], look),
+            "end": self._variants(False, [storage.rewards], False),
+            "slot": self._variants(False, [storage.values, storage.rewards], False),
+        }
+
+    def _variants(self, row: bool, planes: list[Tensor], look: bool) -> tuple[Call, Call, Call]:
+        storage = self._storage
+        fields, final = storage.fields if row else [], storage.layout.pool_fields.values()
+        # Observations are the first fields; GAE's launch sees what rewards and values are.
+        looked_at = len(storage.layout.obs) if look else 0
+        with torch.inference_mode(False):
+            plain, with_final = (of_append(fields, len(planes), x, looked_at) for x in ([], final))
+        memory, flag = [storage.rows, storage.codes, *planes], [storage.not_finite] if looked_at else []
+        pooled = [*memory, *storage.pool, *flag]
+        return Call([*memory, *flag], plain), Call(pooled, plain), Call(pooled, with_final)
+
+    def require_start(self, call: str) -> None:
+        """Raises, for ``call``, where no step can be begun: one has been, or the ring is full (BufferFull)."""
+        if self.begun is not None:
+            self.require_none(call)
+        self._ring.require_room()
+
+    def require_none(self, call: str) -> None:
+        """Raises RuntimeError, for ``call``, within a step that has been begun."""
+        if self.begun is not None:
+            raise RuntimeError(f"{call}: expected end() first, {self.begun}() has begun a step")
+
+    def store(self, kind: str, row: Mapping[str, object] | None, ends: Ends | None) -> None:
+        """Stores a step or a half of one: what it was given for its row (:meth:`Sources.named`), and how it ended.
+
+        An operation that checks its arguments does so before it writes. Python then looks first only at what the
+        operation cannot see, and at everything only to say what is wrong.
+        """
+        if self._storage.ops.checks:
+            fields, final = () if row is None else self.sources.quick_row(row), ()
+            if ends is not None:
+                final = self.sources.quick_final(ends)
+            if fields is not None and final is not None:
+                try:
+                    return self._launch(kind, fields, ends, final)
+                except (RuntimeError, TypeError):
+                    pass
+        fields, final = () if row is None else self.sources.row(row), ()
+        if ends is not None:
+            ends, final = self.sources.ends(ends)
+        self._launch(kind, fields, ends, final)
+
+    def _launch(self, kind: str, fields: Sequence[Tensor], ends: Ends | None, final: Sequence[Tensor]) -> None:
+        ring, sources = self._ring, [*fields]
+        captured, (slot, place) = ring.capturing(), ring.where(ring.appended)
+        if fields:
+            sources.append(fields[self._values_at])
+        elif kind == "slot":  # the caller has written them
+            sources.append(self._storage.views["values"][slot])
+        if ends is None:
+            dones = truncated = valid = None
+        else:
+            rewards, dones, truncated, _, valid = ends
+            sources += (rewards, *final)
+        memory, layout = self._calls[kind][0 if truncated is None else 2 if final else 1]
+        cursor = ring.cursor if captured else None
+        self._storage.ops.append(
+            memory, sources, layout, dones, truncated, valid, slot, place, cursor, ends is not None
+        )
+        bump(self.written)
+        if captured:
+            ring.captured_truncations |= truncated is not None
+            ring.captured_resets |= valid is not None
+        elif ends is not None:
+            ring.count(truncated is not None, valid is not None)
+
+    def turn(self, run: Callable[[tuple, tuple], None], row: dict[str, object], ends: Mapping | None) -> bool:
+        """The end of a step, None before the first one, and the beginning of the next by one operation.
+
+        Args:
+            run: called with the operation's arguments for the end and for the beginning; it may write the sources of
+                ``row`` that are no observations before it stores them.
+            row: arguments of ``begin``.
+            ends: arguments of ``end``.
+
+        Returns False, and has stored nothing, where anything is out of the ordinary: ``end`` and ``begin`` do it then,
+        or say what is wrong.
+        """
+        ring = self._ring
+        step = ring.appended + (ends is not None)
+        if self.begun != (None if ends is None else "begin") or step - ring.discarded >= ring.capacity:
+            return False
+        if ring.capturing():  # the operation takes the host's counters alone
+            return False
+        end, final, truncated, valid = ((), (), None, None, None, None, 0, 0), (), None, None
+        if ends is not None:
+            try:
+                ended = Ends(**ends)
+            except TypeError:
+                return False
+            final = self.sources.quick_final(ended)
+            if final is None:
+                return False
+            rewards, dones, truncated, _, valid = ended
+            memory, layout = self._calls["end"][0 if truncated is None else 2 if final else 1]
+            end = memory, [rewards, *final], layout, dones, truncated, valid, *ring.where(ring.appended)
+        fields = dict(row)
+        named = self.sources.named(*(fields.pop(x) for x in ("obs", "actions", "values", "log_probs")), fields)
+        sources = self.sources.quick_row(named)
+        if sources is None:
+            return False
+        memory, layout = self._calls["begin"][0]
+        try:
+            run(end, (memory, sources[: len(self._storage.layout.obs)], layout, *ring.where(step)))
+        except (RuntimeError, TypeError):
+            return False
+        bump(self.written)
+        if ends is not None:
+            ring.count(truncated is not None, valid is not None)
+        self.begun = "begin"
+        return True
