@@ -41,27 +41,27 @@ __all__ = ["BufferFull", "Minibatch", "NonFinite", "RolloutBuffer"]
 class RolloutBuffer(Rollout):
     """Storage of N environments x T steps, with GAE and shuffled minibatches as kernels.
 
-    Everything is allocated here, once; memory is constant however many iterations follow (see docs/memory.md).
+    All memory is allocated in the constructor and is constant over a training (docs/memory.md).
 
     Args:
         num_envs: N.
         num_steps: T, the steps of a rollout.
         obs: an int, a shape, or a mapping of group names to shapes or (shape, dtype).
         actions: an int, a shape or (shape, dtype): ``((), torch.int64)`` for discrete ones.
-        device: where it lies.
-        capacity: steps in the ring; None for T, 2 * T to collect the next rollout while one is learnt from. At a
-            multiple of T every rollout is a view; at another, rollouts wrap around the ring's end, which GAE and
-            minibatches follow, but a view of a wrapped rollout is a copy.
-        obs_dtype: torch.float16 or torch.bfloat16 halve what observations take. Minibatches are float32 all the same.
+        device: of all tensors, those given too.
+        capacity: steps in the ring; None: T. With 2 * T the next rollout can be collected while one is learnt from. At
+            a multiple of T every rollout is contiguous. At another capacity rollouts wrap around the ring's end: GAE
+            and minibatches follow the wrap, and a view of a wrapped rollout is a copy.
+        obs_dtype: torch.float16 or torch.bfloat16 halve the memory of observations. Minibatches are float32 anyway.
         fields: further fields, name to shape or (shape, dtype): old means and stds, costs, masks.
         seed: of the minibatches' permutations. Each rollout and each epoch has its own.
-        max_episode_length: steps, if known; with ``final_obs_rows`` None it sizes the pool of final observations.
+        max_episode_length: in steps, if known: sizes the pool of final observations if ``final_obs_rows`` is None.
         final_obs_rows: rows of that pool for one rollout; None: N * (1 + T // max_episode_length); 0: no pool.
-        rank: this process's number among several, so that each shuffles on its own.
+        rank: this process's number among several: each shuffles differently.
         backend: "reference", "cpu", "triton" or "cuda"; None: ``PYDRONE_BACKEND`` or the best for the device.
-        non_finite: what happens where an observation, a reward or a value is NaN or infinite: "warn", "raise" or
-            "ignore". The launches that store and scan them find it; see :meth:`compute_gae` for when it is said.
-            Observations written by way of :meth:`slot` are not looked at.
+        non_finite: what to do about NaN and infinite observations, rewards and values: "warn", "raise" or "ignore". The
+            launches that store and scan them find them; :meth:`compute_gae` says when they are reported. Observations
+            written through :meth:`slot` are not checked.
     """
 
     def __init__(
@@ -228,8 +228,8 @@ class RolloutBuffer(Rollout):
     def turn(self, run: Callable[[tuple, tuple], None], row: dict[str, object], ends: Mapping | None) -> bool:
         """:meth:`end` and the next step's :meth:`begin` by one operation, for one that also acts in between.
 
-        See :meth:`pydrone.rollout.steps.Steps.turn`. False, and nothing has been stored, where the two methods have to
-        do it.
+        See :meth:`pydrone.rollout.steps.Steps.turn`. Returns False, with nothing stored, where the two methods must be
+        called instead.
         """
         return self._steps.turn(run, row, ends)
 
@@ -246,7 +246,8 @@ class RolloutBuffer(Rollout):
     ) -> None:
         """Advantages, returns and the advantages' statistics of the oldest rollout, in one launch.
 
-        The formula is that of :func:`pydrone.gae`. A rollout with ``truncated`` takes one of:
+        The formula is that of :func:`pydrone.gae`. A rollout with truncations needs exactly one of ``final_values``,
+        ``value_fn`` and ``timeout_bootstrap``.
 
         Args:
             last_values: V of the observation after the rollout's last step, [N] or [N, 1].
@@ -255,11 +256,11 @@ class RolloutBuffer(Rollout):
             value_fn: called once, without gradients, with the pool of final observations ([P, ...], or a dict of
                 groups), to return their values, [P] or [P, 1].
             timeout_bootstrap: "stored_value" or "next_value".
-            check: read the pool's count from the device (one host sync on a GPU; nothing to read without final
-                observations) and raise if it has overflowed. With False, call :meth:`check` later: until then a
-                truncation whose final observation found no place has NaN advantages. It also says what is not finite,
-                by ``non_finite``: on a CPU here; on a GPU here (one host sync) with "raise", with "warn" in
-                :meth:`check`, which goes with whatever else is read from the device once a rollout.
+            check: raise if the pool has overflowed (one host sync on a GPU; none without final observations), and
+                report NaN and infinite numbers as ``non_finite`` says: on a CPU now; on a GPU now with "raise" (one
+                host sync), and in :meth:`check` with "warn". With False, call :meth:`check` later, when other figures
+                are read from the device. Until then a truncation whose final observation had no room has NaN
+                advantages.
 
         Raises:
             RuntimeError: the rollout has fewer than T steps; the pool has overflowed; a truncation came without its
@@ -268,14 +269,14 @@ class RolloutBuffer(Rollout):
         self._scan.run(last_values, gamma, lam, final_values, value_fn, timeout_bootstrap, check)
         self._subset = None
         if check and not self._ring.capturing():
-            self._say_non_finite()
+            self._report_non_finite()
 
-    def _say_non_finite(self) -> None:
-        """What :meth:`compute_gae` says of numbers that are not finite; on a GPU "warn" waits for :meth:`check`."""
+    def _report_non_finite(self) -> None:
+        """Reports NaN and infinite numbers for :meth:`compute_gae`; on a GPU, "warn" waits for :meth:`check`."""
         if self.device.type == "cuda":
             if self._report.policy == "raise":
                 self._check_finite(*self.flags()[3:].tolist(), 4)
-        elif self._report.policy != "ignore":  # nothing to wait for: the two are read where they lie
+        elif self._report.policy != "ignore":  # on the host: nothing to wait for
             observed = self._storage.not_finite.tolist()[self._ring.place]
             self._check_finite(observed, sum(self._storage.statistics.tolist()[1:]), 4)
 
@@ -291,23 +292,21 @@ class RolloutBuffer(Rollout):
     ) -> Iterator[Minibatch]:
         """The oldest rollout in ``num_epochs`` x ``num_minibatches`` parts, each gathered in one launch.
 
-        That is when it is handed out or, with ``lazy``, when a tensor of it is first asked for.
-
         Args:
-            num_minibatches: parts of an epoch; their sizes differ by at most one.
-            num_epochs: each with a permutation of its own, of all N * T samples.
+            num_minibatches: per epoch; their sizes differ by at most one.
+            num_epochs: passes over the rollout; each has a permutation of all N * T samples of its own.
             shuffle: "full", or "none" for the samples in order (n * T + t).
             normalize_advantages: True: (A - mean) / (std + 1e-8) over the rollout's valid samples, from the statistics
-                of :meth:`compute_gae`, applied while gathering; "minibatch": over each minibatch (SB3, CleanRL), at the
-                price of further launches; False: as they are.
-            drop_last: equal sizes; the permutation's last N * T % num_minibatches samples are left out.
+                of :meth:`compute_gae`, applied while gathering; "minibatch": over each minibatch (SB3, CleanRL), which
+                takes further launches; False: not at all.
+            drop_last: make all sizes equal: the permutation's last N * T % num_minibatches samples are left out.
             reuse: hand out the same tensors each time, for CUDA graphs: each minibatch overwrites the one before. With
-                ``lazy``, one that is not the last that was handed out (by any iterator of this buffer with minibatches
-                as large) raises RuntimeError where its tensors are asked for.
-            lazy: gather a minibatch when a tensor of it is first asked for, as the fused learner, which reads the ring
-                itself, never does. The rollout and its advantages have to be there still: else RuntimeError. ``len``,
-                ``repr`` and ``indices`` gather nothing. On the CPU alone; elsewhere, in what is captured, and with
-                "minibatch", as if it were False.
+                ``lazy``, only the last minibatch that this buffer handed out can be read; an older one of the same size
+                raises RuntimeError.
+            lazy: gather a minibatch when one of its tensors is first read. The fused learner reads the ring itself and
+                never gathers. Raises RuntimeError at that read if the rollout or its advantages have changed. ``len``,
+                ``repr`` and ``indices`` gather nothing. On the CPU only: ignored on other devices, in captured graphs,
+                and with "minibatch".
 
         Yields:
             :class:`Minibatch`.
@@ -333,7 +332,7 @@ class RolloutBuffer(Rollout):
         if count > samples:
             raise ValueError(f"num_minibatches: expected at most one a sample, {samples}, got {count}")
         plan = Plan(samples, count, shuffle == "full", normalize, drop_last, reuse, subset)
-        # What is captured follows the device's counters, which a minibatch that is read in the ring does not.
+        # A captured launch follows the device's counters; a minibatch that is read in the ring follows the host's.
         lazy = lazy and self.device.type == "cpu" and normalize != "minibatch" and not self._ring.capturing()
         return self._draws.iterate(plan, epochs, lazy, self._ring.discards)
 
@@ -348,12 +347,12 @@ class RolloutBuffer(Rollout):
         """The oldest rollout as padded trajectories, for recurrent policies: minibatches of whole environments.
 
         Args:
-            hidden: names to the recurrent state *before* each step: the name of one of the constructor's fields, or a
-                tensor [N, T, ...] of one's own. Each trajectory gets the one of its first step.
-            burn_in: steps at the beginning of a trajectory that goes on from the rollout before, which renew its hidden
-                state and are left out of ``learn``.
-            num_minibatches: parts of an epoch; the numbers of their environments differ by at most one.
-            num_epochs: each with environments in another order.
+            hidden: the recurrent states *before* each step, by name: the name of one of the constructor's fields, or a
+                tensor [N, T, ...]. Each trajectory gets the state of its first step.
+            burn_in: where a trajectory continues from the previous rollout, its first ``burn_in`` steps renew the
+                hidden state and are left out of ``learn``.
+            num_minibatches: per epoch; their numbers of environments differ by at most one.
+            num_epochs: passes over the rollout; each has its own order of environments.
             normalize_advantages: as in :meth:`minibatches`.
 
         Yields:
@@ -403,7 +402,7 @@ class RolloutBuffer(Rollout):
                 yield pad(views, tuple(self.layout.obs), self.layout.obs_is_mapping, self.dones, states, envs, burn_in)
 
     def _valid_samples(self) -> Tensor | None:
-        """Numbers n * T + t of the samples that count, or None if all do. Known on the device: one sync a rollout."""
+        """The valid samples, by number n * T + t; None if all are. One host sync a rollout."""
         if not self._ring.has_resets:
             return None
         if self._subset is None:
@@ -411,9 +410,9 @@ class RolloutBuffer(Rollout):
         return self._subset
 
     def clear(self) -> None:
-        """Discards the oldest full rollout; in the middle of the only one, rewinds to its start.
+        """Discards the oldest full rollout; if none is full, rewinds to the start of the one being collected.
 
-        A step that was begun is forgotten.
+        A step that was begun is dropped.
         """
         storage, ring = self._storage, self._ring
         place, truncations = ring.place, ring.has_truncations
@@ -442,20 +441,22 @@ class RolloutBuffer(Rollout):
         self._scan.computed, self._subset, self._draws.epoch = False, None, 0
 
     def flags(self) -> Tensor:
-        """float64 [5] on the device, for :meth:`check`, to be read along with other figures.
+        """float64 [5] on the device, for :meth:`check`: read it together with other figures, in one host sync.
 
-        Whether a captured append found the ring full; of the oldest rollout, if :meth:`compute_gae` valued its final
-        observations: how many there are, and the truncations that came without one; whether an observation is not
-        finite; a number that is not finite if an advantage is not.
+        In turn: whether a captured append found the ring full; of the oldest rollout, if :meth:`compute_gae` used its
+        pool, the number of final observations and of truncations without one; whether an observation is NaN or
+        infinite; a number that is NaN or infinite if an advantage is.
         """
         return self._scan.flags(look=self._report.policy != "ignore")
 
     def check(self, flags: Sequence[float] | None = None) -> None:
-        """Raises, or warns of, what :meth:`flags` say; None reads them, one host sync.
+        """Raises, or warns, where :meth:`flags` show a fault; None reads them, in one host sync. Comes before :meth:`clear`.
 
-        BufferFull: a captured append found the ring full and wrote nothing. RuntimeError: as :meth:`compute_gae`.
-        FloatingPointError, or with ``non_finite="warn"`` a RuntimeWarning once a rollout: what
-        :meth:`non_finite` finds. To be called before :meth:`clear`.
+        Raises:
+            BufferFull: a captured append found the ring full and wrote nothing.
+            RuntimeError: as :meth:`compute_gae`.
+            FloatingPointError: :meth:`non_finite` finds something; with ``non_finite="warn"`` a RuntimeWarning, once a
+                rollout.
         """
         full, used, missing, observed, advantages = self.flags().tolist() if flags is None else flags
         if full:
@@ -466,15 +467,15 @@ class RolloutBuffer(Rollout):
         self._check_finite(observed, advantages, 3)
 
     def non_finite(self) -> list[NonFinite]:
-        """What is NaN or infinite in the oldest rollout, in the order of steps: observations by group, actions, values
-        and rewards.
+        """The NaN and infinite numbers of the oldest rollout: observations by group, actions, values, rewards; earliest
+        step first.
 
-        If all of these are finite, the advantages, whose cause is then ``last_values``, a final value or an overflow.
-        Steps that are none (``valid`` 0) do not count. Plain PyTorch over the whole rollout, with host syncs:
-        :meth:`compute_gae` and :meth:`check` call it where a launch has found something.
+        If all of these are finite, the advantages: then ``last_values``, a final value or an overflow is the cause.
+        Invalid steps (``valid`` 0) do not count. Plain PyTorch over the whole rollout, with host syncs:
+        :meth:`compute_gae` and :meth:`check` call it only where a launch has found something.
         """
         groups = self.obs if self.layout.obs_is_mapping else {"": self.obs}
-        # A step's observation comes before its action and its reward: of one step the first is the cause.
+        # In this order a step computes them: of one step the first is the cause.
         fields = {f"obs[{name!r}]" if name else "obs": x for name, x in groups.items()}
         fields |= {"actions": self.actions, "values": self.values, "rewards": self.rewards}
         sampled = self.dones != INVALID
@@ -490,10 +491,10 @@ class RolloutBuffer(Rollout):
 
     @contextlib.contextmanager
     def as_captured(self) -> Iterator[None]:
-        """Calls within it do at once what a captured graph's do: they follow the device's counters.
+        """Calls within it follow the device's counters, as those in a captured graph do, but run at once.
 
-        Before a capture they load the kernels that it needs, which a capture may not be able to. :meth:`advance` comes
-        before them, as before a replay.
+        Use it before a capture, to load the kernels that the capture needs. Call :meth:`advance` first, as before a
+        replay.
         """
         with self._ring.as_captured():
             yield
@@ -514,7 +515,7 @@ class RolloutBuffer(Rollout):
         return _rebuild, (type(self), arguments, self.state_dict())
 
     def state_dict(self) -> dict[str, object]:
-        """Everything that :meth:`load_state_dict` needs to go on as if nothing had happened; tensors are not copied."""
+        """All that :meth:`load_state_dict` needs to continue from here, to the bit; tensors are not copied."""
         self._steps.require_none("state_dict")
         ring, tensors = self._ring, self._storage.tensors
         state: dict[str, object] = {f"memory.{name}": x for name, x in tensors.items() if name not in states.TRANSIENT}
@@ -525,7 +526,7 @@ class RolloutBuffer(Rollout):
         return state | flags | {"layout": [self.num_steps, *layout]}
 
     def load_state_dict(self, state: Mapping[str, object]) -> None:
-        """Takes over the state of a buffer constructed with the same sizes, from any device.
+        """Loads the state of a buffer constructed with the same sizes, on any device.
 
         Raises ValueError, and changes nothing, where a size or a key differs.
         """
@@ -540,7 +541,7 @@ class RolloutBuffer(Rollout):
         self._draws.key = mix_seed(self._seed, self._rank)
         self._steps.begun = None
         self._report.forget()
-        self._storage.not_finite.fill_(1)  # what its launches have found is not known: look once
+        self._storage.not_finite.fill_(1)  # the launches' findings are not saved: look once
 
 
 def _rebuild(kind: type[RolloutBuffer], arguments: tuple, state: dict[str, object]) -> RolloutBuffer:
