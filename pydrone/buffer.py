@@ -450,7 +450,7 @@ class RolloutBuffer(Rollout):
         return self._scan.flags(look=self._report.policy != "ignore")
 
     def check(self, flags: Sequence[float] | None = None) -> None:
-        """Raises, or warns, where :meth:`flags` show a fault; None reads them, in one host sync. Call before :meth:`clear`.
+        """Raises or warns where :meth:`flags` show a fault; None reads them, one host sync. Comes before :meth:`clear`.
 
         Raises:
             BufferFull: a captured append found the ring full and wrote nothing.
