@@ -247,7 +247,7 @@ def ppo_loss(
     entropy = (std.log() + HALF_LOG_2PI + 0.5).sum()
     ratio = (-0.5 * z.square().sum(1) - entropy + 0.5 * len(std) - log_probs).exp()
     plain, clipped = ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages
-    # As torch differentiates minimum and clamp: the gradient is the unclipped term's unless the clipped one is smaller.
+    # As torch differentiates minimum and clamp: the unclipped term's gradient, unless the clipped term is smaller.
     by_log_prob = -torch.where(clipped < plain, 0, plain)[:, None] / num_samples
     mean_grad.copy_(by_log_prob * z / std)
     std_grad.copy_((by_log_prob * (z.square() - 1) / std).sum(0) - entropy_coef * share / std)
