@@ -1,5 +1,5 @@
 // Acts for one step on the CPU, a tile of environments at a time: both networks, sampled actions and their
-// log-probabilities (ppo_act). ppo_step does the same between the end of the previous step and the beginning of the next.
+// log-probabilities (ppo_act). ppo_step does so between the end of the previous step and the beginning of the next.
 #include "append.h"
 #include "networks.h"
 
