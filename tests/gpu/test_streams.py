@@ -27,7 +27,7 @@ def iteration(buf: RolloutBuffer, steps: list[dict[str, Tensor]], last: Tensor) 
     return out
 
 
-def test_two_buffers_on_two_streams_do_not_meet(backend):
+def test_two_buffers_on_two_streams_do_not_interfere(backend):
     """Each buffer has its own workspace: running both at once on two streams gives the same results as each alone."""
     bufs = [RolloutBuffer(4096, 20, obs=17, actions=4, seed=i, backend=backend) for i in range(2)]
     given = [[random_step(buf) for _ in range(20)] for buf in bufs]

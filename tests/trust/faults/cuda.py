@@ -1,4 +1,4 @@
-"""Mistakes in the CUDA kernels: caught where these are compiled for the CPU."""
+"""Mistakes in the CUDA kernels: caught by compiling them for the CPU."""
 
 from __future__ import annotations
 
