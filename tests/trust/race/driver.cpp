@@ -2,8 +2,8 @@
 // csrc/cpu, unchanged, with the replacements of torch's headers beside this file. It does not load torch.
 //
 // Sizes are such that every parallel loop is split. Run with an argument, two threads write to the same memory, to show
-// that a race is detected. The printed sums show that something was computed; they are the same on every processor up to
-// rounding. (No input is created among the arguments of a call, since the compiler chooses their order of evaluation.)
+// that a race is detected. The printed sums show that something was computed; on every processor they are the same up
+// to rounding. (No input is created among the arguments of a call, whose order of evaluation the compiler chooses.)
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
