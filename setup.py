@@ -184,7 +184,7 @@ def cuda_extension() -> Extension:
     nvcc = Nvcc()
     find_cxx()
     if torch.version.cuda and nvcc.version[0] != int(torch.version.cuda.split(".")[0]):
-        raise Missing(f"{nvcc} does not fit torch {torch.__version__}, built for CUDA {torch.version.cuda}")
+        raise Missing(f"{nvcc} does not match torch {torch.__version__}, built for CUDA {torch.version.cuda}")
     cpp_extension.CUDA_HOME = nvcc.home  # torch leaves it None in builds without CUDA
     if not os.environ.get("TORCH_CUDA_ARCH_LIST"):
         os.environ["TORCH_CUDA_ARCH_LIST"] = nvcc.architectures()
@@ -268,7 +268,7 @@ class build_native(BaseBuildExt):
         self.reasons[ext.name] = f"{compiler} failed on pydrone's sources at install time: {detail}"
         if NATIVE == "1" or (ext.name == CUDA and USE_CUDA == "1"):
             raise SystemExit(f"pydrone: {ext.name}: {self.reasons[ext.name]}") from error
-        warn(f"{ext.name} is left out: {self.reasons[ext.name]}. The compiler's words: pip install -v")
+        warn(f"{ext.name} is left out: {self.reasons[ext.name]}. See the compiler's output with pip install -v")
 
     def _package_dirs(self) -> list[Path]:
         folders = [Path(self.build_lib, "pydrone")]

@@ -77,7 +77,7 @@ inline void check_real(const char* name, const Tensor& x) {
 }
 
 inline void check_contiguous(const char* name, const Tensor& x) {
-  STD_TORCH_CHECK(x.is_contiguous(), name, ": expected a contiguous tensor, got strides that are not");
+  STD_TORCH_CHECK(x.is_contiguous(), name, ": expected a contiguous tensor, got one that is not");
 }
 
 inline void check_range(const char* name, int64_t value, int64_t low, int64_t high) {

@@ -50,7 +50,7 @@ struct Step {
     final = {"final sources", plane.tensors + counts[1], fields + counts[0], counts[2]};
     looked_at = counts[3];
     STD_TORCH_CHECK(looked_at >= 0 && looked_at <= counts[0], "layout: expected 0 to ", counts[0],
-                    " fields to look at, got ", looked_at);
+                    " fields to check for finite values, got ", looked_at);
     const auto held = static_cast<int64_t>(memory.size()) - 2 - plane.count - (looked_at ? 1 : 0);
     const bool alone = memory.size() == 1 && plane.count == 0 && !looked_at;
     STD_TORCH_CHECK(alone || held == 0 || held == 3, "memory: expected rows, codes, ", plane.count,

@@ -75,7 +75,7 @@ void check_all_apart(std::initializer_list<std::pair<const char*, const std::vec
   std::sort(extents.begin(), extents.end(), [](const Extent& x, const Extent& y) { return x.first < y.first; });
   for (size_t i = 1; i < extents.size(); ++i)
     STD_TORCH_CHECK(extents[i - 1].last <= extents[i].first, extents[i].name,
-                    ": expected memory of its own, got some that ", extents[i - 1].name, " use too");
+                    ": expected memory of its own, got some shared with ", extents[i - 1].name);
 }
 
 }  // namespace

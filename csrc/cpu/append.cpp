@@ -44,7 +44,7 @@ Field describe(const char* name, const Tensor& source, const Step::Field& wanted
   field.env = source.stride(0) * field.from_size;
   field.offset = offset;
   field.width = width;
-  STD_TORCH_CHECK(offset % field.to_size == 0, name, ": byte offset ", offset, " is no multiple of ", field.to_size);
+  STD_TORCH_CHECK(offset % field.to_size == 0, name, ": byte offset ", offset, " is not a multiple of ", field.to_size);
   STD_TORCH_CHECK(field.from == field.to || (is_real(field.from) && is_real(field.to)), name, ": expected dtype ",
                   torch::headeronly::toString(field.to), ", got ", torch::headeronly::toString(field.from));
   check_device(name, source, rows);

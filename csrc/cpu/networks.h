@@ -31,7 +31,7 @@ class Arena {
   float* take(int64_t floats) {
     float* const taken = next_;
     next_ += round_up(floats, 16);
-    STD_TORCH_CHECK(next_ <= end_, "scratch memory of ", floats, " floats does not fit: a mistake in pydrone");
+    STD_TORCH_CHECK(next_ <= end_, "scratch memory of ", floats, " floats does not fit: a bug in pydrone");
     return taken;
   }
 
