@@ -1,32 +1,33 @@
-"""Build of the native backends; everything declarative stands in pyproject.toml.
+"""Builds the native backends; pyproject.toml has everything declarative.
 
-Two plain shared libraries, loaded by torch.ops.load_library and free of Python's C API:
+Two plain shared libraries, loaded by torch.ops.load_library and independent of Python's C API:
 
     pydrone/_native_cpu.so    csrc/ops.cpp and csrc/cpu/*.cpp
-    pydrone/_native_cuda.so   csrc/cuda/*.cu; apart, because a CPU build of torch could not load it
+    pydrone/_native_cuda.so   csrc/cuda/*.cu; separate, because a CPU build of torch could not load it
 
-They use torch's stable ABI at its 2.10 level, so one abi3 wheel serves every Python >= 3.10 and torch >= 2.10. With
-them comes pydrone/_build_info.json: what was built, by what, and why the rest was not. `pydrone.backends()` reads it.
+They use torch's stable ABI at its 2.10 level, so one abi3 wheel serves every Python >= 3.10 and torch >= 2.10. The
+build also writes pydrone/_build_info.json: what was built, with which tools, and why the rest was not.
+`pydrone.backends()` reads it.
 
 Environment variables:
 
-PYDRONE_NATIVE  auto (default)  build where a C++ compiler is found. Without one the install succeeds and records the
-                                reason; a compiler that fails on the sources is a warning, recorded too.
+PYDRONE_NATIVE  auto (default)  build if a C++ compiler is found. Without one the install succeeds and records the
+                                reason; if the compiler fails on the sources, that is a warning, also recorded.
                 1               a library that cannot be built is an error (the Makefile's setting).
-                0               build nothing. An in-place or editable build leaves libraries that are already there.
-PYDRONE_CUDA    auto (default)  build the CUDA library where nvcc and a CUDA build of torch of the same CUDA major
-                                version meet. Whether this machine has a GPU plays no part.
-                1               an error where it cannot be built. With nvcc and a CPU build of torch the sources are
-                                compiled and not linked: a check of the code that installs no CUDA library, and says so.
+                0               build nothing. An in-place or editable build keeps existing libraries.
+PYDRONE_CUDA    auto (default)  build the CUDA library if nvcc and torch have the same CUDA major version. Whether this
+                                machine has a GPU does not matter.
+                1               fail if it cannot be built. With nvcc and a CPU build of torch, the sources are compiled
+                                but not linked: this checks the code, installs no CUDA library, and says so.
                 0               never.
-PYDRONE_SANITIZE                the CPU library with these of GCC's sanitizers: address,undefined. Python must then be
+PYDRONE_SANITIZE                build the CPU library with these GCC sanitizers: address,undefined. Python must then be
                                 started with them preloaded, as `make sanitize` does.
-CUDA_HOME, CUDA_PATH            the CUDA toolkit; otherwise nvcc is looked for on PATH.
-TORCH_CUDA_ARCH_LIST            default 8.0;8.6;8.9;9.0;10.0;12.0+PTX, less what nvcc does not know.
-CXX, MAX_JOBS                   the C++ compiler; how many compile at once.
+CUDA_HOME, CUDA_PATH            the CUDA toolkit; otherwise nvcc is searched on PATH.
+TORCH_CUDA_ARCH_LIST            default 8.0;8.6;8.9;9.0;10.0;12.0+PTX, without those that nvcc does not know.
+CXX, MAX_JOBS                   the C++ compiler; the number of parallel compilations.
 
-A build in isolation (pip's default) compiles against the newest torch, which is right for the CPU library. The CUDA one
-must meet the CUDA version of the torch in use, so build it with --no-build-isolation, as the Makefile does.
+An isolated build (pip's default) compiles against the newest torch, which is right for the CPU library. The CUDA
+library must match the CUDA version of the torch in use: build it with --no-build-isolation, as the Makefile does.
 """
 
 from __future__ import annotations
@@ -53,18 +54,18 @@ INCLUDE = [str(Path("csrc").resolve())]  # absolute: ninja compiles from the bui
 ARCHITECTURES = ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
 
 STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DTORCH_STABLE_ONLY"]
-# -Wno-psabi: vectors passed by value stay within the library, so how they are passed is nobody else's concern.
-# -fno-math-errno: a square root that may set errno is not vectorised.
+# -Wno-psabi: vectors passed by value never leave the library, so their calling convention does not matter.
+# -fno-math-errno: GCC does not vectorise a square root that may set errno.
 CXX_FLAGS = ["-std=c++20", "-O3", "-g0", "-fno-math-errno", "-fvisibility=hidden", "-Wall", "-Wno-psabi", *STABLE_ABI]
 LINK_FLAGS = []
 if os.environ.get("PYDRONE_SANITIZE"):
     LINK_FLAGS = [f"-fsanitize={os.environ['PYDRONE_SANITIZE']}"]
-    CXX_FLAGS += ["-O1", "-g", "-fno-omit-frame-pointer", *LINK_FLAGS]  # the last -O and -g count
+    CXX_FLAGS += ["-O1", "-g", "-fno-omit-frame-pointer", *LINK_FLAGS]  # the last -O and -g take effect
 NVCC_FLAGS = ["-std=c++20", "-O3", "-Xcompiler=-fvisibility=hidden", "-DUSE_CUDA", *STABLE_ABI]
 
 
 def switch(name: str) -> str:
-    """The value of an environment variable that is auto, 0 or 1."""
+    """The value of an environment variable that must be auto, 0 or 1."""
     value = os.environ.get(name) or "auto"
     if value not in ("auto", "0", "1"):
         raise SystemExit(f"pydrone: {name}: expected auto, 0 or 1, got {value!r}")
@@ -72,16 +73,16 @@ def switch(name: str) -> str:
 
 
 class Missing(Exception):
-    """Why a library is not built, in words for the user."""
+    """The reason why a library is not built, for the user."""
 
 
 NATIVE, USE_CUDA = switch("PYDRONE_NATIVE"), switch("PYDRONE_CUDA")
 
 torch: Any = None
 if NATIVE != "0":
-    # torch's check of the compiler is for extensions that use its C++ ABI; these call its C functions only.
+    # torch checks the compiler for extensions that use its C++ ABI; these call its C functions only.
     os.environ.setdefault("TORCH_DONT_CHECK_COMPILER_ABI", "1")
-    # pip puts ninja beside python, and an environment that is not activated does not have that on PATH.
+    # pip installs ninja beside python, which is not on PATH if the environment is not activated.
     os.environ["PATH"] = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])
     try:
         import torch
@@ -106,7 +107,7 @@ def require_torch() -> None:
 
 
 def find_cxx() -> str:
-    """The C++ compiler's command, also left in CXX, where every tool of the build looks."""
+    """The C++ compiler's command; also sets CXX, which all build tools read."""
     wanted = os.environ.get("CXX")
     for candidate in [wanted] if wanted else ["c++", "g++", "clang++"]:
         if shutil.which(shlex.split(candidate)[0]):
@@ -117,7 +118,7 @@ def find_cxx() -> str:
 
 
 def warn(message: str) -> None:
-    """Said through Python's warnings. pip hides them without -v, so pydrone.backends() and doctor give the reason."""
+    """Issues a Python warning. pip hides warnings without -v, so pydrone.backends() and doctor also give the reason."""
     warnings.warn(f"pydrone: {message}.", stacklevel=2)
 
 
@@ -127,7 +128,7 @@ def first_line(*command: str) -> str:
 
 
 class Nvcc:
-    """nvcc, its toolkit and version; Missing where there is none."""
+    """nvcc, its toolkit and version. Raises Missing if there is none."""
 
     def __init__(self) -> None:
         home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
@@ -145,7 +146,7 @@ class Nvcc:
         return "nvcc {}.{}".format(*self.version)
 
     def _toolkit(self) -> str:
-        """The toolkit's folder, asked of nvcc itself: what stands on PATH may be a wrapper script."""
+        """The toolkit's folder, according to nvcc itself: the file on PATH may be a wrapper script."""
         dry = subprocess.run([self.path, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True)
         top = re.search(r"^#\$ TOP=(.+)$", dry.stderr, re.MULTILINE)
         return os.path.realpath(top[1].strip() if top else Path(self.path).resolve().parent.parent)
@@ -183,7 +184,7 @@ def cuda_extension() -> Extension:
     nvcc = Nvcc()
     find_cxx()
     if torch.version.cuda and nvcc.version[0] != int(torch.version.cuda.split(".")[0]):
-        raise Missing(f"{nvcc} does not fit torch {torch.__version__}, built for CUDA {torch.version.cuda}")
+        raise Missing(f"{nvcc} does not match torch {torch.__version__}, built for CUDA {torch.version.cuda}")
     cpp_extension.CUDA_HOME = nvcc.home  # torch leaves it None in builds without CUDA
     if not os.environ.get("TORCH_CUDA_ARCH_LIST"):
         os.environ["TORCH_CUDA_ARCH_LIST"] = nvcc.architectures()
@@ -196,14 +197,14 @@ def cuda_extension() -> Extension:
 
 
 class build_native(BaseBuildExt):
-    """build_ext that may end with fewer libraries than it set out to build, and writes down why."""
+    """A build_ext that may build fewer libraries than planned, and records why."""
 
     def run(self) -> None:
         if NATIVE == "0" and self.inplace:
             return
         self.reasons: dict[str, str] = {}
         planned = []
-        # CUDA first: where it is demanded and impossible, the build ends here, with nothing touched.
+        # CUDA first: if it is required but impossible, the build ends here, before anything is touched.
         for name, plan, demanded in ((CUDA, cuda_extension, USE_CUDA == "1"), (CPU, cpu_extension, NATIVE == "1")):
             try:
                 planned.append(self._prepared(plan()))
@@ -220,7 +221,7 @@ class build_native(BaseBuildExt):
         self._write_info()
 
     def build_extensions(self) -> None:
-        # One at a time: what keeps the CUDA library from being built must not take the CPU one with it.
+        # One at a time: a failure of the CUDA library must not prevent the CPU one.
         built = []
         for extension in self.extensions:
             self.extensions = [extension]
@@ -250,11 +251,11 @@ class build_native(BaseBuildExt):
             super().build_extension(ext)
 
     def get_ext_filename(self, fullname: str) -> str:
-        # Not a Python module, so none of Python's suffixes.
+        # Not a Python module, so without Python's suffix.
         return os.path.join(*fullname.split(".")) + ".so"
 
     def _prepared(self, ext: Extension) -> Extension:
-        """What finalize_options does to the extensions that it knows."""
+        """Does what finalize_options does for the extensions that it knows."""
         ext._full_name = ext.name
         ext._file_name = self.get_ext_filename(ext.name)
         ext._links_to_dynamic = ext._needs_stub = False
@@ -267,7 +268,7 @@ class build_native(BaseBuildExt):
         self.reasons[ext.name] = f"{compiler} failed on pydrone's sources at install time: {detail}"
         if NATIVE == "1" or (ext.name == CUDA and USE_CUDA == "1"):
             raise SystemExit(f"pydrone: {ext.name}: {self.reasons[ext.name]}") from error
-        warn(f"{ext.name} is left out: {self.reasons[ext.name]}. The compiler's words: pip install -v")
+        warn(f"{ext.name} is left out: {self.reasons[ext.name]}. See the compiler's output with pip install -v")
 
     def _package_dirs(self) -> list[Path]:
         folders = [Path(self.build_lib, "pydrone")]
@@ -276,13 +277,13 @@ class build_native(BaseBuildExt):
         return folders
 
     def _remove_old(self) -> None:
-        """No library outlives a build that does not make it. Unlinked, not overwritten: it may be in use."""
+        """Removes libraries of earlier builds, which this build may not replace. Unlinks: they may be in use."""
         for folder in self._package_dirs():
             for name in ("_native_cpu.so", "_native_cuda.so", "_build_info.json"):
                 Path(folder, name).unlink(missing_ok=True)
 
     def _write_info(self) -> None:
-        """Flat: native_cpu and native_cuda are null where built, else the reason; then what built them."""
+        """Writes a flat JSON object: native_cpu and native_cuda (null if built, else the reason), then the tools."""
         built = {ext.name: ext for ext in self.extensions}
         info: dict[str, str | None] = {name.split("._")[-1]: self.reasons.get(name) for name in (CPU, CUDA)}
         info["torch"] = torch.__version__ if torch else None
@@ -298,13 +299,13 @@ class build_native(BaseBuildExt):
         (target / "_build_info.json").write_text(json.dumps(info, indent=2) + "\n")
 
 
-free_threaded = bool(sysconfig.get_config_var("Py_GIL_DISABLED"))  # has no abi3, and bdist_wheel refuses the tag
+free_threaded = bool(sysconfig.get_config_var("Py_GIL_DISABLED"))  # has no abi3; bdist_wheel refuses the tag
 
 setup(
     # triton_kernels is another distribution's top-level name, so the folder is installed as pydrone._triton.
     packages=[*find_packages(include=["pydrone", "pydrone.*"]), "pydrone._triton"],
     package_dir={"pydrone._triton": "triton_kernels"},
-    # A stand-in, for the wheel's platform tag; build_native decides what is built.
+    # A placeholder for the wheel's platform tag; build_native decides what is built.
     ext_modules=[Extension(CPU, CPU_SOURCES, depends=[*HEADERS, *CUDA_SOURCES], py_limited_api=True, optional=True)],
     cmdclass={"build_ext": build_native},
     options={} if free_threaded else {"bdist_wheel": {"py_limited_api": "cp310"}},

@@ -1,5 +1,5 @@
-// What every operation checks of its arguments before it touches memory, with errors that name the argument, what it
-// was and what it must be. The Python layer checks for its users; these keep direct calls of torch.ops safe.
+// Argument checks that every operation makes before it touches memory. Errors name the argument, what it must be and
+// what it was. The Python layer checks for its own users; these checks keep direct calls of torch.ops safe.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -41,7 +41,7 @@ inline std::string shape_of(std::initializer_list<int64_t> sizes) {
   return out.str();
 }
 
-// Exactly these sizes; -1 stands for any.
+// Exactly these sizes; -1 matches any.
 inline void check_shape(const char* name, const Tensor& x, std::initializer_list<int64_t> sizes) {
   bool same = x.dim() == static_cast<int64_t>(sizes.size());
   int64_t i = 0;
@@ -49,7 +49,7 @@ inline void check_shape(const char* name, const Tensor& x, std::initializer_list
   STD_TORCH_CHECK(same, name, ": expected shape ", shape_of(sizes), ", got ", shape_of(x));
 }
 
-// One element an environment: [N] or [N, 1].
+// One element per environment: [N] or [N, 1].
 inline void check_scalars(const char* name, const Tensor& x, int64_t num_envs) {
   const bool fits = x.dim() >= 1 && x.size(0) == num_envs && x.numel() == num_envs;
   STD_TORCH_CHECK(fits, name, ": expected shape [", num_envs, "] or [", num_envs, ", 1], got ", shape_of(x));
@@ -77,21 +77,21 @@ inline void check_real(const char* name, const Tensor& x) {
 }
 
 inline void check_contiguous(const char* name, const Tensor& x) {
-  STD_TORCH_CHECK(x.is_contiguous(), name, ": expected a contiguous tensor, got strides that are not");
+  STD_TORCH_CHECK(x.is_contiguous(), name, ": expected a contiguous tensor, got one that is not");
 }
 
 inline void check_range(const char* name, int64_t value, int64_t low, int64_t high) {
   STD_TORCH_CHECK(value >= low && value < high, name, ": expected ", low, " <= ", name, " < ", high, ", got ", value);
 }
 
-// Every element of an output has memory of its own.
+// No two elements of an output share memory.
 inline void check_own(const char* name, const Tensor& x) {
   for (int64_t i = 0; i < x.dim(); ++i)
     STD_TORCH_CHECK(x.stride(i) != 0 || x.size(i) <= 1, name,
                     ": expected memory of its own for every element, got an expanded tensor");
 }
 
-// Bytes from a tensor's first element to the end of its last.
+// Bytes from the start of a tensor's first element to the end of its last.
 inline int64_t span(const Tensor& x) {
   if (!x.numel()) return 0;
   int64_t last = 0;
@@ -99,8 +99,8 @@ inline int64_t span(const Tensor& x) {
   return (last + 1) * static_cast<int64_t>(x.element_size());
 }
 
-// `out` shares no byte with `other`. Said of dense tensors and of equal ones: two that lie between each other's elements
-// may have a stretch of memory in common and still no element.
+// `out` does not overlap `other`. Checked if both are dense or start at the same address: tensors that interleave may
+// overlap in extent and still share no element.
 inline void check_apart(const char* name, const Tensor& out, const Tensor& other) {
   if (!out.numel() || !other.numel()) return;
   auto dense = [](const Tensor& x, int64_t size) { return size <= x.numel() * static_cast<int64_t>(x.element_size()); };
@@ -111,7 +111,7 @@ inline void check_apart(const char* name, const Tensor& out, const Tensor& other
                   ": expected memory of its own, got some that another argument uses");
 }
 
-// Flags are nonzero or not: every real dtype has them.
+// A flag is set if nonzero, so every real dtype will do.
 inline void check_flags(const char* name, const Tensor& x) {
   const ScalarType type = x.scalar_type();
   const bool whole = type == ScalarType::Bool || type == ScalarType::Byte || type == ScalarType::Char ||
@@ -121,7 +121,7 @@ inline void check_flags(const char* name, const Tensor& x) {
                   torch::headeronly::toString(type));
 }
 
-// The counters of a captured graph, if any: int64 [5], dense.
+// The counters of a captured graph, if any: int64 [5], contiguous.
 inline void check_cursor(const Optional& cursor, const Tensor& like) {
   if (!cursor) return;
   check_device("cursor", *cursor, like);
@@ -130,13 +130,13 @@ inline void check_cursor(const Optional& cursor, const Tensor& like) {
   check_contiguous("cursor", *cursor);
 }
 
-// `bytes` at `offset` lie in a row; written so that no sum can overflow.
+// `bytes` at `offset` lie within a row; written so that no sum can overflow.
 inline void check_offset(const char* name, int64_t offset, int64_t bytes, int64_t row_bytes) {
   STD_TORCH_CHECK(offset >= 0 && bytes <= row_bytes && offset <= row_bytes - bytes, name, ": byte offset ", offset,
                   " and ", bytes, " bytes do not lie in a row of ", row_bytes);
 }
 
-// Bytes of one element of a stored dtype; an error for what cannot be stored.
+// Bytes per element of a stored dtype; raises for a dtype that cannot be stored.
 inline int64_t item_size(const char* name, int64_t dtype) {
   switch (dtype < 0 || dtype > 127 ? ScalarType::Undefined : static_cast<ScalarType>(dtype)) {
     case ScalarType::Byte:

@@ -1,4 +1,4 @@
-// The CPU library's table of contents. Schemas: pydrone/ops/schema.py; the CUDA library registers in csrc/cuda.
+// The CPU library's table of contents. Schemas: pydrone/ops/schema.py. CUDA kernels are registered in csrc/cuda.
 #include "checks.h"
 
 #include <torch/csrc/stable/library.h>

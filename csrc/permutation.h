@@ -1,6 +1,6 @@
 // A keyed permutation of [0, size) that needs no memory: an alternating Feistel network over Z_a x Z_b with cycle
-// walking (Black and Rogaway, Ciphers with arbitrary finite domains, CT-RSA 2002). 32-bit unsigned arithmetic alone, so
-// that every backend agrees bit for bit; the plain form stands in pydrone/ops/reference.py.
+// walking (Black and Rogaway, Ciphers with arbitrary finite domains, CT-RSA 2002). It uses 32-bit unsigned arithmetic
+// only, so that all backends agree bit for bit; pydrone/ops/reference.py has the plain form.
 #pragma once
 
 #include <cmath>
@@ -27,7 +27,7 @@ PYDRONE_HD uint32_t feistel_round(uint32_t x, uint32_t key) {
   return h * 0x85EBCA77u;
 }
 
-// The high word of a product: a uniform 32-bit h to [0, n).
+// Maps a uniform 32-bit h to [0, n): the high word of their product.
 PYDRONE_HD uint32_t scale32(uint32_t h, uint32_t n) { return static_cast<uint32_t>((uint64_t(h) * n) >> 32); }
 
 struct Permutation {
@@ -35,7 +35,7 @@ struct Permutation {
   uint32_t a, b;        // a = ceil(sqrt(size)), b = ceil(size / a)
   uint32_t keys[kRounds];
 
-  // The round keys of (key, rollout, epoch): two 32-bit lanes that absorb word by word.
+  // The round keys from (key, rollout, epoch): two 32-bit lanes absorb one word at a time.
   PYDRONE_HD void set_keys(uint64_t key, uint64_t rollout, uint64_t epoch) {
     const uint32_t words[5] = {uint32_t(key), uint32_t(key >> 32), uint32_t(rollout), uint32_t(rollout >> 32),
                                uint32_t(epoch)};
@@ -47,8 +47,8 @@ struct Permutation {
     for (int i = 0; i < kRounds; ++i) keys[i] = mix32((i % 2 ? k1 : k0) + uint32_t(i + 1) * 0x9E3779B9u);
   }
 
-  // One application to (left, right) in Z_a x Z_b: a value below a * b. A sum of two numbers below n is brought back
-  // below n by one subtraction.
+  // One pass over (left, right) in Z_a x Z_b; the result is below a * b. The sum of two numbers below n needs one
+  // subtraction to be reduced modulo n.
   PYDRONE_HD uint32_t apply(uint32_t left, uint32_t right) const {
     for (int i = 0; i < kRounds; i += 2) {
       left += scale32(feistel_round(right, keys[i]), a);
@@ -59,8 +59,8 @@ struct Permutation {
     return left * b + right;
   }
 
-  // Where `position` < size goes. The few values of [size, a * b) are walked back in; about size / (a * b) of the
-  // positions, nearly all, need one application.
+  // The image of `position` < size. The few values in [size, a * b) are passed through again (cycle walking); a share
+  // of about size / (a * b) of the positions, nearly all, needs one pass.
   PYDRONE_HD uint32_t operator()(uint32_t position) const {
     uint32_t x = position;
     do {
@@ -70,7 +70,7 @@ struct Permutation {
   }
 };
 
-// The sides for `size` samples (0 < size < 2^31), and the keys.
+// The permutation of `size` samples (0 < size < 2^31): side lengths and round keys.
 inline Permutation make_permutation(int64_t size, uint64_t key, uint64_t rollout, uint64_t epoch) {
   Permutation p{};
   int64_t root = static_cast<int64_t>(std::sqrt(static_cast<double>(size - 1)));

@@ -1,4 +1,4 @@
-// gae's arguments, checked, the same for the CPU and for CUDA.
+// Checks of gae's arguments, shared by the CPU and CUDA libraries.
 #pragma once
 
 #include "checks.h"
@@ -9,7 +9,7 @@
 
 namespace pydrone {
 
-// All but `start`, which a cursor may replace; see pydrone/ops/schema.py.
+// Checks all arguments except `start`, which a cursor may replace; see pydrone/ops/schema.py.
 inline void check_gae(const Tensor& rewards, const Tensor& values, const Tensor& dones, const Optional& truncated,
                       const Optional& valid, const Tensor& last_values, const Optional& final_values,
                       const Optional& final_rows, bool coded, int64_t bootstrap, const Optional& cursor,

@@ -1,4 +1,4 @@
-// append's arguments, checked and taken apart, the same for the CPU and for CUDA.
+// append's arguments, parsed and checked, shared by the CPU and CUDA libraries.
 #pragma once
 
 #include "checks.h"
@@ -9,7 +9,7 @@
 
 namespace pydrone {
 
-// append's arguments, taken apart as its layout says; see pydrone/ops/schema.py.
+// append's arguments, split up according to its layout; see pydrone/ops/schema.py.
 struct Step {
   struct Field {
     int64_t offset, dtype, width, dims;
@@ -22,11 +22,11 @@ struct Step {
     const Tensor& operator[](int64_t i) const { return tensors[i]; }
   };
   const Tensor& rows;
-  const Tensor* codes;  // null: rows alone
+  const Tensor* codes;  // null: memory is rows only
   const Tensor* planes;
   const Tensor* pool;  // final_obs, count, final_rows; or null
-  const Tensor* not_finite;  // one number a rollout; or null
-  int64_t looked_at;         // so many fields of a row, the first ones, are looked at for numbers that are not finite
+  const Tensor* not_finite;  // one number per rollout; or null
+  int64_t looked_at;         // this many fields of a row, from the first, are checked for values that are not finite
   Sources row, plane, final;
 
   Step(const std::vector<Tensor>& memory, const std::vector<Tensor>& sources, const Tensor& layout)
@@ -50,7 +50,7 @@ struct Step {
     final = {"final sources", plane.tensors + counts[1], fields + counts[0], counts[2]};
     looked_at = counts[3];
     STD_TORCH_CHECK(looked_at >= 0 && looked_at <= counts[0], "layout: expected 0 to ", counts[0],
-                    " fields to look at, got ", looked_at);
+                    " fields to check for finite values, got ", looked_at);
     const auto held = static_cast<int64_t>(memory.size()) - 2 - plane.count - (looked_at ? 1 : 0);
     const bool alone = memory.size() == 1 && plane.count == 0 && !looked_at;
     STD_TORCH_CHECK(alone || held == 0 || held == 3, "memory: expected rows, codes, ", plane.count,
@@ -84,8 +84,8 @@ struct Step {
     check_dtype("codes", *codes, ScalarType::Byte);
   }
 
-  // No source lies in what is written at `slot`: a view kept from an earlier rollout may be of that very slot, and whether
-  // reading or writing came first would hang on the backend.
+  // No source overlaps the memory written at `slot`. A view kept from an earlier rollout may lie in that slot, and
+  // whether it is read before it is overwritten would depend on the backend.
   void check_apart(int64_t slot) const {
     const int64_t num_envs = rows.size(1), written = row.count ? num_envs * rows.size(2) : 0;
     const char* const to = static_cast<const char*>(rows.data_ptr()) + slot * num_envs * rows.size(2);
@@ -108,7 +108,7 @@ struct Step {
       }
   }
 
-  // How the step ended: whether its truncations go to a pool.
+  // Checks the end flags and the pool; returns whether truncations go to a pool.
   bool check_ends(const Optional& dones, const Optional& truncated, const Optional& valid) const {
     STD_TORCH_CHECK(codes || !dones, "memory: expected codes with dones, got rows alone");
     for (const auto& [name, flags] : {std::pair{"dones", &dones}, {"truncated", &truncated}, {"valid", &valid}}) {
@@ -132,13 +132,13 @@ struct Step {
   }
 
  private:
-  // What is written of a plane, float32.
+  // The memory written in one plane, float32.
   struct Column {
     const char *first, *end;
-    int64_t stride;  // bytes; 4 at most if it is dense
+    int64_t stride;  // bytes; at most 4 if dense
 
-    // Whether the source, in [from, until), has an element of it. One that lies between the column's elements is told by
-    // its stride, which is the column's, as other columns' are.
+    // Whether the source, which occupies [from, until), shares an element with this column. A source with the column's
+    // own stride, such as another column of the plane, may lie between its elements.
     bool meets(const Tensor& source, const char* from, const char* until) const {
       if (from >= end || first >= until) return false;
       if (stride <= 4) return true;
@@ -155,8 +155,8 @@ struct Step {
   }
 };
 
-// The exponent of 32 bits of a row, seen as `type`: two of a half-precision type, half of a double. `(x & mask) + add`
-// carries into kCarry where it is all ones, which infinities and NaN alone have.
+// The exponent bits in 32 bits of a row read as `type`: two numbers of a half-precision type, or half of a double.
+// `(x & mask) + add` carries into kCarry if an exponent is all ones, as in infinities and NaN only.
 struct Exponent {
   uint32_t mask, add;
 };
@@ -172,7 +172,7 @@ PYDRONE_HD Exponent exponent_of(int32_t type, bool high) {
 
 PYDRONE_HD bool not_finite(uint32_t bits, Exponent of) { return ((bits & of.mask) + of.add) & kCarry; }
 
-// A field's source: [N, ...] of as many dimensions and elements an environment as the layout says, a scalar [N] or
+// A field's source: [N, ...] with the dimensions and elements per environment that the layout gives; a scalar is [N] or
 // [N, 1].
 inline void check_source(const char* name, const Tensor& source, const Step::Field& field, int64_t num_envs) {
   const int64_t dims = source.dim();

@@ -1,8 +1,8 @@
-"""One step of all environments into the ring, in one launch: packed rows, planes, codes, and the pool of final
+"""Stores one step of all environments in the ring, in one launch: packed rows, planes, codes, and the pool of final
 observations.
 
-A program takes a block of environments. It loads everything it stores before the first store: loads are not moved over
-stores that might alias, and each field would otherwise pay the memory's latency in turn.
+A program takes a block of environments. It loads all narrow fields and scalars before the first store: the compiler
+does not move loads above stores that might alias, so each field would otherwise pay the memory latency in turn.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from .launch import (
     take_ticket,
 )
 
-# Environments of a program at most, and its warps; elements of a tile at most; fields no wider than NARROW are all held
-# at once.
+# Most environments per program; warps; most elements per tile; fields up to NARROW wide are all loaded before any is
+# stored.
 ENVS, WARPS, MAX_TILE, NARROW = 32, 4, 2048, 64
 
-# A field is described by so many constants, all fields by one flat tuple (nested ones do not reach a kernel): byte
-# offset, stored type, width, tile's width, stride of environments, then three inner (size, stride)s, the last first.
+# LENGTH constants describe a field, and one flat tuple all fields (kernels take no nested ones): byte offset, stored
+# type, width, tile width, stride over environments, then three inner (size, stride) pairs, the last dimension first.
 OFFSET, KIND, WIDTH, TILE, STRIDE, DIMS, LENGTH = (tl.constexpr(i) for i in (0, 1, 2, 3, 4, 5, 11))
 
 
@@ -49,7 +49,7 @@ def load_field(source, env, mask, first, FIELDS: tl.constexpr, AT: tl.constexpr)
 
 @triton.jit
 def store_field(rows, row, mask, first, x, not_finite, ROW_BYTES: tl.constexpr, FIELDS: tl.constexpr, AT: tl.constexpr):
-    """A tile of the field described at AT to the rows numbered ``row``; 1 to ``not_finite`` where a number is not."""
+    """Stores a tile of the field described at AT in rows ``row``; sets ``not_finite`` if a number is not finite."""
     column = first + tl.arange(0, FIELDS[AT + TILE])[None, :]
     mask = mask[:, None] & (column < FIELDS[AT + WIDTH])
     kind: tl.constexpr = FIELDS[AT + KIND]
@@ -66,7 +66,7 @@ def store_field(rows, row, mask, first, x, not_finite, ROW_BYTES: tl.constexpr, 
     tl.store(elements + row[:, None] * (ROW_BYTES // item) + FIELDS[AT + OFFSET] // item + column, x, mask=mask)
     if not_finite is not None:  # noqa: SIM102, both known when the kernel is compiled
         if kind.is_floating():
-            # By the bits, as x - x may be taken for 0. A store that hardly any thread ever does.
+            # From the bits, as the compiler may fold x - x to 0. The store hardly ever happens.
             if item == 8:
                 bad = (x.to(tl.int64, bitcast=True) & 0x7FF0000000000000) == 0x7FF0000000000000
             elif item == 4:
@@ -108,7 +108,7 @@ def store_step(
     strides, env, exists, num_envs, slot, pool_slot, pool_rows, ROW_BYTES: tl.constexpr, FIELDS: tl.constexpr,
     LOOKED_AT: tl.constexpr, POOL_ROW_BYTES: tl.constexpr, FINAL_FIELDS: tl.constexpr, NARROW: tl.constexpr,
 ):  # fmt: skip
-    # All of the flags and scalars are loaded before the fields are stored.
+    # All flags and scalars are loaded before the fields are stored.
     if codes is not None:
         done = tl.load(flags[0] + env * strides[0][0], mask=exists, other=0) != 0
         truncated = None
@@ -139,7 +139,7 @@ def store_step(
             final_row = final_rows + env * strides[4][0] + slot.to(tl.int64) * strides[4][1]
             count = pool_count + pool_slot.to(tl.int64) * strides[5][0]
             if len(FINAL_FIELDS) > 0:
-                # Places in the pool: one atomic of a program, of the few programs that have a truncation at all.
+                # Places in the pool: one atomic per program that has a truncation, which few do.
                 place = tl.atomic_add(count, number, mask=number > 0, sem="relaxed")
                 place = place + tl.cumsum(wanted.to(tl.int32)) - 1
                 fits = wanted & (place >= 0) & (place < pool_rows)
@@ -159,7 +159,7 @@ def append_kernel(
     LOOKED_AT: tl.constexpr, POOL_ROW_BYTES: tl.constexpr, FINAL_FIELDS: tl.constexpr, COMMIT: tl.constexpr,
     ENVS: tl.constexpr, NARROW: tl.constexpr,
 ):  # fmt: skip
-    """``flags``: dones, truncated, valid. ``strides``: of the flags, the planes, their sources, codes, final_rows and
+    """``flags``: dones, truncated, valid. ``strides``: those of flags, planes, plane sources, codes, final_rows and
     pool_count."""
     env = (tl.program_id(0) * ENVS + tl.arange(0, ENVS)).to(tl.int64)
     exists = env < num_envs
@@ -182,7 +182,7 @@ def append_kernel(
                 POOL_ROW_BYTES, FINAL_FIELDS, NARROW,
             )  # fmt: skip
             if COMMIT:  # noqa: SIM102, known when the kernel is compiled
-                # The last program moves the head: all the others have read it by then.
+                # The last program moves the head; all others have read it by then.
                 if take_ticket(cursor + CURSOR_TICKET) == tl.num_programs(0) - 1:
                     tl.store(cursor + CURSOR_APPENDED, appended + 1)
                     tl.store(cursor + CURSOR_TICKET, 0)
@@ -199,7 +199,7 @@ def append(memory, sources, layout, dones, truncated, valid, slot, pool_slot, cu
     if num_envs == 0:
         return
     codes = None if dones is None else memory[1]
-    # Without truncations there is nothing for the pool.
+    # Without truncations nothing goes to the pool.
     final_obs, count, final_rows = (truncated is not None and memory[2 + num_planes :]) or (None, None, None)
     given = sources[:num_fields]
     plane_sources = sources[num_fields : num_fields + num_planes]
@@ -229,7 +229,7 @@ def append(memory, sources, layout, dones, truncated, valid, slot, pool_slot, cu
 
 
 def _fields(name: str, sources, described, row_bytes: int, widest_tile: int) -> tuple:
-    """The flat description of all fields that a kernel takes."""
+    """The flat description of all fields for a kernel."""
     fields = []
     for i, (source, (offset, dtype, width, _)) in enumerate(zip(sources, described)):
         kind, dims = DTYPES[dtype], []

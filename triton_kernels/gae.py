@@ -1,10 +1,10 @@
 """GAE in one launch, for either layout, with the statistics of the advantages.
 
-Env-major ([N, C] with steps contiguous): one warp per environment and a tile of steps in its registers, scanned
+Env-major ([N, C] with steps contiguous): one warp per environment, with a tile of steps in its registers, scanned
 backwards across the lanes; loads and stores are 128 bits wide. Time-major (environments contiguous): one thread per
-environment, which walks backwards over steps that it has loaded twenty at a time. Both are right for any strides.
-The statistics cost no launch: each program leaves (count, mean, M2) in the workspace, and the last one to finish merges
-them in a fixed order, so that runs are bit-equal.
+environment, which loads twenty steps at a time and walks backwards over them. Both are correct for any strides.
+The statistics need no extra launch: each program stores (count, mean, M2) in the workspace, and the last one to finish
+merges them in a fixed order, so that runs are bit-equal.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from .launch import (
     take_ticket,
 )
 
-# Warps of an env-major program, one row to a warp, or WARP_ROWS where there are enough environments, so that 8192 of
-# them are one wave of programs on 132 multiprocessors and leave half as many partial statistics.
+# Warps of an env-major program. One row per warp, or WARP_ROWS from MANY_ENVS environments on: 8192 are then one wave
+# of programs on 132 multiprocessors, and there are half as many partial statistics.
 WARPS, WARP_ROWS, MANY_ENVS = 8, 2, 4096
-# Threads of a time-major program, and the steps that a thread holds at most: more would take long to compile.
+# Threads of a time-major program, and the most steps that a thread holds: more would take long to compile.
 COLUMNS, COLUMN_STEPS = 64, 20
 
 
 @triton.jit
 def temporal_difference(code, reward, value, next_value, at_truncation, gamma):
-    """r + gamma * V' - V, V' as the code says. Selects, never products: 0 * NaN is NaN."""
+    """r + gamma * V' - V, with V' chosen by the code. Selects, never products: 0 * NaN is NaN."""
     next_value = tl.where(code == TRUNCATED, at_truncation, next_value)
     next_value = tl.where(code == TERMINATED, 0.0, next_value)
     return tl.where(code == INVALID, 0.0, reward + gamma * next_value - value)
@@ -42,14 +42,14 @@ def temporal_difference(code, reward, value, next_value, at_truncation, gamma):
 
 @triton.jit
 def link(code, decay):
-    """What a step multiplies the advantage after it with; a negative number cuts it off."""
+    """The factor of a step on the advantage after it; a negative number marks a cut."""
     return tl.where(code == RUNNING, decay, -1.0).to(decay.dtype)
 
 
 @triton.jit
 def join(later, later_link, advantage, link):
-    """Joins a run of steps to the run after it, unless it is cut off."""
-    # The sign bit, not a comparison: a product with a cut keeps it even where it underflows to -0.
+    """Joins a run of steps to the run after it, unless there is a cut."""
+    # The sign bit, not a comparison: the product of links with a cut keeps it even if it underflows to -0.
     if link.dtype == tl.float64:
         cut = link.to(tl.int64, bitcast=True) < 0
     else:
@@ -59,9 +59,9 @@ def join(later, later_link, advantage, link):
 
 @triton.jit
 def moments_about(near, count, deviations, squares):
-    """(count, mean, M2), float64, of the sums of deviations from some number near the mean and of their squares.
+    """(count, mean, M2), float64, from the sums of deviations from ``near`` and of their squares.
 
-    A mean in float32 is off by its rounding, which may be large beside the spread.
+    ``near`` is the mean rounded to float32, whose error may be large compared to the spread.
     """
     count = count.to(tl.float64)
     offset = deviations.to(tl.float64) / tl.where(count > 0, count, 1.0)
@@ -70,7 +70,7 @@ def moments_about(near, count, deviations, squares):
 
 @triton.jit
 def merge(count, mean, m2, other_count, other_mean, other_m2):
-    """Joins two samples' (count, mean, M2) (Chan, Golub and LeVeque 1979)."""
+    """Merges two samples' (count, mean, M2) (Chan, Golub and LeVeque 1979)."""
     total = count + other_count
     share = other_count / tl.where(total > 0, total, 1.0)
     difference = other_mean - mean
@@ -102,7 +102,7 @@ def load_code(columns, strides, rows, slot, mask, CODED: tl.constexpr):
 
 @triton.jit
 def load_final(columns, strides, rows, slot, wanted, pool_size):
-    """Values of the true final observations, from a column or through the pool; NaN where the pool has none."""
+    """Values of the true final observations, from a plane or the pool; NaN where the pool has none."""
     if columns[6] is not None:
         place = tl.load(columns[6] + rows * strides[6][0] + slot * strides[6][1], mask=wanted, other=-1)
         found = (place >= 0) & (place < pool_size)
@@ -113,7 +113,7 @@ def load_final(columns, strides, rows, slot, wanted, pool_size):
 
 @triton.jit
 def split4(x, ROWS: tl.constexpr):
-    """[ROWS, 128] to four [ROWS, 32]: steps 4 i + k of lane i, for k = 0 .. 3; registers of one thread as loaded."""
+    """[ROWS, 128] to four [ROWS, 32]: steps 4 i + k in lane i, for k = 0 .. 3. None leaves its thread."""
     even, odd = tl.split(tl.reshape(x, [ROWS, 32, 2, 2]))
     x0, x2 = tl.split(even)
     x1, x3 = tl.split(odd)
@@ -127,9 +127,9 @@ def join4(x0, x1, x2, x3, ROWS: tl.constexpr):
 
 @triton.jit
 def scan_lanes(advantage, link, carry, ROWS: tl.constexpr):
-    """The advantage after each lane's steps, given each lane's own run of steps and ``carry`` after all of them."""
+    """The advantage after each lane's steps, from each lane's own steps and ``carry``, the advantage after all."""
     lane = tl.arange(0, 32)[None, :] + tl.zeros([ROWS, 1], tl.int32)
-    # Turned by a shuffle each: a reverse scan turns its operands by five butterflies, twice.
+    # Reversed with one shuffle each: a reverse scan reverses its operands with five butterfly shuffles, twice.
     advantage = tl.gather(advantage, 31 - lane, 1)
     link = tl.gather(link, 31 - lane, 1)
     advantage, link = tl.associative_scan((advantage, link), 1, join)
@@ -143,13 +143,13 @@ def scan_rows(
     NUM_STEPS: tl.constexpr, CODED: tl.constexpr, BOOTSTRAP: tl.constexpr, WITH_STATS: tl.constexpr,
     WRAP: tl.constexpr, ALIGN: tl.constexpr, START_ALIGN: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """A warp per environment: tiles of [ROWS, 128], the last first. Returns (count, mean, M2), each [ROWS]."""
+    """Env-major: tiles of [ROWS, 128], the last one first. Returns (count, mean, M2), each [ROWS]."""
     dtype: tl.constexpr = advantages.dtype.element_ty
     count = tl.zeros([ROWS], tl.float64)
     mean = tl.zeros([ROWS], tl.float64)
     m2 = tl.zeros([ROWS], tl.float64)
     lane = tl.arange(0, 32)[None, :] + tl.zeros([ROWS, 1], tl.int32)
-    # Strides of rows come in units of ALIGN elements: the compiler sees the factor, and joins accesses by it.
+    # Row strides come in units of ALIGN elements: the compiler sees the factor and can widen accesses.
     rows = env[:, None] * ALIGN
     value_after = last_value[:, None]
     carry = tl.zeros([ROWS, 1], dtype)
@@ -166,7 +166,7 @@ def scan_rows(
             final = load_final(columns, strides, rows, slot, codes == TRUNCATED, pool_size).to(dtype)
             f = split4(final, ROWS)
         r = split4(reward, ROWS)
-        # The steps beyond the last one hold last_values, so that the last one finds it as the next step's value.
+        # Steps beyond the last hold last_values, so that the last step finds it as the next step's value.
         v = split4(tl.where(t < NUM_STEPS, value, value_after), ROWS)
         c = split4(codes, ROWS)
         next_head = tl.gather(v[0], tl.minimum(lane + 1, 31), 1)
@@ -220,7 +220,7 @@ def walk_columns(
     NUM_STEPS: tl.constexpr, CODED: tl.constexpr, BOOTSTRAP: tl.constexpr, WITH_STATS: tl.constexpr,
     WRAP: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
-    """A thread per environment: STEPS steps are loaded before the first is used. Returns (count, mean, M2)."""
+    """Time-major: one thread per environment loads STEPS steps, then uses them. Returns (count, mean, M2)."""
     dtype: tl.constexpr = advantages.dtype.element_ty
     count = tl.zeros(env.shape, tl.float64)
     mean = tl.zeros(env.shape, tl.float64)
@@ -280,7 +280,7 @@ def walk_columns(
 
 @triton.jit
 def merge_programs(count, mean, m2, workspace, stats, PARTIALS: tl.constexpr):
-    """Leaves a program's statistics in the workspace; the last program merges all of them into ``stats``."""
+    """Stores a program's statistics in the workspace; the last program merges all of them into ``stats``."""
     programs = tl.num_programs(0)
     partials = workspace + 1
     tl.store(partials + tl.program_id(0), count)
@@ -288,14 +288,14 @@ def merge_programs(count, mean, m2, workspace, stats, PARTIALS: tl.constexpr):
     tl.store(partials + 2 * programs + tl.program_id(0), m2)
     ticket = workspace.to(tl.pointer_type(tl.int32), bitcast=True)
     if take_ticket(ticket) == programs - 1:
-        # Sums about one of the means, so that one pass does without cancellation. Which program is the last changes
-        # from run to run; the order of the sums does not.
+        # Sums about one of the means: one pass without cancellation. Which program is last changes from run to run; the
+        # order of the sums does not.
         about = tl.load(partials + programs, cache_modifier=".cg")
         counts = tl.zeros([PARTIALS], tl.float64)
         sums = tl.zeros([PARTIALS], tl.float64)
         squares = tl.zeros([PARTIALS], tl.float64)
         first = 0
-        while first < programs:  # not a range: Triton 3.6's interpreter has none up to a tensor with numpy 2.5
+        while first < programs:  # not a range: with numpy 2.5, Triton 3.6's interpreter rejects a tensor as its bound
             i = first + tl.arange(0, PARTIALS)
             number = tl.load(partials + i, mask=i < programs, other=0.0, cache_modifier=".cg")
             offset = tl.load(partials + programs + i, mask=i < programs, other=0.0, cache_modifier=".cg") - about
@@ -322,8 +322,8 @@ def gae_kernel(
     WRAP: tl.constexpr, ALIGN: tl.constexpr, START_ALIGN: tl.constexpr, ENVS: tl.constexpr, STEPS: tl.constexpr,
     PARTIALS: tl.constexpr,
 ):  # fmt: skip
-    """``columns``: rewards, values, dones, truncated, valid, final_values, final_rows; ``strides``: theirs, and those
-    of last_values, advantages, returns. WRAP and ``start``, in units of START_ALIGN, count where there is no cursor."""
+    """``columns``: rewards, values, dones, truncated, valid, final_values, final_rows; ``strides``: theirs, then those
+    of last_values, advantages, returns. WRAP and ``start`` (in units of START_ALIGN) apply without a cursor."""
     dtype: tl.constexpr = advantages.dtype.element_ty
     WITH_STATS: tl.constexpr = stats is not None
     gamma = tl.full((), gamma, dtype)
@@ -343,7 +343,7 @@ def gae_kernel(
             columns, strides, last_value, advantages, returns, gamma, decay, env, exists, capacity, start, pool_size,
             NUM_STEPS, CODED, BOOTSTRAP, WITH_STATS, WRAP, ALIGN, START_ALIGN, ENVS,
         )  # fmt: skip
-    # With a cursor both bodies are compiled: a rollout that does not wrap, as most do not, keeps the wide accesses.
+    # With a cursor both bodies are compiled, so that a rollout that does not wrap, the usual case, has wide accesses.
     elif (start + NUM_STEPS <= capacity) & (start % 4 == 0):
         count, mean, m2 = scan_rows(
             columns, strides, last_value, advantages, returns, gamma, decay, env, exists, capacity, start // 4,
@@ -355,7 +355,7 @@ def gae_kernel(
             NUM_STEPS, CODED, BOOTSTRAP, WITH_STATS, True, ALIGN, 1, ENVS,
         )  # fmt: skip
     if WITH_STATS:
-        # Plain sums: in float64 they lose nothing that the float32 advantages had.
+        # Plain sums: in float64 they lose no digit that the float32 advantages had.
         total = tl.sum(count)
         squares = tl.sum(m2 + count * mean * mean)
         mean = tl.sum(count * mean) / tl.where(total > 0, total, 1.0)
@@ -389,7 +389,7 @@ def gae(
             stats.zero_()
         return
     env_major = rewards.stride(0) != 1 or rewards.stride(1) == 1
-    # Row strides, and the start, in multiples of four elements make rows of 128-bit accesses.
+    # Row strides and a start that are multiples of four elements allow 128-bit accesses.
     columns = (rewards, values, dones, truncated, valid, final_values, final_rows)
     per_row = [x for x in (*columns, advantages, returns) if x is not None and x.dim() == 2]
     align = 4 if env_major and all(x.stride(0) % 4 == 0 for x in per_row) else 1
@@ -411,7 +411,7 @@ def gae(
 
 
 def _strides(tensor: Tensor | None, align: int) -> tuple[int, ...]:
-    """The strides, that of the environments (if there is another) in units of ``align`` elements."""
+    """The strides; those over environments of a 2-D tensor in units of ``align`` elements."""
     if tensor is None or tensor.dim() == 1:
         return () if tensor is None else tensor.stride()
     return tensor.stride(0) // align, tensor.stride(1)

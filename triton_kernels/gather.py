@@ -1,7 +1,7 @@
-"""One minibatch in one launch: indices by a keyed permutation, fields out of the packed rows, normalised advantages.
+"""Gathers a minibatch in one launch: indices from a keyed permutation, fields from packed rows, normalised advantages.
 
-A program takes a block of samples; their indices are computed where they are used, so that there is no index tensor,
-no sort, and a fresh permutation for each epoch.
+A program takes a block of samples and computes their indices where they are used: no index tensor and no sort, and a
+fresh permutation each epoch.
 """
 
 from __future__ import annotations
@@ -17,12 +17,11 @@ from .launch import CURSOR_DISCARDED, TRITON_TYPES, on_device_of, power_of_2
 STD_EPSILON = tl.constexpr(schema.STD_EPSILON)
 ROUNDS = tl.constexpr(reference.ROUNDS)
 
-# Samples of a program at most, and its warps; elements of a tile at most; fields no wider than NARROW are all held at
-# once.
+# Most samples per program; warps; most elements per tile; fields up to NARROW wide are all loaded before any is stored.
 SAMPLES, WARPS, MAX_TILE, NARROW = 128, 4, 4096, 64
 
-# A field is described by so many constants, all fields by one flat tuple (nested ones do not reach a kernel): byte
-# offset, stored type, width, tile's width.
+# LENGTH constants describe a field, and one flat tuple all fields (kernels take no nested ones): byte offset, stored
+# type, width, tile width.
 OFFSET, KIND, WIDTH, TILE, LENGTH = (tl.constexpr(i) for i in (0, 1, 2, 3, 4))
 
 
@@ -45,7 +44,7 @@ def feistel_round(x, key):
 
 @triton.jit
 def round_keys(key_low, key_high, rollout_low, rollout_high, epoch):
-    """The keys of (key, rollout, epoch): two 32-bit lanes that absorb word by word."""
+    """The round keys from (key, rollout, epoch): two 32-bit lanes absorb one word at a time."""
     words = (key_low, key_high, rollout_low, rollout_high, epoch)
     k0 = tl.full((), 0x243F6A88, tl.uint32)
     k1 = tl.full((), 0x85A308D3, tl.uint32)
@@ -65,7 +64,7 @@ def round_keys(key_low, key_high, rollout_low, rollout_high, epoch):
 
 @triton.jit
 def feistel(x, keys, a, b):
-    """One application of the network over Z_a x Z_b."""
+    """One pass of the Feistel network over Z_a x Z_b."""
     left = x // b
     right = x % b
     for i in tl.static_range(ROUNDS):
@@ -80,7 +79,7 @@ def feistel(x, keys, a, b):
 
 @triton.jit
 def permute(x, keys, a, b, size):
-    """Where ``x`` (uint32, below ``size``) goes; the few that leave [0, size) are walked back in."""
+    """The permutation of ``x`` (uint32, below ``size``); the few that leave [0, size) are passed through again."""
     x = feistel(x, keys, a, b)
     outside = tl.max((x >= size).to(tl.int32))
     while outside > 0:
@@ -91,7 +90,7 @@ def permute(x, keys, a, b, size):
 
 @triton.jit
 def load_field(rows, row, found, first, ROW_BYTES: tl.constexpr, FIELDS: tl.constexpr, AT: tl.constexpr):
-    """A tile of the field described at AT, of the rows numbered ``row``."""
+    """Loads a tile of the field described at AT from rows ``row``."""
     column = first + tl.arange(0, FIELDS[AT + TILE])[None, :]
     mask = found[:, None] & (column < FIELDS[AT + WIDTH])
     kind: tl.constexpr = FIELDS[AT + KIND]
@@ -139,7 +138,7 @@ def gather_kernel(
     index = position.to(tl.int64)
     if subset is not None:
         index = tl.load(subset + index, mask=inside, other=0)
-    # A number out of range in ``subset`` reads nothing, and yields zeros.
+    # An out-of-range number in ``subset`` reads nothing and yields zeros.
     found = inside & (index >= 0) & (index < num_envs.to(tl.int64) * NUM_STEPS)
     env = tl.where(found, index, 0).to(tl.uint32) // NUM_STEPS
     step = (tl.where(found, index, 0).to(tl.uint32) - env * NUM_STEPS).to(tl.int32)
@@ -147,7 +146,7 @@ def gather_kernel(
     slot = tl.where(slot >= capacity, slot - capacity, slot)
     row = slot.to(tl.int64) * num_envs + env.to(tl.int64)
 
-    # Loads are not moved over stores that might alias: all narrow fields are loaded before the first is stored.
+    # All narrow fields are loaded before the first is stored: the compiler does not move loads above stores.
     held = ()
     for i in tl.static_range(len(FIELDS) // LENGTH):
         if FIELDS[i * LENGTH + WIDTH] <= min(FIELDS[i * LENGTH + TILE], NARROW):
@@ -225,6 +224,6 @@ def gather(
 
 
 def _words(number: int) -> tuple[int, int]:
-    """The low and the high 32 bits, as signed numbers: a kernel's integer argument is then always an int32."""
+    """The low and high 32 bits as signed numbers, so that the kernel argument is always an int32."""
     low, high = number & 0xFFFFFFFF, (number >> 32) & 0xFFFFFFFF
     return low - ((low >> 31) << 32), high - ((high >> 31) << 32)

@@ -1,4 +1,4 @@
-"""What the three launchers share: the codes as constants of kernels, element types, and the current device."""
+"""Shared by the kernels and launchers: schema constants as constexpr, element types, the current device, the ticket."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CURSOR_FLAG = tl.constexpr(schema.CURSOR_FLAG)
 CURSOR_TICKET = tl.constexpr(schema.CURSOR_TICKET)
 CURSOR_NUM_STEPS = tl.constexpr(schema.CURSOR_NUM_STEPS)
 
-# Bytes of a bool are stored by the kernels themselves, as 0 and 1.
+# The kernels store a bool themselves, as a byte 0 or 1.
 TRITON_TYPES = {
     torch.uint8: tl.uint8,
     torch.int8: tl.int8,
@@ -38,20 +38,20 @@ TRITON_TYPES = {
 
 
 def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager:
-    """Triton launches on the current device: makes it the tensor's, which mostly it is."""
+    """Makes the tensor's device current, if it is not, since Triton launches on the current device."""
     if not tensor.is_cuda or tensor.get_device() == torch.cuda.current_device():
         return contextlib.nullcontext()
     return torch.cuda.device(tensor.device)
 
 
 def power_of_2(number: int, least: int, most: int) -> int:
-    """The next power of two, kept in [least, most]."""
+    """The next power of two, clamped to [least, most]."""
     return min(max(triton.next_power_of_2(number), least), most)
 
 
 @triton.jit
 def encode(done, truncated, valid):
-    """Flags (booleans; the last two may be None) to codes."""
+    """Converts flags (booleans; the last two may be None) to codes."""
     code = tl.where(done, TERMINATED, RUNNING)
     if truncated is not None:
         code = tl.where(truncated, TRUNCATED, code)
@@ -62,8 +62,8 @@ def encode(done, truncated, valid):
 
 @triton.jit
 def take_ticket(ticket):
-    """Adds one and returns the old value. What every thread of the program read and wrote before is done by then,
-    and what the programs with smaller tickets wrote can be read."""
+    """Adds one and returns the old value. All earlier reads and writes of the program are complete by then, and all
+    writes of programs with smaller tickets are visible."""
     tl.debug_barrier()
     old = tl.atomic_add(ticket, 1, sem="acq_rel", scope="gpu")
     tl.debug_barrier()

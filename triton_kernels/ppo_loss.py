@@ -1,8 +1,8 @@
-"""PPO's loss of a minibatch, forward and backward, in one launch: what autograd does in some sixty.
+"""PPO's loss of a minibatch, forward and backward, in one launch, where autograd needs about sixty.
 
-A program takes a block of samples, one or a few to a thread with all of their actions in its registers, so that the
-sums over actions need no shuffle. Each leaves its sums in the workspace, and the last one to finish adds them in a
-fixed order, so that runs are bit-equal.
+A program takes a block of samples, one or a few per thread, with all of a sample's actions in one thread's registers,
+so that sums over actions need no shuffle. Each program stores its sums in the workspace, and the last one to finish
+adds them in a fixed order, so that runs are bit-equal.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .launch import on_device_of, power_of_2, take_ticket
 
-# Numbers of a program's tile [samples, actions], eight of each argument to a thread, and its samples at most.
+# Elements of a program's tile [samples, actions], eight of each argument per thread; most samples per program; warps.
 TILE, SAMPLES, WARPS = 2048, 512, 8
 
 HALF_LOG_2PI = tl.constexpr(0.9189385332046727)
@@ -21,7 +21,7 @@ HALF_LOG_2PI = tl.constexpr(0.9189385332046727)
 
 @triton.jit
 def load_rows(source, strides, row, action, mask, other, dtype: tl.constexpr, NUM_ACTIONS: tl.constexpr):
-    """[SAMPLES, ACTIONS] of a tensor [B, A]. Strides of None: it is contiguous, and the compiler sees how it lies."""
+    """[SAMPLES, ACTIONS] of a tensor [B, A]. Strides None: contiguous, with strides that the compiler knows."""
     if strides is None:
         x = tl.load(source + row[:, None] * NUM_ACTIONS + action[None, :], mask=mask, other=other)
     else:
@@ -36,19 +36,19 @@ def load_scalars(source, stride, row, exists, dtype: tl.constexpr):
 
 @triton.jit
 def surrogate(log_prob, old_log_prob, advantage, clip):
-    """A sample's clipped surrogate, to be maximised, and its derivative by the log-probability."""
+    """A sample's clipped surrogate, to be maximised, and its derivative with respect to the log-probability."""
     ratio = tl.exp(log_prob - old_log_prob)
     kept = tl.maximum(tl.minimum(ratio, 1 + clip), 1 - clip)
     plain = ratio * advantage
     clipped = kept * advantage
-    # As torch differentiates minimum and clamp: the plain side where it is the smaller, or both are the same.
+    # As torch differentiates minimum and clamp: the unclipped term's gradient, unless the clipped term is smaller.
     grad = tl.where(plain <= clipped, plain, tl.where(plain != plain, plain, 0.0))
     return tl.where(plain <= clipped, plain, tl.where(clipped < plain, clipped, plain + clipped)), grad
 
 
 @triton.jit
 def squared_error(new, old, target, clip, CLIPPED: tl.constexpr):
-    """A sample's value loss and its derivative by ``new``."""
+    """A sample's value loss and its derivative with respect to ``new``."""
     error = new - target
     square = error * error
     grad = 2.0 * error
@@ -58,7 +58,7 @@ def squared_error(new, old, target, clip, CLIPPED: tl.constexpr):
         other = held + (old - target)
         squared = other * other
         grad = tl.where(squared > square, tl.where(moved == held, 2.0 * other, 0.0), grad)
-        square = tl.where(squared <= square, square, squared)  # what is not a number shows
+        square = tl.where(squared <= square, square, squared)  # propagates NaN
     return square, grad
 
 
@@ -68,7 +68,7 @@ def merge_programs(
     NUM_ACTIONS: tl.constexpr, ACTIONS: tl.constexpr, PARTIALS: tl.constexpr, WITH_KL: tl.constexpr,
     dtype: tl.constexpr,
 ):  # fmt: skip
-    """Leaves a program's sums, ``own``, in the workspace; the last program adds all of them."""
+    """Stores a program's sums, ``own``, in the workspace; the last program adds up all of them."""
     programs = tl.num_programs(0)
     WIDTH: tl.constexpr = NUM_ACTIONS + 3
     action = tl.arange(0, ACTIONS)
@@ -79,13 +79,13 @@ def merge_programs(
         tl.store(mine + NUM_ACTIONS + k, own[1 + k])
     ticket = workspace.to(tl.pointer_type(tl.int32), bitcast=True)
     if take_ticket(ticket) == programs - 1:
-        # Which program is the last changes from run to run; the order of the sums does not.
+        # Which program is last changes from run to run; the order of the sums does not.
         by_action = tl.zeros([PARTIALS, ACTIONS], tl.float64)
         surrogates = tl.zeros([PARTIALS], tl.float64)
         errors = tl.zeros([PARTIALS], tl.float64)
         divergences = tl.zeros([PARTIALS], tl.float64)
         first = 0
-        while first < programs:  # not a range: Triton 3.6's interpreter has none up to a tensor with numpy 2.5
+        while first < programs:  # not a range: with numpy 2.5, Triton 3.6's interpreter rejects a tensor as its bound
             i = first + tl.arange(0, PARTIALS)
             rows = partials + i * WIDTH
             mask = (i < programs)[:, None] & (action < NUM_ACTIONS)[None, :]
@@ -118,8 +118,8 @@ def ppo_loss_kernel(
     NUM_ACTIONS: tl.constexpr, ACTIONS: tl.constexpr, SAMPLES: tl.constexpr, PARTIALS: tl.constexpr,
     CLIPPED: tl.constexpr,
 ):  # fmt: skip
-    """``tensors``: mean, actions, mu, sigma; ``scalars``: log_probs, advantages, new_values, values, returns;
-    ``strides`` and ``scalar_strides``: theirs."""
+    """``tensors``: mean, actions, mu, sigma, with ``strides``; ``scalars``: log_probs, advantages, new_values, values,
+    returns, with ``scalar_strides``."""
     dtype: tl.constexpr = mean_grad.dtype.element_ty
     WITH_KL: tl.constexpr = tensors[2] is not None
     clip = tl.full((), clip, dtype)
@@ -132,7 +132,7 @@ def ppo_loss_kernel(
     actions = load_rows(tensors[1], strides[1], row, action, mask, 0.0, dtype, NUM_ACTIONS)
     if WITH_KL:
         old_mean = load_rows(tensors[2], strides[2], row, action, mask, 0.0, dtype, NUM_ACTIONS)
-        # Outside, as std below: a divergence of nothing.
+        # Masked elements are 1, like those of std below: their divergence is 0.
         old_std = load_rows(tensors[3], strides[3], row, action, mask, 1.0, dtype, NUM_ACTIONS)
     old_log_prob = load_scalars(scalars[0], scalar_strides[0], row, exists, dtype)
     advantage = load_scalars(scalars[1], scalar_strides[1], row, exists, dtype)
@@ -158,7 +158,7 @@ def ppo_loss_kernel(
     divergence = tl.zeros((), dtype)
     if WITH_KL:
         apart = old_mean - mean
-        # Differences of what may be equal: exactly 0 where nothing has changed, however products and sums are joined.
+        # Factored to be exactly 0 if the policy has not changed, however the compiler fuses products and sums.
         widths = (old_std - s[None, :]) * (old_std + s[None, :])
         nats = (apart * apart + widths) * (0.5 * inverse * inverse)[None, :] + (log_s[None, :] - tl.log(old_std))
         divergence = tl.sum(tl.sum(tl.where(mask, nats, 0.0), 1), 0)

@@ -1,5 +1,5 @@
-// One step of acting on the CPU: both networks, the actions drawn, their log-probabilities, a tile of environments at a
-// time; and the same between the end of the step before and the storing of what it acted on.
+// Acts for one step on the CPU, a tile of environments at a time: both networks, sampled actions and their
+// log-probabilities (ppo_act). ppo_step does so between the end of the previous step and the beginning of the next.
 #include "append.h"
 #include "networks.h"
 
@@ -115,7 +115,7 @@ void ppo_step(const std::vector<Tensor>& end_memory, const std::vector<Tensor>& 
               const std::vector<Tensor>& memory, const std::vector<Tensor>& stored_obs, const Tensor& layout,
               int64_t slot, int64_t pool_slot) {
   std::vector<Tensor> sources(stored_obs);
-  sources.insert(sources.end(), {actions, log_probs, values, mean, sigma, values});  // the last of a plane
+  sources.insert(sources.end(), {actions, log_probs, values, mean, sigma, values});  // the last one for a plane
   const Optional none;
   std::function<void()> end;
   if (end_layout)

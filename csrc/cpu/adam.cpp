@@ -1,5 +1,5 @@
-// Gradient clipping and Adam on the CPU: one pass for the norms, one for everything else, in place of two dozen launches
-// over small tensors.
+// Gradient clipping and Adam on the CPU: one pass for the norms and one for everything else, instead of two dozen
+// operations on small tensors.
 #include "common.h"
 
 #include <algorithm>
@@ -9,25 +9,25 @@
 namespace pydrone {
 namespace {
 
-constexpr int64_t kPiece = 8192;    // elements handled at a time, 32 kB of each of the four
-constexpr int64_t kGrain = 8;       // pieces that are worth a thread
+constexpr int64_t kPiece = 8192;    // elements handled at a time: 32 KiB in each of the four arrays
+constexpr int64_t kGrain = 8;       // fewest pieces worth a thread
 constexpr int64_t kLanes = 16;
 constexpr double kNormEpsilon = 1e-6;  // torch.nn.utils.clip_grad_norm_'s
 
 struct Piece {
   float *parameter, *exp_avg, *exp_avg_sq;
   const float* grad;
-  int64_t size, index;  // of the parameter
+  int64_t size, index;  // elements; index of the parameter
   double squares;
 };
 
 struct Rates {
-  float rest1, beta2, rest2, epsilon;  // rest: 1 - beta, not rounded before it is taken
-  float scale;                         // of the gradients
+  float rest1, beta2, rest2, epsilon;  // rest: 1 - beta, computed in double before rounding
+  float scale;                         // factor of the gradients
   float step_size, correction;         // lr / (1 - beta1^t); sqrt(1 - beta2^t)
 };
 
-// Each lane's sum in float64: a float's square is exact there.
+// Lane sums in float64, in which the square of a float is exact.
 PYDRONE_CLONES double sum_of_squares(const float* x, int64_t size) {
   double lanes[kLanes] = {};
   int64_t i = 0;
@@ -58,7 +58,7 @@ float& scalar(const char* name, const Tensor& x) {
   return *static_cast<float*>(x.data_ptr());
 }
 
-// No two of all these tensors share memory; they are dense.
+// No two of these dense tensors share memory.
 void check_all_apart(std::initializer_list<std::pair<const char*, const std::vector<Tensor>*>> lists, const Tensor& norms) {
   struct Extent {
     uintptr_t first, last;
@@ -75,7 +75,7 @@ void check_all_apart(std::initializer_list<std::pair<const char*, const std::vec
   std::sort(extents.begin(), extents.end(), [](const Extent& x, const Extent& y) { return x.first < y.first; });
   for (size_t i = 1; i < extents.size(); ++i)
     STD_TORCH_CHECK(extents[i - 1].last <= extents[i].first, extents[i].name,
-                    ": expected memory of its own, got some that ", extents[i - 1].name, " use too");
+                    ": expected memory of its own, got some shared with ", extents[i - 1].name);
 }
 
 }  // namespace
@@ -139,7 +139,7 @@ void clipped_adam(const std::vector<Tensor>& parameters, const std::vector<Tenso
     const double shorter = max_norm / (std::sqrt(totals[groups[i]]) + kNormEpsilon);
     rates[i] = {static_cast<float>(1 - beta1), static_cast<float>(beta2), static_cast<float>(1 - beta2),
                 static_cast<float>(epsilon),
-                // Where it is not a number it spoils all of the group, as torch does, and nobody can miss it.
+                // A NaN norm makes the whole group NaN, as in torch, so that it cannot go unnoticed.
                 shorter >= 1 || std::isinf(max_norm) ? 1.0f : static_cast<float>(shorter),
                 static_cast<float>(rate / (1 - std::pow(beta1, static_cast<double>(step)))),
                 static_cast<float>(std::sqrt(1 - std::pow(beta2, static_cast<double>(step))))};

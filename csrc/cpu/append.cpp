@@ -1,6 +1,6 @@
-// Storing one step on the CPU: narrow fields are put together in L1, a block of environments at a time, wide ones go
-// straight; rows leave in streaming stores. One thread: a core saturates the write bandwidth, and a fork costs as much as
-// the step of a small ring.
+// Stores one step on the CPU: narrow fields are assembled in L1, a block of environments at a time; wide ones are
+// copied directly. Rows are written with streaming stores. One thread: one core saturates the write bandwidth, and
+// forking costs as much as the step of a small ring.
 #include "../recurrence.h"
 #include "../step.h"
 #include "append.h"
@@ -13,19 +13,19 @@
 namespace pydrone {
 namespace {
 
-constexpr int64_t kInner = 6;         // most inner dimensions of a source, after merging what is dense
-constexpr int64_t kBlockBytes = 4096;   // of rows put together at a time: few, for reads and writes to take turns
-constexpr int64_t kSlack = 16;        // a copy in 16-byte pieces may run over a field's end by so much
+constexpr int64_t kInner = 6;         // most inner dimensions of a source, after merging contiguous ones
+constexpr int64_t kBlockBytes = 4096;   // of rows assembled at a time: small, so that reads and writes alternate
+constexpr int64_t kSlack = 16;        // bytes that a copy in 16-byte pieces may write past a field's end
 
 // A source [N, ...] and where it goes in a row.
 struct Field {
   const char* data;
   int64_t env;  // bytes from one environment to the next
   ScalarType from, to;
-  int64_t offset, width, from_size, to_size;  // byte offset in the row, elements, bytes an element
+  int64_t offset, width, from_size, to_size;  // byte offset in the row, elements, bytes per element
   int64_t dims;                               // inner dimensions; 0: dense
   std::array<int64_t, kInner> sizes, strides;
-  bool looked_at;  // for numbers that are not finite
+  bool looked_at;  // checked for values that are not finite
 
   bool plain() const { return from == to && dims == 0; }
   int64_t bytes() const { return width * to_size; }
@@ -44,11 +44,11 @@ Field describe(const char* name, const Tensor& source, const Step::Field& wanted
   field.env = source.stride(0) * field.from_size;
   field.offset = offset;
   field.width = width;
-  STD_TORCH_CHECK(offset % field.to_size == 0, name, ": byte offset ", offset, " is no multiple of ", field.to_size);
+  STD_TORCH_CHECK(offset % field.to_size == 0, name, ": byte offset ", offset, " is not a multiple of ", field.to_size);
   STD_TORCH_CHECK(field.from == field.to || (is_real(field.from) && is_real(field.to)), name, ": expected dtype ",
                   torch::headeronly::toString(field.to), ", got ", torch::headeronly::toString(field.from));
   check_device(name, source, rows);
-  // Merge inner dimensions from the last one up; none left over means the environment's elements are dense.
+  // Merge inner dimensions from the last one up; if none is left, each environment's elements are dense.
   int64_t dense = 1;
   bool is_dense = true;
   for (int64_t i = source.dim() - 1; i >= 1; --i) {
@@ -70,7 +70,7 @@ Field describe(const char* name, const Tensor& source, const Step::Field& wanted
   return field;
 }
 
-// Elements of one environment, in order, to a dense row of another type.
+// Copies one environment's elements, in order, to a dense row of another type.
 template <class To, class From>
 void copy_strided(const Field& field, To* to, const From* from) {
   if (field.dims == 0) {
@@ -113,11 +113,11 @@ void copy_general(const Field& field, char* to, int64_t row_bytes, int64_t n0, i
   });
 }
 
-// `Pieces` 16-byte pieces an environment: what runs over the field's end is written over by the next field or row.
+// `Pieces` 16-byte pieces per environment; the next field or row overwrites what runs past the field's end.
 template <int Pieces, int Path>
 void copy_pieces(const Field& field, char* to, int64_t row_bytes, int64_t n0, int64_t envs) {
 #if defined(__GNUC__)
-  asm volatile("" : : "i"(Path));  // no two of them are to be folded into one
+  asm volatile("" : : "i"(Path));  // keeps the compiler from merging the instances
 #endif
   to += field.offset;
   const char* from = field.data + n0 * field.env;
@@ -133,16 +133,16 @@ void copy_word(const Field& field, char* to, int64_t row_bytes, int64_t n0, int6
   for (int64_t n = 0; n < envs; ++n, to += row_bytes, from += field.env) std::memcpy(to, from, sizeof(Word));
 }
 
-// Fields come in ascending order of their offsets. Neighbours take different paths: one load instruction that went from
-// field to field, at equal distances in memory, would teach the prefetcher a stride: 100 us a step instead of 70.
+// Fields come in ascending order of offset. Neighbours take different paths (code copies): a single load instruction
+// that went from field to field at equal distances would train the prefetcher on that stride: 100 us a step, not 70.
 template <int Path>
 void copy_field(const Field& field, char* to, int64_t row_bytes, int64_t n0, int64_t envs, int64_t num_envs) {
   if (!field.plain()) return copy_general(field, to, row_bytes, n0, envs);
   const int64_t bytes = field.bytes();
   if (bytes == 4) return copy_word<uint32_t>(field, to, row_bytes, n0, envs);
   if (bytes == 8) return copy_word<uint64_t>(field, to, row_bytes, n0, envs);
-  // The last environments' last pieces would be read beyond the end of the source, and a row's last field must not
-  // run over into the next row, whose first fields stand there already.
+  // The last environments' last pieces would read past the end of the source, and a row's last field must not
+  // run over into the next row, whose first fields are already written.
   const int64_t pieces = (bytes + 15) / 16, over = pieces * 16 - bytes;
   int64_t safe = envs;
   if (over && field.env < bytes) safe = 0;
@@ -161,7 +161,7 @@ void copy_field(const Field& field, char* to, int64_t row_bytes, int64_t n0, int
     std::memcpy(to + n * row_bytes + field.offset, field.data + (n0 + n) * field.env, bytes);
 }
 
-// In ascending order of their offsets; the first `looked_at` sources are looked at.
+// Fields in ascending order of offset; the first `looked_at` sources are checked for finite values.
 std::vector<Field> describe_all(const Step::Sources& sources, const Tensor& rows, int64_t num_envs,
                                 int64_t looked_at = 0) {
   std::vector<Field> fields;
@@ -176,17 +176,17 @@ std::vector<Field> describe_all(const Step::Sources& sources, const Tensor& rows
   return fields;
 }
 
-// A stretch of a row and where it is copied from: straight from a source, or from what was put together.
+// A stretch of a row and where it is copied from: a source, or the rows assembled in L1.
 struct Run {
-  const char* from;  // that of environment 0
-  int64_t stride, offset, bytes;  // bytes from one environment to the next; the place in the row, multiples of kUnit
+  const char* from;  // for environment 0
+  int64_t stride, offset, bytes;  // bytes between environments; offset in the row and length, multiples of kUnit
 };
 
 constexpr int64_t kUnit = 32;  // rows are multiples of it
 constexpr int64_t kMaxRuns = 8;
 constexpr int64_t kNarrow = 256;
 
-// Environments [0, envs): the runs of each, in order and past the cache, so that whole lines leave the core.
+// Writes the runs of environments [0, envs) in order and past the cache, so that whole lines leave the core.
 #define PYDRONE_STREAM_ROWS(version, Word, load, store)                                                        \
   version void stream_rows(char* to, int64_t row_bytes, const Run* runs, int64_t num_runs, int64_t envs) {     \
     for (int64_t n = 0; n < envs; ++n, to += row_bytes)                                                        \
@@ -196,7 +196,7 @@ constexpr int64_t kNarrow = 256;
           store(reinterpret_cast<Word*>(to + runs[r].offset + i), load(reinterpret_cast<const Word*>(from + i))); \
       }                                                                                                        \
   }
-#if defined(PYDRONE_VERSIONS)  // 64 bytes at a time are no faster
+#if defined(PYDRONE_VERSIONS)  // 64-byte stores are no faster
 PYDRONE_STREAM_ROWS(__attribute__((target("arch=x86-64-v3"))), __m256i, _mm256_loadu_si256, _mm256_stream_si256)
 #endif
 #if defined(__SSE2__)
@@ -205,7 +205,7 @@ PYDRONE_STREAM_ROWS(PYDRONE_DEFAULT, __m128i, _mm_loadu_si128, _mm_stream_si128)
 struct Word {
   char bytes[16];
 };
-// memcpy: what lies there was written as other types.
+// memcpy, because this memory was written as other types.
 inline Word load_word(const Word* from) {
   Word x;
   std::memcpy(&x, from, sizeof(x));
@@ -216,7 +216,7 @@ PYDRONE_STREAM_ROWS(PYDRONE_DEFAULT, Word, load_word, store_word)
 #endif
 #undef PYDRONE_STREAM_ROWS
 
-// What has been found so far, in lanes: all zeros while every number was finite.
+// Result of the check for finite values so far, in lanes: all zeros as long as every number was finite.
 struct Found {
   alignas(64) uint64_t lanes[8] = {};
   bool any() const {
@@ -239,7 +239,7 @@ PYDRONE_INLINE Words difference(const char* from) {
   return reinterpret_cast<Words>(x - x);
 }
 
-// As many bytes as there are whole vectors of them; returns how many. Four chains: one would wait for itself.
+// Checks the whole vectors among `bytes` and returns how many bytes they are. Four chains hide the latency of one.
 template <class V>
 PYDRONE_INLINE int64_t look_body(const char* from, int64_t bytes, Found& found) {
   constexpr int64_t kSize = sizeof(V);
@@ -265,7 +265,7 @@ PYDRONE_CLONES int64_t look_doubles(const char* from, int64_t bytes, Found& foun
 }
 #endif
 
-// Looks at numbers of one type, side by side.
+// Checks contiguous numbers of one type.
 void look(const char* from, int64_t bytes, ScalarType type, Found& found) {
   int64_t i = 0;
 #if defined(__GNUC__)
@@ -280,7 +280,7 @@ void look(const char* from, int64_t bytes, ScalarType type, Found& found) {
       std::memcpy(&bits, from + i, 8);
       carries |= (bits & mask) + add;
     }
-    std::memcpy(&bits, from + bytes - 8, 8);  // what is left, and some of what went before
+    std::memcpy(&bits, from + bytes - 8, 8);  // the rest, overlapping what was checked before
   } else {
     for (; i < bytes; ++i) bits |= uint64_t{static_cast<uint8_t>(from[i])} << 8 * i;
   }
@@ -288,7 +288,7 @@ void look(const char* from, int64_t bytes, ScalarType type, Found& found) {
   found.lanes[0] |= carries & (uint64_t{kCarry} << 32 | kCarry);
 }
 
-// Bytes [begin, end) of a row that a field has there: what does not fill whole units, and is put together in L1.
+// The part of a field in bytes [begin, end) of a row, which does not fill whole units and is assembled in L1.
 Field part(const Field& field, int64_t begin, int64_t end) {
   Field x = field;
   x.data += begin - field.offset;
@@ -299,10 +299,10 @@ Field part(const Field& field, int64_t begin, int64_t end) {
   return x;
 }
 
-// Returns whether something that is looked at is not finite.
+// Returns whether a checked value is not finite.
 bool append_rows(char* rows, int64_t row_bytes, const std::vector<Field>& fields, int64_t num_envs) {
   Found found;
-  if (row_bytes > kBlockBytes) {  // pictures: a row is longer than what is put together at a time
+  if (row_bytes > kBlockBytes) {  // images: a row is longer than an assembled block
     for (const Field& field : fields) {
       if (!field.looked_at) {
         copy_general(field, rows, row_bytes, 0, num_envs);
@@ -343,7 +343,7 @@ bool append_rows(char* rows, int64_t row_bytes, const std::vector<Field>& fields
   const int64_t block = kBlockBytes / row_bytes;
   for (int64_t n0 = 0; n0 < num_envs; n0 += block) {
     const int64_t envs = std::min(block, num_envs - n0), ahead = std::clamp<int64_t>(num_envs - n0 - envs, 0, block);
-    // The processor's own prefetcher follows what is narrow.
+    // The hardware prefetcher keeps up with narrow fields.
     for (const Field& field : fields)
       if (field.plain() && field.bytes() > kNarrow && field.env > 0)
         fetch(field.data + (n0 + envs) * field.env, ahead * field.env);
@@ -351,7 +351,7 @@ bool append_rows(char* rows, int64_t row_bytes, const std::vector<Field>& fields
       if (i % 2) copy_field<1>(parts[i], staged, row_bytes, n0, envs, num_envs);
       else copy_field<0>(parts[i], staged, row_bytes, n0, envs, num_envs);
     }
-    // What is copied as it is, is looked at where it comes from; what is converted or gathered, where it has been put.
+    // Fields copied as they are get checked in the source, converted or gathered ones where they were assembled.
     for (const Field& field : fields) {
       if (!field.looked_at) continue;
       if (field.plain() && field.env == field.bytes()) {
@@ -381,7 +381,7 @@ void copy_plane(To* to, int64_t stride, const Tensor& source, int64_t num_envs) 
   });
 }
 
-// codes[i] = value where the flag of environment n0 + i, as a truth, equals `when`.
+// codes[i] = value where the flag of environment n0 + i, as a bool, equals `when`.
 void mark(uint8_t* codes, const char* name, const Tensor& flags, int64_t n0, int64_t envs, bool when, uint8_t value) {
   const int64_t step = flags.stride(0);
   for_flag(name, flags.scalar_type(), [&](auto kind) {
@@ -394,16 +394,16 @@ void mark(uint8_t* codes, const char* name, const Tensor& flags, int64_t n0, int
   });
 }
 
-// Where the final observations of a rollout go.
+// The pool that a rollout's final observations go to.
 struct Pool {
   char* rows;
   int64_t size, row_bytes;
-  int32_t* count;    // rows wanted, truncations that came without a final observation
-  int32_t* numbers;  // of this step: an environment's row
+  int32_t* count;    // rows requested, truncations without a final observation
+  int32_t* numbers;  // for this step: each environment's row in the pool
   int64_t numbers_env;
   std::vector<Field> fields;
 
-  // That of one environment, if there is a place left.
+  // Stores one environment's final observation, if the pool has room.
   void take(int64_t env) const {
     int32_t& number = numbers[env * numbers_env];
     number = -1;

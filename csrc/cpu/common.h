@@ -8,13 +8,13 @@
 
 #include <cstring>
 
-// One wheel for every x86-64: a function marked so is compiled three times and picked when the library loads.
-// musl has no ifunc, other compilers and processors no such attribute: there the baseline serves. ThreadSanitizer is not
-// up yet when an executable's functions are picked.
+// One wheel for every x86-64: a function with this attribute is compiled three times, and one version is chosen when
+// the library loads. musl has no ifunc, and other compilers and processors lack the attribute: they get the baseline.
+// ThreadSanitizer is not initialised yet when an executable resolves its ifuncs.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__GLIBC__) && \
     !defined(__SANITIZE_THREAD__)
 #define PYDRONE_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-// For those whose versions are written out, in the instructions of each.
+// For functions whose versions are written out by hand, with intrinsics.
 #define PYDRONE_VERSIONS
 #define PYDRONE_DEFAULT __attribute__((target("default")))
 #else
@@ -28,7 +28,7 @@
 #define PYDRONE_INLINE inline
 #endif
 
-// Vector types are passed between inlined functions alone: no calling convention is at stake.
+// Vector types are passed between inlined functions only, so the calling convention does not matter.
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wpsabi"
 #endif
@@ -37,7 +37,7 @@
 #include <immintrin.h>
 #endif
 
-// The sanitizers do not see stores that bypass the cache: plain ones in their place, as strict about alignment.
+// The sanitizers do not see streaming stores: replace them by plain stores with the same alignment requirement.
 #if defined(__SSE2__) && (defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__))
 #define _mm_stream_si128 _mm_store_si128
 #define _mm256_stream_si256 _mm256_store_si256
@@ -45,10 +45,10 @@
 
 namespace pydrone {
 
-// Outputs of at least this size bypass the cache: they are read much later, if at all, by the same core.
+// Outputs of at least this size bypass the cache: the same core reads them much later, if at all.
 constexpr int64_t kStreamBytes = int64_t{2} << 20;
 
-// memcpy whose stores bypass the cache where the destination is aligned (SSE2: 16 bytes, combined into whole lines).
+// memcpy with stores that bypass the cache if the destination is aligned (SSE2: 16 bytes, combined into full lines).
 inline void stream(void* to, const void* from, int64_t bytes) {
 #if defined(__SSE2__)
   auto* target = static_cast<char*>(to);
@@ -82,8 +82,8 @@ inline void put(void* to, const void* from, int64_t bytes, bool streaming) {
     std::memcpy(to, from, bytes);
 }
 
-// Into the second-level cache. In assembly: gcc 12 takes a function that only prefetches for one without effect, and
-// leaves its calls out.
+// Prefetches into L2. In assembly: gcc 12 treats a function that only prefetches as having no effect, and drops calls
+// to it.
 inline void fetch(const char* from, int64_t bytes) {
 #if defined(__GNUC__) && defined(__x86_64__)
   for (int64_t i = 0; i < bytes; i += 64) asm volatile("prefetcht1 %0" : : "m"(from[i]));
@@ -94,7 +94,7 @@ inline void fetch(const char* from, int64_t bytes) {
 #endif
 }
 
-// Into the first-level cache: what is read within a microsecond.
+// Prefetches into L1, for data read within a microsecond.
 inline void fetch_near(const char* from, int64_t bytes) {
 #if defined(__GNUC__) && defined(__x86_64__)
   for (int64_t i = 0; i < bytes; i += 64) asm volatile("prefetcht0 %0" : : "m"(from[i]));
@@ -105,14 +105,14 @@ inline void fetch_near(const char* from, int64_t bytes) {
 #endif
 }
 
-// Streaming stores are weakly ordered: before another thread may read, they must have arrived.
+// Streaming stores are weakly ordered: this makes them visible before another thread reads.
 inline void stream_fence() {
 #if defined(__SSE2__)
   _mm_sfence();
 #endif
 }
 
-// Calls f with a value of the C++ type that a flag's `type` names.
+// Calls f with a value of the C++ type for a flag's dtype `type`.
 template <class F>
 inline void for_flag(const char* name, ScalarType type, const F& f) {
   switch (type) {
@@ -146,7 +146,7 @@ inline void for_real(const char* name, ScalarType type, const F& f) {
   }
 }
 
-// Half and BFloat16 convert through float alone.
+// Half and BFloat16 convert only by way of float.
 template <class To, class From>
 PYDRONE_INLINE To convert(From x) {
   constexpr bool narrow = std::is_same_v<From, torch::headeronly::Half> ||

@@ -1,7 +1,7 @@
-// GAE on the CPU: rows of environments at a time, backwards through the steps, the carry in L1.
+// GAE on the CPU: a block of environments at a time, backwards through the steps, with the carry in L1.
 //
-// Time-major planes of the computation's own type are read and written where they lie, flags turned into codes a row at
-// a time. If one of the planes is anything else (row-major callers, other dtypes), the block goes through tiles.
+// Time-major planes of the computation's dtype are read and written in place, and flags become codes one row at a time.
+// Any other plane (env-major, another dtype) goes through tiles.
 #include "../recurrence.h"
 #include "../scan.h"
 #include "tiles.h"
@@ -13,8 +13,8 @@
 namespace pydrone {
 namespace {
 
-constexpr int64_t kRowEnvs = 1024;  // most environments of a direct block: carry, row and outputs fit L1
-constexpr int64_t kAhead = 2;       // rows that are fetched ahead
+constexpr int64_t kRowEnvs = 1024;  // largest direct block, in environments: carry, row and outputs fit L1
+constexpr int64_t kAhead = 2;       // rows prefetched
 
 struct Job {
   Plane rewards, values, dones, truncated, valid, last_values, final_values, final_rows, advantages, returns;
@@ -24,8 +24,8 @@ struct Job {
   double* partials;  // [blocks, 3]
 };
 
-// GCC does not turn the selects of a plain loop into vector code (it threads jumps through them first), so the loops
-// are written in its vector types, 64 bytes wide; it breaks them up to what the instruction set has.
+// GCC does not vectorise the selects of a plain loop (jump threading turns them into branches first), so the loops use
+// its vector types, 64 bytes wide; it splits them to the width that the instruction set has.
 template <class T>
 struct Vector;
 #if defined(__GNUC__)
@@ -53,7 +53,7 @@ PYDRONE_INLINE V load(const void* from) {
   return x;
 }
 
-// In two widenings: GCC 12 takes a single one apart into its elements.
+// Widened in two steps: GCC 12 would split a single step into scalar elements.
 template <class T>
 PYDRONE_INLINE typename Vector<T>::Code load_codes(const uint8_t* codes) {
   using Wider = typename Vector<T>::Wider;
@@ -62,16 +62,16 @@ PYDRONE_INLINE typename Vector<T>::Code load_codes(const uint8_t* codes) {
 }
 #endif
 
-constexpr int64_t kLanes = 16;  // sums run in so many, whatever the instruction set, so that they do not depend on it
+constexpr int64_t kLanes = 16;  // of the sums; the same on every instruction set, so that results do not depend on it
 
-// Sums of a row of advantages about a pivot, in lanes.
+// Sums over a row of advantages minus a pivot, and of their squares, in lanes.
 template <class T>
 struct Sums {
   alignas(64) T first[kLanes], second[kLanes];
 };
 
 #if defined(__GNUC__)
-// A store that bypasses the cache, where the processor has one; `to` is a multiple of 16.
+// A store that bypasses the cache where the processor has one; `to` is 16-byte aligned.
 template <class V>
 PYDRONE_INLINE void stream_vector(void* to, V x) {
 #if defined(__SSE2__)
@@ -84,8 +84,8 @@ PYDRONE_INLINE void stream_vector(void* to, V x) {
 }
 #endif
 
-// One step of a block of environments. `after`: the advantages of the next step; `advantages`: room for this one's, in
-// the cache, which may be the same memory. Stream: they also go to `advantages_out`, and as `returns`, past the cache.
+// One step of a block of environments. `after`: the next step's advantages; `advantages`: this step's, possibly the
+// same memory. Stream: advantages also go to `advantages_out`; that copy and `returns` are written past the cache.
 template <bool Stream, class T>
 PYDRONE_INLINE void step_body(const T* after, T* advantages, T* advantages_out, T* returns, Sums<T>& sums, T pivot,
                               const T* rewards, const T* values, const T* next, const T* at_truncation,
@@ -127,7 +127,7 @@ PYDRONE_INLINE void step_body(const T* after, T* advantages, T* advantages_out, 
   }
 }
 
-// Chan, Golub and LeVeque 1979, eq. 2.1: (count, mean, M2) of two disjoint samples, joined.
+// Merges (count, mean, M2) of two disjoint samples: Chan, Golub and LeVeque 1979, eq. 2.1.
 inline void merge(double* into, double count, double mean, double m2) {
   const double total = into[0] + count;
   if (total == 0) return;
@@ -137,7 +137,7 @@ inline void merge(double* into, double count, double mean, double m2) {
   into[0] = total;
 }
 
-// Joins the moments of a row of samples to `into`, in two passes over L1.
+// Merges the moments of a row of samples into `into`, in two passes over L1.
 template <class T>
 PYDRONE_INLINE void moments_body(double* into, const T* x, int64_t n) {
   int64_t i = 0;
@@ -155,7 +155,7 @@ PYDRONE_INLINE void moments_body(double* into, const T* x, int64_t n) {
     square += difference * difference;
   }
   for (int64_t j = 0; j < kSize; ++j) m2 += square[j];
-  // M2 about the mean, from that about the rounded mean.
+  // Corrects M2 from the rounded mean to the mean.
   const double off = mean - rounded;
   merge(into, static_cast<double>(i), mean, std::max(0.0, m2 - static_cast<double>(i) * off * off));
 #endif
@@ -178,8 +178,8 @@ PYDRONE_INSTANCE(double)
 #undef PYDRONE_INSTANCE
 #undef PYDRONE_STEP
 
-// Joins a row's moments to `into` from its sums about `pivot`, and returns a pivot for the next row: this one's mean.
-// Where the mean lies so far off the pivot that the difference of the sums would lose digits, two passes take over.
+// Merges a row's moments into `into` from its sums about `pivot`, and returns the next row's pivot: this row's mean. If
+// the mean is so far from the pivot that the subtraction would lose digits, two passes are made instead.
 template <class T>
 T join_sums(double* into, const Sums<T>& sums, T pivot, const T* row, int64_t n) {
   double first = 0, second = 0;
@@ -193,7 +193,7 @@ T join_sums(double* into, const Sums<T>& sums, T pivot, const T* row, int64_t n)
   return std::isfinite(mean) ? mean : T{0};
 }
 
-// The codes of a row from its flags, nonzero bytes; none, null. They are ordered: the highest one holds.
+// The codes of a row from its flags (bytes, set if nonzero; null: no such flag). The highest code takes precedence.
 PYDRONE_CLONES void encode_row(uint8_t* codes, const uint8_t* dones, const uint8_t* truncated, const uint8_t* valid,
                                int64_t n) {
   for (int64_t i = 0; i < n; ++i) codes[i] = dones[i] ? uint8_t{kTerminated} : uint8_t{kRunning};
@@ -203,14 +203,14 @@ PYDRONE_CLONES void encode_row(uint8_t* codes, const uint8_t* dones, const uint8
     for (int64_t i = 0; i < n; ++i) codes[i] = std::max(codes[i], valid[i] ? uint8_t{0} : uint8_t{kInvalid});
 }
 
-// What is directly used where it lies; a plane that is not is read or written in tiles.
+// Which planes are used in place; the others are read or written in tiles.
 template <class T>
 struct Direct {
   bool rewards, values, dones, truncated, valid, advantages, returns, all;
 
   explicit Direct(const Job& job) {
     auto is = [](const Plane& x) { return x.direct(kTypeOf<T>, sizeof(T)); };
-    auto is_flag = [](const Plane& x) { return x.env == 1; };  // a byte each, side by side
+    auto is_flag = [](const Plane& x) { return x.env == 1; };  // contiguous bytes
     rewards = is(job.rewards), values = is(job.values), advantages = is(job.advantages);
     returns = !job.has_returns || is(job.returns);
     dones = is_flag(job.dones);
@@ -220,7 +220,7 @@ struct Direct {
   }
 };
 
-// A block of environments, from the last step to the first. What it needs of memory is here, one to a thread.
+// Processes a block of environments from the last step to the first, and holds the memory for it; one per thread.
 template <class T>
 class Block {
  public:
@@ -236,7 +236,7 @@ class Block {
 
   void run() {
     for (int64_t end = job_.num_steps; end > 0;) {
-      // Steps [end - steps, end) lie at slots in a row: a chunk never crosses the end of the ring.
+      // Steps [end - steps, end) lie in consecutive slots: a chunk never crosses the end of the ring.
       const int64_t last_slot = (job_.start + end - 1) % job_.capacity;
       const int64_t steps = std::min({end, kTileSteps, last_slot + 1});
       end -= steps;
@@ -249,7 +249,7 @@ class Block {
   }
 
  private:
-  // A row is a short run of memory, over before the processor's own prefetcher has noticed it.
+  // A row is too short for the hardware prefetcher, which would notice it too late.
   void fetch_row(const Plane& plane, int64_t slot) const {
     if (slot >= kAhead) fetch(plane.at(n0_, slot - kAhead), envs_ * plane.env);
   }
@@ -265,7 +265,7 @@ class Block {
       read_reals<T>("rewards", rewards_tile_, kTileEnvs, job_.rewards, n0_, envs_, slot, steps);
     }
     if (!direct_.values) {
-      // The row after this chunk's last one is the previous chunk's first, in a tile about to be overwritten.
+      // The values after this chunk's last step are the previous chunk's first row, in a tile about to be overwritten.
       if (next_ != next_row_) std::copy(next_, next_ + envs_, next_row_);
       next_ = next_row_;
       fetch_chunk(job_.values, slot, sizeof(T));
@@ -297,7 +297,7 @@ class Block {
     return codes_row_;
   }
 
-  // V of the true final observations where truncated; any number elsewhere.
+  // V of the true final observations where truncated; unspecified elsewhere.
   const T* final_values(const uint8_t* codes, int64_t slot) {
     if (!std::memchr(codes, kTruncated, envs_)) return next_;
     std::copy(next_, next_ + envs_, spare_row_);
@@ -356,7 +356,7 @@ class Block {
   const Direct<T> direct_;
   const int64_t n0_, envs_;
   double* partial_ = nullptr;
-  const T *after_, *next_;  // A and V of the step after
+  const T *after_, *next_;  // A and V of the next step
   T pivot_{0};
   Sums<T> sums_;
   alignas(64) T advantages_row_[kRowEnvs], next_row_[kRowEnvs], returns_row_[kRowEnvs], spare_row_[kRowEnvs];
@@ -366,7 +366,7 @@ class Block {
   alignas(64) uint8_t dones_tile_[kTile], truncated_tile_[kTile], valid_tile_[kTile];
 };
 
-// Blocks depend on the sizes alone, never on the number of threads: the statistics are bit-equal from run to run.
+// The block size depends on the problem size only, not on the number of threads: statistics are bit-equal across runs.
 int64_t block_size(const Job& job, bool direct) {
   const int64_t quarter = (job.num_envs / 4 + 63) / 64 * 64;
   return std::clamp<int64_t>(quarter, 64, direct ? kRowEnvs : kTileEnvs);
@@ -376,10 +376,10 @@ template <class T>
 void run(Job& job) {
   const Direct<T> direct(job);
   job.block = block_size(job, direct.all);
-  // Tiles are read again by whoever writes them; rows are not.
+  // Tiles are read again right after they are written; direct rows are not.
   job.streaming = direct.all && job.num_envs * job.num_steps * static_cast<int64_t>(sizeof(T)) >= kStreamBytes;
   job.blocks = job.num_steps ? (job.num_envs + job.block - 1) / job.block : 0;
-  // To wake a thread costs up to 0.1 ms where threads sleep: 256 Ki samples, 0.1 to 0.15 ms, make up for it.
+  // Waking a sleeping thread costs up to 0.1 ms; 256 Ki samples, 0.1 to 0.15 ms of work, make up for it.
   const int64_t grain = std::max<int64_t>(1, (int64_t{1} << 18) / std::max<int64_t>(1, job.block * job.num_steps));
   torch::stable::parallel_for(0, job.blocks, grain, [&](int64_t first, int64_t last) {
     for (int64_t block = first; block < last; ++block) Block<T>(job, block).run();
@@ -420,7 +420,7 @@ void gae(const Tensor& rewards, const Tensor& values, const Tensor& dones, const
   job.bootstrap = bootstrap;
   job.gamma = gamma;
   job.gamma_lam = gamma * lam;
-  // Element 0 of the workspace is the GPU backends' ticket.
+  // Element 0 of the workspace holds the ticket of the GPU backends.
   job.partials = stats ? static_cast<double*>(workspace->data_ptr()) + 1 : nullptr;
   advantages.scalar_type() == ScalarType::Float ? run<float>(job) : run<double>(job);
   if (stats) {

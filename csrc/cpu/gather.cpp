@@ -1,5 +1,5 @@
-// A minibatch on the CPU: a batch of positions through the permutation at a time, its rows fetched ahead, each field
-// put together in L1 and written out in streaming stores. No index tensor and no second pass.
+// Gathers a minibatch on the CPU: permutes a batch of positions at a time, prefetches its rows, assembles each field in
+// L1 and writes it out with streaming stores. No index tensor and no second pass.
 #include "samples.h"
 
 #include <vector>
@@ -7,13 +7,13 @@
 namespace pydrone {
 namespace {
 
-constexpr int64_t kGroup = 64;      // samples of a field put together at a time: 64 x width x size is a multiple of 64
-constexpr int64_t kStage = 16384;   // bytes of a field put together at a time; wider ones are copied straight
+constexpr int64_t kGroup = 64;      // samples of a field assembled at a time: a multiple of 64 bytes at any width
+constexpr int64_t kStage = 16384;   // bytes of a field assembled at a time; larger groups are copied directly
 constexpr int64_t kSlack = 16;
 
 struct Output {
   char* data;
-  int64_t offset, width, bytes;  // byte offset in the row, elements and bytes a sample
+  int64_t offset, width, bytes;  // byte offset in the row; elements and bytes per sample
   ScalarType from, to;
 };
 
@@ -36,8 +36,8 @@ void pick_pieces(const char* rows, const int64_t* row, int64_t bytes, int64_t n,
   for (int64_t i = 0; i < n; ++i, to += bytes) std::memcpy(to, rows + row[i], Pieces * 16);
 }
 
-// What a piece writes beyond its sample the next sample writes over; the buffer has room for the last one's. Reading
-// stays in the row where offset + 16 * pieces <= row_bytes.
+// Copies 16-byte pieces. The next sample overwrites what a piece writes past its own; kSlack has room for the last one.
+// Reads stay within the row if offset + 16 * pieces <= row_bytes.
 void pick(const Job& job, const Output& output, const Batch& batch, int64_t i0, int64_t n, char* to) {
   const char* rows = job.rows + output.offset;
   const int64_t* row = batch.row + i0;
@@ -61,7 +61,7 @@ void pick(const Job& job, const Output& output, const Batch& batch, int64_t i0, 
   for (int64_t i = 0; i < n; ++i) std::memcpy(to + i * bytes, rows + row[i], bytes);
 }
 
-// Half-precision storage comes out as float32.
+// Converts half-precision storage to float32.
 void pick_converted(const Job& job, const Output& output, const Batch& batch, int64_t i0, int64_t n, float* to) {
   for_real("dtypes", output.from, [&](auto kind) {
     using From = decltype(kind);
@@ -72,12 +72,12 @@ void pick_converted(const Job& job, const Output& output, const Batch& batch, in
   });
 }
 
-// Samples [i0, i0 + n) of the batch to their places from `position` on; n is at most kGroup.
+// Writes samples [i0, i0 + n) of the batch to the output from `position` on; n is at most kGroup.
 void write_field(const Job& job, const Output& output, const Batch& batch, int64_t i0, int64_t n, int64_t position) {
   const bool same = output.from == output.to;
   const int64_t bytes = same ? output.bytes : output.width * 4;
   char* to = output.data + position * bytes;
-  if (n * bytes > kStage) {  // a picture
+  if (n * bytes > kStage) {  // an image
     if (same)
       for (int64_t i = 0; i < n; ++i) std::memcpy(to + i * bytes, job.rows + batch.row[i0 + i] + output.offset, bytes);
     else
@@ -117,8 +117,8 @@ void fetch_group(const Job& job, const Batch& batch, int64_t i0, int64_t n) {
     for (int64_t i = 0; i < n; ++i) fetch(reinterpret_cast<const char*>(job.advantages) + batch.advantage[i0 + i], 1);
 }
 
-// Batches [begin, end): while a group of one is written out, the same group of the next is on its way to the cache. A
-// core has few misses in flight, so the rows are asked for in portions, between the fields.
+// Batches [begin, end). While a group of one batch is written out, the same group of the next batch is prefetched. A
+// core can have few misses in flight, so the prefetches are spread out between the fields.
 void run_batches(const Job& job, int64_t begin, int64_t end) {
   Batch batches[2];
   auto size = [&](int64_t i) { return std::clamp<int64_t>(job.samples.count - i * kBatch, 0, kBatch); };

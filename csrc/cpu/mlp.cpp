@@ -1,4 +1,4 @@
-// Which of mlp_tile.h's versions runs.
+// Chooses which version of mlp_tile.h runs.
 #include "mlp.h"
 
 #include "common.h"

@@ -1,12 +1,13 @@
-// Multilayer perceptrons and PPO's loss over a tile of samples: what networks.h hands to the versions of mlp_tile.h.
-// Plain structs and pointers: each version is compiled for its own instructions, and shares no inline code with others.
+// Multilayer perceptrons and PPO's loss over a tile of samples: the interface between networks.h and the versions of
+// mlp_tile.h. Plain structs and pointers: each version is compiled for its own instruction set and must not share
+// inline code with the others.
 #pragma once
 
 #include <cstdint>
 
 namespace pydrone {
 
-constexpr int64_t kTile = 128;  // samples that go through the networks at a time, their activations staying in L2
+constexpr int64_t kTile = 128;  // samples that go through the networks at a time; their activations stay in L2
 
 enum Activation : int64_t { kTanh, kElu, kRelu, kSilu, kNumActivations };
 
@@ -14,10 +15,10 @@ enum Activation : int64_t { kTanh, kElu, kRelu, kSilu, kNumActivations };
 struct MlpLayer {
   const float *weight, *bias;
   int64_t in, out;
-  int64_t in_padded, out_padded;   // multiples of the version's vector
+  int64_t in_padded, out_padded;   // rounded up to whole vectors of the version
   float *forward, *backward;       // packed weights: panels of columns of W^T, and of W
-  int64_t weight_grad, bias_grad;  // where they begin among a thread's gradients: W's transposed, [in, out_padded]
-  int64_t ld;                      // floats from one sample's outputs to the next's
+  int64_t weight_grad, bias_grad;  // offsets in a thread's gradients; W's are transposed, [in, out_padded]
+  int64_t ld;                      // floats between the outputs of consecutive samples
 };
 
 struct MlpNet {
@@ -29,20 +30,20 @@ struct MlpNet {
 struct PpoLoss {
   const float* std;  // [num_actions]
   int64_t num_actions;
-  float clip, value_clip;  // value_clip below 0: none
+  float clip, value_clip;  // value_clip below 0: no value clipping
   float value_coef;
   float share;  // 1 / samples of the minibatch
   bool kl;
 };
 
-// One tile in a thread's memory. Arrays of samples are [.., kTile], zero where there is no sample.
+// One tile in a thread's memory. Arrays over samples are [..., kTile], zero beyond `count`.
 struct PpoTile {
   int64_t count;                    // samples
-  float *actor_obs, *critic_obs;    // [kTile, ld]; the same where both see the same
+  float *actor_obs, *critic_obs;    // [kTile, ld]; the same pointer if both networks have the same input
   int64_t actor_ld, critic_ld;
   float *actions, *mu, *sigma;      // [num_actions, kTile]
   float *log_probs, *advantages, *returns, *values;  // [kTile]
-  float* work;                      // outputs of every layer of the larger network, and what they are rounded to
+  float* work;                      // outputs of every layer of the larger network, and their rounded copies
   float* grads;                     // this thread's sums
   float* std_grad;                  // [num_actions], of the log-probabilities alone
   double* sums;                     // surrogate, value loss, KL
@@ -51,7 +52,7 @@ struct PpoTile {
 struct MlpVersion {
   const char* name;
   int64_t vector;  // floats
-  // Floats of `work` that a network takes, its input from one sample to the next being `ld`.
+  // Floats of `work` that a network takes; `ld`: floats between samples of its input.
   int64_t (*work_size)(const MlpNet&, int64_t ld);
   void (*pack)(const MlpLayer&, bool backward);
   void (*step)(const MlpNet& actor, const MlpNet& critic, const PpoLoss&, const PpoTile&);
@@ -59,9 +60,9 @@ struct MlpVersion {
   const float* (*forward)(const MlpNet&, const float* x, int64_t ld, int64_t count, float* work);
 };
 
-// The best that the processor has, or a lesser one by PYDRONE_ISA, for tests and comparisons.
+// The best version for this processor, or a lesser one chosen by PYDRONE_ISA, for tests and comparisons.
 const MlpVersion& version();
-// The one that multiplies in bfloat16; null where the processor has no AVX512_BF16, or PYDRONE_ISA names less.
+// The version that multiplies in bfloat16; null if the processor has no AVX512_BF16 or PYDRONE_ISA chooses less.
 const MlpVersion* bf16_version();
 
 extern const MlpVersion kMlpBase;

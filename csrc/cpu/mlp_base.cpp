@@ -1,4 +1,4 @@
-// The networks for every processor; see mlp_tile.h.
+// The networks for every processor (baseline); see mlp_tile.h.
 #define PYDRONE_MLP mlp_base
 #define PYDRONE_VECTOR 4
 #define PYDRONE_ROWS 4

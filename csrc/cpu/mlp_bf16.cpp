@@ -1,5 +1,5 @@
-// The networks in bfloat16, for x86-64-v4 with AVX512_BF16; see mlp_tile.h. Before anything is included: all of this file
-// is for that processor.
+// The networks in bfloat16, for x86-64-v4 with AVX512_BF16; see mlp_tile.h. The pragma comes before any include: it
+// must apply to the whole file.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #pragma GCC target("arch=x86-64-v4,avx512bf16")
 #define PYDRONE_MLP mlp_bf16

@@ -1,5 +1,5 @@
-// What mlp_tile.h's products are made of where operands are bfloat16, two in a float's place: the instructions of
-// AVX512_BF16. They round to nearest, ties to even, and take denormals for zero.
+// Building blocks of mlp_tile.h's products with bfloat16 operands, stored in pairs, two in the place of a float. The
+// AVX512_BF16 instructions round to nearest, ties to even, and treat denormals as zero.
 #include <immintrin.h>
 
 namespace pydrone {
@@ -12,12 +12,12 @@ PYDRONE_IN Vec multiply_add(Vec a, Vec b, Vec sum) {
   return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
 }
 
-// 2 V numbers in their order: pairs of neighbours.
+// Rounds 2 V numbers, keeping their order: each pair holds neighbours.
 PYDRONE_IN Vec rounded(Vec x, Vec y) { return (Vec)_mm512_cvtne2ps_pbh((__m512)y, (__m512)x); }
 
 PYDRONE_IN float pair(float first, float second) { return rounded(Vec{first, second}, Vec{})[0]; }
 
-// Of such x and y pairs of those in the same place: of the first V numbers, or of the others.
+// From such vectors x and y, pairs (x[i], y[i]) for the first V numbers, or for the `others`.
 PYDRONE_IN Vec zipped(Vec x, Vec y, bool others) {
   const __m512i order = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37,
                                          5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
@@ -25,15 +25,15 @@ PYDRONE_IN Vec zipped(Vec x, Vec y, bool others) {
   return (Vec)_mm512_permutex2var_epi16((__m512i)x, picked, (__m512i)y);
 }
 
-// The first `count` of V numbers, which may be none or more than V; zero for the others.
+// Loads the first `count` of V numbers and zeros for the rest; count may be negative or above V.
 PYDRONE_IN Vec load_some(const float* x, int64_t count) {
   if (count >= V) return load(x);
   const uint32_t kept = count > 0 ? (1u << count) - 1 : 0;
   return (Vec)_mm512_maskz_loadu_ps(static_cast<__mmask16>(kept), x);
 }
 
-// Both operands that x [rows, ld] is rounded to: pairs of columns, [kTile, row], and pairs of rows, [kTile / 2, ld].
-// Zero beyond `width` columns. An odd last row is paired with the next, whatever that is.
+// Rounds x [rows, ld] to both of its uses as an operand: pairs of columns, [kTile, row_ld], then pairs of rows,
+// [kTile / 2, ld]. Zero beyond `width` columns. An odd last row is paired with whatever follows it.
 static void round(const float* x, int64_t ld, int64_t rows, int64_t width, float* to, int64_t row_ld) {
   float* const across = to + kTile * row_ld;
   for (int64_t n = 0; n < rows; n += 2)

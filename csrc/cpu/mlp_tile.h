@@ -1,8 +1,8 @@
-// The networks over one tile, for the instructions that the including file is compiled for: PYDRONE_MLP names the
-// version, PYDRONE_VECTOR its floats a vector, PYDRONE_ROWS the samples a microkernel holds. Nothing of the standard
-// library is instantiated here: its inline functions would be shared with files compiled for less.
-// With PYDRONE_BF16 the operands of products are rounded to bfloat16, two of a product's depth in a float's place, and
-// everything else, their sums among it, stays in float32.
+// The networks over one tile, compiled for the instruction set of the including file. PYDRONE_MLP names the version,
+// PYDRONE_VECTOR is its floats per vector, PYDRONE_ROWS the samples that a microkernel holds. Nothing of the standard
+// library is instantiated here: the linker could use these inline functions in files compiled for less.
+// With PYDRONE_BF16 the operands of products are rounded to bfloat16, with two consecutive numbers along the depth in
+// the place of one float; everything else, sums included, stays in float32.
 #include "mlp.h"
 
 namespace pydrone {
@@ -38,11 +38,11 @@ namespace pydrone {
 namespace PYDRONE_MLP {
 
 #if !defined(PYDRONE_BF16)
-constexpr int64_t kPair = 1;  // numbers in a float's place
+constexpr int64_t kPair = 1;  // numbers in the place of a float
 PYDRONE_IN Vec multiply_add(Vec a, Vec b, Vec sum) { return sum + a * b; }
 #endif
 
-// x = n ln 2 + r with |r| <= ln 2 / 2; returns e^r - 1 by its Taylor series (to 1e-8), and 2^n.
+// x = n ln 2 + r with |r| <= ln 2 / 2; returns e^r - 1 from its Taylor series (to 1e-8), and 2^n in `power`.
 PYDRONE_IN Vec reduced_expm1(Vec x, Vec& power) {
   const Vec shifted = x * 1.44269504f + 12582912.0f;  // rounds to the nearest integer in the low bits
   const Vec n = shifted - 12582912.0f;
@@ -57,7 +57,7 @@ PYDRONE_IN Vec reduced_expm1(Vec x, Vec& power) {
   return p * (r * r) + r;
 }
 
-// Both are exact to about 1 ulp where e^x is a normal number; beyond, the nearest end. NaN stays NaN.
+// Both are accurate to about 1 ulp where e^x is a normal number, and clamp outside that range. NaN stays NaN.
 PYDRONE_IN Vec exponential(Vec x) {
   Vec power;
   const Vec clamped = x > 88.0f ? all(88.0f) : (x < -87.0f ? all(-87.0f) : x);
@@ -84,7 +84,7 @@ PYDRONE_IN Vec logarithm(Vec x) {
   return __builtin_convertvector(n, Vec) * 0.69314718f + s * p;
 }
 
-// The activation; `slope` gets its derivative where the result does not tell it.
+// The activation. `slope` receives its derivative if the result does not determine it (SiLU).
 template <Activation activation>
 PYDRONE_IN Vec activate(Vec x, Vec& slope) {
   if constexpr (activation == kTanh) {  // tanh |x| = -e / (e + 2) with e = expm1(-2 |x|), and x's sign
@@ -102,7 +102,7 @@ PYDRONE_IN Vec activate(Vec x, Vec& slope) {
   }
 }
 
-// The derivative by the result y.
+// The derivative, from the result y.
 PYDRONE_IN Vec slope_of(int64_t activation, Vec y) {
   switch (activation) {
     case kTanh: return 1.0f - y * y;
@@ -111,22 +111,22 @@ PYDRONE_IN Vec slope_of(int64_t activation, Vec y) {
   }
 }
 
-// What becomes of a product.
+// What is done with a product: added to c; with bias; with bias and activation; times the activation's derivative.
 enum Ending { kAdd, kLinear, kHidden, kSlope };
 
 struct Product {
-  const float *a, *b;  // of pairs, in bfloat16: these are what strides and depth count
-  int64_t stride;  // a's: for kAdd of k, the other index adjacent; for the others of rows, k adjacent
+  const float *a, *b;  // in bfloat16, of pairs: strides and depth count pairs
+  int64_t stride;  // a's: for kAdd the stride of k, with contiguous rows; otherwise of rows, with contiguous k
   int64_t b_k;     // b[k * b_k + j]
   int64_t depth;
   float* c;
   int64_t c_row;
   const float* bias;
-  float* slope;  // SiLU's derivatives, as c lies
+  float* slope;  // SiLU's derivatives, in c's layout
   int64_t activation;
 };
 
-// After the sums are stored: intermediate results would take their registers.
+// Runs after the sums are stored: its intermediate results need their registers.
 template <int Rows, int Vectors, Activation activation>
 PYDRONE_IN void activate_rows(const Product& p) {
   for (int i = 0; i < Rows; ++i)
@@ -148,11 +148,11 @@ PYDRONE_IN void activate_block(const Product& p) {
   }
 }
 
-// c [Rows, Vectors * V] of a product, whole in registers.
+// Computes c [Rows, Vectors * V] of a product, entirely in registers.
 template <int Rows, int Vectors, Ending ending>
 PYDRONE_IN void block(const Product& p) {
-  // kAdd walks down a's columns, the others along its rows: then every third row has a pointer of its own, and the two
-  // after it are reached by an index register.
+  // kAdd walks down a's columns, the others along its rows. Then every third row has its own pointer, and the two rows
+  // after it are addressed by an index register.
   constexpr bool down = ending == kAdd;
   constexpr int kPointers = down ? 1 : (Rows + 2) / 3;
   Vec sum[Rows][Vectors];
@@ -164,7 +164,7 @@ PYDRONE_IN void block(const Product& p) {
       else if constexpr (ending == kSlope) sum[i][j] = Vec{};
       else sum[i][j] = load(p.bias + j * V);
     }
-  if constexpr (ending == kAdd)  // what the next block adds to, from the second-level cache
+  if constexpr (ending == kAdd)  // prefetches from L2 what the next block adds to
 #pragma GCC unroll 16
     for (int i = 0; i < Rows; ++i)
 #pragma GCC unroll 2
@@ -210,7 +210,7 @@ PYDRONE_IN void blocks(Product& p, int64_t& rows) {
   }
 }
 
-// One vector wide there are as many sums as two wide, to hide how long an addition takes.
+// With one vector per row, twice the rows: as many independent sums as with two, to hide the latency of additions.
 template <int Vectors, Ending ending>
 static void column(Product p, int64_t rows) {
   if constexpr (Vectors == 1) blocks<2 * kRows, 1, ending>(p, rows);
@@ -218,7 +218,7 @@ static void column(Product p, int64_t rows) {
   blocks<1, Vectors, ending>(p, rows);
 }
 
-// c [rows, columns] = a b, columns a multiple of V; panels of b lie one after the other where `packed`.
+// c [rows, columns] = a b, columns a multiple of V; if `packed`, b consists of consecutive panels.
 template <Ending ending>
 static void product(Product p, int64_t rows, int64_t columns, bool packed) {
   for (int64_t j = 0; j < columns;) {
@@ -234,10 +234,11 @@ static void product(Product p, int64_t rows, int64_t columns, bool packed) {
   }
 }
 
-// How many places `depth` numbers take.
+// The number of float places that `depth` numbers take.
 PYDRONE_IN int64_t places(int64_t depth) { return (depth + kPair - 1) / kPair; }
 
-// Panels of columns of a [depth, columns] matrix whose element (k, j) is from[k * row + j * step]; zero beyond `valid`.
+// Packs panels of columns of a [depth, columns] matrix with elements (k, j) = from[k * row + j * step]; zero for
+// j >= valid.
 static void pack_panels(float* to, const float* from, int64_t depth, int64_t columns, int64_t valid, int64_t row,
                         int64_t step) {
   for (int64_t j0 = 0; j0 < columns;) {
@@ -263,28 +264,28 @@ static void pack(const MlpLayer& layer, bool backward) {
   if (backward) pack_panels(layer.backward, layer.weight, layer.out, layer.in_padded, layer.in, layer.in, 1);
 }
 
-// From one sample's pairs to the next's, in whole cache lines.
+// Floats between the rounded pairs of consecutive samples, in whole cache lines.
 PYDRONE_IN int64_t column_ld(int64_t ld) { return kPair == 2 ? (ld / 2 + 15) / 16 * 16 : ld; }
 
-// A tile's numbers [kTile, ld] in the thread's memory, and where products find them as their left operand.
+// A tile's numbers [kTile, ld] in the thread's memory, and their form as an operand of products.
 struct Numbers {
   const float* x;
   int64_t ld;
-  float* rounded;  // as mlp_bf16.h's round leaves it
+  float* rounded;  // layout of mlp_bf16.h's round
 
   void round(int64_t rows, int64_t width) const {
 #if defined(PYDRONE_BF16)
     PYDRONE_MLP::round(x, ld, rows, width, rounded, by_column_ld());
 #endif
   }
-  // The depth running over the columns, and over the samples.
+  // The operand with depth over the columns, and with depth over the samples.
   const float* by_column() const { return kPair == 2 ? rounded : x; }
   int64_t by_column_ld() const { return column_ld(ld); }
   const float* by_sample() const { return kPair == 2 ? rounded + kTile * by_column_ld() : x; }
 };
 
-// The memory of one network: [what its input is rounded to], and for each layer outputs, [SiLU's derivatives], [what
-// both outputs and, later, the derivatives by them are rounded to].
+// The memory of one network: [its rounded input], then for each layer outputs, [SiLU's derivatives], [the rounded
+// outputs, later the rounded gradients with respect to them].
 static int64_t rounded_size(int64_t ld) { return kPair == 2 ? kTile * column_ld(ld) + kTile / 2 * ld : 0; }
 static int64_t slopes_size(const MlpNet& net, int64_t ld) { return net.activation == kSilu ? kTile * ld : 0; }
 static int64_t size_of(const MlpNet& net, const MlpLayer& layer) {
@@ -317,8 +318,8 @@ static const float* forward(const MlpNet& net, const float* x, int64_t ld, int64
   return input.x;
 }
 
-// Adds the gradients of a tile. The last layer's outputs have been replaced by the loss's derivatives by them; those of
-// each other layer are replaced on the way down by the derivatives by what went into its activation.
+// Adds the gradients of a tile. The last layer's outputs have been replaced by the loss's gradients with respect to
+// them. On the way down, every other layer's outputs are replaced by those with respect to its activation's input.
 static void backward(const MlpNet& net, const float* x, int64_t ld, int64_t count, float* work, float* grads) {
   float* outputs[64];
   const Numbers seen{x, ld, work};
@@ -335,13 +336,13 @@ static void backward(const MlpNet& net, const float* x, int64_t ld, int64_t coun
     float* bias = grads + layer.bias_grad;
     for (int64_t j = 0; j < layer.out_padded; j += V) {
       Vec sum = load(bias + j), other = Vec{};
-      for (int64_t n = 0; n < count; n += 2) {  // whole blocks of samples: an even number
+      for (int64_t n = 0; n < count; n += 2) {  // count is even: whole blocks of samples
         sum += load(outputs[l] + n * layer.ld + j);
         other += load(outputs[l] + (n + 1) * layer.ld + j);
       }
       store(bias + j, sum + other);
     }
-    // W^T's gradient, [in, out]: as many rows as inputs, which are seldom a multiple of anything.
+    // The gradient of W^T, [in, out]: the number of rows is the number of inputs, rarely a multiple of kRows.
     product<kAdd>({input.by_sample(), grad.by_sample(), input.ld, layer.ld, places(count), grads + layer.weight_grad,
                    layer.out_padded, nullptr, nullptr, 0},
                   layer.in, layer.out_padded, false);
@@ -355,7 +356,7 @@ static void backward(const MlpNet& net, const float* x, int64_t ld, int64_t coun
 
 // ------------------------------------------------------------------------------------------------------- the loss
 
-// The formulas are those of pydrone/ppo/learner/loss.py. Means become sums here, and `share` the factor of their derivatives.
+// The formulas are those of pydrone/ppo/learner/loss.py. Metrics are sums here, and gradients are scaled by `share`.
 
 PYDRONE_IN Ints samples(int64_t n, int64_t count) {
   Ints index;
@@ -363,11 +364,11 @@ PYDRONE_IN Ints samples(int64_t n, int64_t count) {
   return index < static_cast<int32_t>(count);
 }
 
-// `outputs` [kTile, ld], the means, become the loss's derivatives by them.
+// Replaces `outputs` [kTile, ld], the means, by the loss's gradients with respect to them.
 static void actor_loss(const PpoLoss& loss, const PpoTile& tile, float* outputs, int64_t ld) {
   float ratio_grad[kTile];
   Vec surrogate = Vec{}, divergence = Vec{};
-  float lacking = 0;  // the log-density at the mean
+  float lacking = 0;  // minus the log-density at the mean
   for (int64_t j = 0; j < loss.num_actions; ++j) {
     const Vec s = all(loss.std[j]);
     lacking += logarithm(s)[0] + 0.918938533f;
@@ -383,7 +384,7 @@ static void actor_loss(const PpoLoss& loss, const PpoTile& tile, float* outputs,
       if (loss.kl) {
         const Vec apart = load(tile.mu + j * kTile + n) - mean, old = load(tile.sigma + j * kTile + n);
         const float s = loss.std[j];
-        // Exactly 0 where nothing has changed: of old * old - s * s, fused, one square would be rounded and one not.
+        // Exactly 0 if nothing has changed. With old * old - s * s, an FMA would round only one of the squares.
         const Vec wider = (old - s) * (old + s);
         apart_from_old += (apart * apart + wider) * (0.5f / (s * s)) + (logarithm(all(s)) - logarithm(old));
       }
@@ -392,7 +393,7 @@ static void actor_loss(const PpoLoss& loss, const PpoTile& tile, float* outputs,
     const Vec advantage = load(tile.advantages + n);
     const Vec kept = larger(smaller(ratio, all(1 + loss.clip)), all(1 - loss.clip));
     const Vec plain = ratio * advantage, clipped = kept * advantage;
-    // As torch differentiates minimum and clamp: the plain side where it is the smaller, or both are the same.
+    // As torch differentiates minimum and clamp: the unclipped term's gradient, unless the clipped term is smaller.
     const Vec grad = plain <= clipped ? plain : (plain != plain ? plain : Vec{});
     const Vec smallest = plain <= clipped ? plain : (clipped < plain ? clipped : plain + clipped);
     surrogate += exists ? smallest : Vec{};
@@ -442,13 +443,13 @@ static void critic_loss(const PpoLoss& loss, const PpoTile& tile, float* outputs
   tile.sums[1] += total(sum);
 }
 
-// The tile's rows that the networks have not computed.
+// Zeroes the outputs of the tile's rows without samples.
 static void clear(float* outputs, int64_t ld, int64_t from) {
   for (int64_t i = from * ld; i < kTile * ld; ++i) outputs[i] = 0;
 }
 
 static void step(const MlpNet& actor, const MlpNet& critic, const PpoLoss& loss, const PpoTile& tile) {
-  // Whole blocks of samples; those beyond `count` are zero, and so are their derivatives.
+  // Whole blocks of samples; inputs beyond `count` are zero, and so are their gradients.
   const int64_t rows = (tile.count + kRows - 1) / kRows * kRows;
   auto* outputs = const_cast<float*>(forward(actor, tile.actor_obs, tile.actor_ld, rows, tile.work));
   clear(outputs, actor.layers[actor.num_layers - 1].ld, tile.count);

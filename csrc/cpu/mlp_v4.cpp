@@ -1,4 +1,4 @@
-// The networks for x86-64-v4; see mlp_tile.h. Before anything is included: all of this file is for that processor.
+// The networks for x86-64-v4; see mlp_tile.h. The pragma comes before any include: it must apply to the whole file.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #pragma GCC target("arch=x86-64-v4")
 #define PYDRONE_MLP mlp_v4

@@ -1,5 +1,4 @@
-// What the fused learner's operations are given: both networks, what they see, what that is normalised by, and the
-// memory they work in.
+// Inputs shared by the fused learner's operations: both networks, their observations, normalisers and scratch memory.
 #pragma once
 
 #include "common.h"
@@ -15,7 +14,7 @@ namespace {
 
 int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 
-// Memory that begins at a cache line; kept by the thread that calls, as much as the largest call has needed.
+// Scratch memory, aligned to a cache line. Each calling thread keeps one buffer, as large as its largest call needed.
 class Arena {
  public:
   explicit Arena(int64_t floats) {
@@ -23,7 +22,7 @@ class Arena {
     if (static_cast<int64_t>(kept.size()) < floats + 16) kept.resize(floats + 16);
     *this = Arena(kept.data(), floats);
   }
-  // 16 floats more at `memory`, for where it begins.
+  // `memory` must have room for 16 more floats, for alignment.
   Arena(float* memory, int64_t floats) {
     const auto address = reinterpret_cast<uintptr_t>(memory);
     next_ = memory + (round_up(address, 64) - address) / 4;
@@ -32,7 +31,7 @@ class Arena {
   float* take(int64_t floats) {
     float* const taken = next_;
     next_ += round_up(floats, 16);
-    STD_TORCH_CHECK(next_ <= end_, "scratch memory of ", floats, " floats does not fit: a mistake in pydrone");
+    STD_TORCH_CHECK(next_ <= end_, "scratch memory of ", floats, " floats does not fit: a bug in pydrone");
     return taken;
   }
 
@@ -40,7 +39,7 @@ class Arena {
   float *next_, *end_;
 };
 
-// A network's layers, their weights packed; `grads` counts the floats of a thread's sums.
+// A network's layers, with packed weights.
 struct Net {
   const MlpVersion& version;
   std::vector<MlpLayer> layers;
@@ -78,7 +77,7 @@ struct Net {
     }
   }
 
-  // From one sample to the next: off the powers of two, whose lines would share few sets of a cache.
+  // Floats between samples. Never a large power of two, whose lines would all fall into a few cache sets.
   static int64_t leading(int64_t width) { return round_up(width, 16) + 16; }
 
   int64_t packed_size() const {
@@ -86,14 +85,14 @@ struct Net {
     for (const MlpLayer& x : layers) size += round_up((x.in + 1) * x.out_padded, 16) + round_up(x.out * x.in_padded, 16);
     return size;
   }
-  // What repack() takes.
+  // Floats that repack() takes.
   int64_t kept_size() const {
     int64_t size = 0;
     for (const MlpLayer& x : layers) size += round_up((x.in + 1) * x.out_padded, 16) + round_up((x.in + 1) * x.out, 16);
     return size;
   }
   int64_t work_size() { return version.work_size(view(), leading(inputs)); }
-  // Lays out the gradients from `at` on; returns where they end.
+  // Lays out the gradients from offset `at` on; returns the end.
   int64_t place_grads(int64_t at) {
     for (MlpLayer& x : layers) {
       x.weight_grad = at;
@@ -110,8 +109,8 @@ struct Net {
       version.pack(x, backward && i);
     }
   }
-  // The forward half in memory that was zero once and that nothing else writes: only what has changed is packed. The
-  // parameters' own bits tell, which costs little beside a tile: version counters miss much, fused optimisers among it.
+  // Packs the forward weights that changed since the last call, into memory that was zeroed once and that nothing else
+  // writes. Compares the parameters' bits, cheap beside a tile; version counters miss much, e.g. fused optimisers.
   void repack(Arena& arena) {
     for (MlpLayer& x : layers) {
       x.forward = arena.take((x.in + 1) * x.out_padded);
@@ -129,15 +128,15 @@ struct Net {
   static constexpr int64_t kMaxWidth = 1 << 14;
 };
 
-// Of a ring whose fields lie in rows, [C, N, ...] each: sizes, and bytes from one to the next.
+// A ring whose fields lie in rows, each [C, N, ...]: sizes, and strides in bytes.
 struct Ring {
   int64_t slots, envs, slot, env;
 };
 
-// A field of the minibatch: [B, ...] of any strides, or of a ring, where a sample is found by its row's bytes.
+// A field of the minibatch: [B, ...] of any strides, or a field of a ring, indexed by byte offsets of rows.
 struct Column {
   const char* data;
-  int64_t width, sample, element;  // elements a sample; strides in elements
+  int64_t width, sample, element;  // elements per sample; strides in elements
   ScalarType type;
 };
 
@@ -149,7 +148,7 @@ Column column(const char* name, const Tensor& x, int64_t samples, int64_t width,
     check_real(name, x);
     check_device(name, x, like);
     const int64_t size = static_cast<int64_t>(x.element_size());
-    STD_TORCH_CHECK((ring->slots <= 1 || x.stride(0) * size == ring->slot) &&  // of one, a stride may be anything
+    STD_TORCH_CHECK((ring->slots <= 1 || x.stride(0) * size == ring->slot) &&  // any stride at size 1
                         (ring->envs <= 1 || x.stride(1) * size == ring->env),
                     name, ": expected a field of the same rows as the others");
     return {static_cast<const char*>(x.data_ptr()), width < 0 ? 1 : width, 0, width < 0 ? 0 : x.stride(2),
@@ -163,7 +162,7 @@ Column column(const char* name, const Tensor& x, int64_t samples, int64_t width,
           x.scalar_type()};
 }
 
-// `row(i)`: where sample i begins.
+// `row(i)`: pointer to sample i.
 template <class From, class Row>
 void copy_samples(const Column& from, const Row& row, int64_t count, float* to, int64_t sample, int64_t element) {
   const int64_t width = from.width, stride = from.element;
@@ -184,7 +183,7 @@ void copy_samples(const Column& from, const Row& row, int64_t count, float* to, 
   }
 }
 
-// to[i * sample + k * element], zero from `count` on to `rows`. `at`: where the samples' rows lie in a ring, in bytes.
+// Writes to[i * sample + k * element], with zeros for samples `count` to `rows`. `at`: byte offsets of rows in a ring.
 void copy_tile(const Column& from, int64_t first, int64_t count, int64_t rows, float* to, int64_t sample,
                int64_t element, const int64_t* at = nullptr) {
   for_real("batch", from.type, [&](auto kind) {
@@ -237,7 +236,7 @@ struct Normalizer {
   }
 };
 
-// What a network sees: groups side by side.
+// A network's input: groups of observations, concatenated.
 struct Input {
   std::vector<Column> groups;
   int64_t width = 0, ld = 0;
@@ -264,7 +263,7 @@ struct Input {
   }
 };
 
-// What both operations are given: the networks, what they see, and what it is normalised by.
+// Inputs of ppo_act and ppo_gradients: the networks, their observations and normalisers.
 struct Networks {
   const MlpVersion& version;
   bool shared;

@@ -1,5 +1,5 @@
-// PPO's gradients of a minibatch on the CPU: both networks forward, the loss with its KL divergence, both backward, a
-// tile of samples at a time, so that activations never leave the second-level cache. mlp_tile.h has the arithmetic.
+// PPO's gradients of a minibatch on the CPU, a tile of samples at a time: both networks forward, the loss with its KL
+// divergence, both networks backward. Activations never leave L2. The arithmetic is in mlp_tile.h.
 #include "networks.h"
 #include "samples.h"
 
@@ -18,7 +18,7 @@ void check_grads(const char* name, const std::vector<Tensor>& parameters, const 
   }
 }
 
-// The threads' sums, in their order, as torch has the parameters.
+// Adds up the threads' sums in a fixed order and writes them in the layout of torch's parameters.
 void write_grads(const Net& net, const Tensor* grads, const std::vector<const float*>& sums) {
   for (size_t l = 0; l < net.layers.size(); ++l) {
     const MlpLayer& x = net.layers[l];
@@ -38,11 +38,11 @@ void write_grads(const Net& net, const Tensor* grads, const std::vector<const fl
   }
 }
 
-// A minibatch that is drawn from a ring, tile by tile: its rows are on their way to the cache some samples before they
-// are read. (A whole tile's at once, before the tile's arithmetic, is slower: they would have to come back from L2.)
+// A minibatch drawn from a ring, tile by tile: rows are prefetched a few samples before they are read. (Prefetching a
+// whole tile before the previous tile's arithmetic is slower: the rows would have to come back from L2.)
 class Drawn {
  public:
-  static constexpr int64_t kPortion = 16;  // samples that are read at a time
+  static constexpr int64_t kPortion = 16;  // samples read at a time
   static constexpr int64_t kAhead = 32;
   static_assert(kBatch == kTile && kAhead % kPortion == 0);
 
@@ -72,7 +72,7 @@ class Drawn {
     draw(samples, subset, drawn[1], drawn[2], drawn[3], drawn[4], drawn[5], drawn[6] != 0, drawn[7], std::nullopt,
          like);
   }
-  // A field that is read.
+  // Registers a field to prefetch; fields less than a cache line apart are merged.
   void read(const Column& x) {
     if (x.width == 0) return;
     const char* end = x.data + (x.element * (x.width - 1) + 1) * item_size("batch", static_cast<int64_t>(x.type));
@@ -93,7 +93,7 @@ class Drawn {
       fetch_near(advantages_ + batch.advantage[i], 1);
     }
   }
-  // Of samples [i, end) of the tile, whose values are there.
+  // Advantages and returns of samples [i, end) of the tile, whose values have been read.
   void fill_advantages(const Batch& batch, int64_t i, int64_t end, const PpoTile& x) const {
     for (; i < end; ++i) {
       float advantage;
@@ -107,7 +107,7 @@ class Drawn {
   static constexpr int64_t kLine = 64;
   const char* advantages_ = nullptr;
   float mean_ = 0, scale_ = 1;
-  std::vector<std::pair<const char*, const char*>> stretches_;  // of the ring's first row
+  std::vector<std::pair<const char*, const char*>> stretches_;  // to prefetch; addresses in the ring's first row
 };
 
 }  // namespace
@@ -171,7 +171,7 @@ void ppo_gradients(const std::vector<Tensor>& obs, const std::vector<Tensor>& cr
   networks.pack(arena, true);
   std::vector<const float*> sums;
   std::vector<PpoTile> state(threads);
-  std::vector<double> figures(threads * 8);  // a cache line each
+  std::vector<double> figures(threads * 8);  // one cache line per thread
   for (int64_t t = 0; t < threads; ++t) {
     PpoTile& x = state[t];
     x.grads = arena.take(sums_size);
@@ -206,7 +206,7 @@ void ppo_gradients(const std::vector<Tensor>& obs, const std::vector<Tensor>& cr
       for (const Column& x : input->groups) source.read(x);
   }
   auto size = [&](int64_t tile) { return std::clamp<int64_t>(samples - tile * kTile, 0, kTile); };
-  // Samples [i, end) of the tile, and zeros to `rows` behind the last ones.
+  // Reads samples [i, end) of the tile, then fills up to `rows` with zeros.
   auto fill = [&](const PpoTile& x, int64_t tile, int64_t i, int64_t end, int64_t rows, const Batch* batch) {
     const int64_t first = tile * kTile + i, n = end - i;
     const int64_t* const at = batch ? batch->row + i : nullptr;

@@ -1,5 +1,5 @@
-// Which samples a minibatch's are, and where they lie in the ring: a batch of positions through the permutation at a
-// time, without a tensor of indices. For what copies them out, and for what learns from them where they lie.
+// Computes which samples form a minibatch and where they lie in the ring, one batch of positions at a time, without an
+// index tensor. Used to copy samples out (gather) and to learn from them in place (ppo_gradients).
 #pragma once
 
 #include "../permutation.h"
@@ -15,7 +15,7 @@ constexpr int64_t kBatch = 128;  // positions turned into samples at a time
 
 struct Samples {
   int64_t num_envs, num_steps, capacity, start;
-  int64_t row_env, row_step, advantage_env, advantage_step;  // bytes from one environment, or step, to the next
+  int64_t row_env, row_step, advantage_env, advantage_step;  // strides over environments and steps, in bytes
   int64_t count, first;  // positions first .. first + count
   const int64_t* subset;
   bool shuffle;
@@ -24,10 +24,10 @@ struct Samples {
 
 struct Batch {
   int32_t left[kBatch], right[kBatch], sample[kBatch], env[kBatch], step[kBatch];
-  int64_t row[kBatch], advantage[kBatch];  // bytes from the first one
+  int64_t row[kBatch], advantage[kBatch];  // byte offsets from the first one
 };
 
-// Positions in a row split into the two sides without a division each.
+// Splits consecutive positions into the permutation's two sides without a division for each.
 void split(const Permutation& p, uint32_t first, int64_t n, Batch& batch) {
   uint32_t left = first / p.b, right = first % p.b;
   for (int64_t i = 0; i < n;) {
@@ -40,7 +40,7 @@ void split(const Permutation& p, uint32_t first, int64_t n, Batch& batch) {
   }
 }
 
-// The greatest sample: one beyond the last means that some are to be walked back in.
+// Returns the greatest result; if it is not below the permutation's size, some need cycle walking.
 PYDRONE_CLONES int32_t permute(const Permutation& p, int64_t n, Batch& batch) {
   int32_t greatest = 0;
   for (int64_t i = 0; i < n; ++i) {
@@ -50,7 +50,7 @@ PYDRONE_CLONES int32_t permute(const Permutation& p, int64_t n, Batch& batch) {
   return greatest;
 }
 
-// sample / num_steps by a double's reciprocal: exact after one correction, and there is no vector division.
+// sample / num_steps by a double's reciprocal, exact after one correction: there is no vector division of integers.
 PYDRONE_CLONES void locate(const Samples& samples, int64_t n, Batch& batch) {
   const int32_t num_steps = static_cast<int32_t>(samples.num_steps);
   const double inverse = 1.0 / num_steps;
@@ -74,7 +74,7 @@ PYDRONE_CLONES void locate(const Samples& samples, int64_t n, Batch& batch) {
   }
 }
 
-// Which samples the `n` outputs from `position` on are, and where they lie.
+// The samples of outputs position .. position + n, and where they lie.
 void locate_batch(const Samples& samples, int64_t position, int64_t n, Batch& batch) {
   const int64_t first = samples.first + position;
   if (samples.shuffle) {
@@ -89,13 +89,13 @@ void locate_batch(const Samples& samples, int64_t position, int64_t n, Batch& ba
   if (samples.subset)
     for (int64_t i = 0; i < n; ++i) {
       const int64_t sample = samples.subset[batch.sample[i]];
-      // A number of the caller's: clamped here, so that it can be wrong but never lead out of the rollout.
+      // The caller's number is clamped: it may be wrong, but it must not read outside the rollout.
       batch.sample[i] = static_cast<int32_t>(std::clamp<int64_t>(sample, 0, samples.num_envs * samples.num_steps - 1));
     }
   locate(samples, n, batch);
 }
 
-// What the minibatch's advantages are normalised by: (A - mean) * scale.
+// Normalisation of the minibatch's advantages: (A - mean) * scale.
 struct Moments {
   float mean = 0.0f, scale = 1.0f;
 
@@ -112,7 +112,7 @@ struct Moments {
   }
 };
 
-// The rollout's advantages [N, T]; the ring's sizes are there.
+// Checks the rollout's advantages [N, T] and sets their strides; the ring's sizes must be set.
 inline const float* take_advantages(Samples& samples, const Tensor& advantages, const Tensor& like) {
   check_shape("advantages", advantages, {samples.num_envs, samples.num_steps});
   check_dtype("advantages", advantages, ScalarType::Float);
@@ -122,7 +122,8 @@ inline const float* take_advantages(Samples& samples, const Tensor& advantages, 
   return static_cast<const float*>(advantages.data_ptr());
 }
 
-// Checks and takes what says which samples these are; the ring's sizes and `count` are there. False: there are none.
+// Checks and sets the arguments that select the samples; the ring's sizes and `count` must be set. Returns false if
+// there are no samples.
 inline bool draw(Samples& samples, const Optional& subset, int64_t start, int64_t num_samples, int64_t key,
                  int64_t rollout, int64_t epoch, bool shuffle, int64_t first, const Optional& cursor,
                  const Tensor& like) {

@@ -1,5 +1,5 @@
-// Tiles of a logical [N, C] plane, read into [steps, envs] order and written back from it: kTileSteps x kTileEnvs, small
-// enough for L1. Planes whose steps lie together are transposed in vectors.
+// Tiles of a logical [N, C] plane, read into [steps, envs] order and written back: kTileSteps x kTileEnvs, small enough
+// for L1. Planes with contiguous steps are transposed in vector registers.
 #pragma once
 
 #include "common.h"
@@ -12,7 +12,7 @@ namespace {
 constexpr int64_t kTileEnvs = 128;
 constexpr int64_t kTileSteps = 16;
 
-// A logical [N, C] argument, strides in bytes.
+// A logical [N, C] argument; strides in bytes.
 struct Plane {
   char* data = nullptr;
   int64_t env = 0;
@@ -27,15 +27,15 @@ struct Plane {
         type(x.scalar_type()) {}
 
   char* at(int64_t n, int64_t t) const { return data + n * env + t * step; }
-  // Whether environments lie side by side, as `wanted`; and whether steps do.
+  // Whether environments are contiguous, with dtype `wanted`; and whether steps are.
   bool direct(ScalarType wanted, int64_t size) const { return type == wanted && env == size; }
   bool row_major(ScalarType wanted, int64_t size) const { return type == wanted && step == size && env != size; }
 };
 
-// Clang has no shuffle by a vector of numbers: there elements are moved one by one.
+// Clang has no shuffle by an index vector: there elements are moved one by one.
 #if defined(__GNUC__) && !defined(__clang__)
 #define PYDRONE_SQUARES
-// Rows of kSize elements.
+// A kSize x kSize square of elements; a Row is one vector.
 template <class T>
 struct Square;
 template <>
@@ -57,7 +57,7 @@ struct Square<uint8_t> {
   static constexpr int kSize = 16;
 };
 
-// Swaps the off-diagonal quarters of each 2 D x 2 D square of the rows; D = size / 2 ... 1 together transpose them.
+// Swaps the off-diagonal quarters of each 2 D x 2 D square; with D = kSize / 2 ... 1 in turn, this is a transpose.
 template <class T, int D>
 PYDRONE_INLINE void swap_quarters(typename Square<T>::Row* rows) {
   constexpr int kSize = Square<T>::kSize;
@@ -87,7 +87,7 @@ PYDRONE_INLINE void transpose_square(char* to, int64_t to_row, const char* from,
 }
 #endif
 
-// to[c][r] = from[r][c]; rows are so many bytes apart.
+// to[c][r] = from[r][c]; to_row and from_row are row strides in bytes.
 template <class T>
 PYDRONE_INLINE void transpose_body(char* to, int64_t to_row, const char* from, int64_t from_row, int64_t rows,
                                    int64_t columns) {
@@ -115,7 +115,7 @@ PYDRONE_TRANSPOSE(double)
 PYDRONE_TRANSPOSE(uint8_t)
 #undef PYDRONE_TRANSPOSE
 
-// dst[t * ld + n] = f(src(n, t)); the inner loop runs along whichever of the source's dimensions is dense.
+// dst[t * ld + n] = f(src(n, t)); the inner loop runs along the source's dimension with the smaller stride.
 template <class To, class From, class F>
 inline void read_tile(To* dst, int64_t ld, const Plane& src, int64_t n0, int64_t envs, int64_t t0, int64_t steps,
                       const F& f) {
@@ -149,7 +149,7 @@ void read_reals(const char* name, T* dst, int64_t ld, const Plane& src, int64_t 
   });
 }
 
-// Bytes as they are, then other flags as 0 or 1.
+// read_bytes copies bytes as they are; read_flags turns flags of other sizes into 0 or 1.
 inline void read_bytes(uint8_t* dst, int64_t ld, const Plane& src, int64_t n0, int64_t envs, int64_t t0, int64_t steps) {
   if (steps > 1 && src.step == 1 && src.env != 1)
     return transpose(dst, ld, reinterpret_cast<const uint8_t*>(src.at(n0, t0)), src.env, envs, steps);

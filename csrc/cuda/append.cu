@@ -1,8 +1,7 @@
-// One step of all environments into the ring, in one launch.
+// Stores one step of all environments in the ring, in one launch.
 //
-// Blocks are laid out in two dimensions: along x over the environments, along y over the jobs, one for each field, each
-// plane, and the end flags with their pool. All jobs' loads are then in flight together; one after the other, each
-// would wait for memory in turn.
+// The grid has two dimensions: x over environments, y over jobs: one job per field, one per plane, and one for the end
+// flags with the pool. The loads of all jobs are then in flight together; in sequence, each would wait for memory.
 #include "common.cuh"
 
 #include "../recurrence.h"
@@ -13,17 +12,17 @@
 namespace pydrone {
 namespace {
 
-// What fits the 4 KiB of a kernel's arguments.
+// Limited by the 4 KiB of kernel arguments.
 constexpr int kMaxFields = 28, kMaxFinals = 12, kMaxPlanes = 8, kDims = 3;
 constexpr int kThreads = 256, kUnroll = 4;
 
-// A source and its place in a row. Same dtypes: `word` bytes are copied at a time; otherwise word is 0, and floating
-// numbers are converted.
+// A source and its place in a row. If the dtypes are equal, `word` bytes are copied at a time; otherwise word is 0 and
+// floating-point numbers are converted.
 struct Field {
   const char* data;
   int64_t env, strides[kDims];  // in words or elements
-  int32_t sizes[kDims];         // of the inner dimensions, the last first
-  int32_t offset, width;        // bytes into the row; words or elements
+  int32_t sizes[kDims];         // of the inner dimensions, the last one first
+  int32_t offset, width;        // byte offset in the row; words or elements
   int8_t from, to, word, dims;  // dims 0: dense
 };
 
@@ -44,13 +43,13 @@ struct Args {
   int32_t *pool_count, *final_rows;
   int64_t pool_rows, pool_row_bytes, num_pools, pool_slot, final_rows_env, final_rows_step;
   int64_t plane_step[kMaxPlanes];
-  int32_t* not_finite;  // one number a rollout
+  int32_t* not_finite;  // one number per rollout
   int32_t num_fields, num_planes, num_finals, looked_at;
   bool commit;
   PlaneJob planes[kMaxPlanes];
   Field fields[kMaxFields], finals[kMaxFinals];
 };
-static_assert(sizeof(Args) <= 4096, "a kernel's arguments");
+static_assert(sizeof(Args) <= 4096, "kernel arguments are limited to 4 KiB");
 
 __device__ int64_t inner(const Field& field, uint32_t i) {
   if (field.dims == 0) return i;
@@ -72,7 +71,7 @@ __device__ bool is_bad(uint4 x, Exponent low, Exponent high) {
   return is_bad(uint2{x.x, x.y}, low, high) || is_bad(uint2{x.z, x.w}, low, high);
 }
 
-// Returns whether something that the thread copied is not finite, of a field that is `looked_at`.
+// Returns whether a value that this thread copied is not finite, if the field is `looked_at` (checked).
 template <typename Word>
 __device__ bool copy_words(const Field& field, char* rows, int64_t row_bytes, int64_t total, int64_t first,
                            int64_t step, bool looked_at) {
@@ -94,7 +93,7 @@ __device__ bool copy_words(const Field& field, char* rows, int64_t row_bytes, in
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       if (i0 + u * step < total) *to[u] = words[u];
-      bad = is_bad(words[u], low, high) || bad;  // beyond the end stands the first one
+      bad = is_bad(words[u], low, high) || bad;  // beyond the end this repeats the first word
     }
   }
   return bad;
@@ -124,7 +123,7 @@ __device__ bool copy_field(const Field& field, char* rows, int64_t row_bytes, in
     char* const row = rows + n * row_bytes;
     convert_one(field, row, n, k);
     if (!looked_at) continue;
-    // What was stored, by the thread that stored it: a large number may be infinite in fewer bits.
+    // Checks the stored value, in the thread that stored it: a large number may overflow in a narrower type.
     const char* const stored = row + field.offset;
     if (low.mask == 0)
       bad = not_finite(reinterpret_cast<const uint2*>(stored)[k].y, high) || bad;
@@ -144,7 +143,7 @@ __device__ void copy_final_words(const Field& field, char* row, int64_t n) {
         reinterpret_cast<const Word*>(field.data)[n * field.env + inner(field, k)];
 }
 
-// One environment's final observation, by a whole warp.
+// Copies one environment's final observation with a whole warp.
 __device__ void copy_final(const Field& field, char* row, int64_t n) {
   switch (field.word) {
     case 1: return copy_final_words<uint8_t>(field, row, n);
@@ -157,7 +156,7 @@ __device__ void copy_final(const Field& field, char* row, int64_t n) {
   for (uint32_t k = threadIdx.x % 32; k < static_cast<uint32_t>(field.width); k += 32) convert_one(field, row, n, k);
 }
 
-// Codes of the ends, and places in the pool for final observations.
+// Stores the end codes, and assigns places in the pool to final observations and copies them.
 __device__ void store_ends(const Args& args, int64_t slot, int64_t pool_slot) {
   const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
   const int64_t first = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x / 32 * 32;
@@ -176,7 +175,7 @@ __device__ void store_ends(const Args& args, int64_t slot, int64_t pool_slot) {
     uint32_t place = 0;
     if (lane == 0) place = atomicAdd(count + (args.num_finals ? 0 : 1), static_cast<uint32_t>(__popc(wanted)));
     place = __shfl_sync(0xFFFFFFFFu, place, 0) + __popc(wanted & ((1u << lane) - 1));
-    // A count below zero, or that has run over 31 bits, is beyond all rows.
+    // Unsigned: a count that is negative or has overflowed 31 bits is beyond all rows.
     const bool fits = args.num_finals && place < args.pool_rows;
     if (code == kTruncated)
       args.final_rows[n * args.final_rows_env + slot * args.final_rows_step] = fits ? static_cast<int32_t>(place) : -1;
@@ -219,7 +218,7 @@ __global__ void __launch_bounds__(kThreads) append_step(const __grid_constant__ 
     store_ends(args, slot, pool_slot);
   }
   if (!args.cursor || !args.commit) return;
-  // The last block moves the head: all the others have read it by then.
+  // The last block moves the head; all others have read it by then.
   auto* ticket = reinterpret_cast<unsigned long long*>(args.cursor + kTicket);
   if (last_block(ticket, static_cast<unsigned long long>(gridDim.x) * gridDim.y) && threadIdx.x == 0) {
     ++args.cursor[kAppended];
@@ -227,8 +226,8 @@ __global__ void __launch_bounds__(kThreads) append_step(const __grid_constant__ 
   }
 }
 
-// `words`: the most words of a field, for the grid. `looked_at`: how many of the fields, the first ones, came of the
-// first `look` sources; a source without elements is no field.
+// `words`: raised to the most words of a field, which sizes the grid. `looked_at`: receives how many fields come from
+// the first `look` sources, since a source without elements yields no field.
 int32_t describe(Field* fields, int most, const Step::Sources& sources, const Tensor& rows, int64_t num_envs,
                  int64_t& words, int64_t look = 0, int32_t* looked_at = nullptr) {
   const char* name = sources.name;
@@ -275,7 +274,7 @@ int32_t describe(Field* fields, int most, const Step::Sources& sources, const Te
     field.width = static_cast<int32_t>(width);
     if (static_cast<int64_t>(from) == dtype) {
       field.word = static_cast<int8_t>(size);
-      // Dense sources go in words as long as sizes and alignments allow.
+      // Dense sources are copied in the longest words that sizes and alignments allow.
       for (int64_t word = 16; dense && word > size; word /= 2) {
         const int64_t per_word = word / size;
         if (width % per_word || field.env % per_word || field.offset % word || row_bytes % word ||

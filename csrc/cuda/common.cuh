@@ -1,4 +1,4 @@
-// Shared by the CUDA kernels: launch context, reading elements of any dtype and stride, the blocks' ticket.
+// Shared by the CUDA kernels: launch context, access to elements of any dtype and stride, finding the last block.
 #pragma once
 
 #include "../checks.h"
@@ -16,10 +16,10 @@
 
 namespace pydrone {
 
-// Slots of the cursor, as in pydrone/ops/schema.py.
+// Elements of the cursor; same as in pydrone/ops/schema.py.
 enum Cursor : int { kAppended = 0, kDiscarded = 1, kFlag = 2, kTicket = 3, kNumSteps = 4 };
 
-// The tensor's device made current, and its current stream.
+// Makes the tensor's device current and holds its current stream.
 class Launch {
  public:
   explicit Launch(const Tensor& tensor) : guard_(tensor.get_device_index()) {
@@ -36,12 +36,12 @@ class Launch {
 
 inline void check_element(const char* name, const Tensor& x) { item_size(name, static_cast<int64_t>(x.scalar_type())); }
 
-// Elements of a tensor [N, C] or [N] of any strides, counted in elements, and any dtype.
+// A tensor [N, C] or [N] of any dtype and strides (in elements).
 struct Plane {
   const char* data = nullptr;
   int64_t env = 0, step = 0;
   int32_t type = 0;
-  int8_t size = 0;  // bytes an element
+  int8_t size = 0;  // bytes per element
   bool real = false;
 
   Plane() = default;
@@ -56,7 +56,7 @@ struct Plane {
   __device__ int64_t at(int64_t n, int64_t slot) const { return n * env + slot * step; }
 };
 
-// Floating types; the host has checked that it is one of them. Branches are few: a deep nest of them costs registers.
+// Reads a floating-point element; the host has checked the dtype. Few branches: deeply nested ones cost registers.
 template <typename T>
 __device__ inline T read_real(const char* data, int32_t type, int64_t i) {
   if (type == static_cast<int32_t>(ScalarType::Float)) return static_cast<T>(reinterpret_cast<const float*>(data)[i]);
@@ -66,7 +66,7 @@ __device__ inline T read_real(const char* data, int32_t type, int64_t i) {
   return static_cast<T>(type == static_cast<int32_t>(ScalarType::Half) ? half : brain);
 }
 
-// x != 0 of any dtype, by its bits: all of them, less the sign of floating types. NaN is true.
+// x != 0 for any dtype, from its bits without the sign of floating types. NaN is true.
 __device__ inline bool read_flag(const Plane& plane, int64_t i) {
   uint64_t bits;
   if (plane.size == 1)
@@ -80,7 +80,7 @@ __device__ inline bool read_flag(const Plane& plane, int64_t i) {
   return (plane.real ? bits << 1 : bits) != 0;
 }
 
-// Writes one floating number as `type`; double goes to the 16-bit types by way of float, as in torch.
+// Writes a floating-point number as `type`; double converts to 16-bit types by way of float, as in torch.
 __device__ inline void write_real(char* data, int32_t type, int64_t i, double x) {
   const auto narrow = static_cast<float>(x);
   if (type == static_cast<int32_t>(ScalarType::Float))
@@ -93,13 +93,13 @@ __device__ inline void write_real(char* data, int32_t type, int64_t i, double x)
                                                : __bfloat16_as_ushort(__float2bfloat16(narrow));
 }
 
-// The slot of the ring that counter `k` falls into; of any bits, so that a broken cursor stays within bounds.
+// The ring slot of counter `k`. Unsigned, so that even a corrupt cursor stays within bounds.
 __device__ inline int64_t ring_slot(int64_t k, int64_t capacity) {
   return static_cast<int64_t>(static_cast<uint64_t>(k) % static_cast<uint64_t>(capacity));
 }
 
-// True in every thread of the block that comes last of `blocks`; it sees what all the others wrote, and they have read
-// all that they ever will. The counter is left to that block to reset.
+// Returns true in every thread of the last of `blocks` to arrive. That block sees all writes of the others, and the
+// others have finished reading. It must reset the counter.
 template <typename Counter>
 __device__ inline bool last_block(Counter* ticket, Counter blocks) {
   __shared__ bool last;

@@ -1,9 +1,10 @@
 // GAE in one launch, for either layout, with the statistics of the advantages.
 //
-// Env-major: a warp takes one or two environments and tiles of 128 steps, four to a lane, the last steps in lane 0, so
-// that a shuffle "up" carries backwards in time. Time-major: a thread takes an environment and walks backwards over
-// steps that it has loaded some dozens at a time; a plain loop would wait for memory at each step, since loads are not
-// moved over stores. Both are right for any strides and dtypes; 128-bit accesses where the rows allow them.
+// Env-major: one warp per one or two environments, in tiles of 128 steps, four per lane, with the last steps in lane 0,
+// so that a shuffle "up" carries backwards in time. Time-major: one thread per environment, which loads a few dozen
+// steps at a time and walks backwards over them; a plain loop would wait for memory at each step, since the compiler
+// does not move loads above stores. Both are correct for any strides and dtypes, with 128-bit accesses where the rows
+// allow them.
 #include "moments.cuh"
 
 #include "../recurrence.h"
@@ -13,7 +14,7 @@ namespace pydrone {
 namespace {
 
 constexpr int kWarps = 8, kLaneSteps = 4, kTile = 32 * kLaneSteps;
-constexpr int kManyEnvs = 4096;  // from here on two environments to a warp: half as many partial statistics
+constexpr int kManyEnvs = 4096;  // from here on, two environments per warp: half as many partial statistics
 constexpr int kColumnThreads = 64;
 
 template <typename T>
@@ -36,8 +37,8 @@ struct alignas(16) Four {
   T x[kLaneSteps];
 };
 
-// How a kernel reads: any strides and dtypes; its own type and codes; or those in rows of 128-bit accesses, as the host
-// knows. With a cursor the host does not know where a rollout starts, and kDirect looks.
+// How a kernel reads. kGeneric: any strides and dtypes. kDirect: values of its own type, and codes. kWide: also rows
+// that the host knows to allow 128-bit accesses; with a cursor only the device knows the start, and kDirect checks.
 enum Mode { kGeneric, kDirect, kWide };
 
 template <typename T, bool Direct>
@@ -48,7 +49,7 @@ __device__ T read(const Plane& plane, int64_t n, int64_t slot) {
     return read_real<T>(plane.data, plane.type, plane.at(n, slot));
 }
 
-// Rows of steps that lie together: the step's stride is 1.
+// For rows of contiguous steps (stride 1).
 template <typename T>
 __device__ Four<T> read_four(const Plane& plane, int64_t n, int64_t slot) {
   return *reinterpret_cast<const Four<T>*>(reinterpret_cast<const T*>(plane.data) + n * plane.env + slot);
@@ -64,7 +65,7 @@ __device__ int32_t read_code(const Args<T>& args, int64_t n, int64_t slot) {
   return encode(done, truncated, valid);
 }
 
-// The value of the true final observation. Read where a step is truncated and nowhere else: few ever are.
+// The value of the true final observation. Read at truncated steps only, which are rare.
 template <typename T>
 __device__ T read_final(const Args<T>& args, int64_t n, int64_t slot) {
   const Plane& values = args.final_values;
@@ -74,7 +75,7 @@ __device__ T read_final(const Args<T>& args, int64_t n, int64_t slot) {
   return read_real<T>(values.data, values.type, row * values.env);
 }
 
-// The same as a call: where there are many such places, it keeps the code short.
+// The same, not inlined: keeps an unrolled loop short.
 template <typename T>
 __device__ __noinline__ T call_read_final(const Args<T>& args, int64_t n, int64_t slot) {
   return read_final(args, n, slot);
@@ -87,13 +88,13 @@ __device__ int64_t first_slot(const Args<T>& args) {
 
 __device__ inline int64_t wrapped(int64_t slot, int64_t capacity) { return slot >= capacity ? slot - capacity : slot; }
 
-// Whether each four steps of a rollout that begins in slot `start` lie together, the wrap notwithstanding.
+// Whether every group of four steps is contiguous in a rollout that begins in slot `start`, even if it wraps.
 template <typename T>
 __host__ __device__ bool starts_wide(const Args<T>& args, int64_t start) {
   return start % kLaneSteps == 0 && (args.capacity % kLaneSteps == 0 || start + args.num_steps <= args.capacity);
 }
 
-// 64 registers a thread let 8192 environments be one wave on 132 multiprocessors.
+// At 64 registers per thread, 8192 environments are one wave on 132 multiprocessors.
 template <typename T, Mode mode>
 constexpr int kMinBlocks = sizeof(T) == 8 ? 2 : (mode == kWide ? 4 : (mode == kDirect ? 3 : 2));
 
@@ -107,7 +108,7 @@ __global__ void __launch_bounds__(32 * kWarps, kMinBlocks<T, mode>) gae_rows(con
   const bool wide = mode == kWide || (Direct && args.wide && starts_wide(args, start));
   const bool with_final = args.bootstrap == kFinalValues;
 
-  T decays[5];  // of runs of 4, 8, 16, 32 and 64 steps
+  T decays[5];  // for runs of 4, 8, 16, 32 and 64 steps
   decays[0] = args.decay * args.decay * args.decay * args.decay;
 #pragma unroll
   for (int i = 1; i < 5; ++i) decays[i] = decays[i - 1] * decays[i - 1];
@@ -123,7 +124,7 @@ __global__ void __launch_bounds__(32 * kWarps, kMinBlocks<T, mode>) gae_rows(con
   for (int first = (num_steps - 1) / kTile * kTile; first >= 0; first -= kTile) {
     const int t0 = first + (31 - lane) * kLaneSteps;
     Four<T> reward[Rows], value[Rows];
-    uint32_t codes[Rows];  // a byte each
+    uint32_t codes[Rows];  // one byte per step
 #pragma unroll
     for (int row = 0; row < Rows; ++row) {
       const int64_t n = env0 + row;
@@ -141,7 +142,7 @@ __global__ void __launch_bounds__(32 * kWarps, kMinBlocks<T, mode>) gae_rows(con
         codes[row] = 0;
 #pragma unroll
         for (int k = 0; k < kLaneSteps; ++k) {
-          // Outside there is nothing to read: element 0 stands in, and no branch is needed.
+          // Out of range, element 0 is read instead, which saves a branch.
           const bool inside = exists && t0 + k < num_steps;
           const int64_t env = inside ? n : 0, slot = inside ? wrapped(start + t0 + k, args.capacity) : 0;
           const int32_t code = read_code<T, Direct>(args, env, slot);
@@ -155,14 +156,14 @@ __global__ void __launch_bounds__(32 * kWarps, kMinBlocks<T, mode>) gae_rows(con
     for (int row = 0; row < Rows; ++row) {
       const int64_t n = env0 + row;
       Four<T>& v = value[row];
-      // Steps beyond the last one hold last_values, so that the last one finds it as the next step's value.
+      // Steps beyond the last hold last_values, so that the last step finds it as the next step's value.
 #pragma unroll
       for (int k = 0; k < kLaneSteps; ++k) v.x[k] = t0 + k < num_steps ? v.x[k] : value_after[row];
       T next_value = __shfl_up_sync(kAll, v.x[0], 1);
       next_value = lane == 0 ? value_after[row] : next_value;
 
-      // The lane's own steps, as if nothing came after them. `cut` holds a bit for each step that is cut off from what
-      // comes after the lane, and `decay` what a step multiplies that with.
+      // The lane's own steps, as if nothing came after them. `cut`: whether an end separates a step from what comes
+      // after the lane; `decay`: the factor by which the step discounts it.
       T run = 0;
       Four<T> advantage, decay;
       bool cut[kLaneSteps], cut_off = false;
@@ -182,7 +183,7 @@ __global__ void __launch_bounds__(32 * kWarps, kMinBlocks<T, mode>) gae_rows(con
         next_value = v.x[k];
       }
 
-      // Across lanes: how far back (in lanes, later in time) the nearest lane with an end is, from one ballot.
+      // Across lanes: the distance down (later in time) to the nearest lane with an end, from one ballot.
       const unsigned ends = __ballot_sync(kAll, cut[0]) & (kAll >> (31 - lane));
       const int reach = ends ? lane - (31 - __clz(ends)) : 32;
 #pragma unroll
@@ -191,7 +192,7 @@ __global__ void __launch_bounds__(32 * kWarps, kMinBlocks<T, mode>) gae_rows(con
         const T later = __shfl_up_sync(kAll, run, d);
         run = gae_join(reach < d || lane < d, run, decays[i], later);
       }
-      // What comes after the tile reaches the lanes after which no end follows.
+      // The carry from after the tile reaches the lanes with no end in between.
       if (first + kTile < num_steps) {
         T through = 1;
 #pragma unroll
@@ -308,7 +309,7 @@ __global__ void __launch_bounds__(kColumnThreads) gae_columns(const __grid_const
 
 template <typename T>
 void launch(const Args<T>& args, bool env_major, bool direct, cudaStream_t stream) {
-  constexpr int kSteps = 136 / sizeof(T);  // what a thread's registers hold; 100 steps are three times 34
+  constexpr int kSteps = 136 / sizeof(T);  // as many as fit a thread's registers; 100 steps are three chunks of 34
   auto blocks = [&](int64_t envs) { return static_cast<unsigned>((args.num_envs + envs - 1) / envs); };
   auto* kernel = direct ? gae_columns<T, true, kSteps> : gae_columns<T, false, 4>;
   unsigned grid = blocks(kColumnThreads), threads = kColumnThreads;

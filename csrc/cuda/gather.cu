@@ -1,8 +1,8 @@
-// One minibatch in one launch.
+// Gathers one minibatch in one launch.
 //
-// A block takes 128 samples. Their places in the permutation are computed by one thread each and shared; then the rows,
-// or as much of them as is wanted, come to shared memory in 16-byte words, several lanes to a row and all in flight
-// together, and leave it field by field in contiguous stores. Rows too long for that go from memory to memory.
+// A block takes 128 samples. One thread per sample evaluates the permutation and shares the result. The needed part of
+// each row is then loaded into shared memory in 16-byte words, several lanes per row and all loads in flight together,
+// and written out field by field in contiguous stores. Rows too long for that are copied from memory to memory.
 #include "common.cuh"
 
 #include "../permutation.h"
@@ -12,17 +12,17 @@
 namespace pydrone {
 namespace {
 
-constexpr int kMaxFields = 60;  // what fits the 4 KiB of a kernel's arguments
+constexpr int kMaxFields = 60;  // limited by the 4 KiB of kernel arguments
 constexpr int kThreads = 256, kSamples = 128, kUnroll = 4;
-constexpr int64_t kStaged = 288;  // bytes of a row that are brought to shared memory at most, 36 KiB a block
-constexpr int kPad = 16;          // between rows in shared memory, against bank conflicts
+constexpr int64_t kStaged = 288;  // most bytes of a row loaded into shared memory: 36 KiB per block
+constexpr int kPad = 16;          // bytes between rows in shared memory, against bank conflicts
 
-// A field: `word` bytes at a time, or 0 for a conversion between floating types.
+// A field, copied `word` bytes at a time; word 0: converted between floating types.
 struct Field {
   char* to;
   uint64_t magic;  // ceil(2^32 / width): idx / width is the high word of idx * magic
-  int64_t offset;  // bytes into the row, or into its staged part
-  int32_t width;   // words or elements a sample
+  int64_t offset;  // byte offset in the row, or in its staged part
+  int32_t width;   // words or elements per sample
   int8_t from, into, word;
 };
 
@@ -44,9 +44,9 @@ struct Args {
   Permutation permutation;
   Field fields[kMaxFields];
 };
-static_assert(sizeof(Args) <= 4096, "a kernel's arguments");
+static_assert(sizeof(Args) <= 4096, "kernel arguments are limited to 4 KiB");
 
-// The words of one field for the block's samples; `read` gives the address of a sample's row.
+// Copies the words of one field for the block's samples; `read` returns the address of a sample's row.
 template <typename Word, class Read>
 __device__ void copy_words(const Field& field, int64_t begin, int samples, const Read& read) {
   const uint32_t width = field.width;
@@ -83,13 +83,14 @@ __device__ void copy_field(const Field& field, int64_t begin, int samples, const
   }
 }
 
-// Where a sample's row begins, in bytes; advantage, return and index on the way, unless another block writes those.
+// Returns the byte offset of a sample's row. Also writes the sample's advantage, return and index, in the first of the
+// blocks that share these samples.
 __device__ int64_t place(const Args& args, int64_t position, int64_t start, const Permutation& permutation) {
   const int64_t i = args.first + position;
   int64_t index = args.shuffle ? permutation(static_cast<uint32_t>(i)) : i;
   if (args.subset) index = args.subset[index];
   if (args.indices_out && blockIdx.y == 0) args.indices_out[position] = index;
-  // A number out of range in `subset` must not read out of bounds: sample 0 stands in.
+  // An out-of-range number in `subset` must not read out of bounds: it is replaced by sample 0.
   const uint32_t sample = index >= 0 && index < args.num_envs * args.num_steps ? static_cast<uint32_t>(index) : 0;
   const uint32_t env = sample / args.num_steps, step = sample - env * args.num_steps;
   int64_t slot = start + step;
@@ -120,7 +121,7 @@ __device__ int64_t place(const Args& args, int64_t position, int64_t start, cons
 template <bool Staged>
 __global__ void __launch_bounds__(kThreads) gather_rows(const __grid_constant__ Args args) {
   extern __shared__ uint4 staged[];
-  // Not addresses: through shared memory the compiler would lose sight of their being global.
+  // Offsets, not addresses: through shared memory the compiler would not know that they point to global memory.
   __shared__ int64_t rows[kSamples];
   const int64_t begin = static_cast<int64_t>(blockIdx.x) * kSamples;
   const int samples = static_cast<int>(min(static_cast<int64_t>(kSamples), args.count - begin));
@@ -222,7 +223,7 @@ void gather(const Tensor& rows, const std::vector<int64_t>& offsets, const std::
       break;
     }
     STD_TORCH_CHECK(from != into || field.word, "outputs: expected aligned storage");
-    // Exact while idx * width < 2^32.
+    // Exact as long as idx * width < 2^32.
     if (int64_t{kSamples} * field.width * field.width < (int64_t{1} << 32))
       field.magic = ((uint64_t{1} << 32) + field.width - 1) / field.width;
     low = std::min(low, offsets[i]);
@@ -312,7 +313,7 @@ void gather(const Tensor& rows, const std::vector<int64_t>& offsets, const std::
     shared = kSamples * (high - low + kPad);
   }
   const Launch context(rows);
-  // Pictures: several blocks to the same samples.
+  // For images: several blocks per group of samples.
   int64_t widest = 1;
   for (int i = 0; i < args.num_fields; ++i) widest = std::max<int64_t>(widest, args.fields[i].width);
   const int64_t share = stage ? 1 : std::clamp<int64_t>(kSamples * widest / (16 * kUnroll * kThreads), 1, 64);

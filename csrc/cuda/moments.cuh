@@ -1,4 +1,4 @@
-// (count, mean, M2) of the advantages: within a warp, a block and, by way of the workspace, the whole launch.
+// (count, mean, M2) of the advantages: per warp, per block and, through the workspace, for the whole launch.
 #pragma once
 
 #include "common.cuh"
@@ -18,7 +18,7 @@ __device__ inline T warp_sum(T x) {
   return x;
 }
 
-// The sums of `a` and of `b` in lane 0: half of the lanes add the ones, half the others.
+// The sums of `a` and of `b`, valid in lane 0: half of the lanes sum `a`, the other half `b`.
 template <typename T>
 struct Sums {
   T a, b;
@@ -32,22 +32,22 @@ __device__ inline Sums<T> warp_sums(T a, T b) {
   return {x, __shfl_xor_sync(kAll, x, 16)};
 }
 
-// (count, mean, M2) of `count` numbers, from the sums of their deviations from some number near their mean and of
-// the squares of these. A mean in T is off by its rounding, which may be large beside the numbers' spread.
+// (count, mean, M2) of `count` numbers, from the sums of their deviations from `near`, a number near their mean, and of
+// the squared deviations. A mean rounded to T has an error that may be large compared to the numbers' spread.
 template <typename T>
 __device__ inline Moments moments_about(T near, int count, T deviations, T squares) {
   const double n = count, offset = deviations / (n > 0 ? n : 1), m2 = squares - n * offset * offset;
   return {n, near + offset, m2 < 0 ? 0 : m2};
 }
 
-// Joins two samples (Chan, Golub and LeVeque 1979).
+// Merges the moments of two samples (Chan, Golub and LeVeque 1979).
 __device__ inline Moments merge(const Moments& a, const Moments& b) {
   const double count = a.count + b.count, share = b.count / (count > 0 ? count : 1), difference = b.mean - a.mean;
   return {count, a.mean + difference * share, a.m2 + b.m2 + difference * difference * a.count * share};
 }
 
-// Joins the samples of the first `lanes` lanes, a power of two: by sums about the first one's mean, so that one pass
-// does without cancellation. The order depends on nothing but `lanes`.
+// Merges the moments of the first `lanes` lanes (a power of two), in sums about the first lane's mean: one pass without
+// cancellation. The order of the sums depends on `lanes` only.
 __device__ inline Moments warp_merge(const Moments& own, int lanes) {
   const double about = __shfl_sync(kAll, own.mean, 0), offset = own.count > 0 ? own.mean - about : 0;
   double count = own.count, first = own.count * offset, second = own.m2 + own.count * offset * offset;
@@ -60,8 +60,8 @@ __device__ inline Moments warp_merge(const Moments& own, int lanes) {
   return {count, count > 0 ? about + mean : 0, m2 < 0 ? 0 : m2};
 }
 
-// Leaves the block's statistics, the `entries` (a power of two, at most 32) of `parts`, in the workspace; the last
-// block merges all blocks'. Which one is the last changes from run to run; the order of the sums does not.
+// Merges the `entries` (a power of two, at most 32) of `parts` and stores them in the workspace; the last block merges
+// those of all blocks. Which block is last changes from run to run; the order of the sums does not.
 __device__ inline void finish_stats(double* stats, double* partials, uint32_t* ticket, Moments* parts, int entries) {
   const int lane = threadIdx.x % 32, warps = blockDim.x / 32;
   const int64_t blocks = gridDim.x;

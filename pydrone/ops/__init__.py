@@ -1,1 +1,1 @@
-"""The operations gae, append and gather: one signature each (:mod:`.schema`), four backends (:mod:`.dispatch`)."""
+"""The operations: one signature each (:mod:`.schema`), four backends (:mod:`.dispatch`)."""

@@ -1,8 +1,8 @@
-"""Which backend runs an operation: picked once for a device and a request, and kept.
+"""Chooses the backend for a device and a request, and caches the choice.
 
-The default is ``torch.ops.pydrone``: cpu for CPU tensors, cuda for CUDA tensors, each falling back as
-:mod:`pydrone.ops.native` says. A request, ``backend=`` or else the environment variable ``PYDRONE_BACKEND``, is served
-as named or fails with the reason.
+The default is ``torch.ops.pydrone``: cpu for CPU tensors, cuda for CUDA tensors, with the fallbacks of
+:mod:`pydrone.ops.native`. A request (``backend=``, else the environment variable ``PYDRONE_BACKEND``) is served by
+exactly the backend it names, or fails with the reason.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ NAMES = ("reference", "cpu", "triton", "cuda")
 class Backend(NamedTuple):
     """One backend's operations, each with the signature of :mod:`pydrone.ops.schema`.
 
-    ``checks``: whether they check their arguments, all of them before they write anything.
+    ``checks``: whether they check all arguments before they write anything.
     """
 
     name: str
@@ -32,7 +32,7 @@ class Backend(NamedTuple):
 
 
 def backends() -> dict[str, str | None]:
-    """The backends by name: None where usable on this machine, else the reason why not.
+    """The backends by name: None if usable on this machine, else the reason.
 
     >>> pydrone.backends()
     {'reference': None, 'cpu': None, 'triton': 'no CUDA device ...', 'cuda': 'this PyTorch is built without CUDA'}
@@ -47,7 +47,7 @@ _cache: dict[tuple[str, str | None, str | None], Backend] = {}
 def select(device: torch.device, backend: str | None = None) -> Backend:
     """The backend for tensors on ``device``.
 
-    Raises ValueError for a name that does not exist, RuntimeError with the reason for one that cannot serve.
+    Raises ValueError for an unknown name, RuntimeError with the reason for a backend that cannot serve the device.
     """
     key = (device.type, backend, os.environ.get("PYDRONE_BACKEND") if backend is None else None)
     found = _cache.get(key)
@@ -87,15 +87,15 @@ def _operations(name: str) -> Backend:
 
 
 def written(*tensors: torch.Tensor) -> None:
-    """Bumps the autograd version of what an operation wrote, so that autograd notices an overwritten saved tensor.
+    """Bumps the autograd version of the tensors an operation wrote, so that autograd detects an overwritten saved one.
 
     The kernels write through raw pointers, which PyTorch does not see.
     """
-    if not torch.compiler.is_compiling():  # a trace sees the schema, and what it says is written
+    if not torch.compiler.is_compiling():  # a trace takes the writes from the schema
         bump([x for x in tensors if not x.is_inference()])
 
 
 def bump(tensors: list[torch.Tensor]) -> None:
-    """The same for tensors known not to be inference tensors."""
+    """Like :func:`written`, for tensors known not to be inference tensors."""
     if not torch.compiler.is_compiling():
         torch.autograd.graph.increment_version(tensors)

@@ -1,8 +1,8 @@
 """Loads the compiled libraries; registers the operations' schemas, fakes and fallbacks with PyTorch.
 
-``torch.ops.pydrone.<op>`` runs the native CPU or CUDA library where that is built, Triton on CUDA tensors where it is
-not, and the plain PyTorch reference everywhere else. The libraries hold implementations only; the schemas are
-defined here, so that the operations exist without a compiler too.
+``torch.ops.pydrone.<op>`` runs the native CPU or CUDA library where built. Otherwise it runs Triton on CUDA tensors
+and the plain PyTorch reference on all others. The libraries hold implementations only; the schemas are defined here,
+so that the operations exist without a compiler too.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pydrone.ops import reference
+from pydrone.ops import reference, triton
 from pydrone.ops.schema import CPU_QUERIES, CPU_SCHEMAS, LEARNER_SCHEMAS, SCHEMAS
 
 PACKAGE = Path(__file__).resolve().parent.parent
@@ -23,11 +23,11 @@ _library = torch.library.Library("pydrone", "DEF")
 
 
 def _fake(name: str):
-    """The operations write into given outputs: a trace needs nothing computed.
+    """A fake kernel. The operations write into given outputs, so a trace has nothing to compute.
 
-    A tensor on "meta" among others ends up here too, and must not be taken for done.
+    A call that mixes "meta" tensors with real ones is dispatched here too; it is refused, not silently skipped.
     """
-    layout = 2 if name == "append" else None  # on the CPU for every device
+    layout = 2 if name == "append" else None  # always on the CPU
 
     def fake(*args) -> None:
         if layout is not None and args[layout].device.type != "cpu":
@@ -42,7 +42,7 @@ def _fake(name: str):
 
 
 def _plain(name: str):
-    """The reference; it runs on every device. What is no plain memory is refused before anything is written."""
+    """The reference, for every device. Tensors that are not plain strided memory are refused before any write."""
     run = getattr(reference, name)
     names = list(inspect.signature(run).parameters)
 
@@ -59,33 +59,31 @@ def _plain(name: str):
 
 def _triton(name: str):
     def launch(*args) -> None:
-        from pydrone.ops import triton
-
         getattr(triton, name)(*args)
 
     return launch
 
 
 def define(library: torch.library.Library, name: str, schema: str) -> None:
-    """An operation, and what it is in a trace."""
+    """Defines an operation and its fake kernel."""
     library.define(name + schema)
     torch.library.register_fake(f"{library.ns}::{name}", _fake(name), lib=library)
 
 
 def fall_back(library: torch.library.Library, name: str) -> None:
-    """The reference, wherever there is no kernel."""
+    """Registers the reference for every device without a kernel."""
     for key in ("CompositeExplicitAutograd", "MkldnnCPU", "AutogradNestedTensor"):
         library.impl(name, _plain(name), key)
 
 
 def build_info() -> dict:
-    """What the build recorded about itself: ``native_cpu`` and ``native_cuda``, None or the reason it is missing."""
+    """What the build recorded: ``native_cpu`` and ``native_cuda`` (None, or why it is missing), and what built them."""
     path = PACKAGE / "_build_info.json"
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
 def _load(stem: str) -> str | None:
-    """Loads ``pydrone/<stem>*.so`` (or .dylib, .pyd); None, or the reason why it is not there."""
+    """Loads ``pydrone/<stem>*.so`` (or .dylib, .pyd). Returns None, or why it is missing."""
     found = [path for path in sorted(PACKAGE.glob(f"{stem}*")) if path.suffix in {".so", ".dylib", ".pyd"}]
     if not found:
         return build_info().get(stem.removeprefix("_")) or "not built: reinstall where a C++ compiler is found"

@@ -1,8 +1,8 @@
-"""Memory for CPU tensors: sets of them in one block, page-aligned, on huge pages where Linux has them.
+"""Memory for CPU tensors: a set of tensors in one page-aligned block, on huge pages where Linux offers them.
 
-In 4 KiB pages a shuffled read of 105 MB misses the TLB at every row, and a scan that steps through planes of 8192
-environments at every step. Rows of 128 bytes that do not start at a multiple of that straddle the pairs of cache lines
-that a processor fetches together.
+On 4 KiB pages, a shuffled read of 105 MB misses the TLB at every row, and a scan over planes of 8192 environments
+misses it at every step. Rows of 128 bytes not aligned to 128 straddle the pairs of cache lines that processors fetch
+together.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from contextlib import suppress
 import torch
 from torch import Tensor
 
-_HUGE = 2 << 20  # bytes of a huge page; malloc serves what is smaller
+_HUGE = 2 << 20  # bytes of a huge page; smaller blocks come from malloc
 _LINE = 64
 
 Spec = tuple[tuple[int, ...], torch.dtype]
@@ -26,10 +26,10 @@ Spec = tuple[tuple[int, ...], torch.dtype]
 def together(
     specs: Sequence[Spec], device: torch.device, take: Callable[[int], mmap.mmap | ctypes.Array] | None = None
 ) -> list[Tensor]:
-    """A tensor for each (shape, dtype), each with a storage of its own, side by side in a block of memory.
+    """Uninitialised tensors, one per (shape, dtype), adjacent in one block of memory, each with its own storage.
 
-    Not initialised. ``take`` gives a block of so many bytes. Elsewhere than on a CPU, and where all are small,
-    ``torch.empty``.
+    ``take`` returns a block of the given number of bytes. On other devices than the CPU, or if the tensors are smaller
+    than a huge page together, each is a plain ``torch.empty``.
     """
     sizes = [math.prod(shape) * dtype.itemsize for shape, dtype in specs]
     places = [-(-size // _LINE) * _LINE for size in sizes]
@@ -51,16 +51,16 @@ def together(
 
 def _map(nbytes: int) -> mmap.mmap:
     memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with suppress(OSError):  # a kernel built without them
+    with suppress(OSError):  # a Linux kernel built without huge pages
         memory.madvise(mmap.MADV_HUGEPAGE)
     return memory
 
 
 class Recycler:
-    """Such blocks, one for each set of tensors, that come back when a set's last tensor is gone.
+    """Keeps the blocks of :func:`together` for reuse. A block returns when the last tensor of its set is freed.
 
-    Fresh memory costs a page fault a page: more, for a minibatch, than the gather that fills it. At most ``KEPT``
-    blocks wait, all of one size: one is being filled while the one before may still be held.
+    Fresh memory costs one page fault per page; for a minibatch, that is more than the gather that fills it. At most
+    ``KEPT`` free blocks are held, all of one size: one is filled while the caller may still hold the previous one.
     """
 
     KEPT = 2
@@ -68,18 +68,18 @@ class Recycler:
     def __init__(self) -> None:
         self._free: list[mmap.mmap] = []
 
-    def __reduce__(self) -> tuple:  # a copy has blocks of its own
+    def __reduce__(self) -> tuple:  # a copy starts without blocks
         return Recycler, ()
 
     def empty(self, specs: Sequence[Spec], device: torch.device) -> list[Tensor]:
-        """As :func:`together`."""
+        """Like :func:`together`, from reused blocks."""
         return together(specs, device, self._take)
 
     def _take(self, nbytes: int) -> ctypes.Array:
         if self._free and len(self._free[0]) != nbytes:
             self._free.clear()
         memory = self._free.pop() if self._free else _map(nbytes)
-        # The array stands between, because it can be told when it dies; the tensors hold on to it.
+        # The tensors keep this array alive, and unlike an mmap it can carry a finalizer.
         block = (ctypes.c_char * nbytes).from_buffer(memory)
         weakref.finalize(block, self._give_back, memory).atexit = False
         return block

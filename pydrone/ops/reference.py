@@ -1,4 +1,4 @@
-"""The operations in plain PyTorch: slow, short, and the truth that the kernels are tested against.
+"""The operations in plain PyTorch: short, slow, and the ground truth that the kernels are tested against.
 
 Signatures and argument shapes: :mod:`pydrone.ops.schema`. Runs on any device, in the dtype of the outputs.
 """
@@ -57,7 +57,7 @@ def gae(
     stats,
     workspace,
 ) -> None:
-    """Generalized advantage estimation (Schulman et al. 2016, arXiv:1506.02438, eq. 16), cut at every end."""
+    """Generalized advantage estimation (Schulman et al. 2016, arXiv:1506.02438, eq. 16), cut at episode ends."""
     num_steps, capacity, dtype = advantages.shape[1], rewards.shape[1], advantages.dtype
     if cursor is not None:
         start = int(cursor[CURSOR_DISCARDED]) % capacity
@@ -73,7 +73,7 @@ def gae(
             at_truncation = value
         else:
             at_truncation = next_value
-        # Selects, never products: 0 * NaN is NaN, and what follows an end must not reach back over it.
+        # Selects, never products: 0 * NaN is NaN, and values after an end must not leak back across it.
         next_value = torch.where(code == TRUNCATED, at_truncation, next_value)
         next_value = torch.where(code == TERMINATED, 0, next_value)
         delta = rewards[:, slot].to(dtype) + gamma * next_value - value
@@ -101,7 +101,7 @@ def _final_value(final_values: Tensor, final_rows: Tensor | None, slot: int, dty
 
 
 def append(memory, sources, layout, dones, truncated, valid, slot, pool_slot, cursor, commit) -> None:
-    """Stores one step: fields into packed rows, scalars into planes, flags as codes, final observations in the pool."""
+    """Stores one step: fields in packed rows, scalars in planes, flags as codes, final observations in the pool."""
     (num_fields, num_planes, _, looked_at), *fields = layout.tolist()
     *memory, not_finite = memory if looked_at else (*memory, None)
     rows, codes, planes = memory[0], memory[1] if len(memory) > 1 else None, memory[2 : 2 + num_planes]
@@ -175,7 +175,7 @@ def gather(
     returns_out,
     indices_out,
 ) -> None:
-    """One minibatch of the epoch's permutation, every field at once."""
+    """Gathers one minibatch of the epoch's permutation, all fields at once."""
     capacity = rows.shape[0]
     if cursor is not None:
         discarded = int(cursor[CURSOR_DISCARDED])
@@ -206,7 +206,7 @@ def gather(
 
 
 def normalization(stats: Tensor) -> tuple[Tensor, Tensor]:
-    """(mean, 1 / (unbiased std + epsilon)) as float32, from (count, mean, M2); fewer than two samples: std 0."""
+    """(mean, 1 / (unbiased std + epsilon)), float32 scalars, from stats [3]; with fewer than two samples, std is 0."""
     count, mean, m2 = stats.unbind()
     std = torch.where(count > 1, m2 / (count - 1).clamp_min(1), 0).sqrt()
     return mean.float(), (1 / (std + STD_EPSILON)).float()
@@ -236,7 +236,7 @@ def ppo_loss(
     metrics,
     workspace,
 ) -> None:
-    """PPO's loss (the formulas of pydrone/ppo/learner/loss.py) and its derivatives, term by term."""
+    """PPO's loss (the formulas of pydrone/ppo/learner/loss.py) and its gradients, term by term."""
     mean, std, actions, log_probs, advantages, new, old, target = (
         x.to(mean_grad.dtype) for x in (mean, std, actions, log_probs, advantages, new_values, values, returns)
     )
@@ -247,7 +247,7 @@ def ppo_loss(
     entropy = (std.log() + HALF_LOG_2PI + 0.5).sum()
     ratio = (-0.5 * z.square().sum(1) - entropy + 0.5 * len(std) - log_probs).exp()
     plain, clipped = ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages
-    # As torch differentiates minimum and clamp: the plain side where it is the smaller, or both are the same.
+    # As torch differentiates minimum and clamp: the unclipped term's gradient, unless the clipped term is smaller.
     by_log_prob = -torch.where(clipped < plain, 0, plain)[:, None] / num_samples
     mean_grad.copy_(by_log_prob * z / std)
     std_grad.copy_((by_log_prob * (z.square() - 1) / std).sum(0) - entropy_coef * share / std)
@@ -264,18 +264,18 @@ def ppo_loss(
     kl = torch.full_like(entropy, math.nan)
     if mu is not None:
         apart, s = mu.to(mean.dtype) - mean, sigma.to(mean.dtype)
-        # Exactly 0 where nothing has changed.
+        # Factored to be exactly 0 if the policy has not changed.
         kl = ((apart.square() + (s - std) * (s + std)) / (2 * std.square()) + (std.log() - s.log())).sum() / num_samples
     surrogate = -torch.minimum(plain, clipped).sum() / num_samples
     metrics.copy_(torch.stack([surrogate, square.sum() / num_samples, entropy * share, kl]))
 
 
 def permute(position: Tensor, num_samples: int, key: int, rollout: int, epoch: int) -> Tensor:
-    """Where ``position`` (int64, in [0, num_samples)) goes in the keyed permutation of [0, num_samples).
+    """The keyed permutation of [0, num_samples), applied to ``position`` (int64, in [0, num_samples)).
 
-    An alternating Feistel network over Z_a x Z_b, a * b the first such product >= num_samples with a = ceil(sqrt),
-    whose few values beyond num_samples are walked back in (Black and Rogaway, Ciphers with arbitrary finite
-    domains, CT-RSA 2002). Integers alone: bit-identical in every backend.
+    An alternating Feistel network over Z_a x Z_b (:func:`feistel_sides`); the few values >= num_samples are mapped
+    back by cycle walking (Black and Rogaway, Ciphers with arbitrary finite domains, CT-RSA 2002). Integer arithmetic
+    only: bit-identical in every backend.
     """
     a, b = feistel_sides(num_samples)
     keys = round_keys(key, rollout, epoch)
@@ -298,7 +298,7 @@ def permute(position: Tensor, num_samples: int, key: int, rollout: int, epoch: i
 def _round(x: Tensor, k: int) -> Tensor:
     h = ((x ^ k) * 0x9E3779B1) & MASK32
     h = h ^ (h >> 15)
-    # int64 products wrap, which leaves their low 32 bits right.
+    # int64 products wrap around; their low 32 bits stay correct.
     return (h * 0x85EBCA77) & MASK32
 
 
@@ -319,7 +319,7 @@ def mix32(x: int) -> int:
 
 
 def round_keys(key: int, rollout: int, epoch: int) -> list[int]:
-    """The ROUNDS 32-bit round keys of (key, rollout, epoch), two 32-bit lanes that absorb word by word."""
+    """The ROUNDS 32-bit round keys from (key, rollout, epoch): two 32-bit lanes absorb one word at a time."""
     k0, k1 = 0x243F6A88, 0x85A308D3
     for word in (key, key >> 32, rollout, rollout >> 32, epoch):
         word &= MASK32

@@ -1,4 +1,4 @@
-"""The Triton backend: the kernels of ``triton_kernels/``, imported at first use and never before."""
+"""The Triton backend: the kernels of ``triton_kernels/``, not imported before the first launch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 
 def missing() -> str | None:
-    """None where the Triton kernels can run, else the reason. ``TRITON_INTERPRET=1`` runs them without a GPU."""
+    """None if the Triton kernels can run, else the reason. ``TRITON_INTERPRET=1`` runs them without a GPU."""
     if find_spec("triton") is None:
         return "triton is not installed: pip install 'pydrone-rl[triton]'"
     if torch.cuda.is_available() or interpreted():
@@ -18,7 +18,7 @@ def missing() -> str | None:
 
 
 def interpreted() -> bool:
-    """Whether Triton kernels imported from now on run in the interpreter."""
+    """Whether Triton kernels imported from now on will run in the interpreter."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 

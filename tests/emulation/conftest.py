@@ -1,4 +1,4 @@
-"""The CUDA kernels on the CPU: csrc/cuda compiled as C++, over headers that stand in for CUDA's (cuda_on_cpu.py)."""
+"""The CUDA kernels on the CPU: csrc/cuda compiled as C++ with headers that replace CUDA's (cuda_on_cpu.py)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pydrone.rollout import storage
 
 @pytest.fixture(scope="session")
 def operations() -> dispatch.Backend:
-    """The emulated backend. Its operations are torch.ops.pydrone_emulated's, with the schemas of pydrone's own."""
+    """The emulated backend: the operations of torch.ops.pydrone_emulated, with pydrone's schemas."""
     library = torch.library.Library("pydrone_emulated", "DEF")
     for name, schema in SCHEMAS.items():
         native.define(library, name, schema)
@@ -26,7 +26,7 @@ def operations() -> dispatch.Backend:
 
 @pytest.fixture
 def backend(operations, monkeypatch) -> str:
-    """In place of tests/conftest.py's. Planes lie as they do on a GPU, by environment."""
+    """Replaces the fixture of tests/conftest.py. Planes are env-major, as on a GPU."""
     monkeypatch.setitem(dispatch._cache, ("cpu", "emulated", None), operations)
     monkeypatch.setattr(storage, "allocate", allocated)
     return "emulated"

@@ -1,7 +1,7 @@
-"""Builds csrc/cuda for the CPU, over the headers in cuda/, which stand in for CUDA's.
+"""Builds csrc/cuda for the CPU, with the headers in cuda/ in place of CUDA's.
 
-What C++ does not have is rewritten: launches, declarations of shared memory, one attribute. All else is compiled as it
-stands, so that the kernels which are tested are the kernels.
+Syntax that C++ lacks is rewritten: launches, declarations of shared memory, one attribute. Everything else is compiled
+unchanged, so that the tests run the real kernels.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ REWRITTEN = [
 
 
 def rewritten(text: str) -> str:
-    """CUDA as C++ over cuda/cuda_runtime.h; ValueError if something is left that is none."""
+    """CUDA source as C++ for cuda/cuda_runtime.h. Raises ValueError if CUDA syntax remains."""
     for pattern, by in REWRITTEN:
         text = re.sub(pattern, by, text)
     left = re.search(r"__shared__|<<<|asm\b", re.sub(r"//.*", "", text))
@@ -47,7 +47,7 @@ def rewritten(text: str) -> str:
 
 
 def build(folder: Path = FOLDER, sources: Path = ROOT / "csrc") -> Path:
-    """The library of ``sources``/cuda, in ``folder``; the one that is there already if nothing has changed."""
+    """Builds ``sources``/cuda in ``folder`` and returns the library's path; reuses a library of the same sources."""
     files = [*sources.glob("*.h"), *sources.glob("cuda/*.cu*")]
     parts = {x: rewritten(x.read_text()) if x.parent.name == "cuda" else x.read_text() for x in sorted(files)}
     seen = [*parts.values(), *(x.read_text() for x in sorted(STAND_INS.rglob("*.h"))), torch.__version__, *CXX, *FLAGS]

@@ -1,4 +1,4 @@
-"""The emulation itself: right kernels compute, and the mistakes of mistakes/cuda/mistakes.cu are noticed."""
+"""The emulation itself: correct kernels compute, and the mistakes in mistakes/cuda/mistakes.cu are detected."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ def run(operations, tmp_path_factory):
     del library
 
 
-def test_what_is_right(run):
+def test_correct_kernels(run):
     assert torch.equal(run(REVERSE), X.flip(0))
     assert run(SUM).tolist() == [31 * 16.0] * 32 + [31 * 16.0 + 32 * 32.0] * 32
 
 
-def test_a_missing_barrier_is_numbers_that_are_not_there_yet(run):
+def test_a_missing_barrier_reads_nan(run):
     assert run(NO_BARRIER).isnan().any()
 
 
@@ -47,18 +47,18 @@ def test_a_missing_barrier_is_numbers_that_are_not_there_yet(run):
         (GRID, "launch: invalid"),
     ],
 )
-def test_what_a_gpu_would_hang_in_or_refuse_is_an_error(kind, message, run):
+def test_what_would_hang_or_fail_on_a_gpu_is_an_error(kind, message, run):
     with pytest.raises(RuntimeError, match=message):
         run(kind)
-    assert torch.equal(run(REVERSE), X.flip(0))  # nothing is left of it
+    assert torch.equal(run(REVERSE), X.flip(0))  # the next launch is unaffected
 
 
-def test_blocks_come_in_another_order_each_time(run):
+def test_the_order_of_blocks_changes_each_time(run):
     first, second = run(TICKETS), run(TICKETS)
     assert sorted(first.tolist()) == X.tolist() and not torch.equal(first, X) and not torch.equal(first, second)
 
 
-def test_what_no_rule_rewrites_is_refused():
+def test_cuda_syntax_without_a_rule_is_refused():
     assert cuda_on_cpu.rewritten("f<<<a, b, 0, s>>>(x); // <<<") == "emulated::launch(f, a, b, 0, s, x); // <<<"
     for text in ("__shared__ alignas(16) float x[4];", 'asm volatile("x");'):
         with pytest.raises(ValueError, match="no rule rewrites"):

@@ -1,4 +1,4 @@
-"""The CUDA kernels, compiled for the CPU: the CPU suite's cases that take a backend, and direct calls."""
+"""The CUDA kernels, compiled for the CPU: the CPU suite's tests that take a backend, and direct calls."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from shared_cases import MODULES, cases
 from pydrone import RolloutBuffer, gae
 
 found = cases(*MODULES, test_non_finite)
-del found["test_buffer_state_repr_and_truth"]  # it looks for the backend's name
+del found["test_buffer_state_repr_and_truth"]  # expects the backend's name
 globals().update(found)
 
 
 @pytest.fixture
 def direct(operations, monkeypatch) -> None:
-    """torch.ops.pydrone in the modules of direct calls."""
+    """Replaces torch.ops.pydrone in the modules that call operations directly."""
     for module in (test_ops, bad_input):
         monkeypatch.setattr(module, "OPS", torch.ops.pydrone_emulated)
 
@@ -31,7 +31,7 @@ def test_agrees_with_the_reference(name, direct):
 
 @pytest.mark.parametrize("name", [*test_ops.HOSTILE, *test_ops.HARMLESS])
 def test_hostile_and_harmless_arguments(name, direct):
-    if name in test_ops.HARMLESS or name == "a pool's count below zero":  # which no host reads from a device
+    if name in test_ops.HARMLESS or name == "a pool's count below zero":  # not checked: the count is on the device
         (test_ops.HOSTILE | test_ops.HARMLESS)[name]()
     else:
         with pytest.raises(RuntimeError):
@@ -52,7 +52,7 @@ def test_wrong_calls_are_refused_by_name(direct, monkeypatch):
 
 @pytest.mark.slow
 def test_the_whole_size(backend):
-    """8192 x 100: a rollout of two environments to a warp, stored, scanned and drawn from."""
+    """8192 x 100, two environments per warp: stored, scanned and gathered."""
     num_envs, num_steps = 8192, 100
     data = rollout(num_envs, num_steps, seed=0)
     obs = torch.randn(num_envs, num_steps, 17)

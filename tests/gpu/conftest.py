@@ -1,4 +1,4 @@
-"""For a GPU: the CPU suite's cases on its backends, and what only a GPU has. Elsewhere each file is skipped."""
+"""Tests on a GPU: the CPU suite's tests on the GPU backends, and tests of GPU features. Skipped without a GPU."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FACTORIES = {
 
 
 class OnTheGPU(TorchFunctionMode):
-    """What a case makes without naming a device lies on the GPU, with the numbers that it has on a CPU."""
+    """Tensors that a test creates without naming a device lie on the GPU, with the same numbers as on the CPU."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -31,7 +31,7 @@ class OnTheGPU(TorchFunctionMode):
 
 @pytest.fixture(params=GPU_BACKENDS)
 def backend(request, monkeypatch):
-    """In place of tests/conftest.py's: the backends of a GPU, with tensors and buffers on it."""
+    """Replaces the fixture of tests/conftest.py: the GPU backends, with tensors and buffers on the GPU."""
     reason = pydrone.backends()[request.param]
     if reason is not None:
         pytest.skip(f"{request.param}: {reason}")

@@ -1,4 +1,4 @@
-"""What only a GPU shows: launches, streams, bit-equality at the full size, and the CPU's results."""
+"""Tests that need a GPU: launches, synchronisation, streams, bit-equal runs at full size, agreement with the CPU."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def make(backend: str | None, device: str, num_envs: int = 70, num_steps: int = 
 
 
 def filled(backend: str | None, device: str = "cuda", **options) -> RolloutBuffer:
-    """A buffer with a rollout, the same for every backend, and its advantages."""
+    """A buffer with a rollout and its advantages, the same for every backend."""
     torch.manual_seed(1)
     buf = make(backend, device, **options)
     for _ in range(buf.num_steps):
@@ -37,7 +37,7 @@ def filled(backend: str | None, device: str = "cuda", **options) -> RolloutBuffe
 
 
 def launches(run: Callable[[], object]) -> list[str]:
-    """Everything that ran on the GPU, copies and fills included; ``run`` has been run before."""
+    """Names of everything that ``run`` runs on the GPU, copies and fills included, after a warm-up."""
     run()
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as recorded:
@@ -47,7 +47,7 @@ def launches(run: Callable[[], object]) -> list[str]:
 
 
 def test_launches(backend):
-    """One for a step, for an advantage computation, for a minibatch; none besides, and nothing read back."""
+    """One launch per step, advantage computation and minibatch; no other work on the GPU, and nothing read back."""
     buf = make(backend, "cuda", capacity=24)
     step = random_step(buf)
     late = step | {"truncated": step["dones"], "final_obs": step["obs"]}
@@ -71,7 +71,7 @@ def test_launches(backend):
 
 
 def test_nothing_waits_for_the_gpu(backend):
-    """A step, its advantages and minibatches call nothing that synchronises."""
+    """Steps, advantages and minibatches never synchronise."""
     buf = filled(backend)
     step, last = random_step(buf), torch.randn(70)
     torch.cuda.set_sync_debug_mode("error")
@@ -114,7 +114,7 @@ def test_the_full_size_against_the_cpu(backend):
 @pytest.mark.parametrize("obs", [17, {"state": 5, "camera": ((3, 4, 4), torch.uint8)}], ids=["plain", "groups"])
 @pytest.mark.parametrize("capacity", [6, 9, 12])
 def test_final_observations(capacity, obs, backend):
-    """value_fn is shown the pool whole, and what it says of the rows in use is what counts."""
+    """value_fn receives the whole pool; only its values for rows in use count."""
     ours = make(backend, "cuda", capacity=capacity, obs=obs, final_obs_rows=70 * 6)
     theirs = make(None, "cpu", capacity=capacity, obs=obs, final_obs_rows=70 * 6)
 
@@ -140,7 +140,7 @@ def test_final_observations(capacity, obs, backend):
 
 
 def test_the_current_stream_is_used(backend):
-    """Inputs that a side stream has yet to write; on any other stream the kernels would read zeros."""
+    """The inputs are still being written on a side stream; on any other stream the kernels would read zeros."""
     expected, stream = filled(backend), torch.cuda.Stream()
     buf = make(backend, "cuda")
     torch.manual_seed(1)

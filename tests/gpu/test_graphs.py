@@ -1,4 +1,4 @@
-"""CUDA graphs: append, GAE and minibatches captured once and replayed over rollouts, as an eager buffer does it."""
+"""CUDA graphs: append, GAE and minibatches, captured once and replayed for many rollouts, equal an eager buffer."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def make(backend: str | None, device: str, **options) -> RolloutBuffer:
 
 
 def captured(buf: RolloutBuffer, run: Callable[[], None]) -> torch.cuda.CUDAGraph:
-    """Captures twice: what a kernel's first launch loads may not be loaded in a capture of the default mode."""
+    """Captures twice: a kernel's first launch loads modules, which a capture in the default mode does not allow."""
     for mode in ("relaxed", "global"):
         buf.clear()
         graph = torch.cuda.CUDAGraph()
@@ -35,7 +35,7 @@ def captured(buf: RolloutBuffer, run: Callable[[], None]) -> torch.cuda.CUDAGrap
 
 
 def refill(inputs: dict, step: dict) -> None:
-    """New numbers in a graph's input tensors."""
+    """Copies new numbers into a graph's input tensors."""
     for name, x in inputs.items():
         if isinstance(x, dict):
             refill(x, step[name])
@@ -73,7 +73,7 @@ def value_fn(obs: dict[str, torch.Tensor]) -> torch.Tensor:
     + [(capacity, False, False) for capacity in (T + 5, 2 * T, 3 * T - 4)],
 )
 def test_a_rollout_replayed_is_a_rollout_run(capacity, late, clears, backend):
-    """Bit for bit what an eager buffer of the same backend holds; the CPU's to rounding."""
+    """Bit-equal to an eager buffer of the same backend; equal to the CPU's up to rounding."""
     sizes = {"capacity": capacity, "final_obs_rows": N * T if late else 0}
     buf, eager = make(backend, "cuda", **sizes), make(backend, "cuda", **sizes)
     on_host = make(None, "cpu", **sizes)
@@ -119,7 +119,7 @@ def test_a_rollout_replayed_is_a_rollout_run(capacity, late, clears, backend):
             each.clear()
         assert (buf._ring.appended, buf._ring.discarded) == (eager._ring.appended, eager._ring.discarded)
         assert buf._storage.cursor.tolist() == [buf._ring.appended, buf._ring.discarded, 0, 0, T]
-    assert len(orders) == 6 * ROLLOUTS  # no permutation twice
+    assert len(orders) == 6 * ROLLOUTS  # no permutation occurs twice
 
 
 @pytest.mark.parametrize("halves", [False, True], ids=["append", "begin and end"])
@@ -175,7 +175,7 @@ def test_a_full_ring_is_left_alone_and_flagged(backend):
 
 
 def test_a_graph_outlives_many_rollouts(backend):
-    """The ticket of the statistics and that of the ring are back at 0 after each of hundreds of replays."""
+    """The tickets of the statistics and of the ring are 0 again after each of hundreds of replays."""
     buf = make(backend, "cuda")
     inputs, last = random_step(buf), torch.randn(N)
 

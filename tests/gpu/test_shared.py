@@ -1,4 +1,4 @@
-"""Every case of the CPU suite that takes a backend, on a GPU's backends."""
+"""Every test of the CPU suite that takes a backend, on the GPU backends."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ if not torch.cuda.is_available():
 
 pytestmark = pytest.mark.gpu
 
-CPU = "its tensors are made on import, or it names the CPU"
-LAZY = "minibatches are lazy on the CPU alone"
+CPU = "it creates tensors on import, or names the CPU"
+LAZY = "minibatches are lazy on the CPU only"
 LEFT_OUT = {
     "test_gae_contract_equals_rsl_rl": CPU,
     "test_gae_contract_unsigned_flags_work_or_are_refused_by_name": CPU,

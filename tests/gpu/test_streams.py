@@ -1,4 +1,4 @@
-"""Streams other than the default one, DLPack and deterministic algorithms, on a GPU."""
+"""Non-default streams, DLPack and deterministic algorithms on a GPU."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def iteration(buf: RolloutBuffer, steps: list[dict[str, Tensor]], last: Tensor) 
     return out
 
 
-def test_two_buffers_on_two_streams_do_not_meet(backend):
-    """Each has a workspace of its own: what runs at once on two streams gives what it gives alone."""
+def test_two_buffers_on_two_streams_do_not_interfere(backend):
+    """Each buffer has its own workspace: running both at once on two streams gives the same results as each alone."""
     bufs = [RolloutBuffer(4096, 20, obs=17, actions=4, seed=i, backend=backend) for i in range(2)]
     given = [[random_step(buf) for _ in range(20)] for buf in bufs]
     last = torch.randn(4096)

@@ -1,4 +1,4 @@
-"""Training on a GPU: the loss's kernel, and iterations as one CUDA graph, as one iteration shows them."""
+"""Training on a GPU: the loss kernel, and iterations captured as one CUDA graph."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def compared(figures: dict[str, float]) -> dict[str, float]:
 
 
 def calls(run: Callable[[], object]) -> Counter[str]:
-    """The host's calls of CUDA, by name."""
+    """The CUDA calls that the host makes, by name."""
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as recorded:
         run()
@@ -41,24 +41,24 @@ def calls(run: Callable[[], object]) -> Counter[str]:
 
 
 def iterated(iterations: int, capture: bool, **ppo: object) -> tuple[Trainer, list[dict[str, float]]]:
-    """A trainer and its figures; made here, since it seeds the generator that all of them draw actions from."""
+    """A trainer and its metrics per iteration. Made here, since a trainer seeds the generator that all share."""
     trainer = make(capture, **ppo)
     return trainer, [compared(trainer.iterate()) for _ in range(iterations)]
 
 
 @pytest.mark.parametrize("options", [{}, {"normalize_obs": True, "normalize_values": True, "learner": "torch"}])
-def test_a_captured_training_is_the_uncaptured_one(options):
+def test_captured_training_equals_eager_training(options):
     eager, expected = iterated(ITERATIONS, False, **options)
     replayed, found = iterated(ITERATIONS, True, **options)
     assert replayed._graph._replay is not None
     for ours, theirs in zip(found, expected, strict=True):
-        # cuBLAS may take other algorithms on another stream: its sums then differ in the last bits.
+        # cuBLAS may choose other algorithms on another stream, whose sums differ in the last bits.
         assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-4, nan_ok=True)
     for name, x in eager.policy.state_dict().items():
         torch.testing.assert_close(replayed.policy.state_dict()[name], x, rtol=1e-3, atol=1e-4, msg=name)
 
 
-def test_a_captured_training_goes_on_from_its_checkpoint(tmp_path):
+def test_captured_training_resumes_from_its_checkpoint(tmp_path):
     _, expected = iterated(ITERATIONS, True)
     first, _ = iterated(2, True)
     path = checkpoint.save(tmp_path / "model_2.pt", first.state_dict())
@@ -67,7 +67,7 @@ def test_a_captured_training_goes_on_from_its_checkpoint(tmp_path):
         assert compared(resumed.iterate()) == pytest.approx(figures, rel=1e-3, abs=1e-4, nan_ok=True)
 
 
-def test_the_losss_kernel_equals_autograd():
+def test_the_loss_kernel_equals_autograd():
     (ours, found), (theirs, expected) = iterated(2, False), iterated(2, False, learner="torch")
     assert ours.learner.fused_loss is not None and theirs.learner.fused_loss is None
     for figures, others in zip(found, expected, strict=True):
@@ -75,17 +75,17 @@ def test_the_losss_kernel_equals_autograd():
 
 
 @pytest.mark.parametrize("capture", [False, True])
-def test_the_host_reads_once_an_iteration(capture):
+def test_the_host_reads_once_per_iteration(capture):
     trainer = make(capture)
     for _ in range(3):
         trainer.iterate()
     own, found = calls(lambda: None), calls(trainer.iterate)
-    found.subtract(own)  # what the profiler does by itself
+    found.subtract(own)  # the profiler's own calls
     waits = {name: n for name, n in found.items() if "Synchronize" in name and "Event" not in name}
-    assert sum(waits.values()) <= 1, waits  # the read
+    assert sum(waits.values()) <= 1, waits  # the one read
     launched = {name: n for name, n in found.items() if name.startswith(("cudaLaunch", "cuLaunch"))}
     if capture:
-        # beside the graph: the seed and the offset of torch's generator and the environment's
+        # besides the graph: seed and offset of torch's generator and of the environment's
         assert found["cudaGraphLaunch"] == 1 and sum(launched.values()) <= 4, launched
     else:
         assert found["cudaGraphLaunch"] == 0 and sum(launched.values()) > 100

@@ -1,4 +1,4 @@
-"""PPO's loss of a minibatch: a table worked out by hand, and random ones against autograd in float64."""
+"""PPO's loss of a minibatch: cases computed by hand, and random cases against autograd in float64."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ from torch import Tensor
 from pydrone.ops.schema import loss_workspace_size
 from pydrone.ppo.learner.loss import gaussian_entropy, gaussian_kl, gaussian_log_prob, surrogate_loss, value_loss
 
-# log p(1.5) of the table below
+# log p(1.5) for the table below
 LOG_PROB = -0.125 - math.log(2) - 0.5 * math.log(2 * math.pi)
 
-# One sample, one action, networks of a bias alone: mean 0.5, value 1; std 2, so log p(a) = -z^2 / 2 - log 2 - 0.919.
+# One sample and one action; the networks output mean 0.5 and value 1; std 2, so log p(a) = -z^2 / 2 - log 2 - 0.919.
 HAND = [
     # ratio 1, inside the range: d/dmean = -A z / s with z = (1.5 - 0.5) / 2; d/ds = -A (z^2 - 1) / s
     ({"advantages": 3.0, "ratio": 1.0}, {"mean": -3 * 0.5 / 2, "std": -3 * (0.25 - 1) / 2, "surrogate": -3.0}),
-    # ratio 1.5, A > 0: held at 1.2, no gradient
+    # ratio 1.5, A > 0: clipped to 1.2, no gradient
     ({"advantages": 2.0, "ratio": 1.5}, {"mean": 0.0, "std": 0.0, "surrogate": -2.4}),
-    # ratio 1.5, A < 0: not held
+    # ratio 1.5, A < 0: not clipped
     ({"advantages": -2.0, "ratio": 1.5}, {"mean": 3 * 0.5 / 2, "std": 3 * -0.75 / 2, "surrogate": 3.0}),
-    # ratio 0.5, A < 0: held at 0.8
+    # ratio 0.5, A < 0: clipped to 0.8
     ({"advantages": -1.0, "ratio": 0.5}, {"mean": 0.0, "std": 0.0, "surrogate": 0.8}),
-    # ratio 0.5, A > 0: not held
+    # ratio 0.5, A > 0: not clipped
     ({"advantages": 1.0, "ratio": 0.5}, {"mean": -0.5 * 0.5 / 2, "std": -0.5 * -0.75 / 2, "surrogate": -0.5}),
     # value 1, old 0.9, return 3: inside the range, (1 - 3)^2
     ({"values": 0.9, "returns": 3.0}, {"value": -4.0, "value_loss": 4.0}),
-    # old 0, return 3: held at 0.2, whose error is the larger one: no gradient
+    # old 0, return 3: clipped to 0.2, whose error is the larger one: no gradient
     ({"values": 0.0, "returns": 3.0}, {"value": 0.0, "value_loss": 2.8**2}),
-    # old 2, return -1: held at 1.8, the larger error again
+    # old 2, return -1: clipped to 1.8, again the larger error
     ({"values": 2.0, "returns": -1.0}, {"value": 0.0, "value_loss": 2.8**2}),
-    # old 0, return 0: held at 0.2, the plain error 1 is the larger one
+    # old 0, return 0: clipped to 0.2, but the unclipped error 1 is larger
     ({"values": 0.0, "returns": 0.0}, {"value": 2.0, "value_loss": 1.0}),
     # KL(N(0.25, 1) || N(0.5, 2)) = log 2 + (1 + 0.0625) / 8 - 1/2
     ({"mu": 0.25, "sigma": 1.0}, {"kl": math.log(2) + 1.0625 / 8 - 0.5}),
@@ -43,7 +43,7 @@ OUTPUTS = ("mean_grad", "value_grad", "std_grad", "metrics")
 
 
 def by_hand(given: dict[str, float], dtype: torch.dtype = torch.float32) -> dict[str, object]:
-    """Arguments of ppo_loss for a row of HAND."""
+    """ppo_loss's arguments for a row of HAND."""
     values = {"advantages": 0.0, "returns": 1.0, "values": 1.0, "mu": 0.5, "sigma": 2.0, "ratio": 1.0} | given
     values["log_probs"] = LOG_PROB - math.log(values.pop("ratio"))
     values |= {"mean": 0.5, "std": 2.0, "actions": 1.5, "new_values": 1.0}
@@ -53,7 +53,7 @@ def by_hand(given: dict[str, float], dtype: torch.dtype = torch.float32) -> dict
 
 
 def random_case(size: int, actions: int, dtype: torch.dtype = torch.float32, **options: object) -> dict[str, object]:
-    """Ratios on both sides of the clip range, values on both sides of theirs."""
+    """Random arguments with ratios and values inside and outside their clip ranges."""
     tensors = {
         "mean": torch.randn(size, actions) * 0.3,
         "std": torch.rand(actions) + 0.5,
@@ -79,7 +79,7 @@ def arguments(tensors: dict[str, Tensor], **options: object) -> dict[str, object
 
 
 def run(operation: Callable[..., None], case: dict[str, object], dtype: torch.dtype = torch.float32) -> dict:
-    """Its outputs, which begin as NaN, by name. The workspace's ticket must be left at 0."""
+    """The outputs by name; they start as NaN. The workspace's ticket must be 0 afterwards."""
     size, actions = case["mean"].shape
     shapes = ((size, actions), (size,), (actions,), (4,))
     found = {name: torch.full(shape, math.nan, dtype=dtype) for name, shape in zip(OUTPUTS, shapes, strict=True)}
@@ -91,7 +91,7 @@ def run(operation: Callable[..., None], case: dict[str, object], dtype: torch.dt
 
 
 def by_autograd(case: dict[str, object], dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
-    """What the outputs are to be, by pydrone.ppo.learner.loss."""
+    """The expected outputs, from pydrone.ppo.learner.loss and autograd."""
     x = {name: y.to(dtype) if isinstance(y, Tensor) else y for name, y in case.items()}
     mean, new, std = (x[name].detach().requires_grad_() for name in ("mean", "new_values", "std"))
     old, returns = x["values"], x["returns"]
@@ -111,18 +111,18 @@ def by_autograd(case: dict[str, object], dtype: torch.dtype = torch.float64) -> 
 
 
 def check(operation: Callable[..., None], case: dict[str, object], dtype: torch.dtype = torch.float32) -> None:
-    """``operation``'s outputs against float64's, within 1e-5 of their norm."""
+    """Compares ``operation``'s outputs with float64's, to within 1e-5 of their norm."""
     found, expected, rounded = run(operation, case, dtype), by_autograd(case), by_autograd(case, torch.float32)
     for name in OUTPUTS[:-1]:
         wanted, got = expected[name], found[name].double()
-        # Where summands cancel, float32 does no better, in any order.
+        # Where summands cancel, float32 is no more accurate in any order.
         limit = max(1e-5 * wanted.norm().item() + 1e-9, 4 * (rounded[name] - wanted).norm().item())
         assert (got - wanted).norm().item() <= limit, name
     assert found["metrics"].tolist() == pytest.approx(expected["metrics"].tolist(), rel=1e-5, abs=1e-5, nan_ok=True)
 
 
 def check_by_hand(operation: Callable[..., None], given: dict[str, float], expected: dict[str, float]) -> None:
-    """``operation`` on a row of HAND."""
+    """Checks ``operation`` on a row of HAND."""
     found = run(operation, by_hand(given))
     figures = dict(zip(("surrogate", "value_loss", "entropy", "kl"), found["metrics"].tolist()))
     figures |= {"mean": found["mean_grad"].item(), "value": found["value_grad"].item()}

@@ -1,5 +1,5 @@
-"""The CUDA sources compile for GPUs that need not be there, against whatever build of torch is installed; what their
-machine code holds is read with cuobjdump, the toolkit's or Triton's."""
+"""The CUDA sources compile without a GPU, against any build of torch; their machine code is inspected with cuobjdump,
+the toolkit's or Triton's."""
 
 from __future__ import annotations
 
@@ -16,37 +16,37 @@ import torch
 ROOT = Path(__file__).parents[2]
 FLAGS = ["-std=c++20", "-O3", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000", "-DTORCH_STABLE_ONLY"]
 
-# Kernel: registers of a thread, bytes of shared memory, barriers. A multiprocessor has 65,536 registers and a block of
-# most kernels 256 threads, so 64 registers let four of them be there at once, 80 three and 128 two.
+# Kernel: registers per thread, bytes of shared memory, barriers. A multiprocessor has 65,536 registers and most kernels
+# have blocks of 256 threads: four blocks fit at 64 registers, three at 80, two at 128.
 BUDGET = {
-    # 8192 environments in blocks of 16 are 512: one wave on 132 multiprocessors, if four fit. Shared memory: what the
-    # warps leave for the statistics, 24 bytes a row. Barriers: theirs and the ticket's.
+    # 8192 environments in blocks of 16 are 512 blocks: one wave on 132 multiprocessors if four fit. Shared memory: the
+    # warps' statistics, 24 bytes per row. Barriers: those of the statistics and the ticket.
     "gae_rows float wide": (64, 392, 4),
-    "gae_rows float direct": (80, 392, 4),  # with a cursor: wide and narrow accesses in one body, three blocks
-    "gae_rows float generic": (128, 392, 4),  # dtypes told apart at each element
+    "gae_rows float direct": (80, 392, 4),  # with a cursor: wide and narrow accesses in one body; three blocks
+    "gae_rows float generic": (128, 392, 4),  # checks the dtype at each element
     "gae_rows double wide": (128, 392, 4),
     "gae_rows double direct": (128, 392, 4),
     "gae_rows double generic": (128, 392, 4),
-    # 34 steps of rewards, values and codes in flight (float64: 17). 8192 threads are 62 to a multiprocessor: registers
-    # do not bound them.
+    # 34 steps of rewards, values and codes in flight (float64: 17). 8192 threads are 62 per multiprocessor: registers
+    # are no limit.
     "gae_columns float direct": (255, 56, 4),
     "gae_columns float generic": (80, 56, 4),
     "gae_columns double direct": (255, 56, 4),
     "gae_columns double generic": (80, 56, 4),
-    "append_step": (80, 1, 2),  # the ticket's
-    # 128 addresses of rows; the rows themselves, 128 x 304 bytes at most, are asked for at launch. One barrier after
-    # the addresses, one after the rows.
+    "append_step": (80, 1, 2),  # shared memory and barriers of the ticket
+    # 128 row offsets; the rows, at most 128 x 304 bytes, are dynamic shared memory. One barrier after the offsets, one
+    # after the rows.
     "gather_rows direct": (64, 1024, 1),
     "gather_rows staged": (64, 1024, 2),
 }
-# 64 and 80 registers are kept to by sparing one or two for a while, off the path of the loads: (kernel, rows of a
-# warp, architecture) to bytes of stack. Nothing else may have any.
-SPARED = {
+# To stay within 64 or 80 registers, ptxas may spill one or two, away from the loads: (kernel, rows per warp,
+# architecture) to bytes of stack. No other kernel may spill.
+SPILLED = {
     ("gae_rows float direct", 2, 100): 8,
     ("gae_rows float wide", 1, 120): 16,
     ("gae_rows float wide", 2, 120): 8,
 }
-# From 9.0 on the compiler reserves a kibibyte of shared memory a block for itself.
+# From 9.0 on, the compiler reserves 1 KiB of shared memory per block for itself.
 RESERVED = 1024
 KERNELS = {"gae": 16, "append": 1, "gather": 2}
 
@@ -83,7 +83,7 @@ class Kernel:
         numbers = dict(re.findall(r"(\w+):(\d+)", usage))
         self.registers, self.stack = int(numbers["REG"]), int(numbers["STACK"]) + int(numbers["LOCAL"])
         self.shared = int(numbers["SHARED"]) - (RESERVED if architecture >= 90 else 0)
-        self.rows = int(re.search(r"Li(\d+)E", symbol)[1]) if kind == "gae_rows" else 1  # of a warp
+        self.rows = int(re.search(r"Li(\d+)E", symbol)[1]) if kind == "gae_rows" else 1  # per warp
         self.opcodes = Counter(OPCODE.findall(code))
 
     def __repr__(self) -> str:
@@ -94,7 +94,7 @@ class Kernel:
 
 
 def by_function(listing: str, heading: str) -> dict[tuple[int, str], str]:
-    """{(architecture, symbol): its part} of what cuobjdump prints of an object with code for several architectures."""
+    """Splits cuobjdump's listing of an object for several architectures into {(architecture, symbol): its part}."""
     found = {}
     for part in re.split(r"^arch = sm_", listing, flags=re.MULTILINE)[1:]:
         for function in re.split(heading, part, flags=re.MULTILINE)[1:]:
@@ -104,7 +104,7 @@ def by_function(listing: str, heading: str) -> dict[tuple[int, str], str]:
 
 
 def compiled(name: str, architectures: tuple[int, ...], folder: Path) -> list[Kernel]:
-    """In one call of nvcc, which reads the sources' headers once for every architecture all the same."""
+    """Compiles a source for several architectures in one call of nvcc."""
     target, source = folder / f"{name}.o", ROOT / "csrc" / "cuda" / f"{name}.cu"
     codes = [f"-gencode=arch=compute_{number},code=sm_{number}" for number in architectures]
     include = Path(torch.__path__[0], "include")
@@ -141,9 +141,9 @@ def of(kernels: list[Kernel], name: str) -> list[Kernel]:
 
 def test_nothing_is_spilled(kernels):
     for kernel in kernels:
-        spared = SPARED.get((kernel.name, kernel.rows, kernel.architecture), 0)
-        assert kernel.stack <= spared, kernel
-        assert kernel.count("LDL", "STL") <= spared // 2, kernel
+        spilled = SPILLED.get((kernel.name, kernel.rows, kernel.architecture), 0)
+        assert kernel.stack <= spilled, kernel
+        assert kernel.count("LDL", "STL") <= spilled // 2, kernel
 
 
 def test_registers_shared_memory_and_barriers_are_within_budget(kernels):
@@ -156,7 +156,7 @@ def test_registers_shared_memory_and_barriers_are_within_budget(kernels):
 
 @pytest.mark.parametrize("dtype", ["float", "double"])
 def test_gae_rows_are_read_and_written_in_128_bits(kernels, dtype):
-    """Rewards and values in, advantages and returns out: four steps of a lane, 16 bytes of float and 32 of double."""
+    """Rewards and values in, advantages and returns out: four steps per lane, 16 bytes in float and 32 in double."""
     for kernel in of(kernels, f"gae_rows {dtype} wide") + of(kernels, f"gae_rows {dtype} direct"):
         wide = 2 * kernel.rows * (2 if dtype == "double" else 1)
         assert kernel.count("LDG.E.128") == kernel.count("STG.E.128") == wide, kernel
@@ -166,21 +166,21 @@ def test_gae_rows_are_read_and_written_in_128_bits(kernels, dtype):
 
 def test_gae_rows_scan_without_barrier_or_shared_memory(kernels):
     for kernel in of(kernels, "gae_rows float wide"):
-        # Per row: value and run of the next lane, five steps of the scan, carry and value out, two sums of five.
+        # Per row: the next lane's value, five steps of the scan, its run, carry and value out, two sums of five.
         own = kernel.rows * (1 + 5 + 1 + 2 + 10)
-        # The block's statistics and the launch's are float64, of two registers: a mean and three sums, over 8 warps'
-        # rows, then a warp's lanes, then 8 warps. From 9.0 on ptxas peels loops whose trips it cannot tell.
+        # Statistics of block and launch are float64, two registers each: a mean and three sums, over the rows of 8
+        # warps, then the lanes of a warp, then 8 warps. From 9.0 on, ptxas peels loops with an unknown trip count.
         assert kernel.count("SHFL") <= own + (130 if kernel.architecture >= 90 else 70), kernel
-        # One ballot a row finds the ends, four count the valid samples.
+        # Per row, one ballot finds the ends and four count the valid samples.
         assert kernel.count("VOTE") == 5 * kernel.rows, kernel
-        # All of these are the statistics' and the ticket's: rows in, 8 warps of the last block, its flag.
+        # All of these belong to statistics and ticket: the rows, 8 warps of the last block, its flag.
         assert kernel.count("STS") <= 3 * kernel.rows + 4, kernel
         assert kernel.count("LDS") <= 3 * kernel.rows + 7, kernel
 
 
 def test_gae_columns_load_a_chunk_ahead(kernels):
     for kernel in of(kernels, "gae_columns float direct"):
-        # Rewards, values and codes of 34 steps. From 10.0 on ptxas makes two of the loop.
+        # Rewards, values and codes of 34 steps. From 10.0 on, ptxas duplicates the loop.
         copies = 2 if kernel.architecture >= 100 else 1
         assert kernel.count("LDG.E.U8") == 34 * copies, kernel
         assert kernel.count("LDG.E") >= 3 * 34 * copies, kernel
@@ -188,11 +188,11 @@ def test_gae_columns_load_a_chunk_ahead(kernels):
 
 def test_append_and_gather_have_128_bit_copies(kernels):
     for kernel in of(kernels, "append_step"):
-        # Four words of 16 bytes in flight; a final observation's, one at a time.
+        # Four words of 16 bytes in flight; a final observation is copied one word at a time.
         assert kernel.count("LDG.E.128") >= 5 and kernel.count("STG.E.128") >= 5, kernel
     for name in ("gather_rows direct", "gather_rows staged"):
         for kernel in of(kernels, name):
-            # Places of rows, not addresses, come out of shared memory: their loads are known to be global.
+            # Shared memory holds row offsets, not addresses: the compiler knows that the loads are global.
             assert kernel.count("LDG.E.128") >= 4 and kernel.count("STG.E.128") >= 4, kernel
             assert kernel.count("LD.E") == 0, kernel
     for kernel in of(kernels, "gather_rows staged"):

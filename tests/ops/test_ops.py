@@ -1,4 +1,4 @@
-"""The operations as PyTorch sees them: schemas, tracing, and direct calls with arguments that are wrong or hostile."""
+"""The operations as PyTorch sees them: schemas, tracing, and direct calls with wrong or hostile arguments."""
 
 from __future__ import annotations
 
@@ -83,12 +83,12 @@ def pool(
     return [usual if x is None else x for x, usual in given]
 
 
-FIELDS = [[0, F32, 2, 1], [8, SHORT, 1, 0], [0, F32, 2, 1]]  # two of a row, one of the pool
+FIELDS = [[0, F32, 2, 1], [8, SHORT, 1, 0], [0, F32, 2, 1]]  # two of a row, one of a pool row
 
 
 def step(row=None, plane=None, final=None, fields=None, memory=None, pools=None, looked_at=0) -> dict:
-    """append's lists and the layout for them: of a row of 32 bytes, two floats at 0, an int16 at 8; of a pool's row,
-    two floats at 0."""
+    """append's lists and their layout. Rows of 32 bytes: two floats at byte 0, an int16 at 8; pool rows: two floats
+    at 0."""
     row = [torch.randn(N, 2), torch.ones(N, dtype=torch.int16)] if row is None else row
     plane = [torch.randn(N)] if plane is None else plane
     final = [torch.randn(N, 2)] if final is None else final
@@ -101,12 +101,12 @@ def step(row=None, plane=None, final=None, fields=None, memory=None, pools=None,
 
 
 def look(not_finite: Tensor) -> dict:
-    """A step whose first field is looked at."""
+    """A step whose first field is checked for finite values."""
     return step(pools=[*pool(), not_finite], looked_at=1)
 
 
 def at(offset: int, dtype: int = F32) -> dict:
-    """The first field elsewhere, or of another dtype."""
+    """A step with the first field at another offset or of another dtype."""
     return step(fields=[[offset, dtype, 2, 1], *FIELDS[1:]])
 
 
@@ -193,7 +193,7 @@ def test_opcheck(name, change):
 
 @pytest.mark.parametrize("name", SCHEMAS)
 def test_native_and_reference_agree(name):
-    """The default of torch.ops and pydrone.ops.reference write the same into the same arguments."""
+    """torch.ops.pydrone and pydrone.ops.reference write the same results into the same arguments."""
     first = ARGUMENTS[name]()
 
     def copied(x):
@@ -282,8 +282,8 @@ BAD = [
     ("append", look(i32(0)), "not_finite: expected at least one rollout"),
     ("append", look(i32(5)), "not_finite: expected 2 rollouts as final_obs has, got 5"),
     ("append", look(i32(4)[::2]), "not_finite: expected a contiguous"),
-    ("append", step(looked_at=3), "layout: expected 0 to 2 fields to look at, got 3"),
-    ("append", step(looked_at=-1), "layout: expected 0 to 2 fields to look at, got -1"),
+    ("append", step(looked_at=3), "layout: expected 0 to 2 fields to check for finite values, got 3"),
+    ("append", step(looked_at=-1), "layout: expected 0 to 2 fields to check for finite values, got -1"),
     ("append", {"memory": []}, "memory: expected rows, codes and planes, got no tensor"),
     ("append", step(memory=[u8(C, N, 32)], plane=[], pools=[]), "memory: expected codes with dones, got rows alone"),
     ("append", step(memory=ring()[:2]), r"memory: expected rows, codes, 1 planes, and a pool's .*, got 5 tensors"),
@@ -398,7 +398,7 @@ def test_wrong_arguments_are_named_and_nothing_is_written(name, change, message)
     assert all(torch.equal(x, y) for x, y in zip(tensors, before))
 
 
-# Each of these could lead out of a tensor, divide by zero or run for ever: called in another process.
+# Each of these could access memory out of bounds, divide by zero or loop forever, so they run in another process.
 HOSTILE = {
     "an output offset that overflows": lambda: call("gather", {"offsets": [BIG - 3, 8]}),
     "a first position that overflows": lambda: call("gather", {"first": BIG}),
@@ -426,7 +426,7 @@ HOSTILE = {
         "append", step(pools=pool(None, torch.full((2, 2), -(2**30), dtype=torch.int32)))
     ),
 }
-# Unusual, but with a meaning: these must work.
+# Unusual but meaningful: these must work.
 HARMLESS = {
     "rows of no bytes": lambda: call(
         "append",
@@ -463,7 +463,7 @@ HARMLESS = {
 
 
 def run_alone(name: str) -> None:
-    """In a process of its own: prints what came of it."""
+    """Runs a case in this process and prints the outcome."""
     torch.set_num_threads(1)
     try:
         (HOSTILE | HARMLESS)[name]()
@@ -475,7 +475,7 @@ def run_alone(name: str) -> None:
 
 @native
 def test_hostile_arguments():
-    """All in one process as long as none crashes; the names of those that were not refused."""
+    """All cases run in one subprocess, which is restarted after a crash. Reports each case with the wrong outcome."""
     script = "import sys; sys.path.insert(0, sys.argv[1]); import test_ops as t\n" + (
         "for name in sys.argv[2:]: print(name, end=' -> ', flush=True); t.run_alone(name)"
     )

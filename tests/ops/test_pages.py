@@ -1,4 +1,4 @@
-"""Large CPU memory: aligned, and handed out again once nobody holds it."""
+"""Large CPU blocks: aligned, and reused once no tensor holds them."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ def test_tensors_of_a_block_are_apart_and_aligned():
     assert all(address % 64 == 0 for address in addresses(tensors))
     version = tensors[0]._version
     tensors[1].add_(1)
-    assert tensors[0]._version == version  # an autograd version each
+    assert tensors[0]._version == version  # each has its own autograd version
 
 
-def test_a_block_comes_back_when_the_last_tensor_has_gone():
+def test_a_block_is_reused_when_its_last_tensor_is_freed():
     recycler = Recycler()
     first = recycler.empty(LARGE, CPU)
     where, kept = addresses(first), first[1].view(-1)[2:]
@@ -46,7 +46,7 @@ def test_a_block_comes_back_when_the_last_tensor_has_gone():
     assert addresses(third) == where
 
 
-def test_what_autograd_has_saved_is_not_handed_out_again():
+def test_a_block_saved_by_autograd_is_not_reused():
     recycler = Recycler()
     x, *_ = recycler.empty(LARGE, CPU)
     x.fill_(3)
@@ -59,7 +59,7 @@ def test_what_autograd_has_saved_is_not_handed_out_again():
     assert weight.grad.item() == 3 * (1 << 20)
 
 
-def test_it_keeps_few_blocks_and_of_one_size():
+def test_it_keeps_few_blocks_of_one_size():
     recycler = Recycler()
     held = [recycler.empty(LARGE, CPU) for _ in range(5)]
     del held
@@ -67,7 +67,7 @@ def test_it_keeps_few_blocks_and_of_one_size():
     other = recycler.empty([((2 << 20,), torch.float32)], CPU)
     assert not recycler._free
     assert not copy.deepcopy(recycler)._free and not pickle.loads(pickle.dumps(recycler))._free
-    del recycler  # tensors outlive it
+    del recycler  # its tensors outlive it
     assert other[0].fill_(1).sum() == 2 << 20
 
 

@@ -1,4 +1,4 @@
-"""ppo_loss on the CPU, where it is the reference: by hand, against autograd, as PyTorch sees it. For Triton:
+"""ppo_loss on the CPU, which runs the reference: by hand, against autograd, schema and tracing. For Triton, see
 triton_cases.py."""
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def test_random(size, actions, value_clip):
     check(OP, random_case(size, actions, value_clip=value_clip, value_loss_coef=0.7, entropy_coef=0.01))
 
 
-def test_normalised_values_no_kl_and_a_part_of_a_minibatch():
+def test_normalised_values_no_kl_and_a_chunk_of_a_minibatch():
     moments = {"value_shift": torch.tensor(0.7), "value_std": torch.tensor(1.9)}
     check(OP, random_case(60, 4, **moments, value_clip=0.2, num_samples=100, entropy_coef=0.02))
     case = random_case(60, 4, value_clip=0.2) | {"mu": None, "sigma": None}
@@ -34,7 +34,7 @@ def test_normalised_values_no_kl_and_a_part_of_a_minibatch():
     assert run(OP, case)["metrics"][3].isnan()
 
 
-def test_parts_add_up():
+def test_chunks_add_up():
     case = random_case(50, 3, value_clip=0.2, entropy_coef=0.1, value_loss_coef=0.5)
     whole, parts = run(OP, case), []
     for rows in (slice(0, 17), slice(17, 50)):
@@ -46,7 +46,7 @@ def test_parts_add_up():
         torch.testing.assert_close(torch.cat([parts[0][name], parts[1][name]]), whole[name])
 
 
-def test_in_float64_it_is_autograd():
+def test_in_float64_it_equals_autograd():
     case = random_case(100, 4, torch.float64, value_clip=0.2, entropy_coef=0.1)
     found, expected = run(OP, case, torch.float64), by_autograd(case)
     for name in OUTPUTS:

@@ -1,9 +1,8 @@
-"""The Triton kernels against the reference: the cases of triton_cases.py, and the properties, each in its own process.
+"""The Triton kernels against the reference: triton_cases.py and triton_properties.py, each in its own process.
 
-Triton decides when it is imported whether kernels are interpreted, for the whole process, and other tests may have
-imported it already. On a machine with a GPU the cases run compiled; the properties, whose tensors lie on the CPU here,
-are interpreted there too: tests/gpu has them compiled. One by one, and with their output:
-``TRITON_INTERPRET=1 pytest tests/ops/triton_cases.py``.
+Triton decides at import, for the whole process, whether kernels are interpreted, and other tests may have imported it
+already. On a machine with a GPU the cases run compiled; the properties use CPU tensors and are always interpreted here
+(tests/gpu runs them compiled). To run the cases directly: ``TRITON_INTERPRET=1 pytest tests/ops/triton_cases.py``.
 """
 
 from __future__ import annotations

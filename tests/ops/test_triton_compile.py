@@ -1,4 +1,4 @@
-"""The Triton kernels compile to machine code without a GPU; what that code holds is read with Triton's cuobjdump."""
+"""The Triton kernels compile without a GPU; their machine code is inspected with Triton's cuobjdump."""
 
 from __future__ import annotations
 
@@ -15,42 +15,42 @@ pytest.importorskip("triton")
 CUBINS = Path(__file__).with_name("triton_cubins.py")
 ARCHITECTURES = [80, 90, *(pytest.param(number, marks=pytest.mark.slow) for number in (86, 89, 100, 120))]
 
-# Kernel, and what it is compiled for: registers of a thread, bytes of shared memory. A multiprocessor has 65,536
-# registers. Rows have programs of 256 threads; with 64 registers four fit, and 8192 environments in programs of 16 are
-# one wave on 132 multiprocessors.
+# Kernel and case: registers per thread, bytes of shared memory. A multiprocessor has 65,536 registers. Programs of "gae
+# rows" have 256 threads: at 64 registers four fit, and 8192 environments, 16 per program, are one wave on 132
+# multiprocessors.
 BUDGET = {
     "gae rows": (64, 128),  # shared memory: the statistics of 8 warps
     "gae rows, no statistics": (64, 0),
     "gae rows, second rollout": (64, 128),
     "gae rows, few": (64, 64),
-    # Triton 3.6 turns tiles around in shared memory where loads are not all wide, 3.7 does not.
-    "gae rows, pool": (80, 8192),  # final values besides; three programs
+    # If not all loads are wide, Triton 3.6 converts layouts through shared memory; 3.7 does not.
+    "gae rows, pool": (80, 8192),  # also loads final values; three programs
     "gae rows, cursor": (64, 8192),
     "gae rows, wrapped": (64, 8192),
-    # Rows that do not begin on 16 bytes turn tiles around in shared memory. Right, not fast.
+    # Rows not aligned to 16 bytes: layout conversions in shared memory. Correct, not fast.
     "gae rows, odd": (80, 8192),
     "gae rows, long": (64, 64),
     "gae rows, float64": (80, 8192),
-    # Programs of 64 threads, 128 of them: registers do not bound them. Twenty steps are in flight.
+    # 128 programs of 64 threads: registers are no limit. Twenty steps are in flight.
     "gae columns": (168, 16),
     "gae columns, pool": (168, 16),
-    # 256 programs of 128 threads for 8192 environments, two to a multiprocessor; all fields of 32 are in registers.
-    # Shared memory: Triton 3.6's.
+    # 256 programs of 128 threads for 8192 environments, two per multiprocessor; all fields of 32 environments are in
+    # registers. Shared memory: Triton 3.6 only.
     "append": (80, 4096),
     "append, cursor": (80, 4096),
-    # Four programs of 128 threads to a multiprocessor hide the latency of rows read out of order.
+    # Four programs of 128 threads per multiprocessor hide the latency of rows read out of order.
     "gather": (128, 2048),
     "gather, cursor": (128, 2048),
-    # Two programs of 256 threads; two samples of four actions to a thread. Shared memory: sums of 8 warps.
+    # Two programs of 256 threads; two samples of four actions per thread. Shared memory: sums of 8 warps.
     "loss": (128, 4096),
     "loss, normalised values": (128, 4096),
     "loss, strided": (128, 4096),
     "loss, one action": (128, 4096),
     "loss, 17 actions": (128, 4096),
 }
-# ptxas keeps to 48 or 56 registers, one more program to a multiprocessor, by sparing one or two for a while: bytes of
-# stack that may be used for it, off the path of the loads. Nothing else may have any.
-SPARED = dict.fromkeys(
+# To stay within 48 or 56 registers, which fits one more program per multiprocessor, ptxas may spill one or two, away
+# from the loads: bytes of stack allowed for it. No other kernel may spill.
+SPILLED = dict.fromkeys(
     ("gae rows", "gae rows, second rollout", "gae rows, cursor", "gae rows, wrapped", "append, cursor"), 8
 )
 WIDE = ["gae rows", "gae rows, no statistics", "gae rows, second rollout", "gae rows, few", "gae rows, pool"]
@@ -73,8 +73,8 @@ def count(kernel: dict, prefix: str) -> int:
 def test_nothing_is_spilled(kernels):
     assert kernels.keys() == BUDGET.keys()
     for name, kernel in kernels.items():
-        assert kernel["stack"] <= SPARED.get(name, 0), name
-        assert count(kernel, "LDL") + count(kernel, "STL") <= SPARED.get(name, 0) // 4, name
+        assert kernel["stack"] <= SPILLED.get(name, 0), name
+        assert count(kernel, "LDL") + count(kernel, "STL") <= SPILLED.get(name, 0) // 4, name
 
 
 def test_registers_and_shared_memory_are_within_budget(kernels):
@@ -88,7 +88,7 @@ def test_registers_and_shared_memory_are_within_budget(kernels):
 def test_gae_rows_are_read_and_written_in_128_bits(kernels, name):
     kernel = kernels[name]
     rows_of_a_warp = 1 if name.endswith("few") else 2
-    # Rewards and values; advantages and returns. Codes are four bytes to a lane, one 32-bit load.
+    # Rewards and values; advantages and returns. Codes are four bytes per lane: one 32-bit load.
     assert count(kernel, "LDG.E.128") == 2 * rows_of_a_warp
     assert count(kernel, "STG.E.128") == 2 * rows_of_a_warp
     assert count(kernel, "LDG.E.U8") == 0
@@ -98,13 +98,13 @@ def test_gae_rows_scan_without_barrier_or_shared_memory(kernels):
     kernel = kernels["gae rows, no statistics"]
     for opcode in ("BAR", "LDS", "STS", "SHFL.BFLY"):
         assert count(kernel, opcode) == 0, opcode
-    # Per row: two operands turned, one turned back, one value from the next lane; five steps of two operands.
+    # Per row: two operands reversed, one reversed back, one value from the next lane; five steps of two operands.
     assert count(kernel, "SHFL") == 2 * (4 + 10)
 
 
 def test_statistics_cost_a_few_barriers_and_shuffles(kernels):
-    """Four sums of a row, over its four registers and 32 lanes; three of the program's 16 rows and of the partials'
-    program, in float64; the ticket."""
+    """Four sums per row, over four registers and 32 lanes; three sums over the program's 16 rows and, in the last
+    program, over the partials, in float64; the ticket."""
     own, without = kernels["gae rows"], kernels["gae rows, no statistics"]
     assert count(own, "BAR") <= 16
     assert count(own, "SHFL") - count(without, "SHFL") <= 113
@@ -122,14 +122,14 @@ def test_a_cursor_keeps_the_wide_accesses(kernels):
 
 
 def test_fields_are_loaded_before_the_first_is_stored(kernels):
-    """Loads are not moved over stores: only what few programs need, a pool's or the statistics, is loaded later."""
+    """Loads are not moved above stores: only what few programs need (pool, statistics) is loaded later."""
     for name, later in {"append": 8, "append, cursor": 8, "gather": 5, "gather, cursor": 5}.items():
         kernel = kernels[name]
         assert count(kernel, "LDG") - kernel["loads before the first store"] <= later, name
 
 
 def test_the_loss_is_read_and_written_in_128_bits(kernels):
-    """Two samples to a thread, of mean, actions, mu, sigma; their gradient. And std, twice."""
+    """Two samples per thread: mean, actions, mu and sigma in, the gradient out. Also std, twice."""
     kernel = kernels["loss"]
     assert 8 <= count(kernel, "LDG.E.128") <= 10
     assert count(kernel, "STG.E.128") == 2

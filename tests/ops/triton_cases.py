@@ -1,4 +1,4 @@
-"""Cases for the Triton kernels; test_triton.py runs them. Outputs start as NaN or as bytes that nobody writes."""
+"""Cases for the Triton kernels; test_triton.py runs them. Outputs start as NaN or as bytes that no case writes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def _on_device():
 
 
 def laid_out(x: Tensor, layout: str) -> Tensor:
-    """The same numbers with other strides: env-major, time-major, or every other row and third column of something."""
+    """The same numbers env-major, time-major, or spread over every second row and third column of a larger tensor."""
     if layout == "env":
         return x.contiguous()
     if layout == "time":
@@ -42,7 +42,7 @@ def laid_out(x: Tensor, layout: str) -> Tensor:
 
 
 class Rollout:
-    """Random arguments of gae; both backends write outputs of the same layout and dtype."""
+    """Random arguments for gae; outputs have the layout and dtype given here for both backends."""
 
     def __init__(self, num_envs, num_steps, capacity=None, start=0, layout="env", dtype=torch.float32, ends=0.2):
         capacity = capacity or num_steps
@@ -87,7 +87,7 @@ class Rollout:
 
 
 def test_gae_by_hand():
-    # gamma 0.5, lam 0.5. Backwards, with V_4 = 8 after the last step:
+    # gamma 0.5, lam 0.5, V_4 = 8. Backwards:
     #   t=3 running:    delta = 1 + 4 - 2 = 3,    A = 3
     #   t=2 terminated: delta = 1 + 0 - 4 = -3,   A = -3
     #   t=1 truncated, final value 6: delta = 1 + 3 - 2 = 2,   A = 2
@@ -123,7 +123,7 @@ def test_gae_64_by_100(layout, ends):
 
 
 @pytest.mark.parametrize(("num_steps", "ends"), [(100, 0.05), (260, 0.0), (260, 0.01)])
-def test_gae_two_rows_to_a_warp(monkeypatch, num_steps, ends):
+def test_gae_two_rows_per_warp(monkeypatch, num_steps, ends):
     monkeypatch.setattr(gae_module, "MANY_ENVS", 1)
     Rollout(19, num_steps, ends=ends).check()
 
@@ -145,7 +145,7 @@ def test_gae_wraps(layout, capacity, start, by_cursor):
 def test_gae_bootstraps(layout, bootstrap, pooled):
     rollout = Rollout(9, 21, 24, 8, layout, ends=0.5)
     rollout.arguments["bootstrap"] = bootstrap
-    if pooled:  # -1 and what lies beyond the pool are missing values
+    if pooled:  # -1 and indices beyond the pool are missing values
         rollout.arguments["final_values"] = torch.randn(20)[::2]
         rollout.arguments["final_rows"] = laid_out(torch.randint(-1, 12, (9, 24)).int(), layout)
     else:
@@ -231,7 +231,7 @@ def test_gae_statistics(layout):
 
 @pytest.mark.parametrize("layout", ["env", "time"])
 def test_gae_statistics_of_a_mean_far_from_zero(layout):
-    """A mean in float32 is off by its rounding; squares about it would be too large."""
+    """A mean rounded to float32 has an error, and the sum of squares about it would be too large."""
     rollout = Rollout(70, 33, layout=layout)
     rollout.arguments["gamma"] = 0.0
     rollout.arguments["rewards"].mul_(1e-3).add_(1e3)
@@ -256,7 +256,7 @@ def test_gae_8192_by_100():
     Rollout(8192, 100, ends=0.02).check()
 
 
-# What a step stores: (source, byte offset, stored dtype), of any strides.
+# The fields of a step: (source of any strides, byte offset, stored dtype).
 def step_fields(num_envs: int) -> list[tuple[Tensor, int, torch.dtype]]:
     return [
         (torch.randn(num_envs, 17), 0, torch.float32),
@@ -326,7 +326,7 @@ def test_append(num_envs, by_cursor, appended, with_final, commit):
         assert torch.equal(expected[name], found[name]), name
     for wanted, got in zip(expected["planes"], found["planes"], strict=True):
         assert torch.equal(wanted.view(torch.int32), got.view(torch.int32))
-    # In the pool the order is free: as many placed, each row its own, and where an environment's index says.
+    # The order in the pool is free: as many rows are placed, each once, where each environment's index says.
     slot, pool_slot = (9 % CAPACITY, 9 // NUM_STEPS % 2) if by_cursor else (3, 1)
     wanted, got = expected["final_rows"], found["final_rows"]
     assert torch.equal(wanted == -7, got == -7)
@@ -355,7 +355,7 @@ def test_append_in_halves():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("by_cursor", [False, True])
 def test_append_looks_for_what_is_not_finite(by_cursor, dtype):
-    """Of the first field alone, as it is stored, at the place of the rollout; the largest number is one."""
+    """Only the first field is checked, in its stored dtype, and flagged per rollout; the largest number is finite."""
     for number, expected in ((NAN, 1), (-float("inf"), 1), (torch.finfo(dtype).max, 0)):
         for env, k, field in ((0, 0, 0), (36, 69, 0), (5, 3, 1)):
             sources = [torch.zeros(37, 70, dtype=dtype), torch.zeros(37, 70, dtype=dtype)]
@@ -385,7 +385,7 @@ NUM_ENVS = 37
 
 
 def filled_rows() -> Tensor:
-    """[CAPACITY, NUM_ENVS, ROW_BYTES] of valid numbers, other ones in each slot."""
+    """[CAPACITY, NUM_ENVS, ROW_BYTES] of valid numbers, different in each slot."""
     state = append_state(NUM_ENVS)
     for slot in range(CAPACITY):
         do_append(reference.append, state, step_fields(NUM_ENVS), [], None, None, slot=slot)
@@ -438,7 +438,7 @@ def test_gather(batch, shuffle, subset, by_cursor, count):
     for wanted, got in zip(fields, fields_, strict=True):
         assert torch.equal(wanted, got)
     for wanted, got in zip(scalars, scalars_, strict=True):
-        # 1 / epsilon scales an advantage of no spread to 1e8: compare at the scale of the batch.
+        # With std 0, 1 / epsilon scales advantages to 1e8: compare at the scale of the batch.
         assert (wanted - got).abs().max().item() <= 1e-5 * max(1.0, wanted.abs().max().item())
 
 
@@ -481,7 +481,7 @@ def test_loss_actions(size, actions):
 
 @pytest.mark.parametrize("size", [2, 511, 512, 513, 5000])
 def test_loss_sizes(size):
-    """Several programs, and partial sums of several rounds."""
+    """Several programs, with partial sums added in several rounds."""
     options = {"value_clip": 0.1, "value_loss_coef": 0.7, "entropy_coef": 0.3, "num_samples": 2 * size}
     case = loss_cases.random_case(size, 4, **options)
     loss_cases.check(loss_module.ppo_loss, case)
@@ -490,13 +490,13 @@ def test_loss_sizes(size):
 
 
 def test_loss_more_programs_than_partial_sums(monkeypatch):
-    monkeypatch.setattr(loss_module, "TILE", 64)  # 16 samples a program, 16 partial sums at a time
+    monkeypatch.setattr(loss_module, "TILE", 64)  # 16 samples per program, 16 partial sums at a time
     loss_cases.check(loss_module.ppo_loss, loss_cases.random_case(700, 4, value_clip=0.2))
 
 
 def test_loss_options():
     loss = loss_module.ppo_loss
-    loss_cases.check(loss, loss_cases.random_case(70, 4))  # plain value loss
+    loss_cases.check(loss, loss_cases.random_case(70, 4))  # no value clipping
     loss_cases.check(loss, loss_cases.random_case(70, 4, value_clip=0.0))
     loss_cases.check(loss, loss_cases.random_case(70, 4) | {"mu": None, "sigma": None})
     moments = {"value_shift": torch.tensor(0.7), "value_std": torch.tensor(1.9)}
@@ -513,7 +513,7 @@ def test_loss_any_strides():
     loss_cases.check(loss_module.ppo_loss, case)
 
 
-def test_loss_what_is_not_a_number_shows():
+def test_loss_propagates_nan():
     case = loss_cases.random_case(40, 2, value_clip=0.2)
     case["mean"][7, 1] = NAN
     found = loss_cases.run(loss_module.ppo_loss, case)

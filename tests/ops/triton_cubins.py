@@ -1,7 +1,7 @@
-"""Compiles the Triton kernels for a GPU that need not be there, and prints what the machine code holds as JSON.
+"""Compiles the Triton kernels without a GPU and prints figures of their machine code as JSON.
 
-test_triton_compile.py runs it in a process without TRITON_INTERPRET. The launchers are called as they are; in place of
-a launch, the kernel is compiled for the compute capability given as the argument (80, 90, 120).
+test_triton_compile.py runs it in a process without TRITON_INTERPRET. It calls the real launchers; instead of a launch,
+the kernel is compiled for the compute capability given as the argument (80, 90, 120).
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Calls that are wrong, by number: a valid call of a public function, and one or two of its arguments made invalid.
+"""Numbered invalid calls: a valid call of a public function, with one or two of its arguments replaced by wrong ones.
 
-    python tests/trust/bad_input.py --cases 20000            # all of them: `make sanitize` does it in a checked library
-    python tests/trust/bad_input.py --first 1234 --cases 1   # one, with what came of it
+    python tests/trust/bad_input.py --cases 20000            # all of them: `make sanitize` does so with sanitizers
+    python tests/trust/bad_input.py --first 1234 --cases 1   # one case, with its outcome
 
-Of each is asked: a TypeError, a ValueError or a RuntimeError whose message names an argument that was made wrong; no
-byte of a buffer or a tensor changed; and afterwards the same call with the right arguments works.
+Each must raise TypeError, ValueError or RuntimeError with a message that names a wrong argument, and change no byte of
+a buffer or tensor; the valid call must work afterwards.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ OPS = torch.ops.pydrone
 
 
 class Case(NamedTuple):
-    """``wrong`` raises what names one of ``names`` and leaves ``held`` as it was; after it, ``right`` works."""
+    """``wrong`` raises an error that names one of ``names``, and leaves ``held`` unchanged; then ``right`` works."""
 
     what: str
     wrong: Callable[[], object]
@@ -94,7 +94,7 @@ def gae(rng: random.Random) -> Subject:
     wrong["dones"] = bad_tensor(given["dones"], "flag")
     wrong |= {name: bad_tensor(given[name], "flag", True) for name in ("truncated", "valid") if name in given}
     if how == "final_values":
-        # Without it a truncation has no bootstrap, and the error says so.
+        # Without it a truncation has no bootstrap, and the error says that.
         wrong["final_values"] = [*bad_tensor(given["final_values"], "real", True), Bad(None, ("truncated",))]
         wrong["timeout_bootstrap"] = ["next_value"]
         wrong["truncated"].append(Bad(None, ("final_values",)))
@@ -126,7 +126,7 @@ ACTIONS = [2, ((), torch.int64), ((3,), torch.int32)]
 
 
 def buffer(rng: random.Random, steps: int | None = None, **options) -> RolloutBuffer:
-    """With so many random steps; at random, 0 to all but one."""
+    """A random buffer with ``steps`` random steps; by default a random number, fewer than a rollout."""
     num_steps = options.pop("num_steps", rng.randint(2, 3))
     options.setdefault("capacity", rng.choice([None, num_steps + 1, 2 * num_steps]))
     if not NATIVE or rng.random() < 0.3:
@@ -159,7 +159,7 @@ def wrong_obs(buf: RolloutBuffer, obs: object, optional: bool = False) -> list[o
 
 
 def wrong_halves(buf: RolloutBuffer, step: dict[str, object]) -> dict[str, list]:
-    """By name, what each argument of append may be replaced with."""
+    """Wrong values for each argument of append, by name."""
     wrong = {"obs": wrong_obs(buf, step["obs"])}
     for name in ("actions", "log_probs", "values", *buf.layout.extra):
         wrong[name] = wrong_source(step[name])
@@ -228,7 +228,7 @@ def compute_gae(rng: random.Random) -> Subject:
     wrong = {"last_values": bad_tensor(given["last_values"], "real"), "gamma": bad_unit(), "lam": bad_unit()}
     wrong |= {"value_fn": [3, "x", object(), torch.zeros(3)], "check": bad_bool()}
     wrong["timeout_bootstrap"] = bad_choice(True)
-    if rng.random() < 0.5:  # a rollout with truncations, or some values all the same
+    if rng.random() < 0.5:  # final values are accepted without truncations, too
         given["final_values"] = torch.randn(buf.num_envs, buf.num_steps)
         wrong["final_values"] = bad_tensor(given["final_values"], "real", True)
         both = ("final_values",)
@@ -250,7 +250,7 @@ def compute_gae(rng: random.Random) -> Subject:
     if rng.random() < 0.3:
         buf.compute_gae(torch.zeros(buf.num_envs), timeout_bootstrap="next_value")
         outputs = [buf._storage.tensors["advantages"], buf._storage.tensors["returns"]]
-        across = [x.t().view(-1)[: buf.num_envs] for x in outputs]  # they lie by steps
+        across = [x.t().view(-1)[: buf.num_envs] for x in outputs]  # the outputs are time-major
         wrong["last_values"] = [*wrong["last_values"], *across, *(x[:, 0] for x in outputs)]
     return Subject("compute_gae", buf.compute_gae, given, wrong, (buf,))
 
@@ -301,7 +301,7 @@ def constructor(rng: random.Random, call: Callable = RolloutBuffer) -> Subject:
     wrong["max_episode_length"] = bad_int(1, True)
     wrong["final_obs_rows"] = bad_int(0, True)
     if call is RolloutBuffer:
-        # More than an address space holds: whatever the machine has, it cannot be allocated.
+        # Larger than an address space: no machine can allocate it.
         huge = ("num_envs", "memory")
         wrong["obs"] += [Bad(x, huge) for x in (2**60, BIG, HUGE, (2**31, 2**31), {"a": 2**60})]
         wrong["actions"] += [Bad(x, huge) for x in (2**60, HUGE)]
@@ -368,7 +368,7 @@ def load_state_dict(rng: random.Random) -> Subject:
 
 
 def others(rng: random.Random) -> Subject:
-    """Methods of a single argument or two."""
+    """Methods with one or two arguments."""
     buf = full(rng)
     buf.compute_gae(torch.zeros(buf.num_envs))
     if rng.random() < 0.4:
@@ -386,7 +386,7 @@ def others(rng: random.Random) -> Subject:
 
 
 def order(rng: random.Random) -> Subject:
-    """Right arguments at the wrong time."""
+    """Valid arguments at the wrong time."""
     kind = rng.choice(["empty", "partial", "full", "open", "discarded"])
     options = {"capacity": None} if kind == "full" else {}
     buf = full(rng, **options) if kind in ("full", "discarded") else buffer(rng, 0 if kind == "empty" else 1, **options)
@@ -394,7 +394,7 @@ def order(rng: random.Random) -> Subject:
     early = {name: x for name, x in step.items() if name not in ENDS}
     late = {name: x for name, x in step.items() if name in ENDS}
     last = torch.zeros(buf.num_envs)
-    # What is called, and what its error names.
+    # The call, and the names that its error may give.
     calls: dict[str, tuple[Callable, tuple[str, ...]]] = {
         "end": (lambda: buf.end(**late), ("end",)),
         "compute_gae": (lambda: buf.compute_gae(last), ("compute_gae",)),
@@ -429,7 +429,7 @@ def order(rng: random.Random) -> Subject:
     def go(wrong: bool) -> object:
         if wrong:
             return call()
-        buf.clear()  # and whatever was wrong, a rollout can be collected and learnt from
+        buf.clear()  # afterwards, a rollout can still be collected and learnt from
         buf.clear()
         for _ in range(buf.num_steps):
             buf.append(**step)
@@ -439,7 +439,7 @@ def order(rng: random.Random) -> Subject:
     return Subject(f"{name}, {kind}", go, {"wrong": False}, {"wrong": [Bad(True, names)]}, (buf,))
 
 
-# Integers of the operations and what is out of range for them, whatever else is given.
+# Integer arguments of the operations, and values out of range whatever the other arguments are.
 RANGES = {
     "gae": {"start": (-1, 3, BIG, -BIG), "bootstrap": (-1, 4, BIG)},
     "append": {"slot": (-1, 3, BIG, -BIG), "pool_slot": (-1, 2, BIG)},
@@ -448,14 +448,14 @@ RANGES = {
         **{"num_samples": (-1, 0, 11, 13, BIG), "value_offset": (-1, 29, 30, BIG, -BIG)},
     },
 }
-# Words of pydrone/ops/schema.py for parts of an argument.
+# Names of parts of an argument, from pydrone/ops/schema.py.
 PARTS = ("rows", "codes", "planes", "plane", "pool", "count", "final_obs", "final_rows", "fields", "tensors")
 
 
 def wrong_in_an_op(op: str, name: str, x: object) -> list[object]:
     if isinstance(x, Tensor):
         made = [*not_tensors(x, True), *other_layouts(x), x.to(torch.complex64)]
-        # A longer workspace is none the worse, and gather's rows may be those of a longer ring.
+        # A longer workspace is valid, and gather's rows may belong to a longer ring.
         made += [] if name == "workspace" else [x.unsqueeze(0), x.new_zeros(())]
         return made if name in ("workspace", "rows") else [*made, torch.cat([x, x[:1]])]
     if isinstance(x, list) and x and isinstance(x[0], Tensor):
@@ -515,7 +515,7 @@ def described(x: object) -> str:
 
 
 def make(number: int) -> Case:
-    """The case of this number, always the same one."""
+    """The case with this number, always the same."""
     rng = random.Random(number)
     torch.manual_seed(number)
     subject = rng.choices(list(SUBJECTS), SUBJECTS.values())[0](rng)
@@ -555,7 +555,7 @@ def snapshot(held: Iterable[object]) -> list[object]:
 
 
 def problem(case: Case) -> str | None:
-    """What is wrong with how a case is met, or None."""
+    """How pydrone mishandles a case, or None."""
     before = snapshot(case.held)
     try:
         case.wrong()
@@ -581,8 +581,8 @@ def problem(case: Case) -> str | None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--first", type=int, default=0, help="number of the first case")
-    parser.add_argument("--cases", type=int, default=20000, help="how many")
-    parser.add_argument("--sanitized", action="store_true", help="refuse to run without a library built so")
+    parser.add_argument("--cases", type=int, default=20000, help="number of cases")
+    parser.add_argument("--sanitized", action="store_true", help="fail unless the library is built with sanitizers")
     options = parser.parse_args()
     if options.sanitized and "-fsanitize=address,undefined" not in build_info().get("flags", ""):
         parser.error(f"--sanitized: {pydrone.__file__} is not built with the sanitizers")
@@ -598,7 +598,7 @@ def main() -> int:
             print(f"case {number}: {case.what}: {wrong}", flush=True)
     counts = ", ".join(f"{name} {count}" for name, count in subjects.most_common())
     print(f"{options.cases} cases in {time.perf_counter() - start:.0f} s: {counts}")
-    print(f"{len(found)} of them not met as they should be")
+    print(f"{len(found)} of them handled wrongly")
     return 1 if found else 0
 
 

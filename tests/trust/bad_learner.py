@@ -1,4 +1,4 @@
-"""The fused learner's functions and operations, and what may be wrong with their arguments; see bad_input.py."""
+"""The fused learner's functions and operations, with wrong values for their arguments; see bad_input.py."""
 
 from __future__ import annotations
 
@@ -48,14 +48,14 @@ def fused_update(rng: random.Random) -> Subject:
     given |= {name: torch.randn(samples) for name in vectors}
     given |= {"mu": torch.randn(samples, actions), "sigma": torch.rand(samples, actions) + 0.5}
     tensors = [x for x in given.values() if isinstance(x, Tensor)]
-    # Of samples: where actions or obs have more or fewer, the others' are wrong. One sample more of one alone is seen.
+    # If obs or actions have another number of samples, the error may name any other argument.
     names = ("obs", "actions", *vectors, "mu", "sigma", "std", "actor", "critic", "critic_obs")
     wrong: dict[str, list] = {
         name: [Bad(x, names) for x in bad_tensor(given[name], "real")] for name in ("actions", *vectors, "mu", "sigma")
     }
     for name in ("mu", "sigma"):
         wrong[name] = [x for x in wrong[name] if x.value is not None] + [Bad(None, ("mu", "sigma"))]
-    # Integers are observations; groups of one kind are as good as one.
+    # Integer observations are valid, and so is a list of one group.
     wrong["obs"] = [Bad(x, names) for x in bad_tensor(given["obs"], "flag") if not isinstance(x, list)]
     wrong["obs"] += [Bad(x, names) for x in ([], [3.0], ["x"], [None], [given["obs"]] * 2)]
     wrong["critic_obs"] = [Bad(x, names) for x in bad_tensor(given["obs"], "flag") if x is not None]
@@ -108,7 +108,7 @@ RANGES = {
     "epsilon": (-1e-9, NAN, INF),
     **dict.fromkeys(("slot", "end_slot", "pool_slot", "end_pool_slot"), (-1, 99, BIG, -BIG)),
 }
-# Words of pydrone/ops/schema.py for parts of an argument, beside those of ``drawn``.
+# Names of parts of an argument, from pydrone/ops/schema.py; then those of ``drawn``, and of PyTorch's dispatcher.
 PARTS = ("sources", "rows", "codes", "planes", "pool", "count", "final_obs", "final_rows", "not_finite")
 PARTS += ("num_steps", "start", "num_samples", "first", "backend", "device")
 
@@ -126,14 +126,14 @@ class Recorder(TorchDispatchMode):
 def wrong_in_learner_op(name: str, x: object) -> list[object]:
     if isinstance(x, Tensor):
         made = [*not_tensors(x, True), *other_layouts(x), x.detach().to(torch.complex64), x.detach().unsqueeze(0)]
-        if name == "packed":  # more than is needed is as good
+        if name == "packed":  # a longer one is valid
             return [*made, x.new_zeros(()), x[:0], x[: len(x) // 4], x.double(), x[:1].expand(len(x)), x.repeat(2)[::2]]
-        # Any number of groups has its norms: more than are asked for are zero. So have rollouts what is not finite.
+        # More norms than groups are valid (zero), and so is a longer not_finite.
         longer_too = x.dim() == 0 or name == "norms" or (name == "memory" and x.dim() == 1)
         return made if longer_too else [*made, torch.cat([x, x[:1]]).detach(), x.new_zeros(())]
     if isinstance(x, list) and x and isinstance(x[0], Tensor):
         made: list[object] = [[*x, x[0]], *([x[:1]] if len(x) > 1 else [])]
-        # Twice a network that puts out as much as it takes is one; three more tensors are a pool, which may go unused.
+        # A network of equal input and output width can be doubled; three more tensors in memory are an unused pool.
         longer_too = name in ("actor", "critic") and x[0].dim() == 2 and x[0].shape[1] == x[-1].shape[0]
         made += [] if longer_too or ("memory" in name and len(x) == 3) else [[*x, *x]]
         for i, y in enumerate(x):
@@ -145,7 +145,7 @@ def wrong_in_learner_op(name: str, x: object) -> list[object]:
 
 
 def rollout(rng: random.Random) -> tuple[ActorCritic, RolloutBuffer]:
-    """A policy and an empty buffer for it, which may wrap around and have groups and a pool."""
+    """A policy and an empty buffer for it, which may wrap and have groups and a pool."""
     obs = rng.choice([rng.randint(1, 20), {"policy": rng.randint(1, 9), "critic": rng.randint(1, 9)}])
     dtype = rng.choice(["float32", "float32", "bfloat16", "float16"])
     normalize = {name: rng.random() < 0.3 for name in ("normalize_obs", "normalize_values")}
@@ -168,7 +168,7 @@ def observe(policy: ActorCritic, num_envs: int) -> Tensor | dict[str, Tensor]:
 
 
 def collect(rng: random.Random, policy: ActorCritic, buffer: RolloutBuffer, steps: int | None = None) -> None:
-    """A rollout by ``ppo_step``, or so many calls of it."""
+    """Collects a rollout with ``ppo_step``, or calls it ``steps`` times."""
     acting, ends, n = FusedActing(policy, buffer, lambda stage: None), None, buffer.num_envs
     kind = rng.choice(["dones", "truncated", "final_obs", "valid"])
     for _ in range(steps or buffer.num_steps):
@@ -184,7 +184,7 @@ def collect(rng: random.Random, policy: ActorCritic, buffer: RolloutBuffer, step
 
 
 def wrong_numbers(drawn: list[int], capacity: int) -> list[list[int]]:
-    """``drawn`` with one number out of range, which are the same whatever the others."""
+    """``drawn`` with one number out of range, whatever the others are."""
     _, _, num_samples, *_, first, count = drawn
     ranges = {0: (-1, 0, capacity + 1), 1: (-1, capacity), 2: (-1, 0, num_samples - 1, num_samples + 1)}
     ranges |= {7: (-1, num_samples - count + 1), 8: (-1, 0, num_samples - first + 1)}
@@ -196,7 +196,7 @@ def wrong_numbers(drawn: list[int], capacity: int) -> list[list[int]]:
 def wrong_layouts(layout: Tensor) -> list[Tensor]:
     made = [layout.int(), layout.double(), layout[:0], layout[:-1], layout[:, :3], layout.repeat(1, 2)[:, ::2]]
     for i in range(layout.numel()):
-        # A field [N, width] is one of less than two inner dimensions, whatever that number is.
+        # With a source [N, width], any number of inner dimensions below two is accepted.
         for x in (BIG, 2**40, *(() if i > 4 and i % 4 == 3 else (-1, -BIG))):
             made.append(layout.clone())
             made[-1].view(-1)[i] = x
@@ -204,7 +204,7 @@ def wrong_layouts(layout: Tensor) -> list[Tensor]:
 
 
 def learner_op(rng: random.Random) -> Subject:
-    """The operations themselves, with the arguments that the functions give them."""
+    """The operations themselves, with the arguments that the Python functions pass to them."""
     kind = rng.choice(["ppo_gradients", "ppo_gradients in the ring", "ppo_act", "ppo_step", "clipped_adam"])
     recorder = Recorder()
     if kind == "ppo_act":
@@ -235,7 +235,7 @@ def learner_op(rng: random.Random) -> Subject:
     assert operation.name() == f"pydrone::{kind.partition(' ')[0]}", f"recorded {operation.name()}, not {kind}"
     wrong = {name: wrong_in_learner_op(name, x) for name, x in given.items() if x is not None and x != []}
     if given.get("drawn"):
-        given |= {name: given.get(name) for name in ("stats", "subset")}  # in their places
+        given |= {name: given.get(name) for name in ("stats", "subset")}  # in the schema's order
         wrong["drawn"] += [[], *wrong_numbers(given["drawn"], given["actions"].shape[0])]
         fields = {name: given[name] for name in ("actions", "log_probs", "values", "mu", "sigma")}
         for name, x in fields.items():  # not of the same rows
@@ -247,7 +247,7 @@ def learner_op(rng: random.Random) -> Subject:
     if kind == "ppo_step":
         for name in wrong.keys() & {"layout", "end_layout"}:
             wrong[name] += wrong_layouts(given[name])
-        # Numbers that nothing is stored by: without an end, without a pool, and where no field is looked at.
+        # These slots are ignored without an end, without a pool, or if no field is checked for finite values.
         pooled = given["truncated"] is not None and len(given["end_memory"]) > 3
         looked_at = given["layout"][0, 3].item() > 0
         used = {"end_slot": given["end_layout"] is not None, "end_pool_slot": pooled, "pool_slot": looked_at}
@@ -255,7 +255,7 @@ def learner_op(rng: random.Random) -> Subject:
     if kind in ("ppo_act", "ppo_step"):
         for name in ("actions", "mean", "log_probs", "values"):
             wrong[name] += [given[name][:1].expand_as(given[name])] if len(given[name]) > 1 else []
-    # Of a tensor that is elsewhere, or no plain memory, PyTorch's dispatcher speaks before the operation can.
+    # For a tensor on another device or not in plain memory, PyTorch's dispatcher raises before the operation can.
     names = (*given, *PARTS)
     wrong = {name: [Bad(x, names) for x in made] for name, made in wrong.items()}
     flat = [y for x in given.values() for y in (x if isinstance(x, list) else [x])]

@@ -14,14 +14,14 @@ HUGE, BIG = 10**400, 2**63 - 1
 
 
 class Bad(NamedTuple):
-    """A wrong value; ``names`` that an error may give beside the argument's own."""
+    """A wrong value; ``names``: what an error may name instead of the argument."""
 
     value: object
     names: tuple[str, ...] = ()
 
 
 class Subject(NamedTuple):
-    """A valid call. ``wrong``: what each argument may be replaced with. ``held``: what a refused call leaves alone."""
+    """A valid call. ``wrong``: wrong values for each argument. ``held``: what a refused call must not change."""
 
     name: str
     call: Callable[..., object]
@@ -30,7 +30,7 @@ class Subject(NamedTuple):
     held: tuple[object, ...] = ()
 
 
-# Nested and quantized tensors are to be refused, whatever becomes of them.
+# Nested and quantized tensors must be refused; PyTorch's warnings about them do not matter here.
 warnings.filterwarnings("ignore", message=".*(nested tensors|quantize|Sparse CSR)")
 
 
@@ -42,7 +42,7 @@ def not_tensors(x: Tensor, optional: bool) -> list[object]:
 
 
 def other_layouts(x: Tensor) -> list[Tensor]:
-    """What is no plain memory. Those that PyTorch warns of are made for few: a warning takes milliseconds."""
+    """Tensors not in plain memory. Kinds that PyTorch warns about are rare here: a warning takes milliseconds."""
     x = x.detach()
     made = [x.to("meta"), x.to_sparse()]
     if x.dtype == torch.float32 and x.dim() > 0:
@@ -58,17 +58,17 @@ def other_layouts(x: Tensor) -> list[Tensor]:
 
 
 def other_shapes(x: Tensor) -> list[Tensor]:
-    """None of them valid where N, T > 1: one environment more or less, another dimension, none at all."""
+    """Shapes that are invalid if N, T > 1: one environment more or fewer, one more dimension, empty, a scalar."""
     made = [torch.cat([x, x[:1]]), x[:-1], x.unsqueeze(0), x.new_zeros(0), x.new_zeros(())]
     made.append(x.unsqueeze(-1).expand(*x.shape, 2))
     if x.dim() > 1:
         made += [x[:, :-1], torch.cat([x, x[:, :1]], 1), torch.cat([x] * 5, 1)]
-        made += [x.flatten()] if x.shape[1] > 1 else []  # [N, 1] is as good as [N]
+        made += [x.flatten()] if x.shape[1] > 1 else []  # [N] is valid for [N, 1]
     return made
 
 
 def bad_tensor(x: Tensor, kind: str, optional: bool = False) -> list[object]:
-    """``kind``: "real", floating; "flag", any dtype that has a zero; "exact", its own dtype."""
+    """``kind``, the valid dtypes: "real", any floating; "flag", any that has a zero; "exact", its own."""
     dtypes = {"real": (torch.int64, torch.bool), "flag": (), "exact": (torch.float32, torch.int16, torch.bool)}[kind]
     made = [x.to(dtype) for dtype in (*dtypes, torch.complex64, torch.complex128) if dtype != x.dtype]
     return [*not_tensors(x, optional), *other_layouts(x), *other_shapes(x), *made]
@@ -94,7 +94,7 @@ def bad_bool() -> list[object]:
 
 
 def overlapping(outputs: tuple[Tensor, Tensor], inputs: Iterable[Tensor]) -> list[tuple]:
-    """In place of ``outputs``: memory of an input, of each other, or of itself."""
+    """Replacements for ``outputs`` that overlap an input, each other, or themselves."""
     first, second = outputs
     shape = first.shape
     both = first.new_zeros(first.numel() + 1)

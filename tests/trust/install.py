@@ -2,12 +2,12 @@
 
     python tests/trust/install.py [--quick] [--python PYTHON ...] [--torch VERSION ...]
 
-The sdist is made from the tree, and the wheel from the sdist. Each environment has torch and no more (no triton, no
-numpy, none of the extras) and runs smoke.py in a folder of its own; all of them are given the same wheel. One is given
-the sdist where there is no C++ compiler.
+The sdist is built from the tree, and the wheel from the sdist. Each environment has torch and nothing else (no triton,
+no numpy, no extras), installs the same wheel, and runs smoke.py in a folder of its own. Then it installs the sdist
+without a C++ compiler.
 
---quick installs into one environment only, whose torch is that of the Python which runs this; nothing is downloaded.
-Otherwise pip installs torch. Where it finds no CPU build, it is a CUDA one without NVIDIA's packages, see stand_ins.py.
+--quick uses a single environment with the torch of the running Python, and downloads nothing. Otherwise pip installs
+torch; where there is no CPU build, a CUDA build without NVIDIA's packages, see stand_ins.py.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ import stand_ins
 ROOT = Path(__file__).resolve().parents[2]
 SMOKE = Path(__file__).with_name("smoke.py")
 PYTHONS = ["python3.10", "python3.11", "python3.12", "python3.13"]
-TORCHES = ["2.10.0", "2.13.0"]  # the oldest that pydrone allows, the newest that it has been tried with
+TORCHES = ["2.10.0", "2.13.0"]  # the oldest that pydrone allows, the newest that it has been tested with
 WITHOUT = ["triton", "numpy", "tyro", "rich", "tensorboard", "matplotlib", "genesis", "safetensors", "onnx", "wandb"]
 NOT_IN_SDIST = {".gitignore", ".ci/run"}
-# What a CUDA build of torch asks for and its CPU half can do without.
+# Requirements of a CUDA build of torch that its CPU half does not need.
 NVIDIAS = re.compile(r"nvidia|cuda|triton")
-LIMIT = 1200  # seconds, of one command
+LIMIT = 1200  # seconds per command
 
 
 class Failed(Exception):
-    """A command that failed, with what it said; or a promise that is not kept."""
+    """A command that failed, with its output; or a result that is not as promised."""
 
 
 def run(*command: str | Path, cwd: Path | None = None, **environ: str | None) -> str:
-    """What the command says. Neither it nor its Python sees this tree; a variable given as None is removed."""
+    """Runs a command and returns its output. The environment hides this tree; a variable given as None is removed."""
     hidden = (
         "PYTHONPATH",
         "PYTHONHOME",
@@ -70,7 +70,7 @@ def pip(*arguments: str | Path, python: str | Path = sys.executable, **environ: 
 
 
 def build_sdist(folder: Path) -> Path:
-    """From a copy of the tree, in which nothing is left of earlier builds."""
+    """Builds it from a copy of the tree without products of earlier builds."""
     junk = shutil.ignore_patterns("__pycache__", "*.so", "*.egg-info", "build", "dist", "runs", "logs", ".*")
     shutil.copytree(ROOT, folder / "tree", ignore=junk)
     build = f"import setuptools.build_meta as backend; backend.build_sdist({str(folder)!r})"
@@ -81,7 +81,7 @@ def build_sdist(folder: Path) -> Path:
 
 
 def check_sdist(sdist: Path) -> None:
-    """It holds every file under version control, where there is such a thing here."""
+    """Checks that it contains every file under version control, if this is a git checkout."""
     if not (ROOT / ".git").exists():
         return
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True)
@@ -93,7 +93,7 @@ def check_sdist(sdist: Path) -> None:
 
 
 def build_wheel(sdist: Path, folder: Path) -> Path:
-    """From the sdist alone, against the torch of this Python."""
+    """Builds it from the sdist only, against the torch of this Python."""
     with tarfile.open(sdist) as file:
         file.extractall(folder / "unpacked", **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
     (source,) = (folder / "unpacked").iterdir()
@@ -109,7 +109,7 @@ def build_wheel(sdist: Path, folder: Path) -> Path:
 
 
 class Environment:
-    """A virtual environment with torch and what torch cannot do without."""
+    """A virtual environment with torch and its requirements."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.python = folder, folder / "bin" / "python"
@@ -117,7 +117,7 @@ class Environment:
 
     @classmethod
     def linked(cls, folder: Path) -> Environment:
-        """By links to this Python's packages: there is nothing to download, and nothing else to be found."""
+        """Links torch and its requirements from this Python: nothing is downloaded, and nothing else is visible."""
         made = cls(folder)
         run(sys.executable, "-m", "venv", "--without-pip", folder)
         site = made.site()
@@ -146,7 +146,7 @@ class Environment:
         return Path(run(self.python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip())
 
     def smoke(self, cpu: str = "built") -> dict[str, str | None]:
-        """Outside the source tree, with a copy of the script."""
+        """Runs a copy of smoke.py outside the source tree; returns what it prints."""
         folder = self.folder / "elsewhere"
         folder.mkdir(exist_ok=True)
         script = shutil.copy(SMOKE, folder)
@@ -155,7 +155,7 @@ class Environment:
 
 
 def closure(name: str) -> list[str]:
-    """The installed distributions that ``name`` needs, itself first; no triton."""
+    """The installed distributions that ``name`` requires, itself first, without triton."""
     found = [name]
     for this in found:
         for requirement in metadata.requires(this) or []:
@@ -165,7 +165,7 @@ def closure(name: str) -> list[str]:
             try:
                 metadata.distribution(needed)
             except metadata.PackageNotFoundError:
-                continue  # a marker's, for another system
+                continue  # required on other systems only
             found.append(needed)
     return found
 
@@ -174,13 +174,13 @@ def closure(name: str) -> list[str]:
 
 
 def install_wheel(env: Environment, wheel: Path) -> dict[str, str | None]:
-    # This Python's pip: an environment of links has none.
+    # This Python's pip: a linked environment has none.
     pip("--python", env.python, "install", "--no-deps", "--no-index", wheel)
     return env.smoke()
 
 
 def install_sdist_without_compiler(env: Environment, sdist: Path) -> dict[str, str | None]:
-    """With pip as a user calls it, but for the isolation, in which the build would download torch once more."""
+    """Calls pip as a user would, but without build isolation, which would download torch again."""
     pip("uninstall", "--yes", "pydrone-rl", python=env.python)
     bare = env.folder / "no-compiler"
     bare.mkdir()
@@ -190,7 +190,7 @@ def install_sdist_without_compiler(env: Environment, sdist: Path) -> dict[str, s
 
 
 def usable(python: str) -> str | None:
-    """The interpreter's path; None: it is not there. (A shim of pyenv's may be there and have no Python.)"""
+    """The interpreter's path, or None if it does not work (a pyenv shim may exist without its Python)."""
     try:
         return run(python, "-c", "import sys, venv, ensurepip; print(sys.executable)").strip()
     except (OSError, Failed):
@@ -203,7 +203,7 @@ def row(*cells: object) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="one environment, made without pip's network")
+    parser.add_argument("--quick", action="store_true", help="one environment, without network access")
     parser.add_argument("--python", nargs="+", default=PYTHONS, help=f"default: {' '.join(PYTHONS)}")
     parser.add_argument("--torch", nargs="+", default=TORCHES, help=f"default: {' '.join(TORCHES)}")
     options = parser.parse_args()
@@ -226,7 +226,7 @@ def main() -> int:
         folder = Path(temporary)
         sdist = build_sdist(folder)
         wheel = build_wheel(sdist, folder)
-        print(f"{sdist.name}, and of it {wheel.name}: {time.monotonic() - began:.0f} s\n")
+        print(f"{sdist.name}, and {wheel.name} built from it: {time.monotonic() - began:.0f} s\n")
         row("Python", "torch", "installed", "native library", "")
         if options.quick:
             shown("wheel", install_wheel, Environment.linked(folder / "linked"), wheel)
@@ -247,7 +247,7 @@ def main() -> int:
                 else:
                     shown("wheel", install_wheel, env, wheel)
                     shown("sdist, without a compiler", install_sdist_without_compiler, env, sdist)
-                shutil.rmtree(here, ignore_errors=True)  # some 2 GB
+                shutil.rmtree(here, ignore_errors=True)  # about 2 GB
     if len(libraries) > 1:
         raise Failed(f"expected one native library everywhere, got {sorted(libraries)}")
     print(f"\n{failures} failed; {time.monotonic() - began:.0f} s")

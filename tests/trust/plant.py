@@ -1,10 +1,10 @@
-"""Plants known mistakes, one at a time, and shows that the tests fail for each: ``make faults``.
+"""Plants known mistakes, one at a time, and checks that the tests fail for each: ``make faults``.
 
     python tests/trust/plant.py [--only WORDS] [--relevant] [--list]
 
-In a copy of the tree, one fault of faults/ after the other is made, the C++ library is built again where csrc/
-changed, and the tests run until one fails: those that should catch it first, then all others. A fault that survives
-all of them is a test that is missing; the exit status is then 1.
+Works in a copy of the tree. For each fault in faults/, it rebuilds the C++ library if csrc/ changed, then runs the
+tests until one fails: first those that should catch the fault, then all others. A fault that survives them all shows
+that a test is missing; the exit status is then 1.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from pathlib import Path
 from faults import FAULTS, Fault
 
 ROOT = Path(__file__).resolve().parents[2]
-# What the tests need of the tree; the rest of a checkout may be large.
+# The folders that the tests need; the rest of a checkout may be large.
 FOLDERS = ("benches", "csrc", "docs", "pydrone", "tests", "triton_kernels")
-TEST_LIMIT, BUILD_LIMIT = 1800, 900  # seconds; a fault that hangs is found
-# The table's own test looks for the text that is gone, and those of packaging at what is installed.
+TEST_LIMIT, BUILD_LIMIT = 1800, 900  # seconds; a fault that hangs counts as caught
+# The table's own test looks for the replaced text, and the packaging test at the installed package.
 OTHERS = ("--ignore", "tests/trust/test_faults.py", "--ignore", "tests/house/test_packaging.py")
 
 
 class BadTable(Exception):
-    """A fault that shows nothing: its text is not there once, it does not compile, it cannot be imported, or its tests
-    are skipped for want of a package."""
+    """A fault that proves nothing: its text does not occur exactly once, it does not compile, it cannot be imported, or
+    its tests are skipped because a package is missing."""
 
 
 def planted(text: str, fault: Fault) -> str:
-    """``text`` with the mistake in it."""
+    """``text`` with the mistake."""
     found = text.count(fault.old)
     if found != 1:
         raise BadTable(f"{fault.name}: expected its text once in {fault.file}, found it {found} times")
@@ -47,7 +47,7 @@ def planted(text: str, fault: Fault) -> str:
 
 
 class Tree:
-    """A copy of the tree that can be tested, built and put right again."""
+    """A copy of the tree that can be built, tested and restored."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -57,7 +57,7 @@ class Tree:
         for file in ROOT.iterdir():
             if file.is_file() and not file.name.startswith("."):
                 shutil.copy2(file, path)
-        # An editable install knows the other tree's: the packages of this one go before it.
+        # An editable install points to the original tree; PYTHONPATH puts this copy before it.
         (path / "pydrone" / "_triton").symlink_to("../triton_kernels")
         self.environment = {**os.environ, "PYTHONPATH": str(path), "PYTHONDONTWRITEBYTECODE": "1"}
         self._built = self._sources()
@@ -66,7 +66,7 @@ class Tree:
         return {file: file.read_bytes() for file in (self.path / "csrc").rglob("*") if file.is_file()}
 
     def run(self, *command: str, limit: int) -> tuple[int, str]:
-        """(exit status, output) of a Python command; 124 where it ran past ``limit`` seconds."""
+        """(exit status, output) of a Python command; status 124 after ``limit`` seconds."""
         try:
             done = subprocess.run(
                 [sys.executable, *command],
@@ -82,11 +82,11 @@ class Tree:
         return done.returncode, done.stdout
 
     def test(self, *arguments: str) -> tuple[int, str]:
-        """pytest, until the first failure."""
+        """Runs pytest until the first failure."""
         return self.run("-m", "pytest", "-x", "-q", "--tb=line", "-p", "no:cacheprovider", *arguments, limit=TEST_LIMIT)
 
     def build(self) -> None:
-        """Builds the C++ library if its sources are not those of the last build."""
+        """Builds the C++ library if its sources changed since the last build."""
         sources = self._sources()
         if sources == self._built:
             return
@@ -96,7 +96,7 @@ class Tree:
         self._built = sources
 
     def check(self) -> None:
-        """That what is imported is this tree's."""
+        """Checks that Python imports this tree's packages."""
         code = "import os, pydrone, pydrone._triton as t; print(*map(os.path.realpath, (pydrone.__file__, t.__file__)))"
         _, output = self.run("-c", code, limit=TEST_LIMIT)
         wanted = f"{self.path}/pydrone/__init__.py {self.path}/triton_kernels/__init__.py"
@@ -104,7 +104,7 @@ class Tree:
             raise BadTable(f"expected Python to import {wanted}, got {output}")
 
     def caught(self, fault: Fault, relevant: bool) -> str | None:
-        """Plants it, and takes it out again. Returns what failed first; None: nothing did."""
+        """Plants the fault, runs the tests and removes it. Returns the first failure, or None if there was none."""
         failed = self._planted(fault, fault.tests.split())
         if failed is None and not relevant:
             failed = self._planted(fault, ["tests", *OTHERS])
@@ -126,7 +126,7 @@ class Tree:
 
 
 def failure(fault: Fault, status: int, output: str) -> str | None:
-    """What failed first, of pytest's exit status and output; None if all tests passed."""
+    """The first failure, from pytest's exit status and output; None if all tests passed."""
     if status == 0:
         return None
     if status == 124:
@@ -141,9 +141,9 @@ def failure(fault: Fault, status: int, output: str) -> str | None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="the faults whose name or file has this in it")
-    parser.add_argument("--relevant", action="store_true", help="only the tests that should catch a fault")
-    parser.add_argument("--list", action="store_true", help="name the faults, and plant none")
+    parser.add_argument("--only", default="", help="only faults whose name or file contains this")
+    parser.add_argument("--relevant", action="store_true", help="run only the tests that should catch a fault")
+    parser.add_argument("--list", action="store_true", help="list the faults, plant none")
     options = parser.parse_args(arguments)
     faults = [x for x in FAULTS if options.only in x.name or options.only in x.file]
     if options.list:
@@ -156,7 +156,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         tree = Tree(Path(folder).resolve())
         try:
             tree.check()
-            # Where the tests fail without a fault, nothing is shown by their failing with one.
+            # If the tests fail without a fault, their failing with one proves nothing.
             tests = sorted({test for fault in faults for test in fault.tests.split()})
             status, output = tree.test(*tests)
             if status:

@@ -1,8 +1,8 @@
-"""What an installed pydrone does, in seconds and with torch alone: install.py runs it outside the source tree.
+"""A quick test of an installed pydrone with nothing but torch; install.py runs it outside the source tree.
 
     python -I smoke.py [--cpu missing] [--without PACKAGE ...]
 
-Prints what it ran on, as JSON; ends with a traceback where something is not as it must be.
+Prints the versions it ran on as JSON; ends with a traceback on a failure.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 
-# torch says so where numpy is not installed; nothing here needs it.
+# torch warns if numpy is not installed; nothing here needs it.
 warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
 
 import torch  # noqa: E402
@@ -43,7 +43,7 @@ def near(what: str, got: torch.Tensor, expected: torch.Tensor) -> None:
 
 
 def check_rollout(backend: str | None) -> None:
-    """append, GAE and minibatches, against a loop in Python's floats."""
+    """append, GAE and minibatches against a loop over Python floats."""
     draw = torch.Generator().manual_seed(1)
     rewards, values = (torch.randn(N, T, generator=draw) for _ in range(2))
     dones, last = torch.rand(N, T, generator=draw) < 0.2, torch.randn(N, generator=draw)
@@ -73,11 +73,11 @@ def check_rollout(backend: str | None) -> None:
         assert torch.equal(minibatch.actions[:, 1], -number.flatten()[i])
         near("normalised advantages", minibatch.advantages, normalized.flatten()[i])
         seen += i.tolist()
-    assert sorted(seen) == list(range(N * T)), "an epoch holds every sample once"
+    assert sorted(seen) == list(range(N * T)), "an epoch must contain every sample once"
 
 
 def check_update(cpu_is_missing: bool) -> None:
-    """fused_update's gradients, against autograd in float64."""
+    """fused_update's gradients against autograd in float64."""
     torch.manual_seed(2)
     actor, critic = (nn.Sequential(nn.Linear(5, 16), nn.ELU(), nn.Linear(16, out)) for out in (2, 1))
     std = torch.full((2,), 0.7, requires_grad=True)
@@ -104,7 +104,7 @@ def check_update(cpu_is_missing: bool) -> None:
 
 
 def check_training(folder: Path) -> None:
-    """Two iterations on the quadrotor, and two more from the checkpoint."""
+    """Two iterations on the quadrotor, and two more resumed from the checkpoint."""
     ppo, path = PPOConfig(hidden_dims=(16,), num_minibatches=2, num_epochs=2), None
     for iterations in (2, 4):
         settings = {"env": "quadrotor", "num_steps": 8, "tensorboard": False, "iterations": iterations}
@@ -116,7 +116,7 @@ def check_training(folder: Path) -> None:
 
 
 def command(*arguments: str, status: int = 0) -> str:
-    """What the console script says, of an error on stderr."""
+    """Runs the console script; returns its stdout, or its stderr if it must fail."""
     script = Path(sys.prefix, "bin", "pydrone")
     done = subprocess.run([script, *arguments], capture_output=True, text=True)
     assert done.returncode == status, f"pydrone {' '.join(arguments)}: {done.returncode}\n{done.stdout}{done.stderr}"

@@ -1,8 +1,8 @@
-"""Stand-ins for NVIDIA's libraries, so that a CUDA build of torch can be imported where they are not installed.
+"""Stubs for NVIDIA's libraries, so that a CUDA build of torch can be imported where they are not installed.
 
-PyPI has no CPU builds of torch for Linux on x86-64, and what its CUDA builds bring along is several GB. What runs on
-the CPU calls none of it, but the loader wants every library that torch is linked with to be there, and every symbol.
-Each function here returns an error: torch finds no device. Wants gcc, nm and objdump.
+PyPI has no CPU builds of torch for Linux on x86-64, and the dependencies of its CUDA builds take several GB. Code on
+the CPU calls none of them, but the loader needs every library that torch is linked with, and every symbol. Each stub
+returns an error, so torch finds no device. Needs gcc, nm and objdump.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def _run(*command: str | Path) -> str:
 
 
 def make(torch_libraries: Path, out: Path) -> None:
-    """Writes to ``out`` what the libraries in the folder ``torch_libraries`` want of NVIDIA's."""
+    """Writes to ``out`` the stub libraries that the libraries in ``torch_libraries`` need."""
     wanted, defined, undefined, home = set(), set(), set(), {}
     for library in torch_libraries.glob("*.so*"):
         headers = _run("objdump", "-p", library)
@@ -40,7 +40,7 @@ def make(torch_libraries: Path, out: Path) -> None:
                 defined.add(name.split("@")[0])
     wanted -= {library.name for library in torch_libraries.iterdir()}
     runtime = next(name for name in wanted if "cudart" in name)
-    # Of each library the symbols by version: the loader looks for them there.
+    # Library to version to symbols: the loader looks symbols up by version.
     symbols: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     for symbol in sorted(undefined):
         name, _, version = symbol.partition("@")

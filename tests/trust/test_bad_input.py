@@ -1,4 +1,4 @@
-"""Wrong calls by the hundred (bad_input.py), and each mistake that they have found, on its own."""
+"""Hundreds of invalid calls (bad_input.py), and a test for each bug that they have found."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ native = pytest.mark.skipif(pydrone.backends()["cpu"] is not None, reason=str(py
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("group", range(GROUPS))
 def test_wrong_calls_are_refused_by_name(group):
-    """`make sanitize` makes 20,000, in a library that looks at every access to memory."""
+    """`make sanitize` runs 20,000, in a library that checks every memory access."""
     wrong = []
     for number in range(group, CASES, GROUPS):
         case = bad_input.make(number)
@@ -35,15 +35,15 @@ def test_wrong_calls_are_refused_by_name(group):
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_a_case_is_made_by_its_number():
+def test_a_number_always_gives_the_same_case():
     assert [bad_input.make(i).what for i in range(40)] == [bad_input.make(i).what for i in range(40)]
     kinds = {bad_input.make(i).what.partition("(")[0].partition(",")[0] for i in range(400)}
     functions = {"gae", "append", "begin", "end", "compute_gae", "minibatches", "sequences", "RolloutBuffer", "plan"}
     assert kinds >= functions | {"load_state_dict", "advance", "to", "item"}
 
 
-def test_each_kind_of_problem_is_seen():
-    """The judge itself: an accepted call, an unclear error, a written byte, a valid call that fails."""
+def test_each_kind_of_problem_is_detected():
+    """Tests problem() itself: an accepted call, an unclear error, a written byte, a valid call that fails."""
     kept = torch.zeros(2)
 
     def verdict(wrong, right=lambda: None):
@@ -91,7 +91,7 @@ def filled(backend: str | None = None, **options) -> RolloutBuffer:
     ],
     ids=["str", "bytes", "huge", "two", "meta"],
 )
-def test_discounts_that_are_no_numbers(name, value, error, got):
+def test_discounts_that_are_not_numbers(name, value, error, got):
     for call in (lambda **x: pydrone.gae(X, X, X, ENVS, **x), lambda **x: filled().compute_gae(ENVS, **x)):
         with pytest.raises(error, match=rf"^{name}: expected a number.*{got}"):
             call(**{name: value})
@@ -129,7 +129,7 @@ def interleaved() -> list[torch.Tensor]:
 
 @native
 def test_operations_refuse_outputs_that_overlap():
-    """Interleaved tensors have no element in common."""
+    """Interleaved tensors share no element and are accepted."""
     arguments = bad_input.ARGUMENTS["gae"]()
     call = torch.ops.pydrone.gae.default
     for name in ("advantages", "returns"):
@@ -173,8 +173,8 @@ ODD = {
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("odd", ODD)
-def test_what_is_no_plain_memory_writes_nothing(odd, backend):
-    """The dispatcher took such tensors to the reference, which wrote other fields before it failed, or did not fail."""
+def test_a_tensor_not_in_plain_memory_writes_nothing(odd, backend):
+    """The dispatcher sent such tensors to the reference, which wrote other fields before it failed, if it failed."""
     buf = make(backend, fields={"mu": 2})
     fill(buf, 1)
     before, step = memory_bytes(buf), random_step(buf)
@@ -194,7 +194,7 @@ def test_what_is_no_plain_memory_writes_nothing(odd, backend):
 @native
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("odd", [name for name in ODD if name != "meta"])
-def test_operations_refuse_what_is_no_plain_memory(odd):
+def test_operations_refuse_tensors_not_in_plain_memory(odd):
     arguments = bad_input.ARGUMENTS["gae"]()
     with pytest.raises(RuntimeError, match=r"^values: expected a strided tensor"):
         torch.ops.pydrone.gae.default(*(arguments | {"values": ODD[odd](arguments["values"])}).values())
@@ -202,7 +202,7 @@ def test_operations_refuse_what_is_no_plain_memory(odd):
 
 
 def test_a_step_without_dones_is_refused(backend):
-    """The operation takes None for the first half of a step, and append went on as if it were a whole one."""
+    """The operation accepts None for the first half of a step, and append used to count that as a whole step."""
     buf = make(backend)
     with pytest.raises(TypeError, match=r"^dones: expected a tensor, got NoneType$"):
         buf.append(**random_step(buf) | {"dones": None})
@@ -306,7 +306,7 @@ def test_a_layout_without_data_is_refused():
 
 
 @native
-def test_networks_without_data_are_not_taken_for_learnt_from():
+def test_networks_without_data_are_refused():
     rng = random.Random(1)
     arguments = bad_input.fused_update(rng).arguments
     for name in ("actor", "critic"):

@@ -1,7 +1,7 @@
 """PyTorch's contracts that no other file tests: compilation, autocast, gradients, lazy views, DLPack, workers, threads.
 
-Elsewhere: opcheck and one graph in ops/test_ops.py; inference mode, saved tensors, state dicts, pickles and copies in
-test_buffer_state.py; streams, and bit-equal runs of a GPU in gpu/.
+Elsewhere: opcheck and full graphs in ops/test_ops.py; inference mode, saved tensors, state dicts, pickles and copies in
+test_buffer_state.py; streams and bit-equal runs on a GPU in gpu/.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def arguments(num_envs: int = N, num_steps: int = T, seed: int = 0) -> list[Tens
 
 
 def iteration(buf: RolloutBuffer, g: torch.Generator) -> list[Tensor]:
-    """A rollout from the first step to the last minibatch; all that came out."""
+    """One rollout, from the first step to the last minibatch; returns all results."""
     while not buf.full:
         step = random_step(buf, g=g)
         buf.append(**step, truncated=step["dones"] & (step["rewards"] > 0), final_obs=random_step(buf, g=g)["obs"])
@@ -102,7 +102,7 @@ def test_gae_compiles_with_the_inductor():
 
 
 def test_a_buffer_in_a_compiled_step():
-    """The ring's counters are the host's, so a compiled step breaks the graph there; what is stored is the same."""
+    """The ring's counters are on the host, so a compiled step has a graph break; the stored data are the same."""
     bufs = [RolloutBuffer(N, T, obs=3, actions=2) for _ in range(2)]
 
     def step(buf: RolloutBuffer, obs: Tensor, given: dict[str, Tensor]) -> Tensor:
@@ -130,7 +130,7 @@ def test_autocast_changes_no_bit(dtype, backend):
         assert (given[0] @ given[0].t()).dtype == dtype
         actual = [*pydrone.gae(*given, stats=True, backend=backend), *run(backend=backend)]
     assert same(actual, expected)
-    # A network in autocast gives values in half precision: converted, and computed with in float32.
+    # A network under autocast returns half-precision values: they are converted, and GAE computes in float32.
     halves = [given[0], given[1].to(dtype), given[2], given[3].to(dtype)]
     converted = [x.float() if x.dtype == dtype else x for x in halves]
     assert same(pydrone.gae(*halves, backend=backend), pydrone.gae(*converted, backend=backend))
@@ -198,7 +198,7 @@ def test_gae_in_inference_mode(backend):
 
 
 def negated(x: Tensor) -> Tensor:
-    """``x`` as a view whose memory holds -x: PyTorch negates when it is read."""
+    """``x`` as a view of memory that holds -x: PyTorch negates it on read."""
     made = torch.complex(torch.zeros_like(x), -x).conj().imag
     assert made.is_neg() and torch.equal(made, x)
     return made
@@ -220,7 +220,7 @@ def test_views_that_are_negated_when_read(backend):
 
 
 def test_dlpack_views_show_the_rollout(backend):
-    """Both ways, without a copy: what another library holds is this rollout, and then the next one."""
+    """In both directions, without a copy: another library's view shows this rollout, and then the next one."""
     buf = RolloutBuffer(N, T, obs=3, actions=((2,), torch.int64), backend=backend)
     first = fill(buf)
     buf.compute_gae(torch.zeros(N))
@@ -245,7 +245,7 @@ def test_dlpack_views_show_the_rollout(backend):
 
 
 def in_a_worker(given: list[Tensor], buf: RolloutBuffer) -> tuple[str, str, int]:
-    """What a worker makes of arguments and of a buffer, which come as pickles."""
+    """The results of a worker, which receives arguments and buffer as pickles."""
     torch.set_num_threads(1)
     length = len(buf)
     buf.clear()
@@ -259,15 +259,15 @@ def test_workers_compute_the_same(method):
     buf = RolloutBuffer(N, T, obs=3, actions=2, seed=5, final_obs_rows=N * T)
     fill(buf, 2)
     ours = in_a_worker(arguments(), copy.deepcopy(buf))
-    pydrone.gae(*arguments(4099, 129))  # in threads, of which a fork has none
+    pydrone.gae(*arguments(4099, 129))  # starts threads, which a fork does not have
     with multiprocessing.get_context(method).Pool(1) as pool:
         theirs = pool.starmap_async(in_a_worker, [(arguments(), buf)] * 2).get(timeout=60)
     assert theirs == [ours] * 2 and ours[2] == 2
-    assert len(buf) == 2  # this process's own
+    assert len(buf) == 2  # this process's buffer is unchanged
 
 
-def test_buffers_of_two_threads_do_not_meet(backend):
-    """At once, in both: each gives what it gives alone."""
+def test_buffers_of_two_threads_do_not_interfere(backend):
+    """Two threads at once: each gets the same results as alone."""
     expected = [digest(run(40, 9, 4, backend, seed)) for seed in range(2)]
     start, found = threading.Barrier(2), {}
 
@@ -297,7 +297,7 @@ def with_threads(count: int, make: Callable[[], list[Tensor]]) -> list[Tensor]:
 
 @pytest.mark.parametrize("columns", [False, True])
 def test_bit_equal_from_run_to_run_and_for_any_number_of_threads(columns):
-    """Large enough for every parallel loop to be divided; statistics too, whose sums depend on their order."""
+    """Large enough to split every parallel loop. Includes the statistics, whose sums depend on their order."""
     given = arguments(4099, 129)
     given = [*(x.t().contiguous().t() if columns else x for x in given[:3]), given[3]]
     first = pydrone.gae(*given, stats=True)
@@ -309,7 +309,7 @@ def test_bit_equal_from_run_to_run_and_for_any_number_of_threads(columns):
 
 
 def test_deterministic_algorithms(backend):
-    """Nothing that pydrone calls is without a deterministic version, and none gives other numbers."""
+    """Everything that pydrone calls has a deterministic version, with the same results."""
     given, expected = arguments(), run(backend=backend)
     advantages = pydrone.gae(*given, stats=True, backend=backend)
     torch.use_deterministic_algorithms(True)
@@ -317,7 +317,7 @@ def test_deterministic_algorithms(backend):
         assert same(pydrone.gae(*given, stats=True, backend=backend), advantages)
         assert same(run(backend=backend), expected)
         buf = RolloutBuffer(N, 2, obs=3, actions=2, capacity=3, backend=backend)
-        for _ in range(3):  # wraps; values of the caller's at the ring's slots
+        for _ in range(3):  # wraps; with final_values, which are copied to the ring's slots
             for _ in range(2):
                 buf.append(**random_step(buf), truncated=torch.ones(N), valid=torch.arange(N) > 0)
             buf.compute_gae(torch.zeros(N), final_values=torch.ones(N, 2))

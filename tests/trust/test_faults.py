@@ -1,4 +1,4 @@
-"""The table of planted mistakes fits the sources; two of them are planted here, all of them by ``make faults``."""
+"""The table of planted mistakes matches the sources. A slow test plants three of them; ``make faults`` plants all."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from plant import ROOT, BadTable, Fault
 
 @pytest.mark.parametrize("fault", faults.FAULTS, ids=lambda fault: fault.name)
 def test_every_fault_can_be_planted(fault):
-    """Else a change of the sources has made the table out of date: mend the fault's text."""
+    """If this fails, a change of the sources has made the table out of date: update the fault's text."""
     plant.planted((ROOT / fault.file).read_text(encoding="utf-8"), fault)
     for test in fault.tests.split():
         assert (ROOT / test.partition("::")[0]).exists(), test
@@ -24,13 +24,13 @@ def test_there_are_enough_of_each_kind():
 
 
 @pytest.mark.parametrize("text, message", [("a", "found it 0 times"), ("b b", "found it 2 times")])
-def test_a_text_that_is_not_there_once_is_refused(text, message):
+def test_a_text_that_does_not_occur_exactly_once_is_refused(text, message):
     with pytest.raises(BadTable, match=message):
         plant.planted(text, Fault("name", "file", "b", "c", ""))
 
 
 def tree_of(path: Path, monkeypatch, test: str) -> None:
-    """A tree of one module and one test, in place of this one."""
+    """Replaces this tree by one with one module and one test."""
     for folder in plant.FOLDERS:
         (path / "root" / folder).mkdir(parents=True)
     (path / "root" / "tests" / "half.py").write_text("def half(x):\n    return x / 2\n")
@@ -67,7 +67,7 @@ def test_what_counts_as_caught():
     assert plant.failure(HALF, 1, "FAILED tests/a.py::test_b\n1 failed") == "tests/a.py::test_b"
     assert plant.failure(HALF, -11, "") == "crashed by signal 11"
     assert plant.failure(HALF, 124, "") == "ran too long"
-    with pytest.raises(BadTable, match="pytest ended with status 2"):  # a mistake that is no Python, say
+    with pytest.raises(BadTable, match="pytest ended with status 2"):  # e.g. a mistake that is not valid Python
         plant.failure(HALF, 2, "ERROR tests/a.py")
 
 

@@ -1,4 +1,4 @@
-"""Files that are no checkpoints: the error names the file, and nothing in it runs."""
+"""Files that are not valid checkpoints: the error names the file, and no code in it runs."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from pydrone.ppo.trainer import CHECKPOINT_KEYS, Trainer
 from pydrone.ppo.training import checkpoint
 from pydrone.ppo.training import run_log as report
 
-CODE_RAN = "a file's code ran"
+CODE_RAN = "code in the file ran"
 
 
 class Evil:
-    """Its pickle calls a function that no unpickler should reach."""
+    """Unpickling it calls a function, which must never happen."""
 
     def __reduce__(self):
         return (exec, (f"raise SystemExit({CODE_RAN!r})",))
@@ -36,7 +36,7 @@ class Evil:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
-    """A checkpoint as it should be."""
+    """A valid checkpoint."""
     config = TrainConfig(
         env="quadrotor",
         num_steps=4,
@@ -55,7 +55,7 @@ def saved(x: object, **options) -> bytes:
 
 
 def sealed(change) -> bytes:
-    """Of a checkpoint's state, after ``change``: the checksum is right."""
+    """Turns a checkpoint's bytes into those of the changed state, with a valid checksum."""
 
     def make(whole: bytes) -> bytes:
         state = torch.load(io.BytesIO(whole), weights_only=True)
@@ -91,7 +91,7 @@ def safetensors() -> bytes:
 
 
 WHAT = "expected a checkpoint"
-# What is in the file, made of a good checkpoint's bytes, and what the error says beside the file's name.
+# Kind of file: its content, from a valid checkpoint's bytes, and what the error says besides the file's name.
 FILES = {
     "empty": (lambda whole: b"", WHAT),
     "text": (lambda whole: b"iteration,reward\n1,2\n", WHAT),
@@ -132,7 +132,7 @@ def bad(request, trained, tmp_path) -> tuple[Path, str]:
 
 
 def test_a_bad_file_is_named_by_every_command(bad, capsys, monkeypatch):
-    """Neither a traceback nor, as SystemExit would show, code of the file's."""
+    """There is no traceback, and no code in the file runs (it would raise SystemExit)."""
     for needed in ("tyro", "matplotlib"):
         pytest.importorskip(needed)
     path, says = bad
@@ -155,7 +155,7 @@ def test_a_bad_file_is_named_by_every_command(bad, capsys, monkeypatch):
 
 
 def test_a_folder_of_bad_files_has_no_checkpoint(bad):
-    """Where the file is no checkpoint of a training; what stands in a whole one is looked at later."""
+    """newest() skips a file that cannot be loaded as a training's checkpoint; a loadable one is checked later."""
     path, said = bad[0], []
     found = checkpoint.newest(path.parent, CHECKPOINT_KEYS, said.append)
     try:
@@ -167,14 +167,14 @@ def test_a_folder_of_bad_files_has_no_checkpoint(bad):
 
 
 def test_the_planted_code_would_run(tmp_path):
-    """So that its silence above means something."""
+    """Otherwise the tests above would prove nothing."""
     for content in (pickle.dumps(Evil()), saved({"iteration": Evil()})):
         with pytest.raises(SystemExit, match=CODE_RAN):
             torch.load(io.BytesIO(content), weights_only=False)
 
 
-def test_the_sources_load_nothing_that_may_hold_code():
-    """torch.load with weights_only=True alone; no unpickler, and no eval or exec of what a file says."""
+def test_the_sources_load_nothing_that_may_contain_code():
+    """Only torch.load with weights_only=True; no other unpickler, and no eval or exec."""
     loads = []
     for path in Path(pydrone.__file__).parent.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -192,8 +192,8 @@ def test_the_sources_load_nothing_that_may_hold_code():
     assert len(loads) == 1, loads
 
 
-def test_a_log_of_anything_is_read_as_far_as_it_goes(tmp_path):
-    """Lines that are no figures are passed over: they cost a training of hours no picture."""
+def test_invalid_lines_of_a_log_are_skipped(tmp_path):
+    """One bad line must not cost hours of training their plots."""
     lines = [b'{"iteration": 1, "reward": 2.0}', b"[1, 2]", b"7", b"{}", b'{"iteration": "x"}', b"\xff\xfe", b'{"iter']
     (tmp_path / report.PROGRESS).write_bytes(b"\n".join([*lines, b'{"iteration": 2, "reward": 3.0}']) + b"\n")
     assert [row["iteration"] for row in report.read(tmp_path)] == [1, 2]

@@ -1,5 +1,5 @@
-"""Long runs: what is resident stays flat, and the buffer takes what was planned. A few iterations here; `make soak`
-runs them all."""
+"""Long runs: resident memory stays flat, and the buffer takes exactly the planned bytes. A few iterations here; `make
+soak` runs them all."""
 
 from __future__ import annotations
 
@@ -20,20 +20,21 @@ from pydrone.ppo.config import PPOConfig, TrainConfig
 from pydrone.ppo.trainer import Trainer
 
 STATM = Path("/proc/self/statm")
-# Bytes by which a process may grow once it is warm: allocators and interpreters round up. A rollout kept in each of the
-# 20 iterations of the short run below would be 12 MB; over 301 iterations it is 20 kB each, over 10,000 rollouts 400.
+# Bytes by which a process may grow after warm-up: allocators and interpreters round up. A rollout leaked in each of the
+# 20 iterations of the short run below would be 12 MB. In the long runs the limit is 20 kB per iteration (of 301) and
+# 400 bytes per rollout (of 10,000).
 GROWTH = 4e6
 
-pytestmark = pytest.mark.skipif(not STATM.exists(), reason="what is resident is read from /proc")
+pytestmark = pytest.mark.skipif(not STATM.exists(), reason="resident memory is read from /proc")
 
 
 def resident() -> int:
-    """Bytes of this process in memory now."""
+    """Resident bytes of this process."""
     return int(STATM.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 class Watch:
-    """What is resident after each of so many rounds, the first third of which (at most 100) warm up."""
+    """Records resident memory after each of ``rounds``; the first third, at most 100, are warm-up."""
 
     def __init__(self, rounds: int) -> None:
         gc.collect()
@@ -48,7 +49,7 @@ class Watch:
 
 
 def train(iterations: int, run_dir: Path | str, keep=lambda trainer: None) -> Watch:
-    """Collect, GAE, minibatches, update on quadrotors that crash and time out; checkpoints and a log as ever."""
+    """Trains on quadrotors that crash and time out, with checkpoints and a log."""
     ppo = PPOConfig(hidden_dims=(32, 32), num_epochs=2, num_minibatches=3)  # 256 * 24 / 3 = 2048 samples
     settings = {"env": "quadrotor", "num_steps": 24, "save_interval": 50, "tensorboard": False, "seed": 1}
     config = TrainConfig(**settings, iterations=iterations, ppo=ppo)
@@ -68,23 +69,23 @@ def train(iterations: int, run_dir: Path | str, keep=lambda trainer: None) -> Wa
 
 
 def alone(call: str) -> int:
-    """Bytes that ``call`` of this file makes a process of its own grow by: other tests leave memory to take from."""
+    """Growth in bytes of a process that only runs ``call`` of this file: other tests would leave memory to reuse."""
     script = (
         f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_soak; print(test_soak.{call})"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     *_, grown = done.stdout.split()
-    print(f"{call}: grown by {int(grown):,} bytes once warm")
+    print(f"{call}: grew by {int(grown):,} bytes after warm-up")
     return int(grown)
 
 
 @pytest.mark.parametrize("iterations", [30, pytest.param(301, marks=pytest.mark.slow)])
-def test_training_holds_what_was_planned(iterations, tmp_path):
+def test_training_does_not_grow(iterations, tmp_path):
     assert alone(f"train({iterations}, {str(tmp_path)!r}).grown") < GROWTH
 
 
-def test_a_rollout_that_is_kept_is_seen(tmp_path):
+def test_a_leaked_rollout_is_detected(tmp_path):
     assert alone(f"train(30, {str(tmp_path)!r}, keep=test_soak.hoard).grown") > GROWTH
 
 
@@ -101,7 +102,7 @@ def hoard(trainer: Trainer) -> None:
 
 
 def ring(rollouts: int) -> Watch:
-    """A ring that wraps, pools, reused and fresh minibatches: every rollout is the steps that went in last."""
+    """A ring that wraps, with pools, reused and fresh minibatches; every rollout must equal the steps appended last."""
     sizes = {"num_envs": 8, "num_steps": 4, "obs": 3, "actions": 2, "capacity": 6, "max_episode_length": 2}
     buffer, watch, parts = RolloutBuffer(**sizes), Watch(rollouts), 2
     planned = memory.plan(**sizes, reused_minibatch=8 * 4 // parts).nbytes
@@ -115,7 +116,8 @@ def ring(rollouts: int) -> Watch:
             scalars = {"rewards": number, "values": -number, "log_probs": number, "dones": ends, "truncated": ends}
             obs = number.unsqueeze(1).expand(8, 3)
             buffer.append(obs=obs, actions=obs[:, :2], **scalars, final_obs=final)
-        # gamma 1, lambda 0: A = r + V' - V, V' being -(number + 0.5) at a time-out, else the next step's, or the last.
+        # gamma 1, lambda 0: A = r + V' - V, where V' is -(number + 0.5) at a time-out, -7 after the last step, and
+        # otherwise the next step's value.
         buffer.compute_gae(torch.full((8,), -7.0), 1.0, 0.0, value_fn=lambda obs: -obs[:, 0])
         number = first + steps
         following = torch.where(torch.arange(4) == 3, -7.0, -(number + 8))

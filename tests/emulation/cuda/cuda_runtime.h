@@ -1,10 +1,9 @@
-// Stands in for CUDA's header of this name: the part of CUDA that csrc/cuda uses, on one thread of a CPU.
+// Replaces CUDA's header of this name: the part of CUDA that csrc/cuda uses, emulated on one CPU thread.
 //
-// A thread runs until it has to wait for others of its block. Which one goes on is drawn at random, and so is the order
-// of the blocks. Shared memory is new in every block, and full of NaN. So where a barrier is missing there are numbers
-// that are not there yet, and a sum that hangs on which block is the last one changes. What a GPU would hang in, refuse
-// or leave undefined is an error: warps that part before a shuffle, a barrier that some never reach, launches that are
-// too large.
+// A CUDA thread runs until it must wait for others of its block. The order of threads and of blocks is random. Shared
+// memory is new in every block and filled with NaN. A missing barrier therefore reads NaN, and a sum that depends on
+// which block comes last changes from run to run. Whatever would hang, fail or be undefined on a GPU is an error: warps
+// that diverge before a shuffle, a barrier that some threads never reach, launches that are too large.
 #pragma once
 
 #include <torch/csrc/stable/accelerator.h>
@@ -38,7 +37,7 @@
 #define __grid_constant__
 #define __launch_bounds__(...)
 
-// The operations are another library's, of CPU tensors.
+// The operations are registered for CPU tensors, under a library name of their own.
 #undef STABLE_TORCH_LIBRARY_IMPL
 #define STABLE_TORCH_LIBRARY_IMPL(ns, key, m) _STABLE_TORCH_LIBRARY_IMPL(pydrone_emulated, CPU, m, C10_UID)
 #undef STD_CUDA_CHECK
@@ -74,16 +73,16 @@ struct Stack {
 };
 
 struct Thread {
-  // Those in kShuffle wait for their warp, all 32 of it, in the same `call`.
+  // A thread in kShuffle waits until all 32 threads of its warp are in the same `call`.
   enum State { kReady, kBarrier, kShuffle, kDone } state;
   const char* call;
-  uint64_t given, lanes[kWarp];  // bits, its own and everybody's
-  Stack* stack;                  // where it waits
+  uint64_t given, lanes[kWarp];  // the bits it gave, and those of all lanes
+  Stack* stack;                  // the one it waits on
 };
 
 class Block {
  public:
-  // `body`, in as many threads.
+  // Runs `body` in this many threads.
   template <class F>
   void run(unsigned threads, size_t dynamic, const F& body, std::mt19937& random) {
     body_ = &body;
@@ -122,7 +121,7 @@ class Block {
 
   void barrier() { wait(Thread::kBarrier, "__syncthreads"); }
 
-  // What each lane of the warp has given, as bits.
+  // The bits given by each lane of the warp.
   template <typename T>
   const uint64_t* shuffle(const char* call, unsigned mask, T x) {
     static_assert(sizeof(T) <= 8);
@@ -134,7 +133,7 @@ class Block {
 
   unsigned lane() const { return current_ % kWarp; }
 
-  // A variable of the block, by the place of its declaration; null: what the launch asked for.
+  // The shared variable with this key; null: the dynamic shared memory of the launch.
   void* shared(const void* place, size_t bytes) {
     auto& [memory, size] = shared_[place];
     if (!memory) {
@@ -150,7 +149,7 @@ class Block {
     void operator()(char* x) const { operator delete[](x, std::align_val_t{16}); }
   };
 
-  // On a stack of its own: one thread after the other, until one has to wait.
+  // Entry point of a stack: runs one thread after the other until one has to wait.
   static void begin();
 
   void become(unsigned i) {
@@ -171,7 +170,7 @@ class Block {
     if (error_) std::rethrow_exception(error_);
   }
 
-  // Back to the host, until it enters the stack again.
+  // Returns to the host until it enters this stack again.
   void leave([[maybe_unused]] bool forever) {
     Stack& stack = *running_;
 #if defined(__SANITIZE_ADDRESS__)
@@ -192,7 +191,7 @@ class Block {
     leave(false);
   }
 
-  // Lets go on who has waited for all the others; false if there is none.
+  // Releases the threads whose wait is over; returns false if there are none.
   bool released() {
     bool any = false;
     for (auto warp = threads_.begin(); threads_.end() - warp >= kWarp; warp += kWarp) {
@@ -228,7 +227,7 @@ class Block {
   ucontext_t host_;
   Stack* running_ = nullptr;
   unsigned current_ = 0;
-  size_t next_ = 0;  // of order_: the first thread that has not begun
+  size_t next_ = 0;  // index in order_ of the first thread that has not begun
   const void* body_ = nullptr;
   void (*call_)(const void*) = nullptr;
   std::exception_ptr error_;
@@ -274,7 +273,7 @@ void launch(Kernel* kernel, dim3 grid, dim3 threads, size_t dynamic, void*, cons
   }
 }
 
-// T name, in shared memory; `Tag` is another one for each declaration.
+// A shared variable of type T; `Tag` is a type unique to its declaration.
 template <typename T, class Tag>
 T& shared(Tag) {
   static const char place = 0;
@@ -330,7 +329,7 @@ inline float __uint_as_float(unsigned x) { return std::bit_cast<float>(x); }
 using std::max;
 using std::min;
 
-// There is one device, and one stream.
+// There is one device and one stream.
 struct EmulatedGuard {
   explicit EmulatedGuard(int32_t) {}
 };

@@ -1,6 +1,6 @@
-"""Known mistakes, for plant.py to make one at a time: each is a text that stands once in a file, and what replaces it.
+"""Known mistakes, which plant.py makes one at a time: a text that occurs exactly once in a file, and its replacement.
 
-Finite, plausible and wrong is the rule here: a mistake that crashes at once needs no test to be found.
+Their results are finite, plausible and wrong: a mistake that crashes at once needs no test to be found.
 """
 
 from __future__ import annotations

@@ -20,14 +20,14 @@ OF_PROPERTIES = "tests/test_properties.py"
 
 CPP = [
     Fault(
-        "the last value in the carry as well",
+        "last_values in the carry as well",
         GAE,
         "    after_ = advantages_row_;\n    next_ = next_row_;\n  }",
         "    std::copy(next_row_, next_row_ + envs_, advantages_row_);\n    after_ = advantages_row_;\n"
         "    next_ = next_row_;\n  }",
         OF_GAE,
     ),
-    Fault("gamma in place of lambda", GAE, "job.gamma_lam = gamma * lam;", "job.gamma_lam = gamma * gamma;", OF_GAE),
+    Fault("gamma instead of lambda", GAE, "job.gamma_lam = gamma * lam;", "job.gamma_lam = gamma * gamma;", OF_GAE),
     Fault(
         "done shifted by one step",
         GAE,
@@ -43,21 +43,21 @@ CPP = [
         OF_GAE,
     ),
     Fault(
-        "a product for the select of the next value",
+        "a product instead of the select of the next value",
         RECURRENCE,
         "next = code == kTerminated ? T{} : next;",
         "next = next * (code == kTerminated ? T{} : T{} + S{1});",
         OF_GAE,
     ),
     Fault(
-        "a product for the select of the carry",
+        "a product instead of the select of the carry",
         RECURRENCE,
         "return cut ? delta : joined;",
         "return joined - (cut ? T{} + decay : T{}) * carry;",
         OF_GAE,
     ),
     Fault(
-        "the stored value where the next one is asked for",
+        "the stored value instead of the next one",
         GAE,
         "job_.bootstrap == kStoredValue ? values : (job_",
         "job_.bootstrap != kFinalValues ? values : (job_",
@@ -78,14 +78,14 @@ CPP = [
         OF_GAE,
     ),
     Fault(
-        "the value after a tile read from the tile that took its place",
+        "the value after a tile read from the tile that replaced it",
         GAE,
         "if (next_ != next_row_) std::copy(next_, next_ + envs_, next_row_);",
         "",
         OF_GAE,
     ),
     Fault(
-        "the rest of a row left out of the moments",
+        "the end of a row left out of the moments",
         GAE,
         "  for (; i < n; ++i) merge(into, 1, x[i], 0);",
         "",
@@ -99,16 +99,16 @@ CPP = [
         OF_STATS,
     ),
     Fault("naive sums of squares", GAE, "if (m2 >= 0.25 * second)", "if (m2 >= 0 || second >= 0)", OF_STATS),
-    Fault("steps that are none in the statistics", GAE, "kept += codes[n] != kInvalid;", "kept += 1;", OF_GAE),
+    Fault("invalid steps in the statistics", GAE, "kept += codes[n] != kInvalid;", "kept += 1;", OF_GAE),
     Fault(
-        "zero for a final value that is missing",
+        "zero for a missing final value",
         GAE,
         "spare_row_[n] = std::numeric_limits<T>::quiet_NaN();",
         "spare_row_[n] = T{0};",
         f"{OF_FINAL_OBS} tests/rollout/test_captured.py",
     ),
     Fault(
-        "streamed advantages without the rest of a row",
+        "streamed advantages without the end of a row",
         GAE,
         "    if constexpr (Stream) advantages_out[i] = advantage;\n    returns[i]",
         "    returns[i]",
@@ -122,21 +122,21 @@ CPP = [
         "tests/test_buffer.py",
     ),
     Fault(
-        "the rest of a tile not transposed",
+        "the end of a tile not transposed",
         TILES,
         "for (int64_t c = r < whole_rows ? whole_columns : 0; c < columns; ++c)",
         "for (int64_t c = whole_columns; c < columns; ++c)",
         OF_GAE,
     ),
     Fault(
-        "flags by their lowest byte",
+        "flags read from their lowest byte",
         TILES,
         "[](From x) -> uint8_t { return nonzero(x); }",
         "[](From x) -> uint8_t { return static_cast<uint8_t>(static_cast<int64_t>(x)); }",
         OF_GAE,
     ),
     Fault(
-        "two rounds in place of eight",
+        "two rounds instead of eight",
         PERMUTATION,
         "constexpr int kRounds = 8;",
         "constexpr int kRounds = 2;",
@@ -150,14 +150,14 @@ CPP = [
         OF_MINIBATCHES,
     ),
     Fault(
-        "half of the rollout's number in the key",
+        "only half of the rollout's number in the key",
         PERMUTATION,
         "uint32_t(rollout), uint32_t(rollout >> 32),",
         "uint32_t(rollout), uint32_t(rollout),",
         f"{OF_PROPERTIES} {OF_MINIBATCHES}",
     ),
     Fault(
-        "one sample beyond the last not walked back",
+        "the first sample beyond the last not walked back",
         SAMPLES,
         "n, batch)) >= samples.permutation.size)",
         "n, batch)) > samples.permutation.size)",
@@ -171,7 +171,7 @@ CPP = [
         OF_MINIBATCHES,
     ),
     Fault(
-        "no epsilon under the advantages",
+        "no epsilon in the normalisation",
         SAMPLES,
         "static_cast<float>(1.0 / (std + kStdEpsilon))",
         "static_cast<float>(1.0 / std)",
@@ -192,7 +192,7 @@ CPP = [
         OF_RING,
     ),
     Fault(
-        "every minibatch the first one",
+        "every minibatch equals the first",
         SAMPLES,
         "const int64_t first = samples.first + position;",
         "const int64_t first = position;",
@@ -206,7 +206,7 @@ CPP = [
         OF_MINIBATCHES,
     ),
     Fault(
-        "crashes stored over time-outs",
+        "time-outs stored as crashes",
         APPEND,
         "*truncated, n0, envs, true, kTruncated);",
         "*truncated, n0, envs, true, kTerminated);",

@@ -1,4 +1,4 @@
-"""Mistakes in the CUDA kernels: caught where these are compiled for the CPU."""
+"""Mistakes in the CUDA kernels: caught by compiling them for the CPU."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ TESTS = "tests/emulation/test_on_cpu.py"
 
 CUDA = [
     Fault(
-        "a lane that reaches over an end in another lane",
+        "a lane that reaches across an end in another lane",
         GAE,
         "run = gae_join(reach < d || lane < d, run,",
         "run = gae_join(lane < d, run,",
@@ -24,72 +24,78 @@ CUDA = [
         TESTS,
     ),
     Fault(
-        "the last value in the carry as well, in CUDA",
+        "last_values in the carry as well, in CUDA",
         GAE,
         "    carry[row] = 0;\n",
         "    carry[row] = env0 + row < args.num_envs ? read<T, false>(args.last_values, env0 + row, 0) : T(0);\n",
         TESTS,
     ),
     Fault(
-        "a product of four steps for one of a tile",
+        "the decay of a tile without its last power",
         GAE,
         "through *= lane == 31 ? decays[4] * decays[4] : T(1);",
         "",
         TESTS,
     ),
     Fault(
-        "rows that wrap in the middle of four steps read as if they did not",
+        "a wrap within four steps ignored",
         GAE,
         "(args.capacity % kLaneSteps == 0 || start + args.num_steps <= args.capacity)",
         "(args.capacity >= 0 || start + args.num_steps <= args.capacity)",
         TESTS,
     ),
     Fault(
-        "a final value of 0 where there was no place in the pool",
+        "zero for a final value without a place in the pool",
         GAE,
         "if (row < 0 || row >= args.pool_size) return static_cast<T>(NAN);",
         "if (row >= args.pool_size) return static_cast<T>(NAN);\n  if (row < 0) return 0;",
         TESTS,
     ),
     Fault(
-        "a chunk that begins at the step where the one after it ended",
+        "chunks that overlap by one step",
         GAE,
         "last >= 0; last -= Steps)",
         "last >= 0; last -= Steps - 1)",
         TESTS,
     ),
     Fault(
-        "statistics before the warps have left theirs",
+        "statistics merged before the warps have stored theirs",
         MOMENTS,
         "blocks = gridDim.x;\n  __syncthreads();",
         "blocks = gridDim.x;",
         TESTS,
     ),
     Fault(
-        "means of tiles as float32 rounds them",
+        "means of tiles rounded to float32",
         MOMENTS,
         "return {n, near + offset, m2 < 0 ? 0 : m2};",
         "return {n, double(near), squares};",
         TESTS,
     ),
     Fault(
-        "no more blocks in the statistics than a block has threads",
+        "statistics of no more blocks than a block has threads",
         MOMENTS,
         "own = i < blockDim.x ? part : merge(own, part);",
         "own = part;",
         TESTS,
     ),
-    Fault("a ticket that is left as it is", MOMENTS, "    *ticket = 0;\n", "", TESTS),
-    Fault("minus zero is a flag", COMMON, "return (plane.real ? bits << 1 : bits) != 0;", "return bits != 0;", TESTS),
+    Fault("a ticket that is not reset", MOMENTS, "    *ticket = 0;\n", "", TESTS),
     Fault(
-        "a step for the ring of a graph that is full",
+        "minus zero counts as a flag",
+        COMMON,
+        "return (plane.real ? bits << 1 : bits) != 0;",
+        "return bits != 0;",
+        TESTS,
+    ),
+    Fault(
+        "a captured step stored in a full ring",
         APPEND,
         "if (appended - args.cursor[kDiscarded] >= args.capacity) {",
         "if (appended - args.cursor[kDiscarded] > args.capacity) {",
         TESTS,
     ),
     Fault(
-        "one place for the final observations of a warp",
+        "one place for all final observations of a warp",
         APPEND,
         "__popc(wanted & ((1u << lane) - 1));",
         "__popc(wanted & 1u);",
@@ -103,28 +109,28 @@ CUDA = [
         TESTS,
     ),
     Fault(
-        "half of each 16 bytes looked at",
+        "only half of each 16 bytes checked for finite values",
         APPEND,
         "return is_bad(uint2{x.x, x.y}, low, high) || is_bad(uint2{x.z, x.w}, low, high);",
         "return is_bad(uint2{x.x, x.y}, low, high);",
         TESTS,
     ),
     Fault(
-        "rows read before their places are known",
+        "rows read before their offsets are known",
         GATHER,
         "permutation);\n  }\n  __syncthreads();",
         "permutation);\n  }",
         TESTS,
     ),
     Fault(
-        "rows written out before all of them have come",
+        "rows written out before all are loaded",
         GATHER,
         "    __syncthreads();\n    const char* base",
         "    const char* base",
         TESTS,
     ),
     Fault(
-        "a division that is one off",
+        "a division off by one",
         GATHER,
         "((uint64_t{1} << 32) + field.width - 1) / field.width",
         "(uint64_t{1} << 32) / field.width",
@@ -138,7 +144,7 @@ CUDA = [
         TESTS,
     ),
     Fault(
-        "the rollout of another number in the key, in CUDA",
+        "another rollout's number in the key, in CUDA",
         GATHER,
         "static_cast<uint64_t>(discarded) / args.num_steps",
         "static_cast<uint64_t>(discarded)",

@@ -1,4 +1,4 @@
-"""What a planted mistake is."""
+"""The type of a planted mistake."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 
 class Fault(NamedTuple):
-    """``tests``: those that should fail, looked at before all others; arguments of pytest, separated by spaces."""
+    """``tests``: the tests that should fail, run before all others; pytest arguments, separated by spaces."""
 
     name: str
     file: str

@@ -19,7 +19,7 @@ OF_DRAWN = "tests/ppo/learner/test_fused_ring.py"
 
 LEARNER = [
     Fault(
-        "a clipped ratio that goes on being learnt from",
+        "a gradient through a clipped ratio",
         TILE,
         "const Vec grad = plain <= clipped ? plain :",
         "const Vec grad = plain <= plain ? plain :",
@@ -27,31 +27,35 @@ LEARNER = [
     ),
     Fault("the smaller value error, not the larger", TILE, "squared > square ? squared : square", "square", OF_FUSED),
     Fault(
-        "a clipped value that goes on being learnt from",
+        "a gradient through a clipped value",
         TILE,
         "moved == held ? 2.0f * other : Vec{}",
         "moved == moved ? 2.0f * other : Vec{}",
         OF_FUSED,
     ),
     Fault(
-        "tanh's slope of its input", TILE, "case kTanh: return 1.0f - y * y;", "case kTanh: return 1.0f - y;", OF_FUSED
+        "tanh's slope from its input",
+        TILE,
+        "case kTanh: return 1.0f - y * y;",
+        "case kTanh: return 1.0f - y;",
+        OF_FUSED,
     ),
     Fault(
-        "rows of the last tile that do not exist",
+        "nonexistent rows of the last tile counted",
         TILE,
         "return index < static_cast<int32_t>(count);",
         "return index < static_cast<int32_t>(kTile);",
         OF_FUSED,
     ),
     Fault(
-        "the divergence the other way round",
+        "the logarithms of the divergence swapped",
         TILE,
         "logarithm(all(s)) - logarithm(old)",
         "logarithm(old) - logarithm(all(s))",
         OF_FUSED,
     ),
     Fault(
-        "one thread's gradients alone",
+        "only one thread's gradients",
         GRADIENTS,
         "for (const float* thread : sums) sum += thread[x.weight_grad",
         "for (const float* thread : {sums[0]}) sum += thread[x.weight_grad",
@@ -73,7 +77,7 @@ LEARNER = [
         OF_ADAM,
     ),
     Fault(
-        "clipping that lengthens",
+        "clipping that scales gradients up",
         ADAM,
         "shorter >= 1 || std::isinf(max_norm) ? 1.0f : static_cast<float>(shorter)",
         "static_cast<float>(shorter)",

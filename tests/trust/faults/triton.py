@@ -12,7 +12,7 @@ OF_APPEND = "tests/ops/test_triton.py::test_cases[append] tests/ops/test_triton.
 
 TRITON = [
     Fault(
-        "a product for the select of the carry, in Triton",
+        "a product instead of the select of the carry, in Triton",
         TRITON_GAE,
         "return tl.where(cut, advantage, advantage + link * later), ",
         "return advantage + tl.where(cut, 0.0, link) * later, ",
@@ -40,7 +40,7 @@ TRITON = [
         OF_TRITON,
     ),
     Fault(
-        "a cut that underflows is a cut no more",
+        "a cut lost by underflow",
         TRITON_GAE,
         "cut = link.to(tl.int32, bitcast=True) < 0",
         "cut = link < 0",
@@ -68,14 +68,14 @@ TRITON = [
         OF_GATHER,
     ),
     Fault(
-        "every minibatch the first one, in Triton",
+        "every minibatch equals the first, in Triton",
         TRITON_GATHER,
         "position = tl.where(inside, first + sample, first).to(tl.uint32)",
         "position = tl.where(inside, sample, first).to(tl.uint32)",
         OF_GATHER,
     ),
     Fault(
-        "one sample beyond the last not walked back, in Triton",
+        "the first sample beyond the last not walked back, in Triton",
         TRITON_GATHER,
         "    outside = tl.max((x >= size).to(tl.int32))\n    while outside > 0:",
         "    outside = tl.max((x > size).to(tl.int32))\n    while outside > 0:",

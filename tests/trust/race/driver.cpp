@@ -1,9 +1,9 @@
-// The CPU kernels on several std::threads, for ThreadSanitizer, which cannot follow torch's own: the sources of csrc/cpu
-// as they are, over the stand-ins for torch's headers beside this file. It loads no torch.
+// The CPU kernels on several std::threads, for ThreadSanitizer, which cannot follow torch's own threads: the sources of
+// csrc/cpu, unchanged, with the replacements of torch's headers beside this file. It does not load torch.
 //
-// Sizes are such that every parallel loop is divided. Run with an argument, two threads write to the same memory, to show
-// that a race is seen. The printed sums say that something was computed, the same on every processor but for rounding: no
-// input is made among the arguments of a call, whose order is the compiler's.
+// Sizes are such that every parallel loop is split. Run with an argument, two threads write to the same memory, to show
+// that a race is detected. The printed sums show that something was computed; on every processor they are the same up
+// to rounding. (No input is created among the arguments of a call, whose order of evaluation the compiler chooses.)
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
@@ -43,7 +43,7 @@ void clipped_adam(const std::vector<Tensor>&, const std::vector<Tensor>&, const 
 
 namespace {
 
-std::deque<std::vector<char>> memory;  // of every tensor made here
+std::deque<std::vector<char>> memory;  // of all tensors
 std::mt19937 generator(0);
 
 template <class T>
@@ -55,7 +55,7 @@ constexpr ScalarType type_of() {
   return ScalarType::Byte;
 }
 
-// Random numbers in [0, most); `columns`: the first dimension is the one that lies together.
+// Random numbers in [0, most); `columns`: the first dimension is contiguous.
 template <class T>
 Tensor make(std::vector<int64_t> sizes, double most = 0, bool columns = false) {
   int64_t count = 1;
@@ -81,7 +81,7 @@ double sum(const Tensor& x) {
   return total;
 }
 
-// A scan of two layouts: planes used where they lie, and through tiles; with statistics and a pool of final values.
+// A scan of two layouts: with planes used in place, and through tiles; with statistics and a pool of final values.
 template <class T>
 void run_gae(int64_t num_envs, int64_t num_steps, bool columns, bool pooled) {
   const Tensor rewards = make<T>({num_envs, num_steps}, 1, columns), values = make<T>({num_envs, num_steps}, 1, columns);
@@ -108,19 +108,19 @@ void run_gather(int64_t num_envs, int64_t num_steps, int64_t row_bytes, bool shu
               (long long)row_bytes, sum(out) + sum(returns));
 }
 
-// Weights and biases of two hidden layers, or tensors shaped as these.
+// Weights and biases for two hidden layers, or tensors of the same shapes.
 std::vector<Tensor> network(int64_t inputs, int64_t width, int64_t outputs, double most) {
   return {make<float>({width, inputs}, most), make<float>({width}, most), make<float>({width, width}, most),
           make<float>({width}, most), make<float>({outputs, width}, most), make<float>({outputs}, most)};
 }
 
-// At least a half: a standard deviation.
+// Adds 0.5, for a standard deviation.
 Tensor raised(const Tensor& x) {
   for (int64_t i = 0; i < x.numel(); ++i) static_cast<float*>(x.data_ptr())[i] += 0.5f;
   return x;
 }
 
-// Of a policy that sees 17 numbers and does 4, and where its gradients go.
+// A policy with 17 observations and 4 actions, and memory for its gradients.
 struct Policy {
   std::vector<Tensor> actor, critic, grads;
   Tensor std = raised(make<float>({4}, 1)), metrics = make<double>({3});
@@ -145,7 +145,7 @@ void run_ppo(int64_t samples, int64_t width, int64_t activation) {
   std::printf("ppo %lld: %.6g\n", (long long)samples, x.found());
 }
 
-// The same, read in the ring: a rollout that begins at its last slot.
+// The same, drawn from a ring, in which the rollout begins at the last slot.
 void run_drawn(int64_t num_envs, int64_t num_steps, bool shuffle) {
   constexpr int64_t kRow = 32;
   const Policy x(33);
@@ -166,7 +166,7 @@ void run_drawn(int64_t num_envs, int64_t num_steps, bool shuffle) {
   std::printf("ppo in the ring %lld x %lld: %.6g\n", (long long)num_envs, (long long)num_steps, x.found());
 }
 
-// Twice where weights are kept packed: it packs, and it reads what it has packed.
+// With kept packed weights, runs twice: the first call packs, the second uses what was packed.
 void run_act(int64_t num_envs, int64_t width, bool packed) {
   const Policy x(width);
   const Tensor obs = make<float>({num_envs, 17}, 1), noise = make<float>({num_envs, 4}, 1);
@@ -212,8 +212,8 @@ int main(int argc, char**) {
       run_gae<double>(4099, 129, columns, pooled);
     }
   for (const bool shuffle : {true, false}) {
-    run_gather(4096, 100, 96, shuffle);   // past the cache
-    run_gather(301, 17, 64, shuffle);     // not so
+    run_gather(4096, 100, 96, shuffle);   // with streaming stores
+    run_gather(301, 17, 64, shuffle);     // without
     run_gather(999, 7, 1024, shuffle);
   }
   for (const int64_t activation : {0, 1, 2, 3}) run_ppo(4099, 33, activation);

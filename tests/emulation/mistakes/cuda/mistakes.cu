@@ -1,4 +1,4 @@
-// What the emulation has to notice: kernels of 64 threads that reverse, or sum, 64 numbers, most of them wrongly.
+// Test kernels for the emulation: 64 threads that reverse or sum 64 numbers, most with a mistake it must detect.
 #include <torch/csrc/stable/tensor.h>
 
 #include <cuda_runtime.h>
@@ -49,7 +49,7 @@ __global__ void half_a_mask(const __grid_constant__ Args args) {
   args.out[threadIdx.x] = __shfl_sync(0xFFFFu, args.in[threadIdx.x], 0);
 }
 
-// The order of blocks: each leaves which one it was.
+// Records the order of blocks: each stores its ticket.
 __global__ void tickets(const __grid_constant__ Args args) {
   if (threadIdx.x == 0) args.out[blockIdx.x] = static_cast<float>(atomicAdd(args.ticket, 1u));
 }

@@ -1,4 +1,4 @@
-// Stands in for torch's header of this name: the part of torch::stable::Tensor that csrc/cpu uses, over plain memory.
+// Replaces torch's header of this name: the part of torch::stable::Tensor that csrc/cpu uses, over plain memory.
 #pragma once
 
 #include <torch/headeronly/core/ScalarType.h>
