@@ -1,5 +1,5 @@
-// Replaces torch's header of this name: parallel_for over std::thread, which ThreadSanitizer can follow. Like torch's, it
-// calls `f` with ranges of at least `grain` that cover [begin, end) once; unlike torch's, never in the caller's thread.
+// Replaces torch's header of this name: parallel_for over std::thread, which ThreadSanitizer can follow. Like torch's,
+// it calls `f` with ranges of at least `grain` that cover [begin, end) once; unlike torch's, never in the caller's thread.
 #pragma once
 
 #include <algorithm>
