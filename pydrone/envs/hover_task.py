@@ -15,46 +15,37 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from pydrone.envs.base import EpisodeStats, StepResult
+from pydrone.envs.drone import (  # noqa: F401 (some of it for those who import it from here)
+    ACTION_DIM,
+    ACTION_LIMITS,
+    DroneConfig,
+    DroneState,
+    clip_actions,
+    propeller_rpm,
+    roll_pitch,
+    rotate_inverse,
+    yaw,
+)
+from pydrone.envs.randomization import Randomization
+from pydrone.envs.randomizer import Randomizer
 from pydrone.envs.task_options import TaskOptions
 
-if TYPE_CHECKING:
-    from pydrone.envs.randomization import Randomization
-    from pydrone.envs.randomizer import Randomizer
-
 OBS_DIM = 17
-ACTION_DIM = 4
-ACTION_LIMITS = (-1.0, 1.0)
 #: the rewards; the last one is there where its weight is not 0
 REWARDS = ("target", "smooth", "yaw", "angular", "crash", "near")
 
 
-class DroneState(NamedTuple):
-    """The state of N drones, float32."""
-
-    pos: Tensor
-    """[N, 3] world, m."""
-    quat: Tensor
-    """[N, 4] (w, x, y, z), body to world."""
-    lin_vel: Tensor
-    """[N, 3] body frame, m/s."""
-    ang_vel: Tensor
-    """[N, 3] body frame, rad/s."""
-
-
 @dataclass(frozen=True)
-class HoverConfig(TaskOptions):
+class HoverConfig(TaskOptions, DroneConfig):
     """Constants of the task; lengths in m, angles in degrees, reward weights per second."""
 
-    dt: float = 0.01
     max_episode_length: int = 1500
-    hover_rpm: float = 14468.429
-    rpm_range: float = 0.8
     init_pos: tuple[float, float, float] = (0.0, 0.0, 1.0)
     target_low: tuple[float, float, float] = (-1.0, -1.0, 1.0)
     target_high: tuple[float, float, float] = (1.0, 1.0, 1.0)
@@ -129,39 +120,6 @@ class Constants(NamedTuple):
             target_low=low,
             target_span=row(*config.target_high) - low,
         )
-
-
-def clip_actions(actions: Tensor) -> Tensor:
-    """Actions [N, 4] clipped to [-1, 1]."""
-    return actions.clamp(*ACTION_LIMITS)
-
-
-def propeller_rpm(actions: Tensor, config: HoverConfig) -> Tensor:
-    """Propeller speeds [N, 4] of clipped actions: ``(1 + rpm_range * a) * hover_rpm``."""
-    return actions * (config.rpm_range * config.hover_rpm) + config.hover_rpm
-
-
-def rotate_inverse(quat: Tensor, vec: Tensor) -> Tensor:
-    """World vectors [N, 3] in the frame of unit quaternions [N, 4]: ``v - 2w (u x v) + 2 u x (u x v)``."""
-    axis = quat[:, 1:]
-    cross = torch.linalg.cross(axis, vec)
-    return vec.add(torch.addcmul(torch.linalg.cross(axis, cross), quat[:, :1], cross, value=-1), alpha=2)
-
-
-def yaw(quat: Tensor) -> Tensor:
-    """Yaw [N] in rad of unit quaternions [N, 4]: the last of the angles about the fixed axes x, y, z in this order."""
-    w, x, y, z = quat.unbind(-1)
-    # atan2(2 (wz + xy), 1 - 2 (y^2 + z^2)), both halved
-    return torch.atan2(torch.addcmul(w * z, x, y), torch.addcmul(0.5 - y * y, z, z, value=-1))
-
-
-def roll_pitch(quat: Tensor) -> tuple[Tensor, Tensor]:
-    """Roll and pitch [N] in rad of unit quaternions [N, 4], with :func:`yaw` a rotation about x, then y, then z."""
-    w, x, y, z = quat.unbind(-1)
-    return (
-        torch.atan2(2 * (w * x + y * z), 1 - 2 * (x * x + y * y)),
-        torch.asin((2 * (w * y - z * x)).clamp(-1, 1)),
-    )
 
 
 def observe(state: DroneState, target: Tensor, last_actions: Tensor, c: Constants) -> Tensor:
@@ -290,8 +248,6 @@ class HoverTask:
         self._everyone = torch.ones(num_envs, dtype=torch.bool, device=self.device)
         self.randomizer: Randomizer | None = None
         if randomization is not None and randomization.varies():
-            from pydrone.envs.randomizer import Randomizer
-
             self.randomizer = Randomizer(num_envs, randomization, self.generator, self.config)
         self._prepare()
         self.reset()

@@ -16,16 +16,15 @@ from torch import Tensor
 
 from pydrone.envs.base import Autoreset, StepResult, check_actions
 from pydrone.envs.course_task import CourseTask
-from pydrone.envs.hover_task import (
+from pydrone.envs.drone import (
     ACTION_DIM,
     ACTION_LIMITS,
-    OBS_DIM,
     DroneState,
-    HoverTask,
     clip_actions,
     propeller_rpm,
     rotate_inverse,
 )
+from pydrone.envs.hover_task import OBS_DIM, HoverTask
 from pydrone.envs.randomization import Randomization
 from pydrone.envs.state import restore, state_of
 

@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from pydrone.envs.hover_task import ACTION_DIM, DroneState, HoverConfig, propeller_rpm
+from pydrone.envs.drone import ACTION_DIM, DroneConfig, DroneState, propeller_rpm
 from pydrone.envs.randomization import Randomization
 
 NOISES = ("pos_noise", "att_noise", "vel_noise", "gyro_noise")
@@ -41,7 +41,7 @@ class Randomizer:
         config: the task's constants.
     """
 
-    def __init__(self, num_envs: int, ranges: Randomization, generator: torch.Generator, config: HoverConfig) -> None:
+    def __init__(self, num_envs: int, ranges: Randomization, generator: torch.Generator, config: DroneConfig) -> None:
         self.ranges, self.generator, self.config = ranges, generator, config
         device = generator.device
 

@@ -11,7 +11,8 @@ import torch
 from pydrone.cli import eval as command
 from pydrone.cli import main as cli
 from pydrone.envs import Randomization
-from pydrone.envs.hover_task import DroneState, HoverConfig, HoverTask
+from pydrone.envs.drone import DroneState
+from pydrone.envs.hover_task import HoverConfig, HoverTask
 from pydrone.envs.quadrotor import Quadrotor
 from pydrone.ppo.config import PPOConfig, TrainConfig
 from pydrone.ppo.trainer import Trainer
