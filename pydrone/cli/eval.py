@@ -9,6 +9,8 @@ import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydrone.cli.common import device_of, fail, not_installed
+
 if TYPE_CHECKING:
     from pydrone.envs import Randomization
     from pydrone.report.evaluation import Episodes
@@ -21,8 +23,6 @@ COLUMNS = {False: "fixed target", True: "moving targets"}
 
 def main(argv: list[str]) -> int:
     """Runs ``pydrone eval ARGV`` and returns the exit status."""
-    from pydrone.cli.main import _fail
-
     args = _parser().parse_args(argv)
     try:
         for line in _evaluate(args):
@@ -30,7 +30,7 @@ def main(argv: list[str]) -> int:
     except BrokenPipeError:
         raise
     except (ValueError, OSError, ImportError, RuntimeError) as error:
-        return _fail(error)
+        return fail(error)
     return 0
 
 
@@ -75,7 +75,6 @@ def _evaluate(args: argparse.Namespace) -> Any:
     import importlib.util
 
     from pydrone import envs
-    from pydrone.cli.main import _device
     from pydrone.report import runs, video
 
     # All that can be told before a simulator is built, which takes its time.
@@ -83,12 +82,10 @@ def _evaluate(args: argparse.Namespace) -> Any:
         if not args.video.lower().endswith(".mp4"):
             raise ValueError(f"--video {args.video}: expected a file name that ends in .mp4")
         if video.missing():
-            raise ImportError(
-                f'--video: {", ".join(video.missing())} not installed; `pip install "pydrone-rl[train]"` installs it'
-            )
+            raise ImportError(f"--video: {not_installed(*video.missing())}")
     if importlib.util.find_spec("matplotlib") is None:
-        raise ImportError('matplotlib not installed; `pip install "pydrone-rl[train]"` installs it')
-    device = _device(args.device)
+        raise ImportError(not_installed("matplotlib"))
+    device = device_of(args.device)
     run = runs.load(args.run, device)
     name = args.env or run.settings["env"]
     options = {"randomization": _randomization(run)} if args.randomize else {}

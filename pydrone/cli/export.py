@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from pydrone.cli.common import fail, not_installed
+
 
 def main(argv: list[str]) -> int:
     """Writes the file and says what is in it; returns the exit status."""
-    from pydrone.cli.main import _fail, _missing
     from pydrone.ppo import export
 
     parser = argparse.ArgumentParser(
@@ -30,11 +31,11 @@ def main(argv: list[str]) -> int:
     options = parser.parse_args(argv)
     lacking = export.missing(options.format)
     if lacking:
-        return _missing(*lacking, extra="export")
+        return fail(not_installed(*lacking, extra="export"))
     try:
         print(_export(options))
     except (OSError, ValueError, ImportError, RuntimeError) as error:
-        return _fail(error)
+        return fail(error)
     return 0
 
 

@@ -6,6 +6,8 @@ import argparse
 import importlib.util
 from typing import Any
 
+from pydrone.cli.common import fail, not_installed
+
 NAME = "learning_curves.png"
 
 
@@ -13,12 +15,11 @@ def main(argv: list[str]) -> int:
     """Runs ``pydrone plot ARGV`` and returns the exit status."""
     from pathlib import Path
 
-    from pydrone.cli.main import _fail
     from pydrone.report import curves
 
     args = _parser().parse_args(argv)
     if importlib.util.find_spec("matplotlib") is None:
-        return _fail('matplotlib not installed; `pip install "pydrone-rl[train]"` installs it')
+        return fail(not_installed("matplotlib"))
     try:
         folders = curves.find(args.runs)
         groups = curves.group([curves.read(folder) for folder in folders])
@@ -27,7 +28,7 @@ def main(argv: list[str]) -> int:
     except BrokenPipeError:
         raise
     except (ValueError, OSError) as error:
-        return _fail(error)
+        return fail(error)
     print(table(curves.results(groups)))
     print(f"Learning curves: {drawn}")
     return 0
