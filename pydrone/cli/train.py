@@ -23,61 +23,70 @@ if TYPE_CHECKING:
 
 
 def main(argv: list[str]) -> int:
-    """``pydrone train``: trains a policy until the last iteration, a target, or Ctrl-C."""
+    """Runs ``pydrone train ARGV`` and returns the exit status."""
     with contextlib.ExitStack() as stack:
         if "WORLD_SIZE" in os.environ and os.environ.get("RANK", "0") != "0":
-            # Of several processes the first says what happens; what fails, each says on stderr.
+            # Only rank 0 reports progress; every rank prints its errors to stderr.
             nowhere = stack.enter_context(open(os.devnull, "w"))
             stack.enter_context(contextlib.redirect_stdout(nowhere))
-        return _train(argv)
+        try:
+            config = _parse(argv)
+        except ModuleNotFoundError as error:
+            return fail(not_installed(error.name or str(error)))
+        except BrokenPipeError:
+            raise
+        except (ValueError, OSError) as error:
+            return fail(error)
+        lacking = _lacking(config)
+        return fail(lacking) if lacking else _train(config)
 
 
-def _train(argv: list[str]) -> int:
-    try:
-        import tyro
-    except ImportError:
-        return fail(not_installed("tyro"))
-    from pydrone.ppo.config import TrainConfig, default_num_envs
+def _parse(argv: list[str]) -> TrainConfig:
+    """The configuration of the command line, of ``--config`` and of the checkpoint that is resumed."""
+    import tyro
 
-    try:
-        base = _base(argv)
-        config = tyro.cli(
-            tyro.conf.OmitArgPrefixes[for_tyro(TrainConfig, base)],
-            args=argv,
-            prog="pydrone train",
-            description="Train a drone to hover with PPO. --config FILE takes settings from a TOML file, as each run's "
-            "folder has one; the command line wins. Ctrl-C ends after the iteration in hand, with a checkpoint.",
-        )
-    except ModuleNotFoundError as error:
-        return fail(not_installed(error.name or str(error)))
-    except BrokenPipeError:
-        raise
-    except (ValueError, OSError) as error:
-        return fail(error)
+    from pydrone.ppo.config import TrainConfig
+
+    base = _base(argv)
+    return tyro.cli(
+        tyro.conf.OmitArgPrefixes[for_tyro(TrainConfig, base)],
+        args=argv,
+        prog="pydrone train",
+        description="Train a drone with PPO. --config FILE reads settings from a TOML file, such as the config.toml in "
+        "the folder of a run; options on the command line override it. Ctrl-C stops after the current iteration and "
+        "saves a checkpoint.",
+    )
+
+
+def _lacking(config: TrainConfig) -> str | None:
+    """The message about packages that this configuration needs and that are not installed; None if there are none."""
     needed = {"matplotlib": True, "tensorboard": config.tensorboard, "genesis": config.env.startswith("genesis-")}
     missing = [name for name, wanted in needed.items() if wanted and importlib.util.find_spec(name) is None]
     if missing:
-        return fail(not_installed(*missing))
+        return not_installed(*missing)
     if config.wandb and importlib.util.find_spec("wandb") is None:
-        return fail(not_installed("wandb", extra="wandb"))
+        return not_installed("wandb", extra="wandb")
+    return None
 
+
+def _train(config: TrainConfig) -> int:
     from pydrone.ppo import distributed
+    from pydrone.ppo.config import default_num_envs
     from pydrone.ppo.trainer import Trainer, nothing_to_do, read_checkpoint
     from pydrone.ppo.training import run_log as report
     from pydrone.report import live
 
-    env = None
-    try:
-        # All that can be told before a simulator is built, which takes its time, and before a folder is made.
+    with contextlib.ExitStack() as stack:
         try:
+            # Check what can be checked before a folder is made and a simulator is built, which takes its time.
             launch = distributed.Launch()
             several = launch.world_size > 1
             device = device_of(config.device, launch.local_rank if several else None)
             backend = _backend(device)
-            # Replaced as a whole, so that the sizes are checked with each other.
+            # All at once: the sizes are checked against each other.
             config = dataclasses.replace(
                 config,
-                device=device.type if several else str(device),  # each process has its own number
+                device=device.type if several else str(device),  # each process has its own index
                 num_envs=config.num_envs or default_num_envs(device.type),
                 run_dir=config.run_dir or str(Path("runs", config.env, time.strftime("%Y-%m-%d_%H-%M-%S"))),
             )
@@ -93,8 +102,9 @@ def _train(argv: list[str]) -> int:
             print(f"{config.env}: {where}, run folder {run_dir}", flush=True)
             if backend is not None:
                 print(backend, flush=True)
-            # A resumed run meets other targets than the first one did.
+            # The seed depends on the iteration, so that a resumed run draws other targets than the first one did.
             env = _make_env(config, device, ranks.seed(config.seed + iteration))
+            stack.callback(env.close)
             view = None
             if config.live and ranks.rank == 0 and live.possible(sys.stdout):
                 view = live.LiveView(f"{config.env}, {where}, {run_dir}")
@@ -113,21 +123,18 @@ def _train(argv: list[str]) -> int:
         except BrokenPipeError:
             raise
         except FloatingPointError as error:
-            return fail(error) if ranks.rank == 0 else 1  # raised on all of them
+            return fail(error) if ranks.rank == 0 else 1  # every rank raises it
         except (OSError, distributed.PeerLost) as error:
             return fail(error)
-    finally:
-        if env is not None:
-            env.close()
     if outcome.figures and ranks.rank == 0:
         print(f"Learning curve: {report.plot(run_dir)}")
     return 0
 
 
 def _base(argv: list[str]) -> dict[str, Any]:
-    """What stands in for the defaults: settings of the checkpoint that is resumed, over them those of ``--config``.
+    """The settings that replace the defaults: those of the resumed checkpoint, overridden by those of ``--config``.
 
-    Takes ``--config FILE`` out of ``argv`` and writes the checkpoint meant by ``--resume RUN_OR_FILE`` into it.
+    Removes ``--config FILE`` from ``argv`` and replaces the folder in ``--resume FOLDER`` by its newest checkpoint.
     """
     from pydrone.ppo import configfile
     from pydrone.ppo.config import TrainConfig
@@ -152,13 +159,13 @@ def _base(argv: list[str]) -> dict[str, Any]:
         saved = configfile.checked(TrainConfig, saved, known_only=True)
     except ValueError as error:
         raise ValueError(f"{path}: config: {error}") from None
-    # The first run's folder is gone on in where the folder was named.
+    # A run resumed by its folder continues in that folder; one resumed by a checkpoint gets a new one.
     saved |= {"run_dir": str(path.parent) if Path(resume).is_dir() else None, "resume": None}
     return configfile.merged(saved, base)
 
 
 def _checkpoint(path: Path) -> Path:
-    """The checkpoint that ``--resume`` means: a file, or a folder's newest that can be loaded."""
+    """The checkpoint that ``--resume`` names: the file itself, or the newest one in a folder that can be loaded."""
     from pydrone.ppo.trainer import CHECKPOINT_KEYS
     from pydrone.ppo.training import checkpoint
 
@@ -175,7 +182,7 @@ def _checkpoint(path: Path) -> Path:
 
 
 def _backend(device: torch.device) -> str | None:
-    """A line on why the slow backend runs without having been asked for; None where it does not."""
+    """A line that explains why the slow backend runs although nobody asked for it; None if it does not run."""
     import pydrone
     from pydrone.ops.dispatch import select
 
@@ -205,9 +212,9 @@ def _make_env(config: TrainConfig, device: torch.device, seed: int) -> Env:
 
 
 def for_tyro(cls: type, values: Mapping[str, Any] = {}) -> type:
-    """The configuration ``cls`` with its fields' help texts and further names as tyro wants them.
+    """A subclass of the configuration ``cls`` whose annotations give tyro the help texts and aliases of its fields.
 
-    ``values``, nested as it is, stand in for defaults.
+    ``values``, nested like ``cls``, replace defaults.
     """
     import tyro
 
@@ -222,6 +229,6 @@ def for_tyro(cls: type, values: Mapping[str, Any] = {}) -> type:
         aliases = tuple(field.metadata["aliases"])
         described = tyro.conf.arg(help=field.metadata["help"], aliases=aliases or None)
         fields.append((field.name, Annotated[hint, described], dataclasses.field(**default, metadata=field.metadata)))
-    # A subclass, so that what tyro builds is checked as any other configuration and is one.
+    # As a subclass, what tyro builds is an instance of cls and is validated like any other.
     frozen = cls.__dataclass_params__.frozen  # type: ignore[attr-defined]
     return dataclasses.make_dataclass(cls.__name__, fields, bases=(cls,), frozen=frozen)
