@@ -1,4 +1,4 @@
-"""What several commands need: their one line on stderr when something fails, and the device they run on."""
+"""Shared by the commands: the error line on stderr, and the device."""
 
 from __future__ import annotations
 
@@ -17,13 +17,17 @@ def fail(error: Exception | str) -> int:
 
 
 def not_installed(*modules: str, extra: str = "train") -> str:
-    """The message for modules that are missing and that the extra of this name installs."""
+    """The message that ``modules``, which the optional dependencies ``extra`` install, are missing."""
     them = "it" if len(modules) == 1 else "them"
     return f'{", ".join(modules)} not installed; `pip install "pydrone-rl[{extra}]"` installs {them}'
 
 
 def device_of(name: str | None, local_rank: int | None = None) -> torch.device:
-    """The device asked for, there to be used; ``local_rank``: among several processes on this machine."""
+    """The device called ``name``, checked to exist; None: cuda if there is a CUDA device, else cpu.
+
+    ``local_rank``: the index of this process on its machine if there are several, which selects the CUDA device.
+    ValueError: there is no such device.
+    """
     import torch
 
     try:
@@ -39,5 +43,5 @@ def device_of(name: str | None, local_rank: int | None = None) -> torch.device:
     if device.type == "cuda" and device.index is not None:
         if device.index >= torch.cuda.device_count():
             raise ValueError(f"--device {name}: expected one of {torch.cuda.device_count()} CUDA devices, from cuda:0")
-        torch.cuda.set_device(device)  # kernels and events go to the current one
+        torch.cuda.set_device(device)  # kernels and events use the current device
     return device

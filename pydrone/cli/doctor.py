@@ -1,4 +1,4 @@
-"""``pydrone doctor``: what is installed, whether each kernel computes what it should, how fast, and what to change."""
+"""``pydrone doctor``: versions, devices, self-tests of the kernels, their speed, and advice."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from pydrone.doctor.text import text
 
 
 def main(argv: list[str]) -> int:
-    """Prints the report; returns 0 where every self-test passes, else 1."""
+    """Runs ``pydrone doctor ARGV`` and returns the exit status: 0 if every self-test passes, else 1."""
     parser = argparse.ArgumentParser(
         prog="pydrone doctor",
-        description="Devices, versions and backends; a self-test of each kernel against the reference; a speed check; "
-        "advice. Exits with 0 where every self-test passes, else with 1.",
+        description="Report devices, versions and backends; test each kernel against the reference; measure its speed; "
+        "give advice. The exit status is 0 if every self-test passes, else 1.",
     )
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
-    parser.add_argument("--no-speed", action="store_true", help="leave the speed check out")
+    parser.add_argument("--no-speed", action="store_true", help="skip the speed check")
     options = parser.parse_args(argv)
     try:
         report = facts()

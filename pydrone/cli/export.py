@@ -1,4 +1,4 @@
-"""``pydrone export``: the policy of a run as a file that runs without pydrone."""
+"""``pydrone export RUN``: writes the policy of a run to a file that runs without pydrone."""
 
 from __future__ import annotations
 
@@ -9,24 +9,28 @@ from pydrone.cli.common import fail, not_installed
 
 
 def main(argv: list[str]) -> int:
-    """Writes the file and says what is in it; returns the exit status."""
+    """Runs ``pydrone export ARGV`` and returns the exit status."""
     from pydrone.ppo import export
 
     parser = argparse.ArgumentParser(
         prog="pydrone export",
-        description="Write the deterministic policy of a run (observation normaliser and action clipping included) to "
-        "a file that runs without pydrone; see docs/export.md. The file is compared with the policy's own actions "
-        "before it takes its name.",
+        description="Write the deterministic policy of a run, with its observation normaliser and action clipping, to "
+        "a file that runs without pydrone; see docs/export.md. The actions of the file are compared with those of the "
+        "policy before the file is put in place.",
     )
-    parser.add_argument("run", metavar="RUN", help="folder of a run, of which the newest checkpoint, or a checkpoint")
-    parser.add_argument("--format", choices=list(export.FORMATS), default="onnx", help="default: onnx")
-    parser.add_argument("--out", metavar="FILE", help="default: policy.onnx, .pt or .safetensors beside the checkpoint")
+    parser.add_argument("run", metavar="RUN", help="folder of a run (its newest checkpoint is used), or a checkpoint")
+    parser.add_argument("--format", choices=list(export.FORMATS), default="onnx", help="file format (default: onnx)")
+    parser.add_argument(
+        "--out",
+        metavar="FILE",
+        help="file to write (default: policy.onnx, policy.pt or policy.safetensors beside the checkpoint)",
+    )
     parser.add_argument(
         "--clip",
         nargs=2,
         type=float,
         metavar=("LOW", "HIGH"),
-        help="clip actions to this; default: as the environment does that the policy was trained in",
+        help="clip actions to this range (default: the limits of the environment that the policy was trained in)",
     )
     options = parser.parse_args(argv)
     lacking = export.missing(options.format)
@@ -40,7 +44,7 @@ def main(argv: list[str]) -> int:
 
 
 def _export(options: argparse.Namespace) -> str:
-    """Does it, and returns what is to be said of it."""
+    """Writes the file and returns the lines to print."""
     from pydrone.ppo import export
     from pydrone.ppo.trainer import read_checkpoint
     from pydrone.report.runs import checkpoint_of

@@ -1,4 +1,4 @@
-"""The command line: ``pydrone COMMAND``. A command's module is imported when the command is called."""
+"""The command line: ``pydrone COMMAND``. The module of a command is imported when the command is called."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from collections.abc import Sequence
 
 from pydrone._version import __version__
 
-# A command is ``main(argv)`` of the module of its name in this package.
+# Each is `main(argv)` in the module of that name.
 COMMANDS = {
     "train": "train a policy",
     "eval": "fly a run's policy: success rate, flight paths, video",
     "plot": "plot learning curves of one or several runs, with their spread over seeds",
-    "memory": "the memory that a rollout takes, field by field",
+    "memory": "memory of a rollout buffer, field by field",
     "doctor": "check this installation: versions, devices, kernels, speed",
     "export": "export a policy as ONNX, TorchScript or safetensors",
 }
@@ -27,15 +27,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="pydrone",
         description="PPO for drones: rollout storage, GAE and minibatches as kernels.",
-        epilog="`pydrone COMMAND --help` lists a command's options with their defaults.\n\ncommands:\n"
-        + "\n".join(f"  {name:8}{text}" for name, text in COMMANDS.items()),
+        epilog="commands:\n"
+        + "\n".join(f"  {name:8}{text}" for name, text in COMMANDS.items())
+        + "\n\n`pydrone COMMAND --help` lists the options of a command with their defaults.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"pydrone {__version__}")
-    parser.add_argument("command", choices=list(COMMANDS), metavar="COMMAND", help=f"{' or '.join(COMMANDS)}")
+    parser.add_argument("command", choices=list(COMMANDS), metavar="COMMAND", help="one of the commands below")
     argv = list(sys.argv[1:] if argv is None else argv)
     _calm_threads()
-    # What follows the command is the command's own.
+    # The arguments after the command are for the command to parse.
     command = parser.parse_args(argv[:1]).command
     try:
         status = importlib.import_module(f"pydrone.cli.{command}").main(argv[1:])
@@ -44,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("pydrone: interrupted", file=sys.stderr)
         return 130  # 128 + SIGINT, as shells count
     except BrokenPipeError:
-        # Whoever read along has gone. Python flushes once more at its exit, which must find something to write to.
+        # The reader of our output has gone. Python flushes stdout again at exit, which must not fail.
         with contextlib.suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141  # 128 + SIGPIPE
@@ -52,10 +53,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _calm_threads() -> None:
-    """Has OpenMP's threads sleep soon after they run out of work; in effect if torch is not imported yet.
+    """Lets idle OpenMP threads sleep sooner. Must run before torch is imported.
 
-    By default they spin for a millisecond, in which a core shared with any other process is lost to both: an iteration
-    of 1.6 s took 12 s beside one busy process. Short spins keep the speed of a quiet machine.
+    By default they spin for a millisecond, and a core shared with another process is lost to both for that time: an
+    iteration of 1.6 s took 12 s beside one busy process. Short spins cost nothing on a quiet machine.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")

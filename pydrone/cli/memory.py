@@ -1,4 +1,4 @@
-"""``pydrone memory``: what a rollout takes in memory, field by field."""
+"""``pydrone memory``: the memory of a rollout buffer, field by field."""
 
 from __future__ import annotations
 
@@ -9,23 +9,48 @@ def main(argv: list[str]) -> int:
     """Prints the plan of :func:`pydrone.memory.plan` and returns the exit status."""
     parser = argparse.ArgumentParser(
         prog="pydrone memory",
-        description="What a rollout takes in memory, to the byte, and why it does not grow.",
+        description="Print the memory of a rollout buffer, tensor by tensor and to the byte, and why it does not grow.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--num-envs", type=int, default=8192, help="environments")
-    parser.add_argument("--num-steps", "--num-steps-per-env", type=int, default=100, help="steps of a rollout")
-    parser.add_argument("--num-obs", type=int, default=17, help="observations of an environment")
-    parser.add_argument("--num-actions", type=int, default=4, help="actions of an environment")
-    parser.add_argument("--iterations", "--max-iterations", type=int, default=301, help="iterations of the training")
-    parser.add_argument("--capacity", type=int, default=None, help="steps in the ring; one rollout if not given")
+    parser.add_argument("--num-envs", type=int, default=8192, help="number of environments")
     parser.add_argument(
-        "--obs-dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="how observations are stored"
+        "--num-steps", "--num-steps-per-env", type=int, default=100, help="steps of each environment in a rollout"
+    )
+    parser.add_argument("--num-obs", type=int, default=17, help="numbers in an observation")
+    parser.add_argument("--num-actions", type=int, default=4, help="numbers in an action")
+    parser.add_argument(
+        "--iterations",
+        "--max-iterations",
+        type=int,
+        default=301,
+        help="iterations of training, for the comparison with keeping every rollout",
+    )
+    parser.add_argument("--capacity", type=int, default=None, help="steps that the ring holds; None: one rollout")
+    parser.add_argument(
+        "--obs-dtype",
+        choices=("float32", "float16", "bfloat16"),
+        default="float32",
+        help="dtype of the stored observations",
     )
     parser.add_argument(
-        "--max-episode-length", type=int, default=None, help="steps; sizes the final observations' pool"
+        "--max-episode-length",
+        type=int,
+        default=None,
+        help="steps after which an episode is truncated; determines the size of the pool of final observations",
     )
-    parser.add_argument("--field", action="append", default=[], metavar="NAME=WIDTH", help="a further field, like mu=4")
-    parser.add_argument("--reused-minibatch", type=int, default=None, help="samples of a minibatch that is kept")
+    parser.add_argument(
+        "--field",
+        action="append",
+        default=[],
+        metavar="NAME=WIDTH",
+        help="another field to store, such as mu=4; may be repeated",
+    )
+    parser.add_argument(
+        "--reused-minibatch",
+        type=int,
+        default=None,
+        help="samples in a minibatch, if minibatches(reuse=True) keeps its tensors",
+    )
     args = parser.parse_args(argv)
     import torch
 

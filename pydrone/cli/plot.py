@@ -37,31 +37,31 @@ def main(argv: list[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="pydrone plot",
-        description="Draw the learning curves of runs. Runs that differ in nothing but the seed are drawn as their "
-        "mean, with a band from the smallest to the largest.",
+        description="Plot the learning curves of runs. Runs that differ only in the seed are drawn as their mean, with "
+        "a band from their minimum to their maximum.",
     )
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run, or one that holds runs")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run, or a folder that contains runs")
     parser.add_argument(
         "--x",
         choices=("iteration", "steps", "time"),
         default="iteration",
-        help="along the horizontal axis: iterations, steps of all environments, or the minutes they took "
-        "(default: iteration)",
+        help="horizontal axis: iterations, steps of all environments, or minutes in iterations (default: iteration)",
     )
     parser.add_argument(
         "--figure",
         nargs="+",
         metavar="NAME",
-        help="figures to draw, named as in progress.jsonl: env/distance, reward, ... (default: six that tell most)",
+        help="figures to plot, named as in progress.jsonl: env/distance, reward, ... (default: the six of a run's own "
+        "learning curve)",
     )
     parser.add_argument(
-        "--out", metavar="PNG", help=f"the picture (default: {NAME}, in the run's folder if there is one run only)"
+        "--out", metavar="PNG", help=f"file to write (default: {NAME}, in the folder of the run if there is only one)"
     )
     return parser
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """The results of :func:`pydrone.report.curves.results` in words."""
+    """The results of :func:`pydrone.report.curves.results` as a table."""
     head = ["", "runs", "iterations", "episode length at the end", "reward at the end"]
     lines = [head]
     for row in rows:

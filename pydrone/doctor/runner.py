@@ -1,4 +1,4 @@
-"""Which self-tests a machine can run, and each backend's in a process of its own."""
+"""Which backends can be tested on this machine, and the self-test of each in a process of its own."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import subprocess
 import sys
 from typing import Any
 
-# Seconds for a backend's self-test; Triton's first compilation and its interpreter take the longest.
+# Seconds allowed for the self-test of a backend. Triton's first compilation and its interpreter take the longest.
 LIMIT = 300
 
 
 def usable(report: dict[str, Any]) -> list[tuple[str, str]]:
-    """The (backend, device) pairs that can serve."""
+    """The (backend, device) pairs that work on this machine."""
     pairs = []
     for backend, reason in report["backends"].items():
         on = {"reference": ["cpu", "cuda"], "cpu": ["cpu"], "cuda": ["cuda"]}.get(backend, ["cuda"])
@@ -25,7 +25,7 @@ def usable(report: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def speed_threads(report: dict[str, Any], backend: str, device: str) -> list[int]:
-    """The numbers of threads to time a backend with; none for a slow one."""
+    """The numbers of threads to time a backend with; empty for a slow one."""
     interpreted = backend == "triton" and device == "cpu"
     if backend == "reference" or interpreted:
         return []
@@ -35,8 +35,8 @@ def speed_threads(report: dict[str, Any], backend: str, device: str) -> list[int
 def run(
     backend: str, device: str, threads: list[int], limit: float = LIMIT
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Self-tests and speeds of a backend, from a process of its own: a crash there is an error here."""
-    # The modules that are used here, wherever they come from.
+    """Self-tests and speeds of a backend, run in a process of its own so that a crash there becomes an error here."""
+    # The child process imports from where this one does.
     code = (
         f"import sys; sys.path[:] = {sys.path!r}\n"
         f"from pydrone.doctor.selftest import main; main({backend!r}, {device!r}, {threads!r})"
@@ -55,7 +55,7 @@ def run(
 
         last = errors.strip().splitlines()[-1:]
         reason = ": ".join([ended, *last])
-        # Only that is left out which came after: the first without a line is the one that failed.
+        # The first kernel without a result is the one that failed; those after it did not run.
         left = [kernel for kernel in kernels(backend) if kernel not in {test["kernel"] for test in tests}]
         tests += [
             {"kernel": kernel, "cases": 0, "error": reason if i == 0 else f"not run: {left[0]} failed before"}

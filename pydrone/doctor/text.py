@@ -7,13 +7,13 @@ from typing import Any
 
 
 def text(report: dict[str, Any]) -> str:
-    """The report for a person to read."""
+    """The report as text."""
     parts = {
         "Versions": _versions(report),
         "Devices": _devices(report),
         "Backends": _backends(report),
         "Self-test, against the reference": _self_tests(report),
-        "Speed, as the time over that of a memcpy of the same bytes (lower is faster)": _speeds(report),
+        "Speed: time relative to a memcpy of the same bytes (lower is faster)": _speeds(report),
         "Advice": _wrapped(report["advice"]) or ["none: nothing to change"],
     }
     return "\n\n".join(

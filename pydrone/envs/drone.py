@@ -1,4 +1,4 @@
-"""The drone itself, whatever its task and its simulator: its state, its actions, its rotations.
+"""The drone, independent of task and simulator: state, actions, rotations.
 
 Frames: x forward, y left, z up. Quaternions are (w, x, y, z) and rotate body vectors into the world.
 """
@@ -30,14 +30,14 @@ class DroneState(NamedTuple):
 
 @dataclass(frozen=True)
 class DroneConfig:
-    """Constants of the drone's control."""
+    """Constants of the control of a drone."""
 
     dt: float = 0.01
     """Seconds per step."""
     hover_rpm: float = 14468.429
     """Propeller speed at which the thrust equals the weight."""
     rpm_range: float = 0.8
-    """Largest change of the propeller speed by an action, as a fraction of ``hover_rpm``."""
+    """Change of the propeller speed by an action of 1, as a fraction of ``hover_rpm``."""
 
 
 def clip_actions(actions: Tensor) -> Tensor:
@@ -58,14 +58,14 @@ def rotate_inverse(quat: Tensor, vec: Tensor) -> Tensor:
 
 
 def yaw(quat: Tensor) -> Tensor:
-    """Yaw [N] in rad of unit quaternions [N, 4]: the last of the angles about the fixed axes x, y, z in this order."""
+    """Yaw [N] in rad of unit quaternions [N, 4]: the last angle of rotations about the fixed axes x, y, z in order."""
     w, x, y, z = quat.unbind(-1)
-    # atan2(2 (wz + xy), 1 - 2 (y^2 + z^2)), both halved
+    # atan2(2 (wz + xy), 1 - 2 (y^2 + z^2)), both arguments halved
     return torch.atan2(torch.addcmul(w * z, x, y), torch.addcmul(0.5 - y * y, z, z, value=-1))
 
 
 def roll_pitch(quat: Tensor) -> tuple[Tensor, Tensor]:
-    """Roll and pitch [N] in rad of unit quaternions [N, 4], with :func:`yaw` a rotation about x, then y, then z."""
+    """Roll and pitch [N] in rad of unit quaternions [N, 4]: rotations about x and y, before :func:`yaw` about z."""
     w, x, y, z = quat.unbind(-1)
     return (
         torch.atan2(2 * (w * x + y * z), 1 - 2 * (x * x + y * y)),

@@ -85,7 +85,7 @@ def test_what_is_not_known_yet_is_a_dash():
     unknown = dict.fromkeys(("episode_length", "episode_return", "success_rate"), math.nan)
     figures = {name: x for name, x in FIGURES.items() if not name.startswith("env/")} | unknown
     text = "\n".join(drawn(figures))
-    assert "nan" not in text and "reward a step" not in text
+    assert "nan" not in text and "reward per step" not in text
     assert re.search(r"length +- ", text) and re.search(r"success +- ", text)
 
 
