@@ -164,12 +164,12 @@ def _footnote(flown: list[Episodes], within: float | None) -> str:
     within = evaluation.success_distance(paths) if within is None else within
     success = {
         False: f"a distance below {within:g} m from a fixed target",
-        True: "at least one of the moving targets reached",
+        True: "at least one moving target reached",
     }
     text = (
         f"Success: no crash, and {', or '.join(success[x.resampled] for x in flown)}. Reached: within "
-        f"{paths.at_target:g} m. Distance: an episode's median over its last {evaluation.FINAL_SECONDS:g} s, or all "
-        "of a shorter one; of those, the median over all episodes, crashes included."
+        f"{paths.at_target:g} m. Distance: the median over all episodes, crashes included, of the median over the last "
+        f"{evaluation.FINAL_SECONDS:g} s of an episode, or over the whole of a shorter one."
     )
     return textwrap.fill(text, 100)
 
@@ -180,11 +180,11 @@ def table(found: dict[str, dict[str, Any]]) -> str:
         "success_rate": ("success rate", lambda x: f"{100 * x:.1f} %"),
         "final_distance": ("distance to the target, last 5 s", lambda x: f"{x:.3f} m"),
         "final_distance_quartiles": ("  its middle half", lambda x: f"{x[0]:.3f} to {x[1]:.3f} m"),
-        "targets_reached": ("targets reached an episode", lambda x: f"{x:.2f}"),
+        "targets_reached": ("targets reached per episode", lambda x: f"{x:.2f}"),
         "crash_rate": ("crash rate", lambda x: f"{100 * x:.1f} %"),
-        "episode_seconds": ("length of an episode", lambda x: f"{x:.2f} s"),
-        "episode_length": ("steps of an episode", lambda x: f"{x:.1f}"),
-        "episode_return": ("reward of an episode", lambda x: f"{x:.3f}"),
+        "episode_seconds": ("episode length", lambda x: f"{x:.2f} s"),
+        "episode_length": ("episode steps", lambda x: f"{x:.1f}"),
+        "episode_return": ("episode reward", lambda x: f"{x:.3f}"),
     }
     rows = [["", *found]]
     for key, (label, text) in labels.items():

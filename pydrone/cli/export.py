@@ -63,8 +63,8 @@ def _export(options: argparse.Namespace) -> str:
     clipped = "not clipped" if limits is None else f"clipped to [{limits[0]:g}, {limits[1]:g}]"
     remembered = f", with a memory of {done.memory}" if done.memory else ""
     return (
-        f"{done.path}: {done.num_obs} observations to {done.num_actions} actions, {clipped}{remembered}; of iteration "
-        f"{state['iteration']} of {path}\n"
-        f"Checked with {done.checked_with} for {done.num_inputs} inputs: at most {done.difference:.1e} from the "
-        "policy's own actions"
+        f"{done.path}: {done.num_obs} observations to {done.num_actions} actions, {clipped}{remembered}; from "
+        f"iteration {state['iteration']} of {path}\n"
+        f"Checked with {done.checked_with} on {done.num_inputs} inputs: actions differ from the policy's by at most "
+        f"{done.difference:.1e}"
     )

@@ -51,7 +51,7 @@ def test_what_it_shows():
     assert re.fullmatch(r"━+\S? +142/301  left 1:02:05  67,123 steps/s", bar.strip())
     whole = 110 - len("  142/301  left 1:02:05  67,123 steps/s")
     assert bar.count("━") == pytest.approx(whole * 142 / 301, abs=1)
-    assert head.split() == ["episode", "reward", "a", "step", "learning", "time,", "2.00", "s"]
+    assert head.split() == ["episode", "reward", "per", "step", "learning", "time,", "2.00", "s"]
     text = "\n".join(rows)
     for expected in (
         r"length +812\.4 ",
