@@ -59,16 +59,14 @@ def test_a_reused_minibatch_is_in_the_plan():
     assert memory.plan(6, 10, 3, 2, reused_minibatch=15).nbytes == buf.nbytes
 
 
-def test_render_says_it_all(capsys):
-    assert memory.main([]) == 0
-    out = capsys.readouterr().out
+def test_render_says_it_all():
+    out = memory.render(memory.plan())
     for text in ("75,366,400", "75.4", "71.9", "22,685,286,400 bytes = 22.7 GB", "on-policy", "discard", "93,405,268"):
         assert text in out
 
 
-def test_bad_sizes_are_named(capsys):
-    with pytest.raises(SystemExit):
-        memory.main(["--num-envs", "-3"])
-    assert "num_envs: expected at least 1, got -3" in capsys.readouterr().err
+def test_bad_sizes_are_named():
+    with pytest.raises(ValueError, match="num_envs: expected at least 1, got -3"):
+        memory.plan(num_envs=-3)
     with pytest.raises(ValueError, match="iterations: expected at least 1, got 0"):
         memory.plan(iterations=0)

@@ -1,1 +1,1 @@
-"""The command line: ``pydrone COMMAND``, a module each."""
+"""The command line: one module for each ``pydrone COMMAND``."""

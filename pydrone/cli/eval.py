@@ -1,4 +1,4 @@
-"""``pydrone eval RUN``: flies a run's policy, without noise, and says how well it does."""
+"""``pydrone eval RUN``: flies the policy of a run without exploration noise and reports how well it does."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydrone.cli.common import device_of, fail, not_installed
+
 if TYPE_CHECKING:
     from pydrone.envs import Randomization
     from pydrone.report.evaluation import Episodes
     from pydrone.report.runs import Run
 
-# What --targets stands for: whether targets that were reached move on.
+# For each value of --targets: whether a target moves once it is reached.
 TARGETS = {"fixed": (False,), "moving": (True,), "both": (False, True)}
 COLUMNS = {False: "fixed target", True: "moving targets"}
 
 
 def main(argv: list[str]) -> int:
     """Runs ``pydrone eval ARGV`` and returns the exit status."""
-    from pydrone.cli.main import _fail
-
     args = _parser().parse_args(argv)
     try:
         for line in _evaluate(args):
@@ -30,65 +30,71 @@ def main(argv: list[str]) -> int:
     except BrokenPipeError:
         raise
     except (ValueError, OSError, ImportError, RuntimeError) as error:
-        return _fail(error)
+        return fail(error)
     return 0
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="pydrone eval",
-        description="Fly a run's policy, one episode in each of so many environments, with the mean of its actions. "
-        "Writes the figures (JSON) and a picture of the flight paths beside the checkpoint.",
+        description="Fly the policy of a run with deterministic actions, one episode in each environment. Print a "
+        "table, and write its figures (JSON) and a picture of the flight paths to the folder of the run.",
     )
-    parser.add_argument("run", metavar="RUN", help="folder of a run, for its newest checkpoint, or a checkpoint")
-    parser.add_argument("--episodes", type=_count, default=64, metavar="N", help="episodes, all at once (default: 64)")
+    parser.add_argument("run", metavar="RUN", help="folder of a run (its newest checkpoint is used), or a checkpoint")
+    parser.add_argument(
+        "--episodes",
+        type=_count,
+        default=64,
+        metavar="N",
+        help="number of episodes, flown at the same time (default: 64)",
+    )
     parser.add_argument(
         "--targets",
         choices=TARGETS,
         default="both",
-        help="fixed: one target an episode; moving: a target that was reached moves on, as in training (default: both)",
+        help="fixed: one target per episode; moving: a new target once one is reached, as in training (default: both)",
     )
     parser.add_argument(
         "--within",
         type=_metres,
         metavar="METRES",
-        help="success with a fixed target: a final distance below this (default: twice what counts as reached)",
+        help="with a fixed target, success is a final distance below this (default: twice the distance that counts as "
+        "reached)",
     )
-    parser.add_argument("--env", metavar="NAME", help="another environment than the run's own")
+    parser.add_argument("--env", metavar="NAME", help="environment to fly in (default: that of the run)")
     parser.add_argument(
-        "--randomize", action="store_true", help="with the domain randomisation of the run (default: with none)"
+        "--randomize", action="store_true", help="apply the domain randomisation of the run (default: none)"
     )
     parser.add_argument(
-        "--steps", type=_count, metavar="T", help="leave episodes after so many steps (default: their time limit)"
+        "--steps", type=_count, metavar="T", help="stop episodes after this many steps (default: their time limit)"
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the targets (default: 0)")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
-    parser.add_argument("--out", metavar="DIR", help="where figures and picture go (default: the run's folder)")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if available, else cpu)")
+    parser.add_argument("--out", metavar="DIR", help="folder for figures and picture (default: the folder of the run)")
     parser.add_argument(
-        "--video", metavar="OUT.mp4", help="film the first episode, of the last kind of targets, with a Genesis camera"
+        "--video",
+        metavar="OUT.mp4",
+        help="render a video of the first episode, with moving targets unless --targets is fixed, by a Genesis camera",
     )
     return parser
 
 
 def _evaluate(args: argparse.Namespace) -> Any:
-    """Yields what is to be printed."""
+    """Yields the lines to print."""
     import importlib.util
 
     from pydrone import envs
-    from pydrone.cli.main import _device
     from pydrone.report import runs, video
 
-    # All that can be told before a simulator is built, which takes its time.
+    # Check what can be checked before a simulator is built, which takes its time.
     if args.video is not None:
         if not args.video.lower().endswith(".mp4"):
             raise ValueError(f"--video {args.video}: expected a file name that ends in .mp4")
         if video.missing():
-            raise ImportError(
-                f'--video: {", ".join(video.missing())} not installed; `pip install "pydrone-rl[train]"` installs it'
-            )
+            raise ImportError(f"--video: {not_installed(*video.missing())}")
     if importlib.util.find_spec("matplotlib") is None:
-        raise ImportError('matplotlib not installed; `pip install "pydrone-rl[train]"` installs it')
-    device = _device(args.device)
+        raise ImportError(not_installed("matplotlib"))
+    device = device_of(args.device)
     run = runs.load(args.run, device)
     name = args.env or run.settings["env"]
     options = {"randomization": _randomization(run)} if args.randomize else {}
@@ -103,11 +109,11 @@ def _evaluate(args: argparse.Namespace) -> Any:
     if args.video is not None and paths is not None:
         yield f"Video: {video.render(paths, int(flown[-1].length[0]), args.video, device, args.seed)}"
     elif args.video is not None:
-        raise ValueError(f"--video: {name} has no drone to be filmed")
+        raise ValueError(f"--video: {name} has no drone to film")
 
 
 def _randomization(run: Run) -> Randomization:
-    """The ranges that the run was trained with."""
+    """The domain randomisation that the run was trained with."""
     from pydrone.envs import Randomization
 
     ranges = Randomization(**run.settings.get("randomization", {}))
@@ -126,7 +132,7 @@ def _fly(args: argparse.Namespace, run: Run, env: Any) -> list[Episodes]:
         episodes = evaluation.fly(env, policy.mode, resample=resample, seed=args.seed, max_steps=args.steps, **memory)
         flown.append(episodes)
         if episodes.paths is None:
-            break  # nothing to switch
+            break  # no targets: both modes would be the same
     return flown
 
 
@@ -158,27 +164,27 @@ def _footnote(flown: list[Episodes], within: float | None) -> str:
     within = evaluation.success_distance(paths) if within is None else within
     success = {
         False: f"a distance below {within:g} m from a fixed target",
-        True: "at least one of the moving targets reached",
+        True: "at least one moving target reached",
     }
     text = (
         f"Success: no crash, and {', or '.join(success[x.resampled] for x in flown)}. Reached: within "
-        f"{paths.at_target:g} m. Distance: an episode's median over its last {evaluation.FINAL_SECONDS:g} s, or all "
-        "of a shorter one; of those, the median over all episodes, crashes included."
+        f"{paths.at_target:g} m. Distance: the median over all episodes, crashes included, of the median over the last "
+        f"{evaluation.FINAL_SECONDS:g} s of an episode, or over the whole of a shorter one."
     )
     return textwrap.fill(text, 100)
 
 
 def table(found: dict[str, dict[str, Any]]) -> str:
-    """The figures of :func:`pydrone.report.evaluation.summary`, a row each, a column for each of ``found``."""
+    """A table: a row for each figure of :func:`pydrone.report.evaluation.summary`, a column for each of ``found``."""
     labels = {
         "success_rate": ("success rate", lambda x: f"{100 * x:.1f} %"),
         "final_distance": ("distance to the target, last 5 s", lambda x: f"{x:.3f} m"),
         "final_distance_quartiles": ("  its middle half", lambda x: f"{x[0]:.3f} to {x[1]:.3f} m"),
-        "targets_reached": ("targets reached an episode", lambda x: f"{x:.2f}"),
+        "targets_reached": ("targets reached per episode", lambda x: f"{x:.2f}"),
         "crash_rate": ("crash rate", lambda x: f"{100 * x:.1f} %"),
-        "episode_seconds": ("length of an episode", lambda x: f"{x:.2f} s"),
-        "episode_length": ("steps of an episode", lambda x: f"{x:.1f}"),
-        "episode_return": ("reward of an episode", lambda x: f"{x:.3f}"),
+        "episode_seconds": ("episode length", lambda x: f"{x:.2f} s"),
+        "episode_length": ("episode steps", lambda x: f"{x:.1f}"),
+        "episode_return": ("episode reward", lambda x: f"{x:.3f}"),
     }
     rows = [["", *found]]
     for key, (label, text) in labels.items():

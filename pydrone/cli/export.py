@@ -1,45 +1,50 @@
-"""``pydrone export``: the policy of a run as a file that runs without pydrone."""
+"""``pydrone export RUN``: writes the policy of a run to a file that runs without pydrone."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
+from pydrone.cli.common import fail, not_installed
+
 
 def main(argv: list[str]) -> int:
-    """Writes the file and says what is in it; returns the exit status."""
-    from pydrone.cli.main import _fail, _missing
+    """Runs ``pydrone export ARGV`` and returns the exit status."""
     from pydrone.ppo import export
 
     parser = argparse.ArgumentParser(
         prog="pydrone export",
-        description="Write the deterministic policy of a run (observation normaliser and action clipping included) to "
-        "a file that runs without pydrone; see docs/export.md. The file is compared with the policy's own actions "
-        "before it takes its name.",
+        description="Write the deterministic policy of a run, with its observation normaliser and action clipping, to "
+        "a file that runs without pydrone; see docs/export.md. The actions of the file are compared with those of the "
+        "policy before the file is put in place.",
     )
-    parser.add_argument("run", metavar="RUN", help="folder of a run, of which the newest checkpoint, or a checkpoint")
-    parser.add_argument("--format", choices=list(export.FORMATS), default="onnx", help="default: onnx")
-    parser.add_argument("--out", metavar="FILE", help="default: policy.onnx, .pt or .safetensors beside the checkpoint")
+    parser.add_argument("run", metavar="RUN", help="folder of a run (its newest checkpoint is used), or a checkpoint")
+    parser.add_argument("--format", choices=list(export.FORMATS), default="onnx", help="file format (default: onnx)")
+    parser.add_argument(
+        "--out",
+        metavar="FILE",
+        help="file to write (default: policy.onnx, policy.pt or policy.safetensors beside the checkpoint)",
+    )
     parser.add_argument(
         "--clip",
         nargs=2,
         type=float,
         metavar=("LOW", "HIGH"),
-        help="clip actions to this; default: as the environment does that the policy was trained in",
+        help="clip actions to this range (default: the limits of the environment that the policy was trained in)",
     )
     options = parser.parse_args(argv)
     lacking = export.missing(options.format)
     if lacking:
-        return _missing(*lacking, extra="export")
+        return fail(not_installed(*lacking, extra="export"))
     try:
         print(_export(options))
     except (OSError, ValueError, ImportError, RuntimeError) as error:
-        return _fail(error)
+        return fail(error)
     return 0
 
 
 def _export(options: argparse.Namespace) -> str:
-    """Does it, and returns what is to be said of it."""
+    """Writes the file and returns the lines to print."""
     from pydrone.ppo import export
     from pydrone.ppo.trainer import read_checkpoint
     from pydrone.report.runs import checkpoint_of
@@ -58,8 +63,8 @@ def _export(options: argparse.Namespace) -> str:
     clipped = "not clipped" if limits is None else f"clipped to [{limits[0]:g}, {limits[1]:g}]"
     remembered = f", with a memory of {done.memory}" if done.memory else ""
     return (
-        f"{done.path}: {done.num_obs} observations to {done.num_actions} actions, {clipped}{remembered}; of iteration "
-        f"{state['iteration']} of {path}\n"
-        f"Checked with {done.checked_with} for {done.num_inputs} inputs: at most {done.difference:.1e} from the "
-        "policy's own actions"
+        f"{done.path}: {done.num_obs} observations to {done.num_actions} actions, {clipped}{remembered}; from "
+        f"iteration {state['iteration']} of {path}\n"
+        f"Checked with {done.checked_with} on {done.num_inputs} inputs: actions differ from the policy's by at most "
+        f"{done.difference:.1e}"
     )

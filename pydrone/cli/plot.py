@@ -6,6 +6,8 @@ import argparse
 import importlib.util
 from typing import Any
 
+from pydrone.cli.common import fail, not_installed
+
 NAME = "learning_curves.png"
 
 
@@ -13,12 +15,11 @@ def main(argv: list[str]) -> int:
     """Runs ``pydrone plot ARGV`` and returns the exit status."""
     from pathlib import Path
 
-    from pydrone.cli.main import _fail
     from pydrone.report import curves
 
     args = _parser().parse_args(argv)
     if importlib.util.find_spec("matplotlib") is None:
-        return _fail('matplotlib not installed; `pip install "pydrone-rl[train]"` installs it')
+        return fail(not_installed("matplotlib"))
     try:
         folders = curves.find(args.runs)
         groups = curves.group([curves.read(folder) for folder in folders])
@@ -27,7 +28,7 @@ def main(argv: list[str]) -> int:
     except BrokenPipeError:
         raise
     except (ValueError, OSError) as error:
-        return _fail(error)
+        return fail(error)
     print(table(curves.results(groups)))
     print(f"Learning curves: {drawn}")
     return 0
@@ -36,31 +37,31 @@ def main(argv: list[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="pydrone plot",
-        description="Draw the learning curves of runs. Runs that differ in nothing but the seed are drawn as their "
-        "mean, with a band from the smallest to the largest.",
+        description="Plot the learning curves of runs. Runs that differ only in the seed are drawn as their mean, with "
+        "a band from their minimum to their maximum.",
     )
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run, or one that holds runs")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run, or a folder that contains runs")
     parser.add_argument(
         "--x",
         choices=("iteration", "steps", "time"),
         default="iteration",
-        help="along the horizontal axis: iterations, steps of all environments, or the minutes they took "
-        "(default: iteration)",
+        help="horizontal axis: iterations, steps of all environments, or minutes in iterations (default: iteration)",
     )
     parser.add_argument(
         "--figure",
         nargs="+",
         metavar="NAME",
-        help="figures to draw, named as in progress.jsonl: env/distance, reward, ... (default: six that tell most)",
+        help="figures to plot, named as in progress.jsonl: env/distance, reward, ... (default: the six of a run's own "
+        "learning curve)",
     )
     parser.add_argument(
-        "--out", metavar="PNG", help=f"the picture (default: {NAME}, in the run's folder if there is one run only)"
+        "--out", metavar="PNG", help=f"file to write (default: {NAME}, in the folder of the run if there is only one)"
     )
     return parser
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """The results of :func:`pydrone.report.curves.results` in words."""
+    """The results of :func:`pydrone.report.curves.results` as a table."""
     head = ["", "runs", "iterations", "episode length at the end", "reward at the end"]
     lines = [head]
     for row in rows:

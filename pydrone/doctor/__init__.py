@@ -1,1 +1,1 @@
-"""What ``pydrone doctor`` finds out: what this machine has, and whether each kernel computes what it should."""
+"""The diagnosis of ``pydrone doctor``: facts about the machine, self-tests of the kernels, advice."""

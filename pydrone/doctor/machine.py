@@ -1,4 +1,4 @@
-"""What this machine and this installation are, as plain data, and what to do about it in words."""
+"""Facts about this machine and this installation as plain data, and advice as text."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 
 DISTRIBUTION = "pydrone-rl"
 
-# Packages that pydrone computes with, trains in, exports to, or plugs into.
+# Packages that pydrone uses, exports to, or integrates with.
 PACKAGES = (
     "torch",
     "triton",
@@ -34,7 +34,7 @@ PACKAGES = (
     "safetensors",
 )
 
-# Environment variables that change what is reported; docs/environment-variables.md says what they do.
+# Environment variables that affect the report; docs/environment-variables.md explains them.
 VARIABLES = (
     "PYDRONE_BACKEND",
     "TRITON_INTERPRET",
@@ -46,7 +46,7 @@ VARIABLES = (
 
 
 def facts() -> dict[str, Any]:
-    """All of it; imports torch and loads pydrone's libraries."""
+    """All facts. Imports torch and loads the libraries of pydrone; ImportError without torch."""
     import torch
 
     import pydrone
@@ -59,7 +59,7 @@ def facts() -> dict[str, Any]:
     for device in devices:
         try:
             defaults[device] = select(torch.device(device)).name
-        except (RuntimeError, ValueError) as error:  # PYDRONE_BACKEND asks for what cannot be
+        except (RuntimeError, ValueError) as error:  # PYDRONE_BACKEND asks for one that is not usable
             defaults[device] = f"none: {error}"
     versions = {name: _version(name) for name in PACKAGES}
     return {
@@ -92,12 +92,12 @@ def _version(name: str) -> str | None:
 def _requirements() -> list[str]:
     try:
         return metadata.requires(DISTRIBUTION) or []
-    except metadata.PackageNotFoundError:  # run from a source tree
+    except metadata.PackageNotFoundError:  # not installed: run from a source tree
         return []
 
 
 def too_old(versions: dict[str, str | None], requirements: list[str]) -> dict[str, str]:
-    """What is installed of a version below the one required, with the latter. ``requirements`` as of metadata."""
+    """Installed packages older than required, with the required version. ``requirements`` as in the metadata."""
     old = {}
     for requirement in requirements:
         match = re.match(r"([\w.-]+)(?:\[[^]]*\])?\s*>=\s*([\d.]+)", requirement)
@@ -107,7 +107,7 @@ def too_old(versions: dict[str, str | None], requirements: list[str]) -> dict[st
 
 
 def _numbers(version: str) -> list[int]:
-    """2.10.0+cpu as [2, 10]: a trailing zero more or less is the same version."""
+    """2.10.0+cpu as [2, 10]: trailing zeros make no difference."""
     numbers = [int(part) for part in re.match(r"[\d.]*", version)[0].split(".") if part]
     while numbers and numbers[-1] == 0:
         numbers.pop()
@@ -143,7 +143,7 @@ def _cpu_model() -> str:
 
 
 def _quota() -> float | None:
-    """Cores' worth of time that the container is given; None where it is not limited."""
+    """The CPU quota of the container, in cores; None if there is no limit."""
     text = _read("/sys/fs/cgroup/cpu.max")  # cgroup v2
     if text is not None:
         quota, period = text.split()
@@ -161,7 +161,7 @@ def _memory_gb() -> float | None:
 
 
 def _huge_pages() -> str | None:
-    """always, madvise or never; None where the kernel has none."""
+    """always, madvise or never; None if the kernel does not support huge pages."""
     match = re.search(r"\[(\w+)\]", _read("/sys/kernel/mm/transparent_hugepage/enabled") or "")
     return match[1] if match else None
 
@@ -178,7 +178,7 @@ def _gpu(index: int) -> dict[str, Any]:
 
 
 def _gpus_of_the_driver() -> list[str]:
-    """The NVIDIA GPUs that the driver knows of, whatever torch is built for."""
+    """The NVIDIA GPUs that the driver reports, whether or not torch can use them."""
     if shutil.which("nvidia-smi"):
         command = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
         try:
@@ -194,7 +194,7 @@ def _gpus_of_the_driver() -> list[str]:
 
 
 def _variables() -> dict[str, str]:
-    """Those that are set, as they were when the process began: the command line sets GOMP_SPINCOUNT itself."""
+    """The variables as set when the process started: the command line itself sets GOMP_SPINCOUNT later."""
     began = _read("/proc/self/environ")
     pairs = [pair.partition("=") for pair in began.split("\0")] if began is not None else None
     environ = dict(os.environ) if pairs is None else {name: value for name, _, value in pairs}
@@ -202,7 +202,7 @@ def _variables() -> dict[str, str]:
 
 
 def _compiler() -> str | None:
-    """A C++ compiler that a build of pydrone would find."""
+    """The C++ compiler that a build of pydrone would use."""
     wanted = os.environ.get("CXX")
     candidates = [wanted.split()[0]] if wanted and wanted.strip() else ["c++", "g++", "clang++"]
     return next((found for name in candidates if (found := shutil.which(name))), None)
@@ -212,7 +212,7 @@ def _compiler() -> str | None:
 
 
 def advice(facts: dict[str, Any]) -> list[str]:
-    """What to change about it: a sentence or two each, what matters most first."""
+    """What to change, most important first, in one or two sentences each."""
     torch, cpu, variables, backends = facts["torch"], facts["cpu"], facts["variables"], facts["backends"]
     said: list[str] = []
     for name, least in facts["old"].items():
@@ -231,8 +231,8 @@ def advice(facts: dict[str, Any]) -> list[str]:
         said.append(f"The machine has a GPU, {driver[0]}, but {why}")
     if torch["cuda_available"] and backends["cuda"] is not None:
         said.append(
-            f"The CUDA kernels are not there ({backends['cuda']}). "
-            + ("Triton's serve instead. " if backends["triton"] is None else "")
+            f"The CUDA kernels are not available ({backends['cuda']}). "
+            + ("The Triton kernels run instead. " if backends["triton"] is None else "")
             + "To build them: nvcc of torch's CUDA version, then PYDRONE_CUDA=1 pip install --no-build-isolation."
         )
     if torch["cuda_available"] and backends["triton"] is not None and backends["cuda"] is not None:
@@ -244,20 +244,20 @@ def advice(facts: dict[str, Any]) -> list[str]:
             else "Install a C++ compiler (g++ or clang++), then reinstall pydrone"
         )
         said.append(
-            f"The C++ kernels are not there ({backends['cpu']}), so plain PyTorch, which is slower, serves on the CPU. "
-            f"{do}; PYDRONE_NATIVE=1 makes a failure of the build an error that says why."
+            f"The C++ kernels are not available ({backends['cpu']}), so slower plain PyTorch runs on the CPU. "
+            f"{do}; with PYDRONE_NATIVE=1, a build that fails reports the reason as an error."
         )
     wanted = variables.get("PYDRONE_BACKEND")
     if wanted:
         reason = backends.get(wanted, f"there is none of that name, only {', '.join(backends)}")
         said.append(
-            f"PYDRONE_BACKEND={wanted} cannot be served: {reason}. Unset it."
+            f"PYDRONE_BACKEND={wanted} is not usable: {reason}. Unset it."
             if reason is not None
             else f"PYDRONE_BACKEND={wanted} replaces the default backend"
-            + (", by the slowest. Unset it." if wanted == "reference" else ".")
+            + (" by the slowest one. Unset it." if wanted == "reference" else ".")
         )
     if variables.get("TRITON_INTERPRET") == "1":
-        said.append("TRITON_INTERPRET=1 interprets the Triton kernels, slowly: for tests alone.")
+        said.append("TRITON_INTERPRET=1 interprets the Triton kernels, which is slow: use it for tests only.")
     return said + _advice_on_threads(cpu, variables) + _advice_on_memory(cpu) + _advice_on_packages(facts["packages"])
 
 
@@ -266,19 +266,21 @@ def _advice_on_threads(cpu: dict[str, Any], variables: dict[str, str]) -> list[s
     allowed = min(x for x in (cpu["cores_allowed"], cpu["cores_of_the_quota"]) if x is not None)
     if threads > max(allowed, 1):
         said.append(
-            f"torch runs {threads} threads on {allowed:g} cores that it may use, where they wait for each other: "
-            f"OMP_NUM_THREADS={max(int(allowed), 1)}."
+            f"torch runs {threads} threads on the {allowed:g} cores that it may use, so they wait for each other. "
+            f"Set OMP_NUM_THREADS={max(int(allowed), 1)}."
         )
     if cpu["load"] is not None and cpu["load"] > allowed / 2:
         said.append(
-            f"Other processes keep the machine busy (load {cpu['load']:g} on {allowed:g} cores): timings say little."
+            f"Other processes use the machine (load {cpu['load']:g} on {allowed:g} cores): timings are unreliable."
         )
     if threads > 1 and variables.get("OMP_WAIT_POLICY", "").upper() == "ACTIVE":
-        said.append("OMP_WAIT_POLICY=ACTIVE has OpenMP's threads spin, and lose a core to any other process.")
+        said.append(
+            "OMP_WAIT_POLICY=ACTIVE lets idle OpenMP threads spin, which costs a core if any other process runs."
+        )
     elif threads > 1 and not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & variables.keys():
         said.append(
-            "OpenMP's threads spin for a millisecond after each piece of work. `pydrone` has them sleep sooner; start "
-            "a trainer of your own with GOMP_SPINCOUNT=10000 unless the machine is its alone."
+            "Idle OpenMP threads spin for a millisecond after each piece of work. `pydrone` makes that shorter; "
+            "start your own trainer with GOMP_SPINCOUNT=10000 unless nothing else runs on the machine."
         )
     return said
 
@@ -287,7 +289,7 @@ def _advice_on_memory(cpu: dict[str, Any]) -> list[str]:
     if cpu["huge_pages"] != "never":
         return []
     return [
-        "Transparent huge pages are off, which costs shuffled reads on the CPU: "
+        "Transparent huge pages are off, which slows shuffled reads on the CPU. Turn them on: "
         "echo madvise | sudo tee /sys/kernel/mm/transparent_hugepage/enabled"
     ]
 
@@ -296,4 +298,4 @@ def _advice_on_packages(packages: dict[str, str | None]) -> list[str]:
     missing = [name for name in ("genesis-world", "matplotlib", "tensorboard", "tyro") if packages[name] is None]
     if not missing:
         return []
-    return [f"For `pydrone train`, {', '.join(missing)} not installed: pip install '{DISTRIBUTION}[train]'."]
+    return [f"`pydrone train` needs {', '.join(missing)}: pip install '{DISTRIBUTION}[train]'."]

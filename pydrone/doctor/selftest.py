@@ -1,7 +1,7 @@
-"""A self-test of a backend's kernels against the reference, in seconds, and their speed as a ratio to a memcpy.
+"""Self-tests of a backend's kernels against the reference, in seconds, and their speed relative to a memcpy.
 
-``pydrone doctor`` runs :func:`main` in a process of its own for each backend, so that a kernel that crashes or hangs is
-a line of its report. The thorough tests are those in ``tests/``; these notice a library that does not fit the machine.
+``pydrone doctor`` runs :func:`main` in its own process for each backend, so that a kernel that crashes or hangs becomes
+a line of the report. The thorough tests are in ``tests/``; these detect a library that does not fit the machine.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from pydrone.estimators import gae as estimate
 from pydrone.ops import reference, triton
 from pydrone.ops.schema import loss_workspace_size
 
-# Environments x steps: one, less than a vector, multiples of nothing, more than a block.
+# Environments x steps: a single one, less than a vector, multiples of nothing, more than a block.
 SHAPES = ((1, 1), (3, 7), (37, 13), (131, 33))
-# What docs/conventions.md promises, as a fraction of the largest advantage.
+# As docs/conventions.md promises, relative to the largest advantage.
 TOLERANCE = 1e-5
 
 OBS = {"policy": 17, "image": ((3, 5), torch.uint8)}
@@ -31,13 +31,13 @@ FIELDS = {"mu": 4, "sigma": 4}
 
 
 class Wrong(Exception):
-    """A kernel's result is not the expected one; the message says where."""
+    """The result of a kernel is wrong; the message says where."""
 
 
 def kernels(backend: str) -> dict[str, Callable[[str, str], int]]:
-    """The tests by the kernel's name: called with a backend and a device they return how many cases they checked.
+    """The tests by kernel. Each takes a backend and a device and returns the number of cases checked.
 
-    The loss is there for those that have a version of it: the native libraries have none.
+    The PPO loss is included for backends that implement it: the native libraries do not.
     """
     tests = {"gae": check_gae, "append": check_append, "gather": check_gather}
     return tests | {"ppo_loss": check_ppo_loss} if backend in LOSSES else tests
@@ -47,7 +47,7 @@ def kernels(backend: str) -> dict[str, Callable[[str, str], int]]:
 
 
 def check_gae(backend: str, device: str) -> int:
-    """A rollout worked out by hand, then random ones in both memory orders with every way to bootstrap."""
+    """A rollout computed by hand, then random ones in both memory orders with every bootstrap."""
     # gamma 0.5, lam 0.5. Backwards, with V_4 = 8 after the last step:
     #   t=3 running:    delta = 1 + 4 - 2 = 3,    A = 3
     #   t=2 terminated: delta = 1 + 0 - 4 = -3,   A = -3
@@ -86,7 +86,7 @@ def check_gae(backend: str, device: str) -> int:
 
 
 def check_append(backend: str, device: str) -> int:
-    """What was stored is what was given, to the bit; ends and final observations are the reference's."""
+    """Stored values equal the given ones bit for bit; ends and final observations equal those of the reference."""
     cases = 0
     for num_envs, num_steps in SHAPES:
         steps = _steps(num_envs, num_steps)
@@ -96,7 +96,7 @@ def check_append(backend: str, device: str) -> int:
             _same(f"{name} {where}", torch.stack([_given(step)[name] for step in steps], dim=1), stored)
         _same(f"dones {where}", expected.dones, found.dones)
         for buffer in (found, expected):
-            # The pool's order is free, its values are not.
+            # The order of the pool is free, its contents are not.
             last = torch.zeros(num_envs, device=buffer.device)
             buffer.compute_gae(last, value_fn=lambda obs: obs["policy"].float().sum(-1) + obs["image"].sum((1, 2)))
         _close(f"values of the final observations {where}", expected.advantages, found.advantages)
@@ -105,7 +105,7 @@ def check_append(backend: str, device: str) -> int:
 
 
 def check_gather(backend: str, device: str) -> int:
-    """Two epochs of three minibatches: the reference's permutation, every sample once, every field its sample's."""
+    """Two epochs of three minibatches: the permutation of the reference, each sample once, fields that match it."""
     cases = 0
     for num_envs, num_steps in SHAPES:
         steps, parts = _steps(num_envs, num_steps), min(3, num_envs * num_steps)
@@ -131,8 +131,8 @@ def check_gather(backend: str, device: str) -> int:
 
 
 def check_ppo_loss(backend: str, device: str) -> int:
-    """A sample worked out by hand, then random minibatches, of one program and of several, with every option."""
-    # One action: mean 0.5, std 2, drawn 1.5, so z = 1/2; ratio 1, advantage 3. The old policy is N(0.25, 1). Value 1,
+    """A sample computed by hand, then random minibatches, of one program and of several, with every option."""
+    # One action: mean 0.5, std 2, sampled 1.5, so z = 1/2; ratio 1, advantage 3. The old policy is N(0.25, 1). Value 1,
     # old 0.9, return 3: within the clip of 0.2.
     log_prob = -0.125 - math.log(2) - 0.5 * math.log(2 * math.pi)
     sample = {"mean": 0.5, "std": 2.0, "actions": 1.5, "log_probs": log_prob, "advantages": 3.0}
@@ -159,12 +159,12 @@ def check_ppo_loss(backend: str, device: str) -> int:
                 if name == "metrics" and not with_kl:
                     _same(f"{where}: the divergence", torch.tensor([True]), got[3:].isnan())
                     wanted, got = wanted[:3], got[:3]
-                _close(where, size * wanted, size * got)  # means, of numbers of the size of 1
+                _close(where, size * wanted, size * got)  # means of numbers of order 1
             cases += 1
     return cases
 
 
-# Versions of an operation that serves no buffer, and so is no part of a dispatch.Backend.
+# The loss does not belong to a buffer, so dispatch.Backend does not have it.
 LOSSES: dict[str, Callable[..., None]] = {"reference": reference.ppo_loss, "triton": triton.ppo_loss}
 OUTPUTS = ("mean_grad", "value_grad", "std_grad", "metrics")
 
@@ -177,7 +177,7 @@ def _ppo_loss(
     moments: tuple[float, float] | None = None,
     coefs: tuple[float, float] = (0.7, 0.01),
 ) -> list[Tensor]:
-    """OUTPUTS, which begin as NaN; twice, since the first launch must leave the workspace fit for the next."""
+    """OUTPUTS, NaN before the launch. Launched twice: the first launch must leave the workspace ready for the next."""
     on = {name: None if x is None else x.to(device) for name, x in given.items()}
     mean = on["mean"]
     size, actions = mean.shape
@@ -194,7 +194,7 @@ def _ppo_loss(
 
 
 def _minibatch(size: int, actions: int) -> dict[str, Tensor]:
-    """Arguments of ``ppo_loss``, in its order: ratios and values on both sides of what they are held within."""
+    """Arguments of ``ppo_loss``, in its order, with ratios and values on both sides of their clip limits."""
     draw = torch.Generator().manual_seed(size)
 
     def normal(*shape: int, scale: float = 1.0) -> Tensor:
@@ -219,7 +219,7 @@ def _minibatch(size: int, actions: int) -> dict[str, Tensor]:
 
 def _gae(rollout: dict[str, Tensor], backend: str, device: str, **options: Any) -> tuple[Tensor, ...]:
     given = {name: x.to(device) for name, x in rollout.items()}
-    # Strides go with the tensors; what is not written stays NaN.
+    # Outputs have the strides of the inputs; what is not written stays NaN.
     out = tuple(torch.full_like(given["rewards"], float("nan")) for _ in range(2))
     return estimate(**given, **options, out=out, stats=True, backend=backend)
 
@@ -242,14 +242,14 @@ def _rollout(num_envs: int, num_steps: int, bootstrap: str) -> dict[str, Tensor]
 
 
 def _steps(num_envs: int, num_steps: int) -> list[dict[str, Any]]:
-    """Arguments of ``append``: every field random, one step in five the end of an episode."""
+    """Arguments of ``append``: random fields, with an end in one of five steps."""
     draw = torch.Generator().manual_seed(num_steps)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(num_envs, *shape, generator=draw)
 
     def observation() -> dict[str, Tensor]:
-        # Numbers that half precision holds.
+        # Exact in half precision.
         numbers = torch.randint(-99, 99, (num_envs, 17), generator=draw).float()
         return {
             "policy": numbers,
@@ -303,7 +303,7 @@ NAMES = ("actions", "values", "log_probs")
 
 
 def _given(step: dict[str, Any]) -> dict[str, Tensor]:
-    """What ``append`` was given, as :func:`_stored` names it."""
+    """The fields passed to ``append``, by the names of :func:`_stored`."""
     return {
         "obs.policy": step["obs"]["policy"].half(),
         "obs.image": step["obs"]["image"],
@@ -330,7 +330,7 @@ def _same(what: str, wanted: Tensor, got: Tensor) -> None:
 
 def _close(what: str, wanted: Tensor, got: Tensor) -> None:
     wanted, got = wanted.double().cpu(), got.double().cpu()
-    # As docs/conventions.md measures it: against the scale of the rollout. NaN, which nothing is close to, is wrong.
+    # Relative to the scale of the rollout, as in docs/conventions.md. NaN fails the comparison.
     bound = TOLERANCE * max(1.0, wanted.abs().max().item())
     worst = (wanted - got).abs().max().item()
     if not worst <= bound:
@@ -341,10 +341,10 @@ def _close(what: str, wanted: Tensor, got: Tensor) -> None:
 
 
 def speed(backend: str, device: str, threads: int) -> dict[str, Any]:
-    """Time of each kernel over that of a memcpy of the bytes that it reads and writes, the least of ten, in turns.
+    """Time of each kernel relative to a memcpy of the bytes that it reads and writes: minima of ten alternating runs.
 
-    On the CPU with ``threads`` threads, the memcpy's too. Also the speed of the last memcpy, of a rollout, in GB/s of
-    bytes read and written.
+    On the CPU, kernel and memcpy run on ``threads`` threads. Also the speed of the last memcpy, of a rollout, in GB/s
+    read and written.
     """
     num_envs, num_steps = (8192, 100) if device.startswith("cuda") else (2048, 50)
     samples = num_envs * num_steps
@@ -361,7 +361,7 @@ def speed(backend: str, device: str, threads: int) -> dict[str, Any]:
             buffer.append(**step)
 
     row = 4 * sum(x[0].numel() for name, x in step.items() if name not in ("rewards", "dones"))  # bytes of a sample
-    # append fills what the other two read; gae reads 9 bytes of a sample and writes 8.
+    # append fills what the other two read; gae reads 9 bytes per sample and writes 8.
     calls = {
         "append": (fill, 2 * (row + 5) * samples),
         "gae": (lambda: buffer.compute_gae(last_values), 17 * samples),
@@ -403,7 +403,7 @@ def _seconds(call: Callable[[], object], device: str) -> float:
 
 
 def run(backend: str, device: str) -> Iterator[dict[str, Any]]:
-    """For each kernel what came of its test: ``kernel``, ``cases``, and ``error``, None where it passed."""
+    """The result of each kernel's test: ``kernel``, ``cases``, and ``error``, None if it passed."""
     for kernel, check in kernels(backend).items():
         cases, error = 0, None
         try:
@@ -414,7 +414,7 @@ def run(backend: str, device: str) -> Iterator[dict[str, Any]]:
 
 
 def main(backend: str, device: str, threads: list[int]) -> None:
-    """Prints a line of JSON for each kernel as soon as its test is done, then one for each speed check."""
+    """Prints a line of JSON for each kernel as soon as it is tested, then one for each speed check."""
     for result in run(backend, device):
         print(json.dumps(result), flush=True)
     for count in threads:

@@ -1,8 +1,8 @@
 """Vectorised environments. Importing this package imports neither torch, nor a simulator, nor Gymnasium.
 
-``make`` builds an environment by name, ``known`` lists the names (:mod:`pydrone.envs.registry` says how a package adds
-one), :class:`Randomization` is what domain randomisation may vary, :class:`TaskOptions` what of the tasks a training
-may change; :mod:`pydrone.envs.base` states what an environment has to offer, and :mod:`pydrone.envs.adapters` wraps
+``make`` builds an environment by name, and ``known`` lists the names (:mod:`pydrone.envs.registry` says how a package
+adds one). :class:`Randomization` holds the ranges of domain randomisation, :class:`TaskOptions` the options of the
+tasks. :mod:`pydrone.envs.base` defines the protocol of an environment, and :mod:`pydrone.envs.adapters` wraps
 ``gymnasium.vector`` and rsl_rl environments into it.
 """
 
@@ -33,7 +33,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
-    # Imported at first use, since they need torch.
+    # Imported on first use: they need torch.
     if name not in ("Env", "EpisodeStats", "LogMeter", "StepResult"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(".base", __name__), name)

@@ -1,7 +1,7 @@
-"""Adapters that make :class:`pydrone.envs.base.Env` of other libraries' vectorised environments.
+"""Adapters from the vectorised environments of other libraries to :class:`pydrone.envs.base.Env`.
 
 :class:`GymnasiumEnv` takes a ``gymnasium.vector.VectorEnv``, :class:`RslRlEnv` an ``rsl_rl.env.VecEnv``. Gymnasium is
-imported when a :class:`GymnasiumEnv` is made, rsl_rl not at all.
+imported when a :class:`GymnasiumEnv` is constructed, rsl_rl never.
 """
 
 from __future__ import annotations
@@ -21,26 +21,26 @@ BoundedActions = Literal["clip", "rescale", "none"]
 class GymnasiumEnv:
     """A ``gymnasium.vector.VectorEnv`` (Gymnasium 1.1 or later) with autoreset mode SAME_STEP or NEXT_STEP.
 
-    Observation spaces: ``Box``, or ``Dict`` of ``Box``. They become float32, but for uint8 images in a ``Dict``, which
-    stay bytes. Action spaces: ``Box`` of any shape, flattened to ``actions`` numbers, and ``Discrete``.
+    Observation spaces: ``Box``, or ``Dict`` of ``Box``. Observations become float32, except that uint8 images in a
+    ``Dict`` stay uint8. Action spaces: ``Box`` of any shape, flattened to ``actions`` numbers, and ``Discrete``.
 
     Attributes:
-        venv: what was wrapped.
+        venv: the wrapped environment.
         num_discrete_actions: the number of choices of a ``Discrete`` action space, None for a ``Box``. Discrete actions
-            are int64 [N], counted from 0 whatever the space's ``start``, and ``actions`` is ``((), torch.int64)``.
+            are int64 [N] and start at 0 whatever the ``start`` of the space, and ``actions`` is ``((), torch.int64)``.
         action_low, action_high: [A] float32 bounds of a ``Box``, infinite where there are none; None for ``Discrete``.
 
     Args:
         venv: the vector environment.
-        device: where tensors go.
+        device: where the tensors live.
         seed: of the first ``reset``.
         bounded_actions: ``"clip"`` clips actions to the ``Box``'s bounds, ``"rescale"`` clips them to [-1, 1] and maps
-            that onto the bounds, ``"none"`` hands them on as they are.
+            this range onto the bounds, ``"none"`` passes them on unchanged.
         max_episode_length: the time limit in steps, if known; taken from ``venv.spec`` by default.
 
     Raises:
-        ValueError: the autoreset mode is DISABLED or not stated, or ``"rescale"`` with a bound that is not finite.
-        TypeError: a space of another kind.
+        ValueError: the autoreset mode is DISABLED or unknown, or ``"rescale"`` is used with an infinite bound.
+        TypeError: the space is of another kind.
     """
 
     def __init__(
@@ -63,10 +63,10 @@ class GymnasiumEnv:
         self.obs, self._dtypes = _obs_spec(venv.single_observation_space)
         self._read_actions(venv.single_action_space, bounded_actions)
         self._stats = EpisodeStats(self.num_envs, ("return",), self.device)
-        self._resets = np.zeros(self.num_envs, dtype=bool)  # NEXT_STEP: whom the next step resets
+        self._resets = np.zeros(self.num_envs, dtype=bool)  # NEXT_STEP: the environments that the next step resets
 
     def reset(self) -> Obs:
-        """Resets all environments, the first time with the seed, and returns the observations."""
+        """Resets all environments, with the seed the first time, and returns the observations."""
         obs, _ = self.venv.reset(seed=self._seed)
         self._seed = None
         self._resets = np.zeros(self.num_envs, dtype=bool)
@@ -97,7 +97,7 @@ class GymnasiumEnv:
         return StepResult(new_obs, rewards, ends, self._tensor(truncated, torch.bool), final_obs, valid, log)
 
     def randomize_episode_lengths(self) -> None:
-        """Nothing: Gymnasium's environments keep their age to themselves."""
+        """Does nothing: Gymnasium does not expose the age of an episode."""
 
     def close(self) -> None:
         """Closes the wrapped environment."""
@@ -147,7 +147,7 @@ class GymnasiumEnv:
         if self._bounded == "clip":
             array = np.clip(array, low, high)
         elif self._bounded == "rescale":
-            # clipped once more, since the sum may round beyond a bound
+            # clipped again, since rounding may carry the sum beyond a bound
             array = np.clip(low + (np.clip(array, -1, 1) + 1) * 0.5 * (high - low), low, high)
         return array.reshape(self.num_envs, *self._action_shape).astype(self._action_dtype)
 
@@ -160,7 +160,7 @@ class GymnasiumEnv:
         return self._tensor(obs, self._dtypes)
 
     def _final_obs(self, obs: Obs, rows: np.ndarray, info: Mapping[str, Any]) -> Obs:
-        """``obs`` with the final observations in ``rows``."""
+        """``obs``, with the final observations in ``rows``."""
         final = info.get("final_obs")
         if final is None:
             raise RuntimeError(
@@ -171,7 +171,7 @@ class GymnasiumEnv:
         where = torch.from_numpy(index).to(self.device)
 
         def patch(old: Tensor, key: str | None, dtype: torch.dtype) -> Tensor:
-            # Gymnasium hands out an object array of single observations; others a batch, or a dict of batches
+            # Gymnasium gives an object array of single observations; others give a batch, or a dict of batches
             if isinstance(final, np.ndarray) and final.dtype == object:
                 picked: Any = np.stack([np.asarray(final[i] if key is None else final[i][key]) for i in index])
                 new = self._tensor(picked, dtype)
@@ -189,16 +189,16 @@ class GymnasiumEnv:
 class RslRlEnv:
     """An ``rsl_rl.env.VecEnv`` (rsl_rl 5: TensorDict observations, autoreset in the same step).
 
-    rsl_rl's protocol knows no final observations, so ``final_obs`` is None and a time-out can only be bootstrapped with
-    the value that was stored (``timeout_bootstrap="stored_value"``). Time-outs come from ``extras["time_outs"]``; none
-    are reported where the environment leaves it out. What it has in ``extras["log"]`` is passed on.
+    rsl_rl's protocol has no final observations, so ``final_obs`` is None and a time-out can only be bootstrapped with
+    the stored value (``timeout_bootstrap="stored_value"``). Time-outs are read from ``extras["time_outs"]``; without
+    that key there are none. ``extras["log"]`` is passed on.
 
     Args:
         venv: the environment.
-        groups: the observation groups to hand on: a name gives a tensor, a list of names a dict, None a dict of all.
+        groups: the observation groups to use: a name gives a tensor, a list of names a dict, None a dict of all.
 
     Raises:
-        KeyError: a group that the environment does not have.
+        KeyError: the environment has no such group.
     """
 
     autoreset: Autoreset = "same_step"
@@ -209,7 +209,7 @@ class RslRlEnv:
         self.actions: ActionSpec = int(venv.num_actions)
         self.device = torch.device(venv.device)
         limit = getattr(venv, "max_episode_length", None)
-        # environments may have limits of their own; the largest bounds them all
+        # each environment may have its own limit; the largest bounds them all
         self.max_episode_length = None if limit is None else int(torch.as_tensor(limit).max())
         first = venv.get_observations()
         self._groups: str | list[str]
@@ -230,7 +230,7 @@ class RslRlEnv:
         self._stats = EpisodeStats(self.num_envs, ("return",), self.device)
 
     def reset(self) -> Obs:
-        """Resets where the environment has a ``reset``, and returns the observations."""
+        """Resets the environment if it has a ``reset``, and returns the observations."""
         reset = getattr(self.venv, "reset", None)
         if callable(reset):
             reset()
@@ -258,7 +258,7 @@ class RslRlEnv:
             self.venv.episode_length_buf = torch.randint_like(ages, high=self.max_episode_length)
 
     def close(self) -> None:
-        """Closes the environment where it can be closed."""
+        """Closes the environment if it has a ``close``."""
         close = getattr(self.venv, "close", None)
         if callable(close):
             close()
@@ -280,7 +280,7 @@ def _float32(value: Tensor) -> Tensor:
 
 
 def _flags(value: Any) -> np.ndarray:
-    """A bool copy on the host, whatever array library ``value`` is of."""
+    """A bool copy on the host of an array of any library."""
     return np.array(value.cpu() if isinstance(value, Tensor) else value, dtype=bool)
 
 

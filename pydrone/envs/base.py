@@ -1,28 +1,28 @@
-"""What an environment has to offer: the :class:`Env` protocol, its :class:`StepResult`, and episode statistics.
+"""The protocol of an environment, :class:`Env`, its :class:`StepResult`, and episode statistics.
 
-**Autoreset.** A vectorised environment resets an environment by itself after its episode ended. When it does so
-decides where the last observation of the episode is found, and with it the value a *truncated* episode is continued
-with (a terminated one has nothing to continue):
+**Autoreset.** A vectorised environment resets each of its environments by itself when an episode ends. When it does so
+determines where the last observation of the episode is found, and so the value that a *truncated* episode bootstraps
+with (a terminated one needs none):
 
 ``"same_step"``
     ``step`` resets at once: ``StepResult.obs`` of an ended environment is the first observation of the next episode.
-    The last one of the old episode is ``final_obs``, and a truncation bootstraps with ``V(final_obs)``. Where the
-    environment cannot tell (``final_obs`` is None, as with rsl_rl) only an approximation is left: the stored value of
-    the observation that was acted on (``timeout_bootstrap="stored_value"``). V(obs) would be the value of another
-    episode.
+    The last one of the old episode is ``final_obs``, and a truncation bootstraps with ``V(final_obs)``. If the
+    environment does not provide it (``final_obs`` is None, as with rsl_rl), only an approximation is left: the stored
+    value of the observation before the step (``timeout_bootstrap="stored_value"``). V(obs) would be the value of
+    another episode.
 ``"next_step"``
     ``step`` leaves an ended environment alone: ``StepResult.obs`` *is* the final observation, and a truncation
-    bootstraps with ``V(obs)``, the value of the next step (``timeout_bootstrap="next_value"``). The step after that
-    ignores its action and only resets. That transition belongs to no episode: ``valid`` is False there, its reward is
-    0, ``dones`` and ``truncated`` are False.
+    bootstraps with ``V(obs)``, the value of the next step (``timeout_bootstrap="next_value"``). The next step
+    ignores its action and only resets. That transition belongs to no episode: its ``valid``, ``dones`` and
+    ``truncated`` are False, its reward is 0.
 
-**Ends.** ``dones`` is set for every end; ``truncated`` only for one that the time limit caused and nothing else: an
-environment that crashes in the very step of its time-out has terminated.
+**Ends.** ``dones`` is set for every end; ``truncated`` only if the time limit alone caused it: an environment that
+crashes in the step of its time-out has terminated.
 
 **Log.** ``StepResult.log`` holds 0-dimensional tensors on the environment's device, so that logging costs no
-host synchronisation: ``episode/count`` is the number of episodes that ended in this step and every other
-``episode/...`` the *sum* of a quantity over those episodes; any other key is a mean over the environments.
-:class:`LogMeter` adds them up over a rollout and reads them once.
+host synchronisation: ``episode/count`` is the number of episodes that ended in this step, every other ``episode/...``
+the *sum* of a quantity over those episodes, and any other key a mean over the environments. :class:`LogMeter` adds
+them up over a rollout and reads them once.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ from torch import Tensor
 
 Obs: TypeAlias = "Tensor | dict[str, Tensor]"
 Shape: TypeAlias = "int | Sequence[int]"
-#: as ``RolloutBuffer(obs=...)``: an int, a shape, or a mapping of names to shapes or (shape, dtype)
+#: as in ``RolloutBuffer(obs=...)``: an int, a shape, or a mapping of names to shapes or (shape, dtype)
 ObsSpec: TypeAlias = "Shape | Mapping[str, Shape | tuple[Shape, torch.dtype]]"
-#: as ``RolloutBuffer(actions=...)``: an int for continuous actions, ``((), torch.int64)`` for discrete ones
+#: as in ``RolloutBuffer(actions=...)``: an int for continuous actions, ``((), torch.int64)`` for discrete ones
 ActionSpec: TypeAlias = "int | tuple[Shape, torch.dtype]"
 Autoreset: TypeAlias = Literal["same_step", "next_step"]
 
@@ -47,33 +47,33 @@ COUNT = "episode/count"
 class StepResult(NamedTuple):
     """One transition of all N environments.
 
-    The environment may write over all of these tensors in its next ``step``: store them before (a rollout buffer's
-    ``begin`` before ``env.step``, ``end`` after it), or clone them.
+    The environment may overwrite all of these tensors in its next ``step``: store them before that (the rollout
+    buffer's ``begin`` before ``env.step``, ``end`` after it), or clone them.
     """
 
     obs: Obs
-    """[N, ...]: what to act on next (after the reset under ``"same_step"``)."""
+    """[N, ...]: the observations to act on next (after the reset under ``"same_step"``)."""
     rewards: Tensor
     """[N] float32."""
     dones: Tensor
     """[N] bool: terminated or truncated."""
     truncated: Tensor
-    """[N] bool: ended by the time limit and nothing else."""
+    """[N] bool: ended by the time limit alone."""
     final_obs: Obs | None
-    """Like ``obs``: the true final observation in rows where ``truncated`` is set, anything in the other rows. None if
+    """Like ``obs``: the true final observation in rows where ``truncated`` is set; other rows are undefined. None if
     unknown, and under ``"next_step"``, where it is ``obs``."""
     valid: Tensor | None
     """[N] bool: False marks a ``"next_step"`` reset transition. None: all are valid."""
     log: dict[str, Tensor]
-    """0-dimensional device tensors, see the module's documentation."""
+    """0-dimensional device tensors, see the documentation of this module."""
 
 
 @runtime_checkable
 class Env(Protocol):
-    """A vectorised environment of N = ``num_envs`` copies that resets its environments by itself.
+    """A vectorised environment of N = ``num_envs`` copies that resets them by itself.
 
-    One that also offers ``state_dict()`` and ``load_state_dict(state)`` (:mod:`pydrone.envs.state`) is continued bit
-    for bit by a resumed training; of others all episodes begin anew.
+    If it also has ``state_dict()`` and ``load_state_dict(state)`` (:mod:`pydrone.envs.state`), a resumed training
+    continues it bit for bit; otherwise all episodes start anew.
     """
 
     num_envs: int
@@ -81,7 +81,7 @@ class Env(Protocol):
     actions: ActionSpec
     device: torch.device
     max_episode_length: int | None
-    """Steps after which an episode is truncated, None if there is no such limit or it is unknown."""
+    """Steps after which an episode is truncated; None if there is no limit or it is unknown."""
     autoreset: Autoreset
 
     def reset(self) -> Obs:
@@ -93,30 +93,30 @@ class Env(Protocol):
         ...
 
     def randomize_episode_lengths(self) -> None:
-        """Gives every episode a random age, so that time-outs do not come all at once. No-op where unsupported."""
+        """Gives every episode a random age, so that they do not all time out at once. No-op if unsupported."""
         ...
 
     def close(self) -> None:
-        """Frees what the environment holds. It cannot be stepped afterwards."""
+        """Frees the resources of the environment. It cannot be stepped afterwards."""
         ...
 
 
 class EpisodeStats:
-    """Sums per-environment quantities over the running episode, and over the episodes that end.
+    """Sums of quantities over the running episode of each environment, and over the episodes that end.
 
-    The length (in steps, of what was really stepped, however ``randomize_episode_lengths`` set the age) is kept by
-    itself; ``names`` are the quantities handed to ``update``. One instance makes few launches and no synchronisation.
+    ``names`` are the quantities passed to ``update``. The length is counted in addition: the steps actually taken,
+    whatever age ``randomize_episode_lengths`` has set. Updates take few launches and no synchronisation.
     """
 
     @torch.inference_mode(False)
     def __init__(self, num_envs: int, names: Sequence[str], device: torch.device | str = "cpu") -> None:
         self.names = ("count", "length", *names)
         self._sums = torch.zeros(len(names) + 2, num_envs, device=device)
-        self._sums[0] = 1  # so that the masked row sum of row 0 counts the episodes
+        self._sums[0] = 1  # so that the sum of row 0 over ended episodes counts them
         self._ended = torch.zeros(num_envs, device=device)
 
     def reset(self) -> None:
-        """Forgets the running episodes."""
+        """Discards the running episodes."""
         self._sums[1:].zero_()
 
     def update(self, values: Tensor, dones: Tensor, valid: Tensor | None = None) -> dict[str, Tensor]:
@@ -124,7 +124,7 @@ class EpisodeStats:
 
         Args:
             values: [K, N] float32, the step's quantities in the order of ``names``. Must be finite.
-            dones: [N] bool, the episodes that ended with this step.
+            dones: [N] bool, whether the episode ended with this step.
             valid: [N] bool, False where the step belongs to no episode.
 
         Returns:
@@ -146,7 +146,7 @@ class EpisodeStats:
 class LogMeter:
     """Adds up the logs of many steps on the device; ``means`` reads them with a single host synchronisation.
 
-    Logs may differ in their keys from step to step; a mean runs over the steps that had the key.
+    Keys may differ from step to step; a mean is over the steps that had the key.
     """
 
     def __init__(self) -> None:
@@ -156,31 +156,31 @@ class LogMeter:
     def add(self, log: Mapping[str, Tensor]) -> None:
         """Adds one step's ``StepResult.log``."""
         for key, value in log.items():
-            # a new tensor each time, since the environment may write over its own
+            # a new tensor each time: the environment may overwrite its own
             self._sums[key] = self._sums.get(key, 0.0) + value.detach().to(torch.float32)
             self._steps[key] = self._steps.get(key, 0) + 1
 
     def copy(self) -> LogMeter:
-        """The same sums, to which it adds on its own."""
+        """An independent meter with the same sums."""
         other = LogMeter()
         other._sums, other._steps = dict(self._sums), dict(self._steps)
         return other
 
     def keys(self) -> set[str]:
-        """What has been logged since the last call of ``means``."""
+        """The keys logged since the last call of ``means``."""
         return set(self._sums)
 
     def align(self, keys: Sequence[str]) -> None:
-        """Puts the sums in the order of ``keys``, all that there are and perhaps more, which add up to nothing."""
+        """Puts the sums in the order of ``keys``, a superset of those logged; the sums of new keys are 0."""
         self._sums = {key: self._sums.get(key, torch.zeros(())) for key in keys}
         self._steps = {key: self._steps.get(key, 0) for key in keys}
 
     def steps(self) -> list[int]:
-        """How many steps had each key, in the order of ``totals()``."""
+        """The number of steps that had each key, in the order of ``totals()``."""
         return [self._steps[key] for key in self._sums]
 
     def totals(self) -> list[Tensor]:
-        """The sums, scalars on the device, to be read along with other figures and handed to ``means``."""
+        """The sums, scalars on the device, to be read together with other figures and passed to ``means``."""
         return list(self._sums.values())
 
     def means(
@@ -188,8 +188,8 @@ class LogMeter:
     ) -> dict[str, float]:
         """Means since the last call: ``episode/...`` per ended episode (left out if none ended), others per step.
 
-        ``episode/count`` stays the number of ended episodes. ``totals``: the numbers of ``totals()``, if they have been
-        read already, and ``steps`` those of ``steps()``; both may be added up over several meters of one order.
+        ``episode/count`` stays the number of ended episodes. ``totals`` and ``steps``: the numbers of ``totals()`` and
+        ``steps()`` if they have been read already; both may be summed over several meters with the same key order.
         """
         keys = list(self._sums)
         if not keys:
@@ -216,7 +216,7 @@ class LogMeter:
 
 
 def check_actions(actions: Any, num_envs: int, width: int, device: torch.device) -> Tensor:
-    """Returns ``actions`` as a float32 [num_envs, width] tensor on ``device``, or says what is wrong with it."""
+    """Returns ``actions`` as float32 [num_envs, width]; TypeError or ValueError if it has another shape or device."""
     if not isinstance(actions, Tensor):
         raise TypeError(f"actions: expected a torch.Tensor, got {type(actions).__name__}")
     if tuple(actions.shape) != (num_envs, width):

@@ -1,8 +1,8 @@
-"""The course task: fly through waypoints in their order, round and round, until the time limit or a crash.
+"""The course task: fly laps through waypoints, in order, until the time limit or a crash.
 
-All but the targets is the hover task's: the same 17 observations (of the waypoint that comes next), 4 actions, rewards
-and ends, so that a policy that has learnt to hover can go on here. A waypoint counts as passed within ``at_target`` of
-it; ``episode/targets`` in the log says how many were.
+Everything but the targets is as in the hover task: the same 17 observations (the target is the next waypoint), 4
+actions, rewards and ends, so that training can continue here with a policy that has learnt to hover. A waypoint is
+passed within ``at_target`` of it; ``episode/targets`` in the log counts the waypoints passed.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pydrone.envs.hover_task import HoverConfig, HoverTask
 
-# a figure of eight about the start, 8.1 m a lap
+# a figure of eight around the start, 8.1 m per lap
 FIGURE_OF_EIGHT = (
     (0.7, -0.7, 1.0),
     (1.4, 0.0, 1.2),
@@ -27,11 +27,12 @@ FIGURE_OF_EIGHT = (
 
 @dataclass(frozen=True)
 class CourseConfig(HoverConfig):
-    """Constants of the task. Each waypoint is shifted by a draw from ``target_low`` to ``target_high`` (m) whenever it
-    becomes the next one.
+    """Constants of the task. Whenever a waypoint becomes the next one, it is shifted by a random offset between
+    ``target_low`` and ``target_high`` (m).
 
     Raises:
-        ValueError: there are fewer than two waypoints, or from one the next is so far that it would count as a crash.
+        ValueError: there are fewer than two waypoints, or two consecutive ones are so far apart that the distance would
+            count as a crash.
     """
 
     target_low: tuple[float, float, float] = (-0.1, -0.1, -0.1)
@@ -46,7 +47,7 @@ class CourseConfig(HoverConfig):
             raise ValueError(f"waypoints: expected two or more of (x, y, z), got {points!r}")
         shifts = [max(abs(low), abs(high)) for low, high in zip(self.target_low, self.target_high)]
         limits = (self.max_xy, self.max_xy, self.max_z)
-        # a waypoint is passed at most at_target away from it, itself shifted
+        # a waypoint is shifted, and passed up to at_target away from it
         passing = [self.at_target + shift for shift in shifts]
         legs = [
             (self.init_pos, points[0], [0.0] * 3),
@@ -62,7 +63,7 @@ class CourseConfig(HoverConfig):
 
 
 class CourseTask(HoverTask):
-    """The bookkeeping of N course tasks, as :class:`HoverTask` does it; ``leg`` [N] int64 counts waypoints from 0."""
+    """The state of N course tasks, see :class:`HoverTask`; ``leg`` [N] int64 is the index of the next waypoint."""
 
     config_type = CourseConfig
     sums = ("return", "targets")

@@ -1,10 +1,10 @@
 """The hover task in the Genesis simulator: a Crazyflie 2.x (cf2x) over a plane, as in Genesis' own drone example.
 
-Needs ``genesis-world`` (1.4 or later), which is imported when an environment is built and not before. Building the
-scene compiles kernels for 10 to 80 s the first time; later processes find most of them in Genesis' cache.
+Needs ``genesis-world`` (1.4 or later), imported when an environment is built. Building the scene compiles kernels for
+10 to 80 s the first time; later processes find most of them in Genesis' cache.
 
-A step makes no host synchronisation of its own: drones are reset by mask. (Genesis looks at its error flags every now
-and then.)
+A step makes no host synchronisation of its own: drones are reset by mask. (Genesis reads its error flags from time to
+time.)
 """
 
 from __future__ import annotations
@@ -17,27 +17,26 @@ from torch import Tensor
 
 from pydrone.envs.base import Autoreset, StepResult, check_actions
 from pydrone.envs.course_task import CourseTask
-from pydrone.envs.hover_task import (
+from pydrone.envs.drone import (
     ACTION_DIM,
     ACTION_LIMITS,
-    OBS_DIM,
     DroneState,
-    HoverTask,
     clip_actions,
     propeller_rpm,
     rotate_inverse,
 )
+from pydrone.envs.hover_task import OBS_DIM, HoverTask
 from pydrone.envs.randomization import Randomization
 
 
 def init_genesis(device: torch.device, seed: int, performance_mode: bool = True, logging_level: str = "warning") -> Any:
-    """Initialises Genesis for ``device`` unless that was done before, and returns its module.
+    """Initialises Genesis for ``device`` unless it is initialised already, and returns its module.
 
     Raises:
         ImportError: genesis-world is not installed.
         ValueError: Genesis was initialised for another device.
     """
-    # Each brings an LLVM of its own, and the process crashes if Triton's is loaded second (Adam imports it).
+    # Genesis and Triton each bring an LLVM, and the process crashes if Triton's is loaded second (Adam imports it).
     if find_spec("triton") is not None:
         import triton  # noqa: F401
     try:
@@ -48,7 +47,7 @@ def init_genesis(device: torch.device, seed: int, performance_mode: bool = True,
         raise ValueError(f"device: expected 'cpu' or 'cuda', got {str(device)!r}")
     if not gs._initialized:
         if device.index is not None and device.type == "cuda":
-            torch.cuda.set_device(device)  # Genesis takes the current one
+            torch.cuda.set_device(device)  # Genesis uses the current device
         gs.init(
             backend=gs.cpu if device.type == "cpu" else gs.cuda,
             logging_level=logging_level,
@@ -63,25 +62,25 @@ def init_genesis(device: torch.device, seed: int, performance_mode: bool = True,
 class GenesisHover:
     """N drones that learn to hover: 17 observations, 4 actions, see :mod:`pydrone.envs.hover_task`.
 
-    Runs on the CPU repeat bit for bit with the same seed, whatever else the process does with torch's global generator.
+    On the CPU, runs with the same seed are bit-identical, whatever else uses torch's global generator.
 
     Args:
         num_envs: N.
-        device: ``"cpu"`` or ``"cuda"``; Genesis knows one device per process.
+        device: ``"cpu"`` or ``"cuda"``; Genesis uses one device per process.
         seed: of the targets and the random ages.
         dt: seconds per step.
         max_episode_length: steps after which an episode is truncated.
         substeps: integration steps per step.
-        collisions: whether the drone can touch the plane. An episode ends ``min_height`` above it, where the drone
-            (6 cm of radius) cannot reach it, so contacts would only show in the last step of a fast crash; without
-            them a step takes a quarter less time.
-        performance_mode: Genesis' static arrays: faster steps, compiled anew for every scene and number of
-            environments. Without effect if Genesis was initialised already.
+        collisions: whether the drone collides with the plane. An episode ends at ``min_height`` above the plane, out of
+            reach of the drone (radius 6 cm), so contacts only matter in the last step of a fast crash; without them a
+            step takes a quarter less time.
+        performance_mode: Genesis' static arrays: faster steps, but a compilation for every scene and number of
+            environments. No effect if Genesis is initialised already.
         show_viewer: opens Genesis' window.
         camera: keyword arguments of ``scene.add_camera``; the camera is then ``self.camera``.
-        randomization: what every drone draws for each episode; None: nothing. Where mass or inertia vary, every
-            environment keeps its own in Genesis (``batch_links_info``).
-        config: the task's constants; ``dt`` and ``max_episode_length`` are taken from above.
+        randomization: the ranges that every drone draws from for each episode; None: no randomisation. If mass or
+            inertia vary, Genesis stores them per environment (``batch_links_info``).
+        config: other constants of the task.
     """
 
     autoreset: Autoreset = "same_step"
@@ -132,7 +131,7 @@ class GenesisHover:
             show_viewer=show_viewer,
         )
         self.scene.add_entity(gs.morphs.Plane())
-        # Genesis writes inertial properties at run time only where it has not turned the body's frame onto their axes
+        # Genesis changes inertial properties at run time only if the body's frame is not aligned with their axes
         unaligned = {"align": False} if self._inert else {}
         self.drone: Any = self.scene.add_entity(
             gs.morphs.Drone(file="urdf/drones/cf2x.urdf", pos=cfg.init_pos, **unaligned)
@@ -142,16 +141,16 @@ class GenesisHover:
         self._draws = show_viewer or camera is not None
         first = torch.tensor((*cfg.init_pos, 1, 0, 0, 0), dtype=torch.float32, device=self.device)
         self._first_qpos = first.repeat(num_envs, 1)
-        # what Genesis read from the drone's file
+        # as Genesis read them from the URDF file
         link = self.drone.base_link
         self._mass, self._inertia = link.desc.mass, torch.as_tensor(link.desc.inertia).to(first)
-        # compiles the masked reset, which would else hold up the first step that ends an episode
+        # compiles the masked reset now, not in the first step that ends an episode
         nobody = torch.zeros(num_envs, dtype=torch.bool, device=self.device)
         self.drone.set_qpos(self._first_qpos, envs_idx=nobody, zero_velocity=True)
         self._weigh()
 
     def reset(self) -> Tensor:
-        """Starts every episode anew and returns the observations [N, 17]."""
+        """Starts new episodes and returns the observations [N, 17]."""
         self._open().drone.set_qpos(self._first_qpos, zero_velocity=True)
         obs = self.task.reset()
         self._weigh()
@@ -169,32 +168,32 @@ class GenesisHover:
             self.drone.apply_links_external_wrench(drawn.wind[:, None], links_idx_local=0)
         self.scene.step(update_visualizer=self._draws)
         result = self.task.step(self.state(), actions)
-        # on the CPU looking costs nothing, and most steps end no episode
+        # on the CPU the check is free, and most steps end no episode
         if self.device.type != "cpu" or bool(result.dones.any()):
             self.drone.set_qpos(self._first_qpos, envs_idx=result.dones, zero_velocity=True)
             self._weigh()
         return result
 
     def state(self) -> DroneState:
-        """The drones' state, read from the simulator."""
-        # Genesis keeps a row per coordinate; a row per drone is what the task computes with
+        """The state of the drones, read from the simulator."""
+        # Genesis stores a row per coordinate, the task needs a row per drone
         row = torch.cat((self.drone.get_qpos(), self.drone.get_dofs_velocity()), dim=1)
-        # of a free joint, the linear velocity is in the world's frame and the angular one in the body's
+        # a free joint has its linear velocity in the world frame and its angular velocity in the body frame
         pos, quat, lin_vel, ang_vel = row.split((3, 4, 3, 3), dim=1)
         return DroneState(pos, quat, rotate_inverse(quat, lin_vel), ang_vel)
 
     def randomize_episode_lengths(self) -> None:
-        """Gives every running episode a random age."""
+        """Sets every running episode to a random age."""
         self.task.randomize_ages()
 
     def close(self) -> None:
-        """Releases the scene. Genesis itself stays initialised, so that another environment can be built."""
+        """Destroys the scene. Genesis stays initialised, so that another environment can be built."""
         if self.scene is not None:
             self.scene.destroy()
         self.scene = self.drone = self.camera = None
 
     def _weigh(self) -> None:
-        """Has Genesis take the masses and inertias that were drawn; all, since to pick some waits for the host."""
+        """Passes the drawn masses and inertias to Genesis; all of them, since selecting some would synchronise."""
         drawn = self.task.randomizer
         if drawn is not None and self._heavy:
             self.drone.set_links_mass(drawn.mass * self._mass, links_idx_local=0)

@@ -1,60 +1,50 @@
-"""The hover task: fly to a target near the start and stay there, upright and calm. Written once, for every simulator.
+"""The hover task: fly to a target near the start and stay there, upright and calm. Shared by all simulators.
 
-The task is that of the Genesis drone example (observations, rewards, ends and constants), as pure functions of the
-drone's state, and :class:`HoverTask`, which keeps what a task has to remember (target, last action, age). A simulator
-only moves the drone and puts it back where ``StepResult.dones`` says so. Frames: x forward, y left, z up; quaternions
-are (w, x, y, z) and rotate body vectors into the world.
+It is the task of the Genesis drone example (observations, rewards, ends and constants), written as pure functions of
+the drone's state (:mod:`pydrone.envs.drone` has the frames) and a class :class:`HoverTask` for the state of the task
+(target, last action, age). A simulator only moves the drones and resets those in ``StepResult.dones``.
 
-Where it differs from the example, the example was at fault: rewards and final observations come from the state before
-the reset; a time-out is no truncation where the drone crashed as well; an episode has ``max_episode_length`` steps and
-not one more; the last action is zero in the first observation of an episode; the observation holds the action that led
-to it and the target that the next step is judged by. A state that is not finite counts as a crash.
+It differs from the example where the example has errors. Here, rewards and final observations are computed before the
+reset; a time-out is no truncation if the drone crashed in the same step; an episode has ``max_episode_length`` steps,
+not one more; the last action in the first observation of an episode is zero; an observation holds the action that led
+to it and the target of the next step. A state that is not finite counts as a crash.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from pydrone.envs.base import EpisodeStats, StepResult
+from pydrone.envs.drone import (  # noqa: F401 (some are re-exported only)
+    ACTION_DIM,
+    ACTION_LIMITS,
+    DroneConfig,
+    DroneState,
+    clip_actions,
+    propeller_rpm,
+    roll_pitch,
+    rotate_inverse,
+    yaw,
+)
+from pydrone.envs.randomization import Randomization
+from pydrone.envs.randomizer import Randomizer
 from pydrone.envs.task_options import TaskOptions
 
-if TYPE_CHECKING:
-    from pydrone.envs.randomization import Randomization
-    from pydrone.envs.randomizer import Randomizer
-
 OBS_DIM = 17
-ACTION_DIM = 4
-ACTION_LIMITS = (-1.0, 1.0)
-#: the rewards; the last one is there where its weight is not 0
+#: the rewards; the last one only if its weight is not 0
 REWARDS = ("target", "smooth", "yaw", "angular", "crash", "near")
 
 
-class DroneState(NamedTuple):
-    """The state of N drones, float32."""
-
-    pos: Tensor
-    """[N, 3] world, m."""
-    quat: Tensor
-    """[N, 4] (w, x, y, z), body to world."""
-    lin_vel: Tensor
-    """[N, 3] body frame, m/s."""
-    ang_vel: Tensor
-    """[N, 3] body frame, rad/s."""
-
-
 @dataclass(frozen=True)
-class HoverConfig(TaskOptions):
-    """Constants of the task; lengths in m, angles in degrees, reward weights per second."""
+class HoverConfig(TaskOptions, DroneConfig):
+    """Constants of the task: lengths in m, angles in degrees, reward weights per second."""
 
-    dt: float = 0.01
     max_episode_length: int = 1500
-    hover_rpm: float = 14468.429
-    rpm_range: float = 0.8
     init_pos: tuple[float, float, float] = (0.0, 0.0, 1.0)
     target_low: tuple[float, float, float] = (-1.0, -1.0, 1.0)
     target_high: tuple[float, float, float] = (1.0, 1.0, 1.0)
@@ -72,7 +62,7 @@ class HoverConfig(TaskOptions):
     max_z: float = 2.0
     min_height: float = 0.1
     max_tilt: float = 180.0
-    """Roll and pitch; 180 is never exceeded, so it is not looked at."""
+    """Limit of roll and pitch; 180 is never exceeded, so it is not checked."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -83,16 +73,16 @@ class HoverConfig(TaskOptions):
 
 
 class Constants(NamedTuple):
-    """A :class:`HoverConfig` and what it says as tensors on a device, made once."""
+    """A :class:`HoverConfig` with its values as tensors on a device."""
 
     config: HoverConfig
     scale: Tensor
-    """[17] factors of an observation."""
+    """[17] factors of the observation."""
     limit: Tensor
-    """[17] what an observation is clipped to, infinite where it is not; ``lowest`` is the other end."""
+    """[17] upper clip limits of the observation, infinite where it is not clipped; ``lowest`` are the lower ones."""
     lowest: Tensor
     max_rel: Tensor
-    """[3] largest distance from the target along x, y, z."""
+    """[3] largest distance to the target along x, y, z."""
     weights: Tensor
     """[5, 1] reward weights times dt, [6, 1] with ``near``."""
     init_pos: Tensor
@@ -131,52 +121,19 @@ class Constants(NamedTuple):
         )
 
 
-def clip_actions(actions: Tensor) -> Tensor:
-    """Actions [N, 4] clipped to [-1, 1]."""
-    return actions.clamp(*ACTION_LIMITS)
-
-
-def propeller_rpm(actions: Tensor, config: HoverConfig) -> Tensor:
-    """Propeller speeds [N, 4] of clipped actions: ``(1 + rpm_range * a) * hover_rpm``."""
-    return actions * (config.rpm_range * config.hover_rpm) + config.hover_rpm
-
-
-def rotate_inverse(quat: Tensor, vec: Tensor) -> Tensor:
-    """World vectors [N, 3] in the frame of unit quaternions [N, 4]: ``v - 2w (u x v) + 2 u x (u x v)``."""
-    axis = quat[:, 1:]
-    cross = torch.linalg.cross(axis, vec)
-    return vec.add(torch.addcmul(torch.linalg.cross(axis, cross), quat[:, :1], cross, value=-1), alpha=2)
-
-
-def yaw(quat: Tensor) -> Tensor:
-    """Yaw [N] in rad of unit quaternions [N, 4]: the last of the angles about the fixed axes x, y, z in this order."""
-    w, x, y, z = quat.unbind(-1)
-    # atan2(2 (wz + xy), 1 - 2 (y^2 + z^2)), both halved
-    return torch.atan2(torch.addcmul(w * z, x, y), torch.addcmul(0.5 - y * y, z, z, value=-1))
-
-
-def roll_pitch(quat: Tensor) -> tuple[Tensor, Tensor]:
-    """Roll and pitch [N] in rad of unit quaternions [N, 4], with :func:`yaw` a rotation about x, then y, then z."""
-    w, x, y, z = quat.unbind(-1)
-    return (
-        torch.atan2(2 * (w * x + y * z), 1 - 2 * (x * x + y * y)),
-        torch.asin((2 * (w * y - z * x)).clamp(-1, 1)),
-    )
-
-
 def observe(state: DroneState, target: Tensor, last_actions: Tensor, c: Constants) -> Tensor:
     """Observation [N, 17]: target relative to the drone 3, quaternion 4, velocity 3, angular velocity 3, last action 4.
 
-    The first three and the velocities are scaled and clipped to [-1, 1], the others passed on as they are.
+    The relative target and the velocities are scaled and clipped to [-1, 1], the others unchanged.
     """
     row = torch.cat((target - state.pos, state.quat, state.lin_vel, state.ang_vel, last_actions), dim=-1)
     return torch.clamp(row.mul_(c.scale), c.lowest, c.limit, out=row)
 
 
 def crashed(state: DroneState, target: Tensor, c: Constants) -> Tensor:
-    """[N] bool: too far from the target, too low, tilted too far, or not finite (no comparison with NaN holds)."""
+    """[N] bool: too far from the target, too low, tilted too far, or not finite (comparisons with NaN are False)."""
     flying = ((target - state.pos).abs() <= c.max_rel).all(dim=-1) & (state.pos[:, 2] >= c.config.min_height)
-    # positions are checked already; this notices a broken attitude or velocity (a sum is finite only if its terms are)
+    # positions are checked above; this checks attitude and velocities: a sum is finite only if its terms are
     flying &= (state.quat.sum(-1) + (state.lin_vel + state.ang_vel).sum(-1)).abs() < math.inf
     if c.config.max_tilt < 180.0:
         roll, pitch = roll_pitch(state.quat)
@@ -194,26 +151,26 @@ def reward_terms(
     crash: Tensor,
     c: Constants,
 ) -> Tensor:
-    """The rewards [5, N] of a step, weighted and times dt, in the order of ``REWARDS``; their sum is the reward.
+    """The reward terms [5, N] of a step, weighted and times dt, in the order of ``REWARDS``; their sum is the reward.
 
     target ``|target - last_pos|^2 - |target - pos|^2``, smooth ``|a - a_last|^2``, yaw ``exp(-10 |yaw|)``,
-    angular ``|w / pi|``, crash 1; with a ``weight_near``, a sixth, near ``exp(-near_decay |target - pos|)``.
+    angular ``|w / pi|``, crash 1; with a ``weight_near`` a sixth, near ``exp(-near_decay |target - pos|)``.
 
     Args:
         state: the drones after the step, before any reset.
-        last_pos: [N, 3] where they were before it.
-        target: [N, 3] the target during the step.
-        actions: [N, 4] what was applied (clipped).
-        last_actions: [N, 4] what was applied the step before, 0 in the first step.
+        last_pos: [N, 3] positions before the step.
+        target: [N, 3] targets during the step.
+        actions: [N, 4] the applied actions (clipped).
+        last_actions: [N, 4] the actions of the step before, 0 in the first step.
         crash: [N] bool, from :func:`crashed`.
-        c: the task's constants.
+        c: the constants of the task.
     """
     # |target - last_pos|^2 - |target - pos|^2 = (pos - last_pos) . (2 target - pos - last_pos), without cancellation
     gain = (state.pos - last_pos).mul_(target.mul(2).sub_(state.pos).sub_(last_pos))
     terms = [
         gain.sum(-1),
         (actions - last_actions).square_().sum(-1),
-        # 2^x, since MKL's e^x is threaded even for so few numbers and stalls on busy machines
+        # 2^x, since MKL threads e^x even for so few numbers, which stalls on busy machines
         torch.exp2(yaw(state.quat).abs() * (-c.config.yaw_decay / math.log(2))),
         torch.linalg.vector_norm(state.ang_vel, dim=-1).mul_(1 / math.pi),
         crash.to(state.pos.dtype),
@@ -225,22 +182,21 @@ def reward_terms(
 
 
 class HoverTask:
-    """The bookkeeping of N hover tasks: feed it the drones' state after every step, it returns the StepResult.
+    """The state of N hover tasks: given the drones' state after a step, it returns the StepResult.
 
-    A step draws random numbers of a fixed shape from ``generator`` (register it with a CUDA graph that captures one)
-    and never synchronises with the host. Rewards, observations and ends of a StepResult are written over by the next
-    step.
+    A step draws random numbers of a fixed shape from ``generator`` (a CUDA graph that captures a step must register it)
+    and never synchronises with the host. The next step may overwrite the tensors of a StepResult.
 
     Args:
         num_envs: N.
         device: where everything lives.
         seed: of the targets and the random ages.
-        config: the task's constants.
-        randomization: what ``randomizer`` draws for every episode; it is None where nothing varies.
+        config: the constants of the task.
+        randomization: the ranges that ``randomizer`` draws from for every episode; it is None if nothing varies.
     """
 
     config_type: ClassVar[type[HoverConfig]] = HoverConfig
-    #: what is summed over an episode: the reward, and where "targets" is listed, how many targets were reached
+    #: sums over an episode: the reward and, if "targets" is listed, the number of targets reached
     sums: ClassVar[tuple[str, ...]] = ("return",)
 
     @torch.inference_mode(False)
@@ -259,9 +215,9 @@ class HoverTask:
         self.device = torch.device(device)
         self.generator = torch.Generator(self.device).manual_seed(seed)
         self.constants = c = Constants.of(self.config, self.device)
-        #: the names of the rewards that are paid
+        #: the names of the rewards in use
         self.rewards = REWARDS[: len(c.weights)]
-        self.resample_targets = self.config.resample_targets  # may be switched between steps
+        self.resample_targets = self.config.resample_targets  # may change between steps
 
         def buffer(*shape: int) -> Tensor:
             return torch.zeros(shape, device=self.device)
@@ -270,7 +226,7 @@ class HoverTask:
         self.last_pos = buffer(num_envs, 3)
         self.last_actions = buffer(num_envs, ACTION_DIM)
         self.age = torch.zeros(num_envs, dtype=torch.int32, device=self.device)
-        #: [N] int32, steps in a row within ``at_target`` of the target; None where it moves on at once
+        #: [N] int32, consecutive steps within ``at_target`` of the target; None if one step is enough to reach it
         self.held: Tensor | None = None
         self._hold_steps = round(self.config.hold / self.config.dt)
         if self._hold_steps > 1:
@@ -280,7 +236,7 @@ class HoverTask:
         self._rewards = self._step[:1]
         self._obs = buffer(num_envs, OBS_DIM)
         self._stats = EpisodeStats(num_envs, self.sums, self.device)
-        # the first observation of an episode: only the target's part of it ever changes
+        # the first observation of an episode: only the part of the target changes
         at_rest = DroneState(
             c.init_pos.expand(num_envs, 3), buffer(num_envs, 4), buffer(num_envs, 3), buffer(num_envs, 3)
         )
@@ -290,14 +246,12 @@ class HoverTask:
         self._everyone = torch.ones(num_envs, dtype=torch.bool, device=self.device)
         self.randomizer: Randomizer | None = None
         if randomization is not None and randomization.varies():
-            from pydrone.envs.randomizer import Randomizer
-
             self.randomizer = Randomizer(num_envs, randomization, self.generator, self.config)
         self._prepare()
         self.reset()
 
     def reset(self) -> Tensor:
-        """Starts every episode anew and returns the first observations [N, 17]."""
+        """Starts new episodes and returns the first observations [N, 17]."""
         self.target.copy_(self._first_targets(self._draw_targets(), self._everyone))
         if self.randomizer is not None:
             self.randomizer.reset()
@@ -316,9 +270,9 @@ class HoverTask:
         self.age.clamp_(max=self.config.max_episode_length - 1)  # the product may round up to the limit
 
     def step(self, state: DroneState, actions: Tensor) -> StepResult:
-        """Judges the step that led to ``state`` by ``actions`` [N, 4] (clipped); where it ended one, an episode starts.
+        """The result of the step that led to ``state`` by ``actions`` [N, 4] (clipped); starts new episodes after ends.
 
-        The caller has to put the drones of ``dones`` back to ``init_pos``, upright and at rest.
+        The caller has to reset the drones of ``dones`` to ``init_pos``, upright and at rest.
         """
         c = self.constants
         self.age.add_(1)
@@ -341,8 +295,8 @@ class HoverTask:
         self._step[1:].copy_(reached)
         log |= self._stats.update(self._step, dones)
 
-        # a target that was reached moves on; that of a new episode is another one, which the final observation of the
-        # old episode must not show
+        # a target that is reached is replaced; the target of a new episode must not show in the final observation of
+        # the old one
         ended = dones[:, None]
         draw = self._draw_targets()
         target = self.target
@@ -360,14 +314,14 @@ class HoverTask:
         return StepResult(self._obs, self._rewards[0], dones, truncated, final_obs, None, log)
 
     def _prepare(self) -> None:
-        """Makes what a task keeps beyond this one's, before the first reset."""
+        """Allocates the state that a subclass adds, before the first reset."""
 
     def _next_targets(self, draw: Tensor, reached: Tensor) -> Tensor:
-        """The targets [N, 3] that follow those of ``reached`` [N]."""
+        """The targets [N, 3] to use where ``reached`` [N] is set."""
         return draw
 
     def _first_targets(self, draw: Tensor, ended: Tensor) -> Tensor:
-        """The targets [N, 3] of new episodes, which begin where ``ended`` [N] is set."""
+        """The targets [N, 3] of new episodes, which start where ``ended`` [N] is set."""
         return draw
 
     def _draw_targets(self) -> Tensor:
@@ -377,7 +331,7 @@ class HoverTask:
     def _first_observations(self) -> Tensor:
         c = self.constants
         if self.randomizer is not None and self.randomizer.senses:
-            # rows of running episodes are anything; those that begin have no last action
+            # only the rows of new episodes are used, and those have no last action
             return observe(self.randomizer.sense(self._at_rest), self.target, self.last_actions, c)
         rel = (self.target - c.init_pos) * c.scale[:3]
         torch.clamp(rel, -1, 1, out=self._first_obs[:, :3])

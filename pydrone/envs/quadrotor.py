@@ -1,9 +1,9 @@
-"""The hover task on a rigid-body quadrotor in plain torch: the Crazyflie 2.x of the Genesis example, no simulator.
+"""The hover task on a rigid-body quadrotor in pure PyTorch: the Crazyflie 2.x of the Genesis example, no simulator.
 
 Newton-Euler equations of one rigid body with four propellers, each a force ``KF * rpm^2`` along the body's z axis and a
-torque ``SPIN * KM * rpm^2`` about it. Semi-implicit Euler; the attitude turns by the mean of the old and the new
-angular velocity, as in Genesis. There is no ground and no drag but the small angular damping that Genesis gives a
-drone. A step makes no host synchronisation and has no shape that depends on data, so a CUDA graph can capture it.
+torque ``SPIN * KM * rpm^2`` about it. Semi-implicit Euler; the attitude is advanced by the mean of the old and the new
+angular velocity, as in Genesis. There is no ground, and no drag except the small angular damping that Genesis gives a
+drone. A step makes no host synchronisation and no shape depends on data, so a CUDA graph can capture it.
 """
 
 from __future__ import annotations
@@ -16,16 +16,15 @@ from torch import Tensor
 
 from pydrone.envs.base import Autoreset, StepResult, check_actions
 from pydrone.envs.course_task import CourseTask
-from pydrone.envs.hover_task import (
+from pydrone.envs.drone import (
     ACTION_DIM,
     ACTION_LIMITS,
-    OBS_DIM,
     DroneState,
-    HoverTask,
     clip_actions,
     propeller_rpm,
     rotate_inverse,
 )
+from pydrone.envs.hover_task import OBS_DIM, HoverTask
 from pydrone.envs.randomization import Randomization
 from pydrone.envs.state import restore, state_of
 
@@ -42,8 +41,8 @@ GRAVITY = 9.81  # m / s^2
 
 
 def wrench_matrix() -> Tensor:
-    """[4, 4] float32: ``rpm^2 [N, 4] @ wrench_matrix()`` is the acceleration along the body's z axis and the angular
-    accelerations about x, y, z that the propellers cause (m/s^2, rad/s^2)."""
+    """[4, 4] float32: ``rpm^2 [N, 4] @ wrench_matrix()`` is the propellers' acceleration along the body's z axis and
+    their angular accelerations about x, y, z (m/s^2, rad/s^2)."""
     rows = [
         [KF / MASS, KF * y / INERTIA[0], -KF * x / INERTIA[1], spin * KM / INERTIA[2]]
         for (x, y), spin in zip(PROPELLERS, SPIN, strict=True)
@@ -55,7 +54,7 @@ class Quadrotor:
     """N quadrotors that learn to hover: 17 observations, 4 actions, see :mod:`pydrone.envs.hover_task`.
 
     The attributes ``pos`` [N, 3], ``quat`` [N, 4] (w, x, y, z), ``vel`` [N, 3] (world) and ``ang_vel`` [N, 3] (body)
-    are the state, and may be written to.
+    are the state and may be modified.
 
     Args:
         num_envs: N.
@@ -64,8 +63,8 @@ class Quadrotor:
         dt: seconds per step.
         max_episode_length: steps after which an episode is truncated.
         substeps: integration steps per step.
-        randomization: what every drone draws for each episode; None: nothing.
-        config: the task's constants; ``dt`` and ``max_episode_length`` are taken from above.
+        randomization: the ranges that every drone draws from for each episode; None: no randomisation.
+        config: other constants of the task.
     """
 
     autoreset: Autoreset = "same_step"
@@ -120,11 +119,11 @@ class Quadrotor:
 
     @property
     def generator(self) -> torch.Generator:
-        """Draws everything random; a CUDA graph has to know it (``CUDAGraph.register_generator_state``)."""
+        """The source of all random numbers; a CUDA graph must register it (``CUDAGraph.register_generator_state``)."""
         return self.task.generator
 
     def reset(self) -> Tensor:
-        """Starts every episode anew and returns the observations [N, 17]."""
+        """Starts new episodes and returns the observations [N, 17]."""
         self._place()
         return self.task.reset()
 
@@ -151,15 +150,15 @@ class Quadrotor:
         return result
 
     def randomize_episode_lengths(self) -> None:
-        """Gives every running episode a random age."""
+        """Sets every running episode to a random age."""
         self.task.randomize_ages()
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Drones, targets, ages, statistics and the generator; not copied."""
+        """Drones, targets, ages, statistics and the state of the generator; tensors are not copied."""
         return state_of(self)
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Goes on where ``state_dict`` was taken; ValueError, and no change, if it is of another environment."""
+        """Restores a ``state_dict``. ValueError, and no change, if it belongs to a different environment."""
         restore(self, state)
 
     def close(self) -> None:
@@ -172,10 +171,10 @@ class Quadrotor:
         self.ang_vel.zero_()
 
     def _integrate(self, thrust: Tensor, torque: Tensor, pull: Tensor, damp: Tensor) -> None:
-        """One substep under the accelerations ``thrust`` [N, 1] along and ``torque`` [N, 3] about the body's axes, and
-        ``pull`` [3] or [N, 3] in the world; ``damp``, as ``torque``, is what the damping leaves of the turning."""
+        """One substep under the accelerations ``thrust`` [N, 1] along the body's z axis, ``torque`` [N, 3] about its
+        axes and ``pull`` [3] or [N, 3] in the world; ``damp`` [3] or [N, 3] is the factor of the angular velocity."""
         h, quat, w = self._h, self.quat, self.ang_vel
-        # half of the body's z axis in the world, the last column of the rotation matrix
+        # half of the body's z axis in the world: the last column of the rotation matrix, halved
         qw, qx, qy, qz = quat.unbind(-1)
         up = torch.stack((qx * qz + qw * qy, qy * qz - qw * qx, 0.5 - (qx * qx + qy * qy)), dim=-1)
         self.vel.add_(torch.addcmul(pull, up, thrust, value=2), alpha=h)
@@ -185,8 +184,8 @@ class Quadrotor:
         mid = w.clone()
         w.add_(gyro.add_(torque), alpha=h).mul_(damp)
         mid.add_(w).mul_(0.5)
-        # quat * (cos a, sin a w/|w|) with a = |w| h / 2 is, but for its length, quat * (1, tan a w/|w|); tan a / a by
-        # its series, 1e-5 off at 100 rad/s. (torch's cos and sin are threaded by MKL, which stalls on busy machines.)
+        # quat * (cos a, sin a w/|w|) with a = |w| h / 2 equals, up to its length, quat * (1, tan a w/|w|); tan a / a by
+        # its series, off by 1e-5 at 100 rad/s. (MKL threads torch's cos and sin, which stalls on busy machines.)
         a2 = mid.square().sum(-1, keepdim=True) * (h * h / 4)
         rot = mid * ((a2 * (2 / 15) + 1 / 3) * a2 + 1) * (h / 2)
         axis, real = quat[:, 1:], quat[:, :1]

@@ -1,4 +1,4 @@
-"""What domain randomisation may vary: ranges, in plain Python. :mod:`pydrone.envs.randomizer` draws from them."""
+"""The ranges of domain randomisation, in plain Python. :mod:`pydrone.envs.randomizer` draws from them."""
 
 from __future__ import annotations
 
@@ -8,32 +8,36 @@ from typing import Any
 
 
 def _range(low: float, high: float, least: float, help: str) -> Any:
-    """A range with its help text and the least value that it may hold; a factor is above 0."""
+    """A range with its help text and the least value allowed in it: above 0 for factors."""
     return field(default=(low, high), metadata={"help": help, "aliases": (), "least": least})
 
 
 @dataclass
 class Randomization:
-    """Ranges (low, high) from which every drone draws anew at the start of each episode, uniformly. All off by default.
+    """Ranges (low, high) from which every drone draws uniformly at the start of each episode. All off by default.
 
     Raises:
-        ValueError: a range is not two finite numbers in order, or holds one that it must not.
+        ValueError: a range is not two finite numbers in order, or contains a value that is not allowed.
     """
 
     mass: tuple[float, float] = _range(1.0, 1.0, math.ulp(0.0), "Factor of the mass.")
     inertia: tuple[float, float] = _range(1.0, 1.0, math.ulp(0.0), "Factor of the inertia about all three axes.")
     thrust: tuple[float, float] = _range(
-        1.0, 1.0, math.ulp(0.0), "Factor of a propeller's thrust and torque, for each propeller its own."
+        1.0, 1.0, math.ulp(0.0), "Factor of thrust and torque, drawn for each propeller."
     )
-    motor_lag: tuple[float, float] = _range(0.0, 0.0, 0.0, "Time constant of the propellers' speed, s.")
-    latency: tuple[int, int] = _range(0, 0, 0, "Whole steps by which actions come late; both ends may be drawn.")
+    motor_lag: tuple[float, float] = _range(0.0, 0.0, 0.0, "Time constant of the propeller speeds, s.")
+    latency: tuple[int, int] = _range(0, 0, 0, "Delay of the actions, in whole steps, both ends included.")
     wind: tuple[float, float] = _range(
-        0.0, 0.0, 0.0, "Force in a horizontal direction drawn along with it, N; the drone weighs 0.265 N."
+        0.0, 0.0, 0.0, "Force of the wind in a random horizontal direction, N; the drone weighs 0.265 N."
     )
     pos_noise: tuple[float, float] = _range(0.0, 0.0, 0.0, "Standard deviation of the observed position, m.")
-    att_noise: tuple[float, float] = _range(0.0, 0.0, 0.0, "Of the observed attitude, rad about each axis.")
-    vel_noise: tuple[float, float] = _range(0.0, 0.0, 0.0, "Of the observed velocity, m/s.")
-    gyro_noise: tuple[float, float] = _range(0.0, 0.0, 0.0, "Of the observed angular velocity, rad/s.")
+    att_noise: tuple[float, float] = _range(
+        0.0, 0.0, 0.0, "Standard deviation of the observed attitude, rad about each axis."
+    )
+    vel_noise: tuple[float, float] = _range(0.0, 0.0, 0.0, "Standard deviation of the observed velocity, m/s.")
+    gyro_noise: tuple[float, float] = _range(
+        0.0, 0.0, 0.0, "Standard deviation of the observed angular velocity, rad/s."
+    )
 
     def __post_init__(self) -> None:
         for f in fields(Randomization):
@@ -56,5 +60,5 @@ class Randomization:
             setattr(self, name, (low, high))
 
     def varies(self, *names: str) -> bool:
-        """Whether any of these ranges, of all if none is named, can change anything."""
+        """Whether any of these ranges (any at all if none is named) differs from its default."""
         return any(getattr(self, f.name) != f.default for f in fields(Randomization) if not names or f.name in names)

@@ -1,7 +1,7 @@
-"""Draws what :class:`pydrone.envs.randomization.Randomization` allows, and does what needs no simulator.
+"""Draws from the ranges of :class:`pydrone.envs.randomization.Randomization` and applies what needs no simulator.
 
-Motors, latency and sensors are the same in every simulator and are done here; mass, inertia and wind are drawn here and
-applied by it. Nothing waits for the host, and no shape depends on data.
+Motors, latency and sensors are the same in every simulator and are applied here; mass, inertia and wind are drawn here
+and applied by the simulator. Nothing synchronises with the host, and no shape depends on data.
 """
 
 from __future__ import annotations
@@ -11,18 +11,18 @@ import math
 import torch
 from torch import Tensor
 
-from pydrone.envs.hover_task import ACTION_DIM, DroneState, HoverConfig, propeller_rpm
+from pydrone.envs.drone import ACTION_DIM, DroneConfig, DroneState, propeller_rpm
 from pydrone.envs.randomization import Randomization
 
 NOISES = ("pos_noise", "att_noise", "vel_noise", "gyro_noise")
-#: how many numbers a drone draws from each range
+#: how many numbers each drone draws from each range
 COLUMNS = {"mass": 1, "inertia": 1, "thrust": ACTION_DIM, "motor_lag": 1, "latency": 1, "wind": 1} | dict.fromkeys(
     NOISES, 1
 )
 
 
 class Randomizer:
-    """The draws of N drones. What is off is neither drawn nor computed.
+    """The draws of N drones. Effects that are off are not computed.
 
     Attributes:
         mass, inertia: [N, 1] factors.
@@ -32,16 +32,16 @@ class Randomizer:
         wind: [N, 3] force in the world, N.
         noise: [N, 4] standard deviations, in the order of ``NOISES``.
 
-    All are views of fixed memory, and may be written to until the drone's next episode.
+    All are views of fixed memory and may be modified; the next episode of a drone overwrites its row.
 
     Args:
         num_envs: N.
-        ranges: what to draw from.
-        generator: draws, on the device where everything lives.
-        config: the task's constants.
+        ranges: the ranges to draw from.
+        generator: the source of random numbers, on the device where everything lives.
+        config: the constants of the drone.
     """
 
-    def __init__(self, num_envs: int, ranges: Randomization, generator: torch.Generator, config: HoverConfig) -> None:
+    def __init__(self, num_envs: int, ranges: Randomization, generator: torch.Generator, config: DroneConfig) -> None:
         self.ranges, self.generator, self.config = ranges, generator, config
         device = generator.device
 
@@ -57,7 +57,7 @@ class Randomizer:
         parts = dict(zip(COLUMNS, self._drawn.split(list(COLUMNS.values()), dim=1)))
         self.mass, self.inertia, self.thrust = parts["mass"], parts["inertia"], parts["thrust"]
         self.motor_lag, self.latency, self._wind_force = parts["motor_lag"], parts["latency"], parts["wind"]
-        # both ends of the latency: the floor of a number below high + 1
+        # the latency is the floor of a number below high + 1, so that both ends are drawn
         column = list(COLUMNS).index("latency") + ACTION_DIM - 1
         self._span[column] += 1
         self._whole = slice(column, column + 1)
@@ -73,11 +73,11 @@ class Randomizer:
         self.restart(self._everyone)
 
     def reset(self) -> None:
-        """Draws for every drone anew."""
+        """Draws anew for every drone."""
         self.restart(self._everyone)
 
     def restart(self, ended: Tensor) -> None:
-        """Draws anew for the drones of ``ended`` [N] bool; their motors turn at hover speed, no action is under way."""
+        """Draws anew for the drones of ``ended`` [N] bool; their motors run at hover speed and no action is pending."""
         rows = ended[:, None]
         draw = torch.rand(self._drawn.shape, generator=self.generator, device=self._drawn.device)
         draw.mul_(self._span).add_(self._low)
@@ -92,29 +92,29 @@ class Randomizer:
         self._rpm.masked_fill_(rows, self.config.hover_rpm)
 
     def propeller_rpm(self, actions: Tensor) -> Tensor:
-        """The propeller speeds [N, 4] of clipped actions [N, 4], late and with the motors' lag. Once a step.
+        """The propeller speeds [N, 4] of clipped actions [N, 4], after latency and motor lag. Call it once per step.
 
-        They are those whose thrust by the nominal coefficient is what the drone's own propellers give.
+        The thrust factors are included: with the nominal coefficient, these speeds give the drone's actual thrust.
         """
         if self._late:
             self._history.copy_(torch.cat((actions[None], self._history[:-1])))
             actions = self._history.gather(0, self.latency.long().expand(1, -1, ACTION_DIM))[0]
         rpm = propeller_rpm(actions, self.config)
         if self._lags:
-            # what is left of a difference after a step; no lag: 2^-inf = 0
+            # the fraction of a difference left after a step; without lag 2^-inf = 0
             left = torch.exp2((-self.config.dt / math.log(2)) / self.motor_lag)
             rpm = self._rpm.copy_(rpm + (self._rpm - rpm) * left)
         return rpm * self.thrust.sqrt()
 
     def sense(self, state: DroneState) -> DroneState:
-        """``state`` as the drones' sensors have it; another draw each time."""
+        """``state`` with sensor noise, drawn at each call."""
         if not self.senses:
             return state
         noise = torch.randn(len(state.pos), 12, generator=self.generator, device=state.pos.device)
         noise = noise.view(-1, 4, 3) * self.noise[:, :, None]
         pos, turn, lin_vel, ang_vel = noise.unbind(1)
         real, axis, turn = state.quat[:, :1], state.quat[:, 1:], turn * 0.5
-        # turned by a small rotation about the body's axes
+        # rotated by a small angle about the body's axes
         quat = torch.cat(
             (
                 real - (axis * turn).sum(-1, keepdim=True),

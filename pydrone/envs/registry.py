@@ -1,12 +1,12 @@
-"""Environments by name: pydrone's own, and those that other packages offer through entry points.
+"""Environments by name: those of pydrone, and those that other packages register as entry points.
 
-A package offers one by the entry point group ``pydrone.envs``, in its ``pyproject.toml``::
+A package registers an environment in the entry point group ``pydrone.envs``, in its ``pyproject.toml``::
 
     [project.entry-points."pydrone.envs"]
     my-env = "my_package.my_module:MyEnv"
 
-where ``MyEnv(num_envs=..., device=..., seed=..., **options)`` returns a :class:`pydrone.envs.base.Env`. Looking for
-names imports nothing of what is found.
+where ``MyEnv(num_envs=..., device=..., seed=..., **options)`` returns a :class:`pydrone.envs.base.Env`. Listing
+the names imports none of them.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def known() -> list[str]:
 
 
 def check_name(name: Any, argument: str = "env") -> None:
-    """Raises ValueError, with the known names, where ``name`` is none of them; ``argument`` is what it is called."""
+    """Raises ValueError, with the known names, if ``name`` is none of them; the message calls it ``argument``."""
     if not isinstance(name, str) or (name not in ENVIRONMENTS and name not in known()):
         raise ValueError(f"{argument}: expected one of {', '.join(known())}, got {name!r}")
 
@@ -48,17 +48,17 @@ def make(name: str, num_envs: int, device: torch.device | str = "cpu", seed: int
 
     Args:
         name: one of :func:`known`: ``"genesis-hover"`` and ``"genesis-course"`` (they need genesis-world),
-            ``"quadrotor"`` and ``"quadrotor-course"`` (torch only), or one that an installed package offers. Its own
-            names are pydrone's, whatever else offers them.
+            ``"quadrotor"`` and ``"quadrotor-course"`` (torch only), or one that an installed package registers. The
+            names of pydrone's own environments cannot be overridden.
         num_envs: number of environments stepped together.
         device: where observations, rewards and actions live.
-        seed: seeds everything the environment draws.
-        **kwargs: the environment's own options.
+        seed: of all random numbers of the environment.
+        **kwargs: options of the environment.
 
     Raises:
-        ValueError: ``name`` is unknown, two packages offer it, or what one offers does not take these arguments or
-            makes no :class:`pydrone.envs.base.Env`.
-        ImportError: what a package offers cannot be imported.
+        ValueError: ``name`` is unknown or registered twice, or the registered callable does not accept these arguments
+            or does not return a :class:`pydrone.envs.base.Env`.
+        ImportError: the entry point cannot be imported.
     """
     check_name(name, "name")
     if name in ENVIRONMENTS:
@@ -82,7 +82,7 @@ def make(name: str, num_envs: int, device: torch.device | str = "cpu", seed: int
 
 
 def _entry_point(name: str) -> EntryPoint:
-    # One package may be found twice, installed and in the working folder.
+    # A package may be found twice: installed, and in the working folder.
     points = list({point.value: point for point in entry_points(group=GROUP, name=name)}.values())
     if len(points) > 1:
         raise ValueError(f"name: {name!r} is offered more than once: {' and '.join(sorted(map(_origin, points)))}")

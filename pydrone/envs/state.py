@@ -1,7 +1,7 @@
-"""The state of environments that are tensors and generators through and through: saved with a training, and restored.
+"""The state of environments that keep it in tensors and generators: saved with a training, and restored.
 
-An environment that offers ``state_dict()`` and ``load_state_dict(state)`` is continued bit for bit by ``pydrone train
---resume``. For one in pure torch they are one line each::
+An environment with ``state_dict()`` and ``load_state_dict(state)`` is continued bit for bit by ``pydrone train
+--resume``. If all of its state is in tensors and generators, they are one line each::
 
     def state_dict(self):
         return state_of(self)
@@ -21,18 +21,18 @@ from torch import Tensor
 
 
 def state_of(env: object) -> dict[str, Tensor]:
-    """Every tensor and the state of every generator that ``env`` holds, by path: ``task.age``, ``task.generator``.
+    """Every tensor and the state of every generator in ``env``, by path: ``task.age``, ``task.generator``.
 
-    Looked for in attributes, dicts and lists, and in those of pydrone's own objects; tuples are constants and left out.
-    Tensors are not copied. What lies in Python numbers is not seen: it cannot be captured in a CUDA graph either.
+    Searches attributes, dicts and lists, recursively in pydrone's own objects. Tuples are taken for constants and left
+    out. Tensors are not copied. State in Python numbers is not found; a CUDA graph could not capture it either.
     """
     return {path: x.get_state() if isinstance(x, torch.Generator) else x.detach() for path, x in _leaves(env)}
 
 
 def restore(env: object, state: Mapping[str, Tensor]) -> None:
-    """Takes over what :func:`state_of` returned for an environment like this one, in place, from any device.
+    """Restores, in place, what :func:`state_of` returned for an environment like this one, on any device.
 
-    Raises ValueError, and changes nothing, where a path, a shape or a dtype differs.
+    Raises ValueError, and changes nothing, if a path, a shape or a dtype differs.
     """
     leaves = dict(_leaves(env))
     if leaves.keys() != state.keys():
@@ -74,5 +74,5 @@ def _leaves(
 
 
 def _repeats(x: Tensor) -> bool:
-    """Whether it is a row shown many times, as ``expand`` makes: a constant, which cannot be written to."""
+    """Whether ``x`` is expanded (has a stride of 0): a constant, which cannot be written to."""
     return any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape))

@@ -1,4 +1,4 @@
-"""What a training may change of the tasks, in plain Python. :mod:`pydrone.envs.hover_task` does what it says."""
+"""The options of the tasks, in plain Python. :mod:`pydrone.envs.hover_task` implements them."""
 
 from __future__ import annotations
 
@@ -13,20 +13,22 @@ def _option(default: Any, help: str) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class TaskOptions:
-    """Options of the hover and course tasks. As they stand, the tasks are what Genesis' own drone example makes them.
+    """Options of the hover and course tasks. With the defaults, the tasks are those of Genesis' drone example.
 
     Raises:
         ValueError: ``hold`` or ``weight_near`` is below 0 or not finite, or ``near_decay`` is not above 0 and finite.
     """
 
     resample_targets: bool = _option(
-        True, "Whether a target that was reached moves on; else it stays until the episode ends."
+        True, "Whether a target moves once it is reached; else it stays until the episode ends."
     )
-    hold: float = _option(0.0, "How long a drone has to be at a target, without a break, before it moves on, s.")
+    hold: float = _option(0.0, "How long a drone has to stay at a target, without a break, to reach it, s.")
     weight_near: float = _option(
-        0.0, "Reward a second at the target, falling by near-decay with the distance. 0: only progress is paid."
+        0.0, "Reward per second at the target; falls with the distance, by near-decay. 0: only progress is rewarded."
     )
-    near_decay: float = _option(10.0, "The reward near the target is weight-near * exp(-near-decay * distance), 1/m.")
+    near_decay: float = _option(
+        10.0, "The reward per second near the target is weight-near * exp(-near-decay * distance), 1/m."
+    )
 
     def __post_init__(self) -> None:
         for name in ("hold", "weight_near"):
@@ -36,5 +38,5 @@ class TaskOptions:
             raise ValueError(f"near_decay: expected a finite number above 0, got {self.near_decay!r}")
 
     def changed(self) -> dict[str, Any]:
-        """The options that are not as they stand, by name: what an environment is made with."""
+        """The options that differ from their defaults, by name, to construct an environment with."""
         return {f.name: getattr(self, f.name) for f in fields(TaskOptions) if getattr(self, f.name) != f.default}

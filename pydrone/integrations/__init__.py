@@ -1,5 +1,5 @@
-"""pydrone under other trainers: rsl_rl, skrl, Stable-Baselines3, TorchRL and rl_games, each in a module of its own.
+"""pydrone inside other trainers: rsl_rl, skrl, Stable-Baselines3, TorchRL and rl_games, one module each.
 
-Importing this package imports none of them; importing ``pydrone.integrations.<name>`` imports that one. What each
-does, and in which versions it is supported: docs/integrations.md.
+Importing this package imports none of them; importing ``pydrone.integrations.<name>`` imports that one.
+docs/integrations.md describes each integration and the supported versions.
 """

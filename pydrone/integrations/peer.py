@@ -1,4 +1,4 @@
-"""What the integrations share: the versions of a peer that are supported, and patches that can be taken back."""
+"""Shared by the integrations: the check of a peer's version, and patches that can be undone."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 
 
 def require(distribution: str, first: tuple[int, ...], before: tuple[int, ...]) -> str:
-    """The version of ``distribution`` that is installed, if first <= version < before.
+    """The installed version of ``distribution``, checked to be first <= version < before.
 
     Raises:
-        ImportError: it is missing, or of another version; one sentence that names those supported.
+        ImportError: it is missing or of another version; the message names the supported versions.
     """
     supported = f"pydrone supports {distribution} from {_dotted(first)} to before {_dotted(before)}"
     try:
@@ -43,9 +43,9 @@ _INHERITED = object()
 
 
 class Patches:
-    """Attributes of a peer's modules and classes, replaced and put back. Installing or removing twice does nothing.
+    """Replaces attributes of a peer's modules and classes, and restores them. Doing either twice has no effect.
 
-    An attribute that somebody else has replaced meanwhile is left to them, with a RuntimeWarning.
+    An attribute that someone else has replaced in the meantime is left as it is, with a RuntimeWarning.
     """
 
     def __init__(self) -> None:
@@ -58,10 +58,10 @@ class Patches:
     def install(self, changes: Sequence[Change]) -> None:
         if self._undo:
             return
-        for change in changes:  # an attribute that is missing is seen before the first one is replaced
+        for change in changes:  # a missing attribute raises before anything is replaced
             getattr(change.owner, change.name)
         for change in changes:
-            # From the owner's own dict: a staticmethod is put back as one, and what is inherited is not put back.
+            # From the owner's own dict: keeps a staticmethod one, and tells what was only inherited.
             self._undo.append((change, vars(change.owner).get(change.name, _INHERITED)))
             setattr(change.owner, change.name, change.value)
 

@@ -1,7 +1,7 @@
 """rl_games 1.6 on pydrone: the advantages of all its on-policy agents in one launch.
 
 >>> from pydrone.integrations import rl_games
->>> rl_games.patch()  # then rl_games.torch_runner.Runner as ever
+>>> rl_games.patch()  # then use rl_games.torch_runner.Runner as before
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ def discount_values(
 ) -> Tensor:
     """Advantages [T, N, V], not normalised, of an agent with the attributes ``gamma`` and ``tau``.
 
-    mb_rewards, mb_extrinsic_values: [T, N, V], floating, V the columns of ``value_size``. mb_fdones: [T, N], nonzero:
-    an episode *begins* with step t; fdones: [N], one begins after the last step. last_extrinsic_values: [N, V].
+    mb_rewards, mb_extrinsic_values: [T, N, V], floating, V = ``value_size``. mb_fdones: [T, N], nonzero if an episode
+    *starts* with step t; fdones: [N], nonzero if one starts after the last step. last_extrinsic_values: [N, V].
     """
     return _advantages(self, fdones, last_extrinsic_values, mb_fdones, mb_extrinsic_values, mb_rewards, None)
 
@@ -42,7 +42,7 @@ def discount_values_masks(
     mb_rewards: Tensor,
     mb_masks: Tensor,
 ) -> Tensor:
-    """:func:`discount_values` with mb_masks [T, N]: where zero, the advantage is 0 and nothing passes backwards."""
+    """:func:`discount_values` with mb_masks [T, N]: where zero, the advantage is 0 and the trace is cut."""
     return _advantages(self, fdones, last_extrinsic_values, mb_fdones, mb_extrinsic_values, mb_rewards, mb_masks)
 
 
@@ -52,7 +52,7 @@ def _advantages(agent, fdones, last_values, mb_fdones, values, rewards, masks: T
             f"mb_rewards: expected [T, N, V], mb_extrinsic_values likewise; got {list(rewards.shape)} and "
             f"{list(values.shape)}"
         )
-    # Whether step t ended its episode stands at t + 1; the flag of the last step is kept apart.
+    # The flag at t + 1 says whether step t ended its episode; the flag of the last step is separate.
     dones = torch.cat((mb_fdones[1:], fdones.unsqueeze(0)))
     columns = [
         gae(
@@ -74,11 +74,11 @@ _patches = Patches()
 
 
 def patch() -> None:
-    """Puts pydrone under every agent that inherits ``A2CBase``; :func:`unpatch` takes it back. Twice does nothing."""
+    """Makes every subclass of ``A2CBase`` use pydrone; :func:`unpatch` undoes it. Calling it again has no effect."""
     names = {"discount_values": discount_values, "discount_values_masks": discount_values_masks}
     _patches.install([Change(A2CBase, name, function) for name, function in names.items()])
 
 
 def unpatch() -> None:
-    """Puts back what :func:`patch` replaced."""
+    """Restores what :func:`patch` replaced."""
     _patches.remove()

@@ -1,8 +1,8 @@
-"""rsl_rl 5.x on pydrone: rollout storage, GAE and minibatches; networks, losses, RND and symmetry stay rsl_rl's.
+"""rsl_rl 5.x on pydrone: rollout storage, GAE and minibatches. Networks, losses, RND and symmetry remain rsl_rl's.
 
 >>> cfg["algorithm"]["class_name"] = "pydrone.integrations.rsl_rl:PPO"
 
-or, where neither configuration nor code can be edited:
+or, if neither the configuration nor the code can be edited:
 
 >>> pydrone.integrations.rsl_rl.patch()
 """
@@ -21,7 +21,7 @@ from pydrone.ops.reference import normalization
 from pydrone.rollout.minibatch import Plan
 from pydrone.rollout.sequences import trajectories
 
-require("rsl-rl-lib", (5,), (6,))  # before imports that would fail without such a sentence
+require("rsl-rl-lib", (5,), (6,))  # before imports that would fail with a less helpful message
 
 from rsl_rl.algorithms import ppo  # noqa: E402
 from rsl_rl.env import VecEnv  # noqa: E402
@@ -34,16 +34,16 @@ __all__ = ["PPO", "RolloutStorage", "patch", "unpatch"]
 class RolloutStorage(PeerStorage):
     """rsl_rl's storage for ``training_type="rl"``, in a :class:`~pydrone.buffer.RolloutBuffer`.
 
-    Arguments as rsl_rl's; any other ``training_type`` ("distillation") makes rsl_rl's own. Everything is allocated by
-    the first :meth:`add_transition`, once: only then are the parameters of the action distribution known. From there on
-    ``observations``, ``actions``, ``rewards``, ``dones``, ``values``, ``actions_log_prob``, ``distribution_params`` and
-    ``returns`` are views of it, [T, N, ...].
+    The arguments are those of rsl_rl; another ``training_type`` ("distillation") constructs rsl_rl's own storage.
+    Everything is allocated once, in the first :meth:`add_transition`: only then are the parameters of the action
+    distribution known. From then on ``observations``, ``actions``, ``rewards``, ``dones``, ``values``,
+    ``actions_log_prob``, ``distribution_params`` and ``returns`` are views of it, [T, N, ...].
 
     Attributes:
-        shuffle: "full": a new permutation in every epoch, of samples, or of environments for recurrent policies; a
-            minibatch of samples is overwritten by the next one. "rsl_rl": its one permutation for all epochs, drawn as
-            rsl_rl draws it, and none for recurrent policies; the rollout is brought into that order once, which takes
-            as much memory again, and minibatches are views.
+        shuffle: "full": a new permutation in every epoch, of samples or, for recurrent policies, of environments; each
+            minibatch of samples overwrites the one before. "rsl_rl": one permutation for all epochs, drawn as rsl_rl
+            draws it, and none for recurrent policies; the rollout is copied in that order once, which doubles the
+            memory, and minibatches are views of the copy.
     """
 
     shuffle = "full"
@@ -67,8 +67,8 @@ class RolloutStorage(PeerStorage):
         self.saved_hidden_state_a = self.saved_hidden_state_c = None
         self._obs_spec = {key: (tuple(x.shape[1:]), x.dtype) for key, x in obs.items()}
         self._buffer: _Buffer | None = None
-        self._computed = self._normalize = False  # by compute_returns
-        self._assigned: Tensor | None = None  # advantages of somebody else's making
+        self._computed = self._normalize = False  # set by compute_returns
+        self._assigned: Tensor | None = None  # advantages assigned from outside
 
     def _allocate(self, params: tuple[Tensor, ...]) -> None:
         self._params = [f"distribution_param_{i}" for i in range(len(params))]
@@ -94,12 +94,12 @@ class RolloutStorage(PeerStorage):
 
     @property
     def step(self) -> int:
-        """Transitions stored since :meth:`clear`."""
+        """The number of steps stored since :meth:`clear`."""
         return 0 if self._buffer is None else len(self._buffer)
 
     @property
     def advantages(self) -> Tensor:
-        """[T, N, 1], normalised if :meth:`compute_returns` was asked to (then a copy). May be assigned to."""
+        """[T, N, 1]; normalised, in a copy, if :meth:`compute_returns` was told to. Can be assigned."""
         if self._assigned is not None:
             return self._assigned
         advantages = self._buffer.plane("advantages")
@@ -113,7 +113,7 @@ class RolloutStorage(PeerStorage):
         self._assigned = advantages
 
     def add_transition(self, transition: PeerStorage.Transition) -> None:
-        """Stores one step in one launch, and recurrent states beside it. OverflowError: the rollout is full."""
+        """Stores a step in one launch, and recurrent states separately. OverflowError: the rollout is full."""
         if self._buffer is None:
             self._allocate(transition.distribution_params)
         if self.step >= self.num_transitions_per_env:
@@ -129,7 +129,7 @@ class RolloutStorage(PeerStorage):
             **dict(zip(self._params, transition.distribution_params, strict=True)),
         )
 
-    @torch.inference_mode(False)  # allocates; what is made in that mode cannot be written to outside of it
+    @torch.inference_mode(False)  # allocates: inference tensors could not be written to outside of inference mode
     def _save_hidden_states(self, hidden_states: tuple) -> None:
         super()._save_hidden_states(hidden_states)
 
@@ -139,13 +139,13 @@ class RolloutStorage(PeerStorage):
         self._computed, self._normalize, self._assigned = True, bool(normalize), None
 
     def clear(self) -> None:
-        """Begins the next rollout; what the last one's views show stays until it is overwritten."""
+        """Starts the next rollout; views of the last one stay valid until it is overwritten."""
         if self._buffer is not None:
             self._buffer.clear()
 
     def mini_batch_generator(self, num_mini_batches: int, num_epochs: int = 8) -> Iterator[PeerStorage.Batch]:
-        """Shuffled minibatches of equal size; the N * T % num_mini_batches samples left over are left out."""
-        if not self._computed or self._assigned is not None:  # an algorithm with a compute_returns of its own
+        """Shuffled minibatches of equal size; the remaining N * T % num_mini_batches samples are dropped."""
+        if not self._computed or self._assigned is not None:  # the algorithm has its own compute_returns
             yield from super().mini_batch_generator(num_mini_batches, num_epochs)
         elif self.shuffle == "full":
             for part in self._buffer.minibatches(
@@ -154,7 +154,9 @@ class RolloutStorage(PeerStorage):
                 yield self._batch(part, slice(None))
         else:
             size = self.num_envs * self.num_transitions_per_env // num_mini_batches
-            order = torch.randperm(num_mini_batches * size, device=self.device)  # of t * N + n, where ours is n * T + t
+            order = torch.randperm(
+                num_mini_batches * size, device=self.device
+            )  # rsl_rl numbers samples t * N + n, pydrone n * T + t
             order = order % self.num_envs * self.num_transitions_per_env + order // self.num_envs
             whole = self._buffer.arranged(order, self._normalize)
             for _ in range(num_epochs):
@@ -175,7 +177,7 @@ class RolloutStorage(PeerStorage):
         )
 
     def recurrent_mini_batch_generator(self, num_mini_batches: int, num_epochs: int = 8) -> Iterator[PeerStorage.Batch]:
-        """Minibatches of whole environments, their observations as trajectories padded to T; one host sync each."""
+        """Minibatches of whole environments, with observations as trajectories padded to T; one host sync each."""
         size, full = self.num_envs // num_mini_batches, self.shuffle == "full"
         advantages, parts = self.advantages, {}
         for _ in range(num_epochs):
@@ -187,7 +189,7 @@ class RolloutStorage(PeerStorage):
                 yield self.Batch(**part)
 
     def _trajectories(self, envs: Tensor, advantages: Tensor) -> dict[str, object]:
-        """A Batch's arguments for the environments ``envs`` [E]: B >= E trajectories."""
+        """The arguments of a Batch for the environments ``envs`` [E]: B >= E trajectories."""
         env, start, length = trajectories((self.dones[:, :, 0] != 0).t(), envs)
         offset = torch.arange(self.num_transitions_per_env, device=env.device).unsqueeze(1)
         masks = offset < length
@@ -195,7 +197,7 @@ class RolloutStorage(PeerStorage):
 
         def padded(x: Tensor) -> Tensor:
             x = x.flatten(0, 1).index_select(0, rows).unflatten(0, masks.shape)  # [T, B, ...]
-            return x.masked_fill_(~masks.view(*masks.shape, *(1,) * (x.dim() - 2)), 0)  # RND's loss sees the padding
+            return x.masked_fill_(~masks.view(*masks.shape, *(1,) * (x.dim() - 2)), 0)  # the RND loss reads the padding
 
         def first(saved: list[Tensor] | None) -> Tensor | tuple[Tensor, ...] | None:
             if saved is None:
@@ -219,7 +221,7 @@ class RolloutStorage(PeerStorage):
 
 
 class _Buffer(RolloutBuffer):
-    """A buffer of one rollout that shows all of its memory, filled or not."""
+    """A buffer of one rollout with views of all of its memory, whether filled or not."""
 
     def field(self, name: str) -> Tensor:
         """[T, N, ...]."""
@@ -230,11 +232,11 @@ class _Buffer(RolloutBuffer):
         return self._storage.tensors[name].t().unsqueeze(-1)
 
     def moments(self) -> Tensor:
-        """``statistics``, which stay when the rollout is discarded."""
+        """The ``statistics``, kept after the rollout is discarded."""
         return self._storage.statistics
 
     def arranged(self, order: Tensor, normalize: bool) -> Minibatch:
-        """The samples n * T + t of ``order``, int64 [B], in one launch, into the same tensors each time."""
+        """The samples ``order``, int64 [B] of numbers n * T + t, in one launch, always into the same tensors."""
         plan = Plan(len(order), 1, False, normalize, False, True, order)
         return self._draws.minibatch(self._draws.part(plan, 0, 0, len(order)))
 
@@ -243,19 +245,19 @@ _peer_compute_returns = ppo.PPO.compute_returns
 
 
 def _compute_returns(self: ppo.PPO, obs: TensorDict) -> None:
-    """``PPO.compute_returns``; an algorithm with another storage keeps rsl_rl's."""
+    """``PPO.compute_returns``; with another storage, rsl_rl's own."""
     if not isinstance(self.storage, RolloutStorage):
         _peer_compute_returns(self, obs)
         return
     state = self.critic.get_hidden_state()
     last_values = self.critic(obs)
-    self.critic.reset(hidden_state=state)  # the next rollout goes on from before this call
+    self.critic.reset(hidden_state=state)  # the next rollout continues from the state before this call
     normalize = not self.normalize_advantage_per_mini_batch
     self.storage.compute_returns(last_values, self.gamma, self.lam, normalize)
 
 
 class PPO(ppo.PPO):
-    """rsl_rl's PPO with :class:`RolloutStorage`; ``algorithm.shuffle`` in the configuration sets the storage's."""
+    """rsl_rl's PPO with :class:`RolloutStorage`; ``algorithm.shuffle`` in the configuration sets its ``shuffle``."""
 
     def __init__(
         self,
@@ -275,7 +277,7 @@ class PPO(ppo.PPO):
 
     @staticmethod
     def construct_algorithm(obs: TensorDict, env: VecEnv, cfg: dict, device: str) -> PPO:
-        """As rsl_rl's, which finds this storage where it looks for its own."""
+        """As in rsl_rl, but with this storage in place of its own."""
         storage = Patches()
         storage.install([Change(ppo, "RolloutStorage", RolloutStorage)])
         try:
@@ -285,16 +287,16 @@ class PPO(ppo.PPO):
 
 
 class _PatchedStorage(RolloutStorage):
-    """Its own class, for a ``shuffle`` of its own."""
+    """A class of its own, so that patch() sets ``shuffle`` here only."""
 
 
 _patches = Patches()
 
 
 def patch(shuffle: str = "full") -> None:
-    """From here on every rsl_rl PPO, and every subclass of it, collects and learns on :class:`RolloutStorage`.
+    """From now on every rsl_rl PPO, subclasses included, uses :class:`RolloutStorage`.
 
-    Those that were constructed before keep theirs. Calling it again only changes ``shuffle``.
+    Those constructed before keep their storage. Calling it again only changes ``shuffle``.
     """
     _PatchedStorage.shuffle = _checked(shuffle)
     changes = [Change(ppo, "RolloutStorage", _PatchedStorage), Change(ppo.PPO, "compute_returns", _compute_returns)]
@@ -302,7 +304,7 @@ def patch(shuffle: str = "full") -> None:
 
 
 def unpatch() -> None:
-    """Takes :func:`patch` back, if it was called. What was constructed in between goes on, with rsl_rl's GAE loop."""
+    """Undoes :func:`patch`. Algorithms constructed in between keep their storage and use rsl_rl's GAE loop."""
     _patches.remove()
 
 

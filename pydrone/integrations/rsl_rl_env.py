@@ -1,4 +1,4 @@
-"""pydrone's environments under rsl_rl's runners.
+"""pydrone's environments for rsl_rl's runners.
 
 >>> runner = OnPolicyRunner(VecEnvWrapper(pydrone.envs.make("quadrotor", num_envs=1024)), cfg)
 """
@@ -9,20 +9,20 @@ import torch
 from torch import Tensor
 
 from pydrone.envs.base import Env
-from pydrone.integrations.rsl_rl import TensorDict, VecEnv  # which says what is missing
+from pydrone.integrations.rsl_rl import TensorDict, VecEnv  # checks the version
 
 __all__ = ["VecEnvWrapper"]
 
 
 class VecEnvWrapper(VecEnv):
-    """A :class:`pydrone.envs.base.Env` as rsl_rl's runners take it; a single observation is the group "policy".
+    """A :class:`pydrone.envs.base.Env` as an rsl_rl ``VecEnv``; a single observation becomes the group "policy".
 
     Args:
-        env: with "same_step" autoreset, the only one that rsl_rl knows, and continuous actions.
-        step_dt: seconds per step, with which rsl_rl scales RND's weight; None: ``env.config.dt``, or 1.
+        env: with "same_step" autoreset, the only kind that rsl_rl supports, and continuous actions.
+        step_dt: seconds per step, by which rsl_rl scales the weight of RND; None: ``env.config.dt``, or 1.
 
     Raises:
-        ValueError, TypeError: an environment that rsl_rl cannot train on.
+        ValueError, TypeError: rsl_rl cannot train on this environment.
     """
 
     def __init__(self, env: Env, step_dt: float | None = None) -> None:
@@ -45,12 +45,12 @@ class VecEnvWrapper(VecEnv):
 
     @property
     def episode_length_buf(self) -> Tensor:
-        """[N] int64: the steps of each running episode."""
+        """[N] int64: the age of each running episode, in steps."""
         return self._lengths
 
     @episode_length_buf.setter
     def episode_length_buf(self, lengths: Tensor) -> None:
-        # What the runner sets are random ages; the environment draws its own.
+        # The runner assigns random ages; the environment draws its own.
         self.env.randomize_episode_lengths()
 
     def get_observations(self) -> TensorDict:
@@ -60,12 +60,12 @@ class VecEnvWrapper(VecEnv):
         result = self.env.step(actions)
         self._lengths.add_(1).masked_fill_(result.dones, 0)
         self._keep(result.obs)
-        # Sums over the episodes that ended are left out: rsl_rl takes means, and counts episodes itself.
+        # Sums over ended episodes are left out: rsl_rl averages the log, and counts episodes itself.
         log = {key: x.clone() for key, x in result.log.items() if not key.startswith("episode/")}
         return self._obs, result.rewards, result.dones, {"time_outs": result.truncated, "log": log}
 
     def _keep(self, obs: Tensor | dict[str, Tensor]) -> None:
-        # A copy: rsl_rl stores an observation after the next step, when the environment may have written over it.
+        # A copy: rsl_rl stores an observation after the next step, when the environment may have overwritten it.
         groups = obs if isinstance(obs, dict) else {"policy": obs}
         groups = {key: x.clone() for key, x in groups.items()}
         self._obs = TensorDict(groups, batch_size=[self.num_envs], device=self.device)

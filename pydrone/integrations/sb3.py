@@ -1,4 +1,4 @@
-"""Stable-Baselines3: its rollout buffers over pydrone's memory and kernels. docs/integrations.md says what differs.
+"""Stable-Baselines3: its rollout buffers on pydrone's memory and kernels. docs/integrations.md lists the differences.
 
 >>> from pydrone.integrations.sb3 import RolloutBuffer
 >>> model = PPO("MlpPolicy", venv, rollout_buffer_class=RolloutBuffer)
@@ -21,7 +21,7 @@ from pydrone.rollout.minibatch import Plan
 
 require("stable-baselines3", (2, 4), (3,))
 
-from gymnasium import spaces  # noqa: E402 (what imports Stable-Baselines3 comes after the check of its version)
+from gymnasium import spaces  # noqa: E402 (after the check of the version)
 from stable_baselines3.common import buffers  # noqa: E402
 from stable_baselines3.common.type_aliases import DictRolloutBufferSamples, RolloutBufferSamples  # noqa: E402
 
@@ -29,16 +29,16 @@ __all__ = ["DictRolloutBuffer", "RolloutBuffer"]
 
 
 class _Ring(Ring):
-    """Ends that are known a step later, and minibatches of a size, where pydrone's own are of a number."""
+    """Adds ends that become known a step later, and minibatches given by their size, not their number."""
 
     def end_last_step(self, ended: Tensor) -> None:
-        """``ended``, bool [N]: of the step appended last. Code 1, an end without a bootstrap: the collector has added
-        gamma * V(final observation) to the reward."""
+        """Sets the ends of the last appended step, bool [N]. They become code 1, without a bootstrap: the collector has
+        added gamma * V(final observation) to the reward."""
         self._storage.codes[:, (self._ring.appended - 1) % self.capacity].copy_(ended)
 
     def batches(self, batch_size: int, order: Tensor | None = None) -> Iterator[Minibatch]:
-        """The rollout in parts of ``batch_size``, the last of what is left: shuffled, or by ``order``, int64 numbers
-        n * T + t."""
+        """The rollout in minibatches of ``batch_size``, the last with the rest: shuffled, or in the order of ``order``,
+        int64 sample numbers n * T + t."""
         self._scan.require("get")
         samples = self.num_envs * self.num_steps if order is None else len(order)
         plan = Plan(samples, -(-samples // batch_size), order is None, False, False, False, order)
@@ -50,7 +50,7 @@ class _Ring(Ring):
 
 
 def _array(name: str, doc: str) -> property:
-    """[T, N] as numpy, as Stable-Baselines3's callers read it; a view on a CPU, which cannot be written to."""
+    """A property [T, N] as a NumPy array, as callers of Stable-Baselines3 expect; on a CPU, a read-only view."""
 
     def read(self: _Rollout) -> np.ndarray:
         return _numpy(getattr(self._ring, name).t())
@@ -59,7 +59,7 @@ def _array(name: str, doc: str) -> property:
 
 
 class _Rollout:
-    """What the two buffers share: Stable-Baselines3's methods over a ring of one rollout, allocated once."""
+    """Shared by the two buffers: Stable-Baselines3's methods on a ring of one rollout, allocated once."""
 
     def __init__(
         self,
@@ -73,20 +73,20 @@ class _Rollout:
         shuffle: str = "full",
         seed: int | None = None,
     ) -> None:
-        """As Stable-Baselines3's, and two arguments more, for ``rollout_buffer_kwargs=``.
+        """As in Stable-Baselines3, with two more arguments, for ``rollout_buffer_kwargs=``.
 
         Args:
             buffer_size: T, the steps of a rollout.
             observation_space, action_space: Gymnasium's.
-            device: where the rollout lies and is learnt from; "auto": a GPU if there is one.
+            device: where the rollout is stored; "auto": a GPU if there is one.
             gae_lambda, gamma: in [0, 1].
             n_envs: N.
-            shuffle: "full": pydrone's permutation, another one for each epoch; "sb3": that of
-                ``np.random.permutation``, for the minibatches that Stable-Baselines3 would give with the same seed.
-            seed: of the "full" permutations; None draws one from numpy, which Stable-Baselines3 has seeded before.
+            shuffle: "full": pydrone's permutation, a new one for each epoch; "sb3": that of ``np.random.permutation``,
+                for the same minibatches as Stable-Baselines3 with the same seed.
+            seed: of the "full" permutations; None draws one from NumPy, which Stable-Baselines3 has seeded.
 
         Raises:
-            ValueError, TypeError: a bad argument, by its name; a space of a dtype that pydrone does not store.
+            ValueError, TypeError: an argument is invalid, or a space has a dtype that pydrone does not store.
         """
         if shuffle not in ("full", "sb3"):
             raise ValueError(f"shuffle: expected 'full' or 'sb3', got {shuffle!r}")
@@ -94,7 +94,7 @@ class _Rollout:
         if grouped != isinstance(self, buffers.DictRolloutBuffer):
             wanted = "DictRolloutBuffer" if grouped else "RolloutBuffer"
             raise ValueError(f"observation_space: expected {wanted} for a {type(observation_space).__name__} space")
-        # Past RolloutBuffer's own constructor, which allocates.
+        # Bypasses the constructor of RolloutBuffer, which allocates.
         buffers.BaseBuffer.__init__(self, buffer_size, observation_space, action_space, device, n_envs=n_envs)
         self.gae_lambda, self.gamma, self._shuffle = gae_lambda, gamma, shuffle
         if seed is None:
@@ -124,7 +124,7 @@ class _Rollout:
 
     @property
     def rewards(self) -> np.ndarray:
-        """[T, N] float32. What is assigned or, on a CPU, written to it counts in the next call of
+        """[T, N] float32. An assignment or, on a CPU, a write into it takes effect in the next call of
         compute_returns_and_advantage."""
         return _numpy(self._ring.rewards.t(), writable=self.device.type == "cpu")
 
@@ -142,14 +142,14 @@ class _Rollout:
 
     @property
     def episode_starts(self) -> np.ndarray:
-        """[T, N] float32: whether an episode starts with observation t, which is that one ended with step t - 1."""
+        """[T, N] float32: whether an episode starts with observation t, that is, one ended with step t - 1."""
         starts = np.empty((len(self._ring), self.n_envs), np.float32)
         if len(starts):
             starts[0], starts[1:] = self._first_starts, _numpy(self._ring.dones.t())[:-1] != 0
         return starts
 
     def reset(self) -> None:
-        """Discards the rollout; the memory stays."""
+        """Discards the rollout and keeps the memory."""
         self._ring.clear()
         self.pos, self.full = 0, False
 
@@ -162,7 +162,7 @@ class _Rollout:
         value: Tensor,
         log_prob: Tensor,
     ) -> None:
-        """Stores step t. ``episode_start`` says whether an episode starts with ``obs``: how step t - 1 ended."""
+        """Stores step t. ``episode_start``: whether an episode starts with ``obs``, that is, step t - 1 ended one."""
         if self.pos == 0:
             self._first_starts[:] = episode_start
         else:
@@ -184,13 +184,13 @@ class _Rollout:
         self.full = self.pos == self.buffer_size
 
     def compute_returns_and_advantage(self, last_values: Tensor, dones: np.ndarray) -> None:
-        """Advantages and returns; ``last_values`` [N, 1]: V after the last step; ``dones`` [N]: how that one ended."""
+        """Computes advantages and returns. ``last_values`` [N, 1]: V after the last step; ``dones`` [N]: its ends."""
         if self.pos:
             self._ring.end_last_step(self._tensor(dones, bool))
         self._ring.compute_gae(last_values.to(self.device), self.gamma, self.gae_lambda)
 
     def get(self, batch_size: int | None = None) -> Iterator[RolloutBufferSamples | DictRolloutBufferSamples]:
-        """An epoch in minibatches of ``batch_size``, the last one of what is left; None: one of everything."""
+        """An epoch in minibatches of ``batch_size``, the last with the rest; None: everything in one."""
         total = self.buffer_size * self.n_envs
         size = total if batch_size is None else positive("batch_size", operator.index(batch_size))
         order = self._order(np.random.permutation(total)) if self._shuffle == "sb3" else None
@@ -198,7 +198,7 @@ class _Rollout:
             yield self._samples(mb)
 
     def _get_samples(self, batch_inds: np.ndarray, env: object = None) -> RolloutBufferSamples:
-        """The samples of these numbers, n * T + t. ``env`` is not read, nor is it by Stable-Baselines3's."""
+        """The samples with these numbers, n * T + t. ``env`` is unused, as in Stable-Baselines3."""
         return self._samples(next(self._ring.batches(len(batch_inds), self._order(batch_inds))))
 
     def _samples(self, mb: Minibatch) -> RolloutBufferSamples | DictRolloutBufferSamples:
@@ -213,16 +213,16 @@ class _Rollout:
         return self._tensor(indices, np.int64)
 
     def _tensor(self, x: np.ndarray, dtype: np.dtype | type) -> Tensor:
-        # PyTorch takes no arrays of negative strides, and warns of read-only ones.
+        # PyTorch rejects arrays with negative strides, and warns about read-only ones.
         return torch.from_numpy(np.require(x, dtype, ("C", "W"))).to(self.device)
 
 
 class RolloutBuffer(_Rollout, buffers.RolloutBuffer):
-    """For ``rollout_buffer_class=`` in PPO and A2C, where observations are no Dict."""
+    """For ``rollout_buffer_class=`` of PPO and A2C, with observations that are not a Dict."""
 
 
 class DictRolloutBuffer(_Rollout, buffers.DictRolloutBuffer):
-    """For ``rollout_buffer_class=`` in PPO and A2C, where observations are a Dict."""
+    """For ``rollout_buffer_class=`` of PPO and A2C, with Dict observations."""
 
 
 def _dtype(space: spaces.Space) -> torch.dtype:

@@ -1,8 +1,8 @@
 """skrl 2.1 on pydrone: the agents' ``compute_gae`` in one launch, and a :class:`RandomMemory` of packed rows.
 
 >>> from pydrone.integrations import skrl
->>> skrl.patch()  # every agent's compute_gae, and what skrl.memories.torch.RandomMemory names from here on
->>> memory = skrl.RandomMemory(memory_size=rollouts, num_envs=env.num_envs, device=env.device)  # or by hand
+>>> skrl.patch()  # compute_gae of every agent, and skrl.memories.torch.RandomMemory
+>>> memory = skrl.RandomMemory(memory_size=rollouts, num_envs=env.num_envs, device=env.device)  # or explicitly
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ require("skrl", (2, 1), (2, 2))
 
 from skrl.memories import torch as memories  # noqa: E402
 
-# The modules of skrl that have a compute_gae of their own, by its signature.
+# The modules of skrl with their own compute_gae, by its signature.
 FEEDFORWARD = (
     *("agents.torch.a2c.a2c", "agents.torch.amp.amp", "agents.torch.ppo.ppo", "agents.torch.rpo.rpo"),
     *("agents.torch.trpo.trpo", "multi_agents.torch.ippo.ippo", "multi_agents.torch.mappo.mappo"),
@@ -37,7 +37,7 @@ RECURRENT = (
     *("agents.torch.rpo.rpo_rnn", "agents.torch.trpo.trpo_rnn"),
 )
 
-MOST_FIELDS = 28  # of a row, for CUDA to store it in one launch
+MOST_FIELDS = 28  # in a row, so that CUDA stores it in one launch
 
 
 def compute_gae(
@@ -51,11 +51,11 @@ def compute_gae(
     lambda_coefficient: float = 0.95,
     time_limit_bootstrap: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """(returns, normalised advantages) [T, N, 1] of a rollout, as skrl's feed-forward agents ask for them.
+    """(returns, normalised advantages) [T, N, 1] of a rollout, with the signature of skrl's feed-forward agents.
 
-    rewards, values: [T, N, 1], floating; terminated, truncated: bool, likewise; last_values: [N, 1]. A truncation is an
-    end only with ``time_limit_bootstrap``: skrl has added gamma * V(next observation) to that reward by then. Without
-    it the episode counts as going on into the next one, as it does in skrl.
+    rewards, values: [T, N, 1], floating; terminated, truncated: [T, N, 1], bool; last_values: [N, 1]. A truncation is
+    an end only with ``time_limit_bootstrap``: skrl has then added gamma * V(next observation) to its reward. Without
+    it, the episode continues into the next one, as in skrl.
     """
     dones = terminated | truncated if time_limit_bootstrap else terminated
     return _estimate(rewards, values, dones, last_values, discount_factor, lambda_coefficient)
@@ -70,7 +70,7 @@ def compute_gae_rnn(
     discount_factor: float = 0.99,
     lambda_coefficient: float = 0.95,
 ) -> tuple[Tensor, Tensor]:
-    """:func:`compute_gae` as skrl's recurrent agents have it: no truncations, and other names."""
+    """:func:`compute_gae` with the signature of skrl's recurrent agents: no truncations, and other names."""
     return _estimate(rewards, values, terminated, next_values, discount_factor, lambda_coefficient)
 
 
@@ -83,7 +83,7 @@ def _estimate(rewards, values, dones, last_values, gamma: float, lam: float) -> 
 
 
 class _Rows:
-    """Tensors [T, N, ...] of a memory, packed into one row of bytes a sample."""
+    """Tensors [T, N, ...] of a memory, packed into one row of bytes per sample."""
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self.fields, row_bytes = pack({name: (tuple(x.shape[2:]), x.dtype) for name, x in tensors.items()})
@@ -104,14 +104,14 @@ class _Rows:
         return [self.fields[x].offset for x in names], [SCALAR_TYPES[self.fields[x].dtype] for x in names]
 
     def append(self, slot: int, step: Mapping[str, object]) -> bool:
-        """Stores a step in one launch, or says that it does not hold a whole row."""
+        """Stores a step in one launch and returns True; returns False if the step lacks a field of the row."""
         sources, device = [], self.rows.device
         for name, (shape, dtype) in self._step.items():
             x = step.get(name)
             if not isinstance(x, Tensor) or x.shape != shape or x.device != device:
                 return False
             if x.dtype is not dtype and not (x.is_floating_point() and dtype.is_floating_point):
-                x = x.to(dtype)  # the choices of discrete actions, which skrl stores as numbers
+                x = x.to(dtype)  # discrete actions, which skrl stores as floats
             sources.append(x.detach() if x.requires_grad else x)
         flags = (None, None, None)
         select(device).append([self.rows], sources, self._whole, *flags, slot, 0, None, True)
@@ -119,7 +119,7 @@ class _Rows:
         return True
 
     def take(self, names: Sequence[str], samples: int, index: Tensor | None) -> dict[str, Tensor]:
-        """The samples numbered ``index`` (t * N + n), or all, environment by environment; [samples, ...] by name."""
+        """The samples ``index`` (numbers t * N + n), or all, environment by environment; [samples, ...] by name."""
         if not names:
             return {}
         rows, steps = self.rows, self.rows.shape[0]
@@ -135,8 +135,8 @@ class _Rows:
         return dict(zip(names, outputs))
 
     def permuted(self, size: int, count: int) -> Tensor:
-        """The first ``count`` of a random permutation of [0, size), int64, made on the device."""
-        key = int(torch.randint(2**63 - 1, ()))  # of the generator that skrl's set_seed seeds
+        """The first ``count`` of a random permutation of [0, size), int64, computed on the device."""
+        key = int(torch.randint(2**63 - 1, ()))  # from the generator that skrl's set_seed seeds
         index = torch.empty(count, dtype=torch.int64, device=self.rows.device)
         rows = self.rows.view(1, -1, self.rows.shape[2])[:, :size]
         order = (None, 1, 0, size, key, 0, 0, True, 0)
@@ -147,10 +147,11 @@ class _Rows:
 class RandomMemory(memories.RandomMemory):
     """skrl's memory with the tensors of a sample packed into one row, so that a minibatch is gathered in one launch.
 
-    The rows are laid out at the first use: what the first ``add_samples`` names lies in one row, which a step is then
-    stored into in one launch, the rest (returns and advantages) in another. If that use is not ``add_samples``, all
-    lie in one row, and steps that leave some of it out are copied as by skrl. Tensors by name are views, to be read
-    and written as skrl's own, only not contiguous; one created after the first use stays a tensor of its own.
+    The first use determines the rows: the tensors passed to the first ``add_samples`` form one row, so that a step is
+    stored in one launch, and the others (returns and advantages) form another. If the first use is not
+    ``add_samples``, all tensors form one row, and steps that lack some of them are copied as skrl does. The tensors by
+    name are views, read and written like skrl's own but not contiguous. A tensor created after the first use is not
+    packed.
 
     Args:
         shuffle: "full": ``sample`` draws a permutation on the device, keyed by one number from torch's generator;
@@ -158,8 +159,8 @@ class RandomMemory(memories.RandomMemory):
         **arguments: those of ``skrl.memories.torch.RandomMemory``.
 
     Raises:
-        ValueError: another ``shuffle``. ``sample_by_index`` raises TypeError or IndexError for indexes that are no
-            numbers of samples; those that lie on a GPU are not read back to be checked, and reading stays in bounds.
+        ValueError: another ``shuffle``. ``sample_by_index`` raises TypeError or IndexError for invalid indexes;
+            indexes on a GPU are not checked, since that would synchronise, but reads stay in bounds.
     """
 
     def __init__(self, *, shuffle: str = "full", **arguments) -> None:
@@ -168,15 +169,15 @@ class RandomMemory(memories.RandomMemory):
         self._blocks: list[_Rows] | None = None
 
     def create_tensor(self, name: str, **arguments) -> bool:
-        """As skrl's; nothing is allocated for good before the first use."""
+        """As in skrl, but memory is only allocated at the first use."""
         created = super().create_tensor(name, **arguments)
         if created and self._blocks is None and self.tensors[name].dtype in SCALAR_TYPES:
-            blank = self.tensors[name].flatten()[:1].clone()  # NaN or zero, all that is in it
+            blank = self.tensors[name].flatten()[:1].clone()  # NaN or zero, as all of it
             self._place(name, blank.expand(self.tensors[name].numel()).view(self.tensors[name].shape))
         return created
 
     def _place(self, name: str, x: Tensor) -> None:
-        """``x`` [T, N, ...] is what ``name`` names, wherever skrl keeps it."""
+        """Makes ``x`` [T, N, ...] the tensor ``name``, everywhere skrl keeps it."""
         self.tensors[name], self.tensors_view[name] = x, x.view(-1, *x.shape[2:])
         setattr(self, f"_tensor_{name}", x)
 
@@ -204,7 +205,7 @@ class RandomMemory(memories.RandomMemory):
         super().set_tensor_by_name(name, tensor)
 
     def add_samples(self, **tensors: Tensor | None) -> None:
-        """As skrl's; a step of all environments goes in one launch for each row that it fills."""
+        """As in skrl; a step of all environments takes one launch for each row that it fills."""
         if self._blocks is None:
             self._lay_out([name for name, x in tensors.items() if x is not None])
         first = tensors.get("observations", next(iter(tensors.values()), None))
@@ -212,14 +213,14 @@ class RandomMemory(memories.RandomMemory):
             for block in self._blocks:
                 if block.append(self.memory_index, tensors):
                     tensors = {name: x for name, x in tensors.items() if name not in block.fields}
-            # skrl stores what is left and moves its indexes, by the shape of the first; "" names no tensor.
+            # skrl stores the rest and advances its indices by the shape of the first; "" is the name of no tensor.
             tensors = {"": first, **tensors}
         super().add_samples(**tensors)
 
     def sample(
         self, names: list[str], *, batch_size: int, mini_batches: int = 1, sequence_length: int = 1
     ) -> list[list[Tensor | None]]:
-        """As skrl's; ``sampling_indexes`` are on the memory's device unless ``shuffle`` is "skrl"."""
+        """As in skrl; ``sampling_indexes`` are on the device of the memory unless ``shuffle`` is "skrl"."""
         self._lay_out()
         if self._shuffle == "skrl" or self._replacement or not self._blocks:
             return super().sample(
@@ -236,7 +237,7 @@ class RandomMemory(memories.RandomMemory):
         return self.sample_by_index(names, indexes=index, mini_batches=mini_batches)
 
     def sample_by_index(self, names: list[str], *, indexes, mini_batches: int = 1) -> list[list[Tensor | None]]:
-        """As skrl's."""
+        """As in skrl."""
         self._lay_out()
         if not self._packed(names):
             return super().sample_by_index(names, indexes=indexes, mini_batches=mini_batches)
@@ -252,7 +253,7 @@ class RandomMemory(memories.RandomMemory):
     def sample_all(
         self, names: list[str], *, mini_batches: int = 1, sequence_length: int = 1
     ) -> list[list[Tensor | None]]:
-        """As skrl's: for sequences copies, environment by environment, else views in the order of the memory."""
+        """As in skrl: sequences are copies, environment by environment; otherwise views in the order of the memory."""
         self._lay_out()
         if sequence_length > 1 and self._packed(names):
             return self._take(names, mini_batches, self.memory_size * self.num_envs, None)
@@ -262,7 +263,7 @@ class RandomMemory(memories.RandomMemory):
         return not any(x in self.tensors and not any(x in block.fields for block in self._blocks) for x in names)
 
     def _take(self, names: list[str], parts: int, samples: int, index: Tensor | None) -> list[list[Tensor | None]]:
-        """All minibatches in one launch for each row; skrl hands them out together, whatever it takes."""
+        """All minibatches, in one launch for each row; skrl returns them together."""
         found, parts = {}, max(parts, 1)
         for block in self._blocks:
             columns = block.take([name for name in dict.fromkeys(names) if name in block.fields], samples, index)
@@ -280,11 +281,11 @@ _patches = Patches()
 
 
 def patch(shuffle: str = "full") -> None:
-    """Puts pydrone under every agent of skrl, for code that cannot be edited; :func:`unpatch` takes it back.
+    """Makes every agent of skrl use pydrone, for code that cannot be edited; :func:`unpatch` undoes it.
 
-    ``compute_gae`` is replaced in all modules that have one; ``skrl.memories.torch.RandomMemory`` becomes
-    :class:`RandomMemory`, for skrl's Runner and for who imports it from now on. ``shuffle`` is its default. Calling
-    it again does nothing.
+    Replaces ``compute_gae`` in all modules that have one, and ``skrl.memories.torch.RandomMemory`` by
+    :class:`RandomMemory`, for skrl's Runner and for later imports. ``shuffle`` is its default. Calling it again has no
+    effect.
     """
     memory = RandomMemory if _checked_shuffle(shuffle) == "full" else _OwnOrder
     changes = [Change(memories, "RandomMemory", memory)]
@@ -294,7 +295,7 @@ def patch(shuffle: str = "full") -> None:
 
 
 def unpatch() -> None:
-    """Puts back what :func:`patch` replaced; memories that exist stay what they are."""
+    """Restores what :func:`patch` replaced; existing memories are unchanged."""
     _patches.remove()
 
 

@@ -1,4 +1,4 @@
-"""TorchRL: its GAE module and its two GAE functions, in one launch each. docs/integrations.md says what differs.
+"""TorchRL: its GAE module and its two GAE functions, in one launch each. docs/integrations.md lists the differences.
 
 >>> from pydrone.integrations.torchrl import GAE
 >>> advantage = GAE(gamma=0.99, lmbda=0.95, value_network=critic, average_gae=True)
@@ -16,7 +16,7 @@ from pydrone.integrations.peer import require
 
 require("torchrl", (0, 14), (0, 15))
 
-from tensordict import TensorDictBase  # noqa: E402 (what imports TorchRL comes after the check of its version)
+from tensordict import TensorDictBase  # noqa: E402 (after the check of the version)
 from tensordict.nn import dispatch, set_skip_existing  # noqa: E402
 from torchrl.objectives.utils import hold_out_net  # noqa: E402
 from torchrl.objectives.value import advantages, functional  # noqa: E402
@@ -35,30 +35,31 @@ def generalized_advantage_estimate(
     *,
     time_dim: int = -2,
 ) -> tuple[Tensor, Tensor]:
-    """Advantages and value targets, with any dimension for the time::
+    """Advantages and value targets, with time in any dimension::
 
         delta_t = reward_t + (0 where terminated, else gamma * next_state_value_t) - state_value_t
         A_t     = delta_t + (0 where done, else gamma * lmbda * A_{t+1})
 
     Args:
-        gamma, lmbda: numbers in [0, 1]. Tensors of more than one element, a factor for each step, are handed on to
+        gamma, lmbda: numbers in [0, 1]. Tensors with more than one element, a factor for each step, are passed to
             TorchRL's own function.
-        state_value, next_state_value, reward: [*B, T, *F], of any strides. ``next_state_value`` is read at every step,
-            so it may come from other parameters, or from n steps ahead.
-        done, terminated: likewise, of any real dtype; ``terminated`` None: as ``done``.
-        time_dim: which dimension T is.
+        state_value, next_state_value, reward: [*B, T, *F], with any strides. ``next_state_value`` is read at every
+            step, so it may come from other parameters or from n steps ahead.
+        done, terminated: of the same shape and any real dtype; ``terminated`` None: as ``done``.
+        time_dim: the dimension of T.
 
     Returns:
         (advantage, value_target), shaped as reward; float64 where an input is, else float32.
 
     Raises:
-        RuntimeError: shapes that differ, or an input that requires grad, which advantages do not pass on: use
-            ``torch.no_grad()``, or TorchRL's own function. ValueError: gamma or lmbda outside [0, 1].
+        RuntimeError: the shapes differ, or an input requires grad, which the advantages do not propagate: use
+            ``torch.no_grad()``, or TorchRL's own function.
+        ValueError: gamma or lmbda is outside [0, 1].
     """
     return _estimate(gamma, lmbda, state_value, next_state_value, reward, done, terminated, time_dim, False)[:2]
 
 
-# TorchRL has two ways of computing the same; here there is one.
+# TorchRL has two implementations of the same function; here there is one.
 vec_generalized_advantage_estimate = generalized_advantage_estimate
 
 
@@ -73,7 +74,7 @@ def _estimate(
     time_dim: int,
     stats: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(advantage, value_target, count, mean and M2 of the advantages as float64 [3], if asked for and known)."""
+    """(advantage, value_target, statistics): count, mean and M2 of the advantages, float64 [3], or None."""
     terminated = done if terminated is None else terminated
     if any(isinstance(x, Tensor) and x.numel() > 1 for x in (gamma, lmbda)):
         signals = (state_value, next_state_value, reward, done, terminated)
@@ -88,12 +89,12 @@ def _estimate(
         raise RuntimeError(f"time_dim: expected a dimension of a tensor of shape {list(reward.shape)}, got {time_dim}")
     gamma, lmbda = float(gamma), float(lmbda)
 
-    # The next value need not be the value of the next step, as it is to pydrone.gae: rewards of delta and values of
-    # zero leave it the trace alone, which is exact in any case.
+    # next_state_value need not be the value of the next step, as pydrone.gae assumes. With delta as the reward and
+    # values of 0, pydrone.gae computes only the trace, which is exact in any case.
     dtype = torch.float32
     for x in floats.values():
         dtype = torch.promote_types(dtype, x.dtype)
-    # A select and not a product: 0 * NaN is NaN.
+    # A select, not a product: 0 * NaN is NaN.
     delta = torch.where(terminated if terminated.dtype == torch.bool else terminated != 0, 0, next_state_value)
     delta = delta.to(dtype)
     torch.add(reward, delta, alpha=gamma, out=delta)
@@ -111,9 +112,9 @@ class GAE(advantages.GAE):
     """:class:`torchrl.objectives.value.GAE` with its arguments, its keys and its calls of the value network, for
     collectors, trainers and losses (``loss.make_value_estimator(GAE(...))``).
 
-    ``vectorized`` makes no difference. ``differentiable=True`` is accepted as long as no gradient has to pass: an input
-    that requires grad is a RuntimeError. ``value_estimate`` and, with ``steps_to_next_obs``, a discount for each step
-    are TorchRL's own.
+    ``vectorized`` has no effect. ``differentiable=True`` is accepted as long as no gradient is needed: an input that
+    requires grad is a RuntimeError. ``value_estimate`` and, with ``steps_to_next_obs``, a discount for each step use
+    TorchRL's own code.
     """
 
     @dispatch
@@ -142,7 +143,7 @@ class GAE(advantages.GAE):
     ) -> None:
         keys, gamma = self.tensor_keys, self.gamma
         value, next_value = self._values(tensordict, params, target_params)
-        # With shifted=True: the steps that there was room for; the last of them ends its trajectory.
+        # With shifted=True: the steps that had room; the last of them ends its trajectory.
         valid = tensordict.get("shifted_valid", default=None)
         data = self._prepare_shifted_tensordict(tensordict, valid, time_dim)
         reward, done = data.get(("next", keys.reward)), data.get(("next", keys.done))
@@ -152,7 +153,7 @@ class GAE(advantages.GAE):
         if steps is not None:
             gamma = gamma.to(reward.device) ** steps.view_as(reward)
         if self.auto_reset_env:
-            # The final observation is lost: the value before it stands in.
+            # The final observation is lost: the value of the one before replaces its value.
             truncated = self._broadcast_optional(tensordict.get(("next", "truncated")), value)
             reward = torch.where(truncated, reward + gamma.to(reward.device) * value, reward)
             terminated = done
@@ -173,7 +174,7 @@ class GAE(advantages.GAE):
     def _values(
         self, tensordict: TensorDictBase, params: TensorDictBase | None, target_params: TensorDictBase | None
     ) -> tuple[Tensor, Tensor]:
-        """V of the observations and of the next ones: from the value network, or as they stand in the tensordict."""
+        """V of the observations and of the next ones: from the value network, or from the tensordict without one."""
         key = self.tensor_keys.value
         if self.value_network is None:
             value, next_value = tensordict.get(key, None), tensordict.get(("next", key), None)

@@ -1,1 +1,1 @@
-"""What a person looks at: evaluations, learning curves, flight paths, films, the view in a terminal."""
+"""What a person looks at: evaluation, learning curves, pictures, video, and the live view of a training."""

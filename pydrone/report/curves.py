@@ -1,4 +1,4 @@
-"""Learning curves of several runs in one picture: those that differ only in the seed are one curve with its spread."""
+"""Learning curves of several runs in one picture. Runs that differ only in the seed form one curve with its spread."""
 
 from __future__ import annotations
 
@@ -11,35 +11,35 @@ from pydrone.ppo.training import run_log as report
 
 X = {"iteration": "iteration", "steps": "environment steps", "time": "time in iterations [min]"}
 
-#: settings in which runs may differ and still count as repetitions of each other
+#: settings in which repetitions of the same run may differ
 REPETITION = ("seed", "run_dir", "resume", "save_interval", "tensorboard")
 
-# A group's result in words is the mean over so many last iterations.
+# The result of a run is its mean over this many last iterations.
 LAST = 10
 
 
 class Curve(NamedTuple):
-    """A run."""
+    """The figures of a run."""
 
     name: str
     settings: Mapping[str, Any]
     """Flat: ``{"ppo.gamma": 0.99, ...}``; empty if unknown."""
     rows: Sequence[Mapping[str, float]]
-    """Figures, an iteration each."""
+    """The figures of each iteration."""
 
 
 class Group(NamedTuple):
-    """Runs that differ in nothing but ``REPETITION``."""
+    """Runs that differ only in ``REPETITION``."""
 
     label: str
     curves: Sequence[Curve]
 
 
 def find(paths: Sequence[str | os.PathLike[str]]) -> list[Path]:
-    """The run folders among ``paths`` and, of a folder that is no run, those in it; each once, in this order.
+    """The run folders among ``paths``, and those inside a folder that is not a run itself; each once, in order.
 
     Raises:
-        FileNotFoundError: neither is there any.
+        FileNotFoundError: a path is not a run folder and contains none.
     """
     found: dict[Path, None] = {}
     for path in map(Path, paths):
@@ -54,17 +54,17 @@ def find(paths: Sequence[str | os.PathLike[str]]) -> list[Path]:
 
 
 def read(run_dir: Path) -> Curve:
-    """Reads a run; ValueError if it has no iteration yet."""
+    """Reads a run; ValueError if it has no iterations yet."""
     rows = report.read(run_dir)
     if not rows:
-        raise ValueError(f"{run_dir / report.PROGRESS}: expected a line an iteration, got none")
+        raise ValueError(f"{run_dir / report.PROGRESS}: expected a line per iteration, got none")
     return Curve(str(run_dir), _flat(report._settings(run_dir)), rows)
 
 
 def group(curves: Sequence[Curve]) -> list[Group]:
-    """Groups runs by their settings, in the order of their first; a run of unknown settings is a group of its own.
+    """Groups runs by their settings, in the order of their first runs. A run of unknown settings is its own group.
 
-    A label tells the settings in which the groups differ; of runs whose settings are unknown it is the folder.
+    A label names the settings in which the groups differ, or the folder of a run whose settings are unknown.
     """
     groups: dict[Any, list[Curve]] = {}
     for curve in curves:
@@ -84,11 +84,11 @@ def group(curves: Sequence[Curve]) -> list[Group]:
 
 
 def points(curve: Curve, figure: str, x: str) -> tuple[list[float], list[float]]:
-    """The run's ``figure`` over ``x``, a key of ``X``; iterations without it are left out."""
+    """The ``figure`` of a run over ``x``, a key of ``X``; iterations without it are left out."""
     xs, ys, steps, minutes = [], [], 0.0, 0.0
     for i, row in enumerate(curve.rows):
         samples = row["steps_per_second"] * row["time/iteration"] if x != "iteration" else 0.0
-        if i == 0:  # of a run that was resumed into another folder the earlier iterations are not here
+        if i == 0:  # a run resumed into another folder lacks the earlier iterations
             steps = samples * (row["iteration"] - 1)
         steps += samples
         minutes += row["time/iteration"] / 60 if x == "time" else 0.0
@@ -99,9 +99,9 @@ def points(curve: Curve, figure: str, x: str) -> tuple[list[float], list[float]]
 
 
 def spread(lines: Sequence[tuple[Sequence[float], Sequence[float]]]) -> tuple[Any, Any, Any, Any]:
-    """Where all of ``lines`` (x, y) are known: x, and the smallest, the mean and the largest y there, NumPy arrays.
+    """x where all ``lines`` (x, y) are defined, and the minimum, mean and maximum of y there, as NumPy arrays.
 
-    Between its own points a line is straight. Empty where they do not overlap.
+    Lines are interpolated linearly between their points. The arrays are empty if the lines do not overlap.
     """
     import numpy as np
 
@@ -122,12 +122,12 @@ def draw(
 
     Args:
         groups: from :func:`group`.
-        path: where to; its ending says in which format.
+        path: the file; its suffix selects the format.
         x: a key of ``X``.
-        figures: names of figures, a panel each; None: those of a run's own learning curve.
+        figures: names of figures, one panel each; None: those of the learning curve of a single run.
 
     Raises:
-        ValueError: no run has such a figure, or there are iterations without the time they took.
+        ValueError: no run has such a figure, or ``x`` needs the time of iterations and it is missing.
     """
     # Not through pyplot, which would look for a display.
     from matplotlib.figure import Figure
@@ -160,7 +160,7 @@ def draw(
     handles = axes.flat[0].get_legend_handles_labels()
     figure.legend(*handles, loc="outside upper center", ncols=1 if len(groups) > 4 else len(groups))
     if any(len(members.curves) > 1 for members in groups):
-        figure.supxlabel("Line: mean of the runs. Band: the smallest to the largest. Thin: each run.", fontsize="small")
+        figure.supxlabel("Line: mean of the runs. Band: minimum to maximum. Thin lines: single runs.", fontsize="small")
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
@@ -168,8 +168,10 @@ def draw(
 
 
 def results(groups: Sequence[Group]) -> list[dict[str, Any]]:
-    """A group each: its label, runs, iterations, and episode length and return at the end as (mean, smallest, largest)
-    over the runs of each run's mean over its last ten iterations; None where no episode ended."""
+    """For each group its label, number of runs and iterations, and the final episode length and return.
+
+    These are (mean, minimum, maximum) over the runs of the mean over the last ten iterations of a run; None if no
+    episode ended in them."""
     rows = []
     for members in groups:
         row: dict[str, Any] = {"label": members.label, "runs": len(members.curves)}

@@ -1,4 +1,4 @@
-"""How well a policy flies: one episode of every environment from its start, nothing drawn by the policy."""
+"""How well a policy flies: one whole episode in every environment, with deterministic actions."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from torch import Tensor
 
 from pydrone.envs.base import Env, Obs
 
-#: how much of an episode's end the distance to the target is taken over
+#: the final distance to the target is taken over this last part of an episode
 FINAL_SECONDS = 5.0
-# The host looks every so many steps whether all episodes have ended.
+# Steps between the host's checks whether all episodes have ended.
 _LOOK = 50
 
 
 class Paths(NamedTuple):
-    """What drones did, step by step, T steps at most: the state each step led to, NaN after an episode's end."""
+    """The states of the drones after each of at most T steps; NaN after the end of an episode."""
 
     dt: float
     """Seconds per step."""
     at_target: float
     """Distance in m below which a target counts as reached."""
     hold: int
-    """Steps in a row that it takes to reach one, at least 1."""
+    """Consecutive steps within this distance that it takes to reach a target, at least 1."""
     distance: Tensor
-    """[T, N] to the target that the step was judged by, m."""
+    """[T, N] to the target of the step, m."""
     pos: Tensor
     """[T, K, 3] of the first K environments, world, m."""
     quat: Tensor
@@ -38,10 +38,10 @@ class Paths(NamedTuple):
 
 
 class Episodes(NamedTuple):
-    """N episodes, one an environment, on the CPU."""
+    """N episodes, one per environment, on the CPU."""
 
     resampled: bool
-    """Whether a target that was reached moved on."""
+    """Whether targets moved once they were reached."""
     length: Tensor
     """[N] int64, steps."""
     crashed: Tensor
@@ -49,7 +49,7 @@ class Episodes(NamedTuple):
     returns: Tensor
     """[N] float32, sum of rewards."""
     paths: Paths | None
-    """None where the environment has no task with drones and targets."""
+    """None if the environment has no task with drones and targets."""
 
 
 @torch.no_grad()
@@ -65,22 +65,23 @@ def fly(
 ) -> Episodes:
     """Flies one episode of every environment, from ``env.reset()``.
 
-    Environments whose ``task`` is a :class:`~pydrone.envs.hover_task.HoverTask` (or has its ``step``, ``target``,
-    ``generator``, ``config`` and ``resample_targets``) are looked at in flight; of others only length, crash and
-    return are known, and ``resample`` and ``seed`` change nothing.
+    Paths are recorded if the ``task`` of the environment is a :class:`~pydrone.envs.hover_task.HoverTask` (or has its
+    ``step``, ``target``, ``generator``, ``config`` and ``resample_targets``). In other environments only length, crash
+    and return are known, and ``resample`` and ``seed`` have no effect.
 
     Args:
         env: the environments.
-        act: actions [N, ...] of observations [N, ...].
-        resample: whether a target that was reached moves on.
+        act: maps observations [N, ...] to actions [N, ...].
+        resample: whether a target moves once it is reached.
         seed: of the targets.
-        max_steps: steps after which an episode is left, which is no crash. None: the environment's limit.
-        traced: of how many environments whole paths are kept, the first ones.
-        ended: told, after each step, which episodes have ended, bool [N], and at the start None, for all of them: what
-            a recurrent policy forgets.
+        max_steps: steps after which an episode is stopped, which does not count as a crash. None: the limit of the
+            environment.
+        traced: the number of environments, from the first, whose whole paths are kept.
+        ended: called with None at the start, for all episodes, and after each step with a bool [N] of those that
+            ended: where a recurrent policy resets its state.
 
     Raises:
-        ValueError: neither ``max_steps`` nor the environment limits an episode.
+        ValueError: neither ``max_steps`` nor the environment limits the episodes.
     """
     limits = [limit for limit in (env.max_episode_length, max_steps) if limit is not None]
     if not limits:
@@ -124,14 +125,14 @@ def fly(
 
 
 def _task(env: Any) -> Any:
-    """The environment's task if it can be looked at, else None."""
+    """The task of the environment if it has what recording needs, else None."""
     task = getattr(env, "task", None)
     needed = ("step", "target", "generator", "config", "resample_targets")
     return task if all(hasattr(task, name) for name in needed) else None
 
 
 class _Watch:
-    """Stands in for a task and notes the drones' state in each step, before the environment resets who has ended."""
+    """Wraps a task and records the drones' states in each step, before the environment resets those that ended."""
 
     def __init__(self, task: Any, steps: int, traced: int) -> None:
         num_envs, device = task.target.shape[0], task.target.device
@@ -161,37 +162,38 @@ class _Watch:
 
 
 def final_distance(paths: Paths, length: Tensor) -> Tensor:
-    """[N]: median distance to the target over the last ``FINAL_SECONDS`` of each episode, or all of a shorter one."""
+    """[N]: median distance to the target over the last ``FINAL_SECONDS`` of each episode, or a shorter one's whole."""
     steps = torch.arange(paths.distance.shape[0])[:, None]
     last = steps >= length - round(FINAL_SECONDS / paths.dt)
     return torch.where(last, paths.distance, math.nan).nanmedian(dim=0).values
 
 
 def targets_reached(episodes: Episodes) -> Tensor | None:
-    """[N] int64: targets reached in each episode; at most one where they do not move on."""
+    """[N] int64: targets reached in each episode, at most one if they do not move; None without paths."""
     if episodes.paths is None:
         return None
     reached = episodes.paths.distance < episodes.paths.at_target
     if episodes.paths.hold > 1:
         held = torch.zeros(reached.shape[1], dtype=torch.int64)
         for step in reached:
-            # a target that moves on has been held for so many steps, one that stays for as many or more
+            # a moving target is held for exactly `hold` steps, a fixed one possibly longer
             held = (held % episodes.paths.hold + 1 if episodes.resampled else held + 1) * step
             step.copy_(held == episodes.paths.hold)
     return reached.sum(dim=0) if episodes.resampled else reached.any(dim=0).long()
 
 
 def success_distance(paths: Paths) -> float:
-    """The final distance in m below which a drone has come to stay at a target that does not move on.
+    """The final distance in m below which a drone counts as staying at a fixed target.
 
-    Twice ``at_target``: in training a target moves on once it is that near, so that nothing teaches to come nearer.
+    Twice ``at_target``: in training a target moves once a drone is within ``at_target``, so that nothing rewards coming
+    closer.
     """
     return 2 * paths.at_target
 
 
 def succeeded(episodes: Episodes, within: float | None = None) -> Tensor | None:
-    """[N] bool: no crash, and, where targets move on, one reached at least; where they do not, a final distance below
-    ``within`` (``success_distance`` by default)."""
+    """[N] bool: no crash, and at least one moving target reached, or, with a fixed target, a final distance below
+    ``within`` (default ``success_distance``). None without paths."""
     if episodes.paths is None:
         return None
     if episodes.resampled:
@@ -205,12 +207,12 @@ def succeeded(episodes: Episodes, within: float | None = None) -> Tensor | None:
 
 
 def summary(episodes: Episodes, within: float | None = None) -> dict[str, Any]:
-    """The figures of a table, plain numbers; distances in m, None where there are none. ``within``: for success."""
+    """The figures of an evaluation as plain numbers, distances in m or None. ``within`` as in :func:`succeeded`."""
     figures: dict[str, Any] = {"episodes": len(episodes.length)}
     success, reached = succeeded(episodes, within), targets_reached(episodes)
     if episodes.paths is not None and success is not None and reached is not None:
         final = final_distance(episodes.paths, episodes.length)
-        finite = final[final.isfinite()].tolist()  # of a state that is not finite there is no distance
+        finite = final[final.isfinite()].tolist()  # a state that is not finite has no distance
         figures["success_rate"] = success.double().mean().item()
         figures["final_distance"] = statistics.median(finite) if finite else None
         figures["final_distance_quartiles"] = quartiles(finite)
@@ -224,7 +226,7 @@ def summary(episodes: Episodes, within: float | None = None) -> dict[str, Any]:
 
 
 def quartiles(values: list[float]) -> list[float] | None:
-    """The first and the third; None of nothing."""
+    """The first and the third quartile; None if there are no values."""
     if len(values) < 2:
         return [values[0]] * 2 if values else None
     first, _, third = statistics.quantiles(values, n=4, method="inclusive")

@@ -1,4 +1,4 @@
-"""The live view of a training in a terminal: progress, time left, episodes, reward terms, where the time goes."""
+"""The live view of a training in a terminal: progress, time left, episodes, reward terms, time per stage."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pydrone.ppo.training.meters import stages_of
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
-# Seconds from one picture to the next, at least.
+# Minimum seconds between two updates.
 INTERVAL = 0.1
 
 REWARD = "env/reward/"
@@ -35,16 +35,16 @@ LEARNING = (
 
 
 def possible(stream: TextIO) -> bool:
-    """Whether ``stream`` is a terminal that can be drawn on, and rich is installed."""
+    """Whether ``stream`` is a terminal that supports drawing, and rich is installed."""
     return stream.isatty() and os.environ.get("TERM") not in ("dumb", "unknown") and find_spec("rich") is not None
 
 
 class LiveView:
-    """Draws below what is printed, anew after each iteration; needs rich. Used in a ``with`` statement.
+    """A view below the printed lines, updated after each iteration. Needs rich. Use it in a ``with`` statement.
 
     Args:
-        title: what is trained, in a line.
-        console: rich's; None: standard output.
+        title: one line about the training.
+        console: a rich console; None: standard output.
     """
 
     def __init__(self, title: str, console: Console | None = None) -> None:
@@ -53,7 +53,7 @@ class LiveView:
 
         self.title = title
         self.console = console or Console()
-        # Without a thread of its own: it would take time from the training, and meet signal handlers that print.
+        # No refresh thread: it would take time from the training and interfere with signal handlers that print.
         self._live = Live(console=self.console, auto_refresh=False)
         self._drawn = -math.inf
 
@@ -69,7 +69,7 @@ class LiveView:
         self.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def show(self, figures: Mapping[str, float], iterations: int, left: float) -> None:
-        """Draws an iteration's figures; ``iterations`` in all, ``left`` seconds."""
+        """Shows the figures of an iteration, out of ``iterations``, with ``left`` seconds to go."""
         now = time.monotonic()
         due = now - self._drawn >= INTERVAL or figures["iteration"] >= iterations
         if due:
@@ -78,7 +78,7 @@ class LiveView:
 
 
 def picture(title: str, figures: Mapping[str, float], iterations: int, left: float) -> RenderableType:
-    """What the view shows."""
+    """The contents of the view."""
     from rich.console import Group
     from rich.progress_bar import ProgressBar
     from rich.table import Table
@@ -102,7 +102,7 @@ def picture(title: str, figures: Mapping[str, float], iterations: int, left: flo
     shares["other"] = max(0.0, whole - sum(shares.values()))
     columns = {
         "episode": ((label, _number(figures.get(name), form)) for label, name, form in EPISODES),
-        "reward a step": ((name, _number(x, "{:+.1e}")) for name, x in rewards.items()),
+        "reward per step": ((name, _number(x, "{:+.1e}")) for name, x in rewards.items()),
         "learning": ((label, _number(figures.get(name), form)) for label, name, form in LEARNING),
         f"time, {whole:.2f} s": ((stage, f"{x / whole:.0%}") for stage, x in shares.items()),
     }
@@ -126,5 +126,5 @@ def _table(rows: Iterable[tuple[str, str]]) -> Any:
 
 
 def _number(x: float | None, form: str) -> str:
-    """A dash for what is not known, as an episode's figures are before one has ended."""
+    """``x`` formatted, or a dash if it is unknown, as are the figures of episodes before one has ended."""
     return "-" if x is None or math.isnan(x) else form.format(x)

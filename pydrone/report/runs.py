@@ -1,4 +1,4 @@
-"""What a training left in its folder: the newest checkpoint, its settings, its policy."""
+"""The results of a training, loaded from its folder: newest checkpoint, settings, policy."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from pydrone.ppo.training import checkpoint
 
 
 class Run(NamedTuple):
-    """A run as it is loaded."""
+    """A loaded run."""
 
     folder: Path
     checkpoint: Path
     iteration: int
     settings: Mapping[str, Any]
-    """The training's configuration, nested mappings of plain values."""
+    """The configuration of the training: nested mappings of plain values."""
     state: Mapping[str, Any]
     """The checkpoint, see :meth:`pydrone.ppo.trainer.Trainer.state_dict`."""
 
 
 def checkpoint_of(run: str | os.PathLike[str]) -> Path:
-    """``run`` itself if it is a file, else the newest checkpoint of that folder that can be loaded.
+    """``run`` itself if it is a file, else the newest checkpoint in that folder that can be loaded.
 
-    Raises FileNotFoundError where there is none.
+    Raises FileNotFoundError if there is none.
     """
     path = Path(run)
     if not path.exists():
@@ -46,12 +46,12 @@ def load(run: str | os.PathLike[str], device: torch.device | str = "cpu") -> Run
     """Loads a run.
 
     Args:
-        run: its folder, of which the newest checkpoint is taken, or a checkpoint.
-        device: where tensors go.
+        run: its folder (the newest checkpoint is used), or a checkpoint.
+        device: where the tensors live.
 
     Raises:
         OSError: there is no such folder or file, or no checkpoint in it.
-        ValueError: the checkpoint is none of a training.
+        ValueError: the file is not a checkpoint of a training.
     """
     path = checkpoint_of(run)
     state = read_checkpoint(path, device)
@@ -59,11 +59,11 @@ def load(run: str | os.PathLike[str], device: torch.device | str = "cpu") -> Run
 
 
 def load_policy(run: Run, env: Env) -> ActorCritic:
-    """The run's policy on ``env``'s device, to fly ``env``.
+    """The policy of the run, on the device of ``env``.
 
     Raises:
-        ValueError: the environment's observations or actions are not those the policy was trained with, or the run
-            holds no such policy.
+        ValueError: the environment has other observations or actions than the policy was trained with, or the run has
+            no valid policy.
     """
     try:
         settings = PPOConfig(**run.settings["ppo"])

@@ -1,4 +1,4 @@
-"""A picture of evaluated episodes: flight paths in space, and the distance to the target over time."""
+"""A picture of evaluated episodes: 3-D flight paths, and the distance to the target over time."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import torch
 
 from pydrone.report.evaluation import Episodes, Paths
 
-# So many paths are drawn; where targets move on, each is a tangle of its own.
+# Number of paths drawn with a fixed target, and with moving targets, where paths are longer and overlap.
 PATHS, TANGLED = 6, 2
 
 
 def draw(title: str, evaluated: Sequence[Episodes], path: str | os.PathLike[str]) -> Path:
-    """Writes the picture, a column for each of ``evaluated``, all of which have ``paths``. Needs matplotlib."""
+    """Writes the picture, with a column for each of ``evaluated``, which must have ``paths``. Needs matplotlib."""
     # Not through pyplot, which would look for a display.
     from matplotlib.figure import Figure
 
@@ -26,7 +26,7 @@ def draw(title: str, evaluated: Sequence[Episodes], path: str | os.PathLike[str]
         assert episodes.paths is not None
         space = figure.add_subplot(grid[0, column], projection="3d")
         shown = _draw_paths(space, episodes, episodes.paths)
-        name = "targets that move on" if episodes.resampled else "one target an episode"
+        name = "moving targets" if episodes.resampled else "one target per episode"
         space.set_title(f"{name} ({shown} of {len(episodes.length)} episodes)")
         panel = figure.add_subplot(grid[1, column])
         _draw_distances(panel, episodes.paths, shown)
@@ -38,14 +38,14 @@ def draw(title: str, evaluated: Sequence[Episodes], path: str | os.PathLike[str]
 
 
 def _draw_paths(space: Any, episodes: Episodes, paths: Paths) -> int:
-    """Returns how many were drawn."""
+    """Returns the number of paths drawn."""
     shown = min(paths.pos.shape[1], TANGLED if episodes.resampled else PATHS)
     start = paths.pos[0, :shown].nanmean(dim=0).tolist()
     space.scatter(*([x] for x in start), color="black", s=25, label="start")
     crashes: list[torch.Tensor] = []
     for k in range(shown):
         flown = paths.pos[: int(episodes.length[k]), k]
-        flown = flown[flown.isfinite().all(dim=-1)]  # a crash may be a state of NaN
+        flown = flown[flown.isfinite().all(dim=-1)]  # a crash may leave a state of NaN
         if episodes.crashed[k]:
             crashes.extend(flown[-1:])
         space.plot(*flown.T.tolist(), color=f"C{k}", linewidth=1)
@@ -54,7 +54,7 @@ def _draw_paths(space: Any, episodes: Episodes, paths: Paths) -> int:
         space.scatter(*targets.T.tolist(), color=f"C{k}", marker="*", s=90, depthshade=False, **label)
     if crashes:
         space.scatter(*torch.stack(crashes).T.tolist(), color="red", marker="x", s=60, depthshade=False, label="crash")
-    # The same scale along all axes; never so close that millimetres look like a journey.
+    # The same scale on all axes, and at least 1 m, so that a hover of millimetres does not fill the picture.
     points = torch.cat((paths.pos[:, :shown], paths.target[:, :shown])).flatten(0, 1)
     points = points[points.isfinite().all(dim=-1)]
     low, high = points.amin(dim=0), points.amax(dim=0)
@@ -68,7 +68,7 @@ def _draw_paths(space: Any, episodes: Episodes, paths: Paths) -> int:
 
 
 def _draw_distances(panel: Any, paths: Paths, shown: int) -> None:
-    """The paths' own distances, and the median and the quartiles of all episodes that are still flying."""
+    """The distances of single paths, and the median and quartiles of all episodes still in flight."""
     seconds = (torch.arange(len(paths.distance)) + 1) * paths.dt
     for k in range(shown):
         panel.plot(seconds, paths.distance[:, k], color=f"C{k}", linewidth=0.7, alpha=0.6)

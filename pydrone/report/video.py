@@ -1,6 +1,6 @@
-"""A video of a flight: the recorded path of one drone, shown by a camera in a Genesis scene, without a window.
+"""A video of a flight: the recorded path of one drone, rendered off-screen by a camera in a Genesis scene.
 
-The flight is replayed, not flown again: it shows what was evaluated, whichever environment that was.
+The recorded path is replayed, not simulated again, so the video shows what was evaluated, in any environment.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from pydrone.report.evaluation import Paths
 FPS = 25
 RESOLUTION = (960, 720)
 FIELD_OF_VIEW = 45  # degrees
-# The camera stays behind the drone, as seen from the target, so that both are in view.
+# The camera stays behind the drone as seen from the target, so that both are in view.
 BEHIND, ABOVE = 0.7, 0.3  # m
-LAG = 0.3  # s, in which the camera turns most of the way to a new target
-NEAR = 0.3  # m; closer to its target than this the drone is followed without turning
+LAG = 0.3  # s, time constant of the camera's turn to a new target
+NEAR = 0.3  # m; closer to the target than this, the camera does not turn
 
 
 def missing() -> list[str]:
-    """The modules that are needed and not installed."""
+    """The packages that are needed and not installed."""
     return [name for name, module in {"genesis-world": "genesis", "av": "av"}.items() if find_spec(module) is None]
 
 
@@ -41,17 +41,17 @@ def render(
     """Writes an H.264 video of ``paths.pos[:length, drone]`` in real time.
 
     Args:
-        paths: what was flown.
+        paths: the recorded paths.
         length: steps of the episode.
-        out: the file; its name ends in .mp4.
-        device: Genesis' device, if it was not initialised before.
+        out: the file, with the suffix .mp4.
+        device: Genesis' device, if Genesis is not initialised yet.
         seed: Genesis' seed.
-        drone: which path.
+        drone: the index of the path.
 
     Raises:
-        ValueError: ``out`` has another ending.
+        ValueError: ``out`` has another suffix.
         ImportError: genesis-world is missing.
-        RuntimeError: there is no OpenGL to render with.
+        RuntimeError: OpenGL is not available for rendering.
     """
     out = Path(out)
     if out.suffix.lower() != ".mp4":
@@ -65,13 +65,13 @@ def render(
         scene, body, ball, camera = _scene(gs)
     except ImportError:
         raise
-    except Exception as error:  # of whatever kind: what is missing shows in the depths of OpenGL's bindings
+    except Exception as error:  # of any type: a missing part shows up deep in the OpenGL bindings
         raise RuntimeError(
             "video: Genesis could not set up its off-screen camera, which needs OpenGL by EGL (libegl1): "
             f"{type(error).__name__}: {error}"
         ) from error
     poses = torch.cat((paths.pos, paths.quat), dim=-1)[:length, drone]
-    poses = poses[: int(poses.isfinite().all(dim=-1).long().cumprod(0).sum())]  # a crash may be a state of NaN
+    poses = poses[: int(poses.isfinite().all(dim=-1).long().cumprod(0).sum())]  # a crash may leave a state of NaN
     targets = paths.target[:length, drone]
     frames = [min(round(i / (FPS * paths.dt)), len(poses) - 1) for i in range(math.ceil(len(poses) * paths.dt * FPS))]
     cameras = camera_path(poses[:, :3], targets, frames)
@@ -86,7 +86,7 @@ def render(
                 body.set_qpos(poses[step].to(gs.device))
                 ball.set_pos(targets[step].to(gs.device))
                 camera.set_pose(pos=eye, lookat=look, up=(0.0, 0.0, 1.0))
-                # Without force Genesis draws again only after a step of the simulation.
+                # Without force_render, Genesis only draws again after a simulation step.
                 image = camera.render(force_render=True)[0]
                 for packet in stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")):
                     container.mux(packet)
@@ -102,12 +102,12 @@ def render(
 def camera_path(
     pos: Tensor, target: Tensor, frames: list[int]
 ) -> list[tuple[tuple[float, float, float], tuple[float, float, float]]]:
-    """Where the camera stands in each frame, and what it looks at: behind and above the drone, towards the target.
+    """The position of the camera and the point it looks at, for each frame: behind and above the drone, to the target.
 
     Args:
-        pos: [T, 3] of the drone, m.
-        target: [T, 3] of its target, m.
-        frames: the steps that are shown.
+        pos: [T, 3] positions of the drone, m.
+        target: [T, 3] positions of its target, m.
+        frames: the step shown in each frame.
     """
     shots = []
     heading = math.atan2(*(target[0] - pos[0])[[1, 0]].tolist())

@@ -5,7 +5,7 @@ import torch
 
 from pydrone.envs import make
 from pydrone.envs.course_task import CourseConfig, CourseTask
-from pydrone.envs.hover_task import DroneState, rotate_inverse
+from pydrone.envs.drone import DroneState, rotate_inverse
 from pydrone.envs.quadrotor import GRAVITY, QuadrotorCourse, wrench_matrix
 from pydrone.ppo.config import PPOConfig, TrainConfig
 from pydrone.ppo.trainer import Trainer

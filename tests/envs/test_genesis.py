@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from pydrone.envs import Randomization, make
+from pydrone.envs.drone import propeller_rpm, roll_pitch, yaw
 from pydrone.envs.genesis_hover import GenesisHover
-from pydrone.envs.hover_task import observe, propeller_rpm, roll_pitch, yaw
+from pydrone.envs.hover_task import observe
 from pydrone.envs.quadrotor import Quadrotor, QuadrotorCourse
 
 pytest.importorskip("genesis")

@@ -6,21 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from pydrone.envs.hover_task import (
-    REWARDS,
-    Constants,
-    DroneState,
-    HoverConfig,
-    HoverTask,
-    clip_actions,
-    crashed,
-    observe,
-    propeller_rpm,
-    reward_terms,
-    roll_pitch,
-    rotate_inverse,
-    yaw,
-)
+from pydrone.envs.drone import DroneState, clip_actions, propeller_rpm, roll_pitch, rotate_inverse, yaw
+from pydrone.envs.hover_task import REWARDS, Constants, HoverConfig, HoverTask, crashed, observe, reward_terms
 
 C = Constants.of(HoverConfig())
 ONE = (1.0, 0.0, 0.0, 0.0)

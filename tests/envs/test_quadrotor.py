@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pydrone.envs import Randomization
-from pydrone.envs.hover_task import yaw
+from pydrone.envs.drone import yaw
 from pydrone.envs.quadrotor import GRAVITY, KF, MASS, Quadrotor, QuadrotorCourse, wrench_matrix
 
 

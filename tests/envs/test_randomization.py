@@ -8,7 +8,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pydrone.envs import Randomization, make
-from pydrone.envs.hover_task import DroneState, HoverConfig
+from pydrone.envs.drone import DroneState
+from pydrone.envs.hover_task import HoverConfig
 from pydrone.envs.quadrotor import GRAVITY, Quadrotor
 from pydrone.envs.randomizer import Randomizer
 

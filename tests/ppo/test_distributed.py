@@ -18,6 +18,7 @@ import ranks_worker as worker
 import torch
 
 from pydrone.cli import main as cli
+from pydrone.cli.common import device_of
 from pydrone.envs import make
 from pydrone.ppo.config import PPOConfig, TrainConfig
 from pydrone.ppo.distributed import ALONE, Launch, MeanGradients, Ranks, merge_moments
@@ -325,11 +326,11 @@ def test_a_gpu_that_has_a_number_already(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     seen = []
     monkeypatch.setattr(torch.cuda, "set_device", seen.append)
-    assert cli._device(None, 1) == torch.device("cuda:1") == seen[0]
+    assert device_of(None, 1) == torch.device("cuda:1") == seen[0]
     with pytest.raises(ValueError, match=r"--device cuda:1: expected cuda, each of several processes takes that of"):
-        cli._device("cuda:1", 0)
+        device_of("cuda:1", 0)
     with pytest.raises(ValueError, match=r"cuda:2, of LOCAL_RANK: expected one of 2 CUDA devices"):
-        cli._device("cuda", 2)
+        device_of("cuda", 2)
 
 
 SMALL = ("--env", "quadrotor", "--device", "cpu", "--num-envs", "8", "--num-steps", "8", "--hidden-dims", "16", "16")

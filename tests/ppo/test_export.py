@@ -332,8 +332,10 @@ def test_the_command(run_dir, format, capsys):
     assert main(["export", str(run_dir), "--format", format]) == 0
     said = capsys.readouterr().out
     path = run_dir / f"policy{export.FORMATS[format]}"
-    assert said.startswith(f"{path}: 17 observations to 4 actions, clipped to [-1, 1]; of iteration 10 of {run_dir}")
-    assert re.search(r"Checked with .+ for \d+ inputs: at most \d\.\de-?\+?\d+ from the policy's own actions", said)
+    assert said.startswith(f"{path}: 17 observations to 4 actions, clipped to [-1, 1]; from iteration 10 of {run_dir}")
+    assert re.search(
+        r"Checked with .+ on \d+ inputs: actions differ from the policy's by at most \d\.\de-?\+?\d+", said
+    )
     found = metadata(path, format)
     assert found["env"] == "quadrotor" and found["iteration"] == "10"
     torch.manual_seed(10)
@@ -347,7 +349,7 @@ def test_a_checkpoint_a_file_and_limits_of_ones_own(run_dir, tmp_path, capsys):
     out = tmp_path / "drone.ts"
     arguments = ["--format", "torchscript", "--out", str(out), "--clip", "-0.1", "0.05"]
     assert main(["export", str(run_dir / "model_9.pt"), *arguments]) == 0
-    assert "clipped to [-0.1, 0.05]; of iteration 9" in capsys.readouterr().out
+    assert "clipped to [-0.1, 0.05]; from iteration 9" in capsys.readouterr().out
     actions = torch.jit.load(str(out))(30 * torch.randn(50, 17))
     torch.testing.assert_close(torch.stack(actions.aminmax()), torch.tensor([-0.1, 0.05]), rtol=0, atol=0)
 

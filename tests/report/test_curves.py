@@ -145,7 +145,7 @@ def test_what_cannot_be_plotted_is_one_sentence(four, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     empty = write(tmp_path / "empty", [])
     for argv, message in (
-        ((empty,), f"{empty}/progress.jsonl: expected a line an iteration, got none"),
+        ((empty,), f"{empty}/progress.jsonl: expected a line per iteration, got none"),
         ((tmp_path / "gone",), f"{tmp_path}/gone: no run folder, and none in it: expected a file progress.jsonl"),
     ):
         assert cli.main(["plot", *map(str, argv)]) == 1

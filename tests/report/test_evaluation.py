@@ -11,7 +11,8 @@ import torch
 from pydrone.cli import eval as command
 from pydrone.cli import main as cli
 from pydrone.envs import Randomization
-from pydrone.envs.hover_task import DroneState, HoverConfig, HoverTask
+from pydrone.envs.drone import DroneState
+from pydrone.envs.hover_task import HoverConfig, HoverTask
 from pydrone.envs.quadrotor import Quadrotor
 from pydrone.ppo.config import PPOConfig, TrainConfig
 from pydrone.ppo.trainer import Trainer
@@ -151,7 +152,7 @@ def test_an_environment_without_a_task():
     assert flown.paths is None and evaluation.succeeded(flown) is None and flown.length.tolist() == [20, 4, 1]
     figures = evaluation.summary(flown)
     assert set(figures) == {"episodes", "crash_rate", "episode_length", "episode_return"}
-    assert "steps of an episode" in command.table({"mine": figures})
+    assert "episode steps" in command.table({"mine": figures})
     env.max_episode_length = None
     with pytest.raises(ValueError, match="max_steps: expected a number of steps"):
         fly(env)
@@ -166,7 +167,7 @@ def test_table():
     figures = {"success_rate": 0.125, "final_distance": None, "final_distance_quartiles": None, "crash_rate": 1.0}
     lines = command.table({"fixed target": figures, "b": figures | {"targets_reached": 2.0}}).splitlines()
     assert [line.split("  ")[-1].strip() for line in lines] == ["b", lines[1], "12.5 %", "-", "-", "2.00", "100.0 %"]
-    assert lines[5].startswith("targets reached an episode") and lines[5].split()[-2] == "-"
+    assert lines[5].startswith("targets reached per episode") and lines[5].split()[-2] == "-"
     assert len({len(line) for line in lines}) == 1
 
 

@@ -51,7 +51,7 @@ def test_what_it_shows():
     assert re.fullmatch(r"━+\S? +142/301  left 1:02:05  67,123 steps/s", bar.strip())
     whole = 110 - len("  142/301  left 1:02:05  67,123 steps/s")
     assert bar.count("━") == pytest.approx(whole * 142 / 301, abs=1)
-    assert head.split() == ["episode", "reward", "a", "step", "learning", "time,", "2.00", "s"]
+    assert head.split() == ["episode", "reward", "per", "step", "learning", "time,", "2.00", "s"]
     text = "\n".join(rows)
     for expected in (
         r"length +812\.4 ",
@@ -85,7 +85,7 @@ def test_what_is_not_known_yet_is_a_dash():
     unknown = dict.fromkeys(("episode_length", "episode_return", "success_rate"), math.nan)
     figures = {name: x for name, x in FIGURES.items() if not name.startswith("env/")} | unknown
     text = "\n".join(drawn(figures))
-    assert "nan" not in text and "reward a step" not in text
+    assert "nan" not in text and "reward per step" not in text
     assert re.search(r"length +- ", text) and re.search(r"success +- ", text)
 
 

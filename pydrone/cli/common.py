@@ -1,0 +1,47 @@
+"""Shared by the commands: the error line on stderr, and the device."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+
+def fail(error: Exception | str) -> int:
+    """Prints the message as one line on stderr, whatever line breaks it has, and returns the exit status 1."""
+    message = " ".join(str(error).split()) or type(error).__name__
+    print(f"pydrone: {message}", file=sys.stderr)
+    return 1
+
+
+def not_installed(*modules: str, extra: str = "train") -> str:
+    """The message that ``modules``, which the optional dependencies ``extra`` install, are missing."""
+    them = "it" if len(modules) == 1 else "them"
+    return f'{", ".join(modules)} not installed; `pip install "pydrone-rl[{extra}]"` installs {them}'
+
+
+def device_of(name: str | None, local_rank: int | None = None) -> torch.device:
+    """The device called ``name``, checked to exist; None: cuda if there is a CUDA device, else cpu.
+
+    ``local_rank``: the index of this process on its machine if there are several, which selects the CUDA device.
+    ValueError: there is no such device.
+    """
+    import torch
+
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError:
+        raise ValueError(f"--device {name}: expected cpu, cuda, cuda:1, ...") from None
+    if local_rank is not None and device.type == "cuda":
+        if device.index is not None:
+            raise ValueError(f"--device {name}: expected cuda, each of several processes takes that of its LOCAL_RANK")
+        device, name = torch.device("cuda", local_rank), f"cuda:{local_rank}, of LOCAL_RANK"
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device {name}: this PyTorch finds no CUDA device")
+    if device.type == "cuda" and device.index is not None:
+        if device.index >= torch.cuda.device_count():
+            raise ValueError(f"--device {name}: expected one of {torch.cuda.device_count()} CUDA devices, from cuda:0")
+        torch.cuda.set_device(device)  # kernels and events use the current device
+    return device
