@@ -93,8 +93,7 @@ def _train(argv: list[str]) -> int:
 
     from pydrone.ppo import distributed
     from pydrone.ppo.trainer import Trainer, nothing_to_do, read_checkpoint
-    from pydrone.ppo.training import run_log as report
-    from pydrone.report import live
+    from pydrone.report import learning_curve, live
 
     env = None
     try:
@@ -150,7 +149,7 @@ def _train(argv: list[str]) -> int:
         if env is not None:
             env.close()
     if outcome.figures and ranks.rank == 0:
-        print(f"Learning curve: {report.plot(run_dir)}")
+        print(f"Learning curve: {learning_curve.plot(run_dir)}")
     return 0
 
 

@@ -18,7 +18,7 @@ import pydrone
 from pydrone.cli import main as cli
 from pydrone.envs import Randomization, TaskOptions
 from pydrone.ppo.config import PPOConfig, TrainConfig
-from pydrone.ppo.training import run_log as report
+from pydrone.report import learning_curve
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -336,53 +336,6 @@ def test_says_why_the_slow_backend_runs(here, monkeypatch, capsys):
     assert "Backend reference" not in capsys.readouterr().out
 
 
-def test_learning_curve(tmp_path, monkeypatch):
-    """Integer ticks, a title of the settings, marked points in a short run, the target as a line."""
-    pytest.importorskip("matplotlib")
-    from matplotlib.figure import Figure
-
-    figures = []
-    monkeypatch.setattr(Figure, "savefig", lambda self, path, **_: figures.append(self))
-
-    def draw(iterations: int, **settings) -> Figure:
-        (tmp_path / report.CONFIG).write_text(json.dumps(settings))
-        (tmp_path / report.PROGRESS).unlink(missing_ok=True)
-        log = report.RunLog(tmp_path, tensorboard=False)
-        for i in range(iterations):
-            log.write({"iteration": i + 1, "episode_length": 10.0 * i})
-        log.close()
-        report.plot(tmp_path)
-        return figures[-1]
-
-    short = draw(3, env="quadrotor", num_envs=16, seed=4, target_episode_length=900.0)
-    assert short.get_suptitle() == "quadrotor, 16 environments, seed 4"
-    length = short.axes[0]
-    assert length.lines[0].get_marker() == "." and list(length.lines[1].get_ydata()) == [900, 900]
-    assert all(float(x).is_integer() for x in short.axes[-1].get_xticks())
-    long = draw(200, env="quadrotor")
-    assert long.get_suptitle() == "quadrotor"
-    assert long.axes[0].lines[0].get_marker() == "None" and len(long.axes[0].lines) == 1
-    (tmp_path / report.CONFIG).unlink()
-    report.plot(tmp_path)
-    assert figures[-1].get_suptitle() == ""
-
-
-def test_figures_of_a_run_read_back(tmp_path):
-    """What is not finite is left out, a torn line skipped, an iteration done again counts as its later self."""
-    log = report.RunLog(tmp_path, tensorboard=False)
-    log.write({"iteration": 1, "episode_length": float("nan"), "kl": 0.5})
-    log.write({"iteration": 2, "episode_length": 60.0, "kl": 0.25})
-    log.close()
-    with open(tmp_path / report.PROGRESS, "a") as file:
-        file.write('{"iteration": 3, "epi\n')
-    log = report.RunLog(tmp_path, tensorboard=False)
-    log.write({"iteration": 2, "episode_length": 61.0})
-    log.close()
-    assert report.read(tmp_path) == [{"iteration": 1, "kl": 0.5}, {"iteration": 2, "episode_length": 61.0}]
-    pytest.importorskip("matplotlib")
-    assert report.plot(tmp_path).read_bytes().startswith(b"\x89PNG")
-
-
 def test_memory_hands_its_arguments_on(monkeypatch):
     seen = []
     module = types.ModuleType("pydrone.memory")
@@ -443,7 +396,7 @@ def test_the_file_of_a_run_repeats_it(here, tmp_path, capsys):
     """Into a folder of its own, with equal figures; its settings are those of the first."""
     assert here("--run-dir", "first", "--lr", "1e-3", "--seed", "6") == 0
     assert cli.main(["train", "--config", "first/config.toml", "--run-dir", "second"]) == 0
-    first, second = (report.read(tmp_path / name)[-1] for name in ("first", "second"))
+    first, second = (learning_curve.read(tmp_path / name)[-1] for name in ("first", "second"))
     assert first["value_loss"] == second["value_loss"] and first["reward"] == second["reward"]
     texts = [(tmp_path / name / "config.toml").read_text() for name in ("first", "second")]
     assert texts[0].replace('run_dir = "first"', "") == texts[1].replace('run_dir = "second"', "")
@@ -461,7 +414,7 @@ def test_resuming_a_run_by_its_folder(here, tmp_path, capsys):
     assert f"Passed over: {Path('parts', 'model_3.pt')}: expected a checkpoint, got a file whose checksum" in said
     assert f"Resuming from {Path('parts', 'model_2.pt')}\n" in said and "4/4  reward" in said
     assert "begin anew" not in said
-    a, b = (report.read(tmp_path / name) for name in ("whole", "parts"))
+    a, b = (learning_curve.read(tmp_path / name) for name in ("whole", "parts"))
     timed = ("time/", "steps_per_second")
     assert [{k: x for k, x in row.items() if not k.startswith(timed)} for row in a] == [
         {k: x for k, x in row.items() if not k.startswith(timed)} for row in b
@@ -562,7 +515,7 @@ def test_weights_and_biases(here, monkeypatch, tmp_path):
     }
     assert run.arguments["config"]["num_envs"] == 2 and run.arguments["config"]["ppo"]["gamma"] == 0.99
     assert [row["train/iteration"] for row in run.rows] == [1, 2] and run.finished
-    logged = report.read(tmp_path / "with")[-1]
+    logged = learning_curve.read(tmp_path / "with")[-1]
     assert run.rows[-1] == {name if "/" in name else f"train/{name}": x for name, x in logged.items()}
     assert run.metrics == [("train/iteration", {}), ("*", {"step_metric": "train/iteration"})]
     assert cli.main(["train", "--resume", "with", "--iterations", "3"]) == 0
@@ -575,11 +528,3 @@ def test_without_weights_and_biases_one_sentence_says_what_to_install(here, maki
     monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: None if name == "wandb" else found(name))
     assert here("--wandb") == 1
     assert capsys.readouterr().err == 'pydrone: wandb not installed; `pip install "pydrone-rl[wandb]"` installs it\n'
-
-
-def test_a_line_that_was_cut_does_not_take_the_next_one_along(tmp_path):
-    (tmp_path / report.PROGRESS).write_text('{"iteration": 1}\n{"iteration": 2, "epi')
-    log = report.RunLog(tmp_path, tensorboard=False)
-    log.write({"iteration": 2, "kl": 0.5})
-    log.close()
-    assert report.read(tmp_path) == [{"iteration": 1}, {"iteration": 2, "kl": 0.5}]
