@@ -355,7 +355,8 @@ static void backward(const MlpNet& net, const float* x, int64_t ld, int64_t coun
 
 // ------------------------------------------------------------------------------------------------------- the loss
 
-// The formulas are those of pydrone/ppo/learner/loss.py. Means become sums here, and `share` the factor of their derivatives.
+// The formulas are those of pydrone/ppo/learner/loss.py and pydrone/ppo/policy/distributions.py. Means become sums here,
+// and `share` the factor of their derivatives.
 
 PYDRONE_IN Ints samples(int64_t n, int64_t count) {
   Ints index;

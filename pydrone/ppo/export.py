@@ -27,6 +27,8 @@ import torch
 from torch import Tensor, nn
 
 from pydrone._version import __version__
+from pydrone.ppo.config import PPOConfig
+from pydrone.ppo.policy.make import make_policy
 
 FORMATS = {"onnx": ".onnx", "torchscript": ".pt", "safetensors": ".safetensors"}
 # What a format is written and checked with.
@@ -240,7 +242,7 @@ def save(
 def _plain(policy: nn.Module) -> nn.Module:
     """A copy on the CPU, in float32 throughout."""
     policy = copy.deepcopy(policy).cpu().float().eval()
-    policy.autocast, policy._rounded = False, None
+    policy.autocast, policy.obs_dtype = False, torch.float32
     return policy
 
 
@@ -422,9 +424,6 @@ def policy_of(state: Mapping[str, Any]) -> nn.Module:
 
     Raises ValueError where the checkpoint holds no such policy.
     """
-    from pydrone.ppo.config import PPOConfig
-    from pydrone.ppo.policy.actor_critic import make_policy
-
     try:
         weights, settings = state["policy"], state["config"]["ppo"]
         # Whatever groups of observations they are, each network sees them side by side.

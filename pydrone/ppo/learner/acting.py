@@ -11,11 +11,10 @@ from torch import Tensor
 
 from pydrone.ops.schema import packed_size
 from pydrone.ppo.learner import fused
-from pydrone.ppo.policy.actor_critic import ActorCritic
+from pydrone.ppo.policy.actor_critic import ActorCritic, PolicyStep
 
 if TYPE_CHECKING:
     from pydrone.buffer import RolloutBuffer
-    from pydrone.ppo.learner.learner import Learner
 
 Obs = Tensor | Mapping[str, Tensor]
 Ends = Mapping[str, Any]
@@ -34,17 +33,24 @@ class ActAndStore(Protocol):
 class Acting:
     """One call after another, for every policy and buffer."""
 
-    def __init__(self, learner: Learner, buffer: RolloutBuffer, lap: Callable[[str], None]) -> None:
-        self._learner, self._buffer, self._lap = learner, buffer, lap
+    def __init__(
+        self,
+        policy: ActorCritic,
+        buffer: RolloutBuffer,
+        lap: Callable[[str], None],
+        act: Callable[[Obs], PolicyStep] | None = None,
+    ) -> None:
+        self._policy, self._buffer, self._lap = policy, buffer, lap
+        self._act = policy.act if act is None else act
 
     def __call__(self, obs: Obs, ends: Ends | None = None) -> Tensor:
-        learner, buffer = self._learner, self._buffer
+        buffer = self._buffer
         if ends is not None:
             buffer.end(**ends)
             self._lap("storage")
-        step = learner.act(obs)
+        step = self._act(obs)
         self._lap("policy")
-        stored = learner.policy.stored(step)
+        stored = self._policy.stored(step)
         buffer.begin(obs=obs, actions=step.actions, values=step.values, log_probs=step.log_probs, **stored)
         self._lap("storage")
         return step.actions

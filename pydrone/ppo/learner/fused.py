@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from pydrone.estimators import check_tensor
 from pydrone.ops import native
 from pydrone.ops.schema import ACTIVATIONS
-from pydrone.ppo.learner.loss import gaussian_entropy
 from pydrone.ppo.policy.actor_critic import ActorCritic, PolicyStep
+from pydrone.ppo.policy.distributions import gaussian_entropy
 from pydrone.rollout.minibatch import Drawn, Minibatch
 
 if TYPE_CHECKING:
@@ -69,8 +69,8 @@ def fused_update(
     """As ``loss.backward()`` on PPO's loss of a minibatch: adds its gradients to the parameters' ``.grad``.
 
     Any optimiser, clipping and all-reduce go on from there. The loss is
-    surrogate + value_loss_coef * value loss - entropy_coef * entropy, see :mod:`pydrone.ppo.learner.loss`; B = samples,
-    A = action dimensions. float32, on the CPU; half-precision inputs are widened.
+    surrogate + value_loss_coef * value loss - entropy_coef * entropy, see :mod:`pydrone.ppo.learner.loss` and
+    :mod:`pydrone.ppo.policy.distributions`; B = samples, A = action dimensions. float32, on the CPU; half-precision inputs are widened.
 
     Args:
         actor, critic: ``nn.Sequential`` of ``nn.Linear`` with tanh, ELU, ReLU or SiLU between them.
@@ -365,8 +365,8 @@ def act_arguments(
 ) -> tuple:
     """Those of ``ppo_act``; ``networks`` are :func:`parameters_of`."""
     seen = _inputs(policy, obs)
-    if policy._rounded is not None:  # as it is stored, and will be learnt from
-        seen = tuple([policy._float(x) for x in groups] for groups in seen)
+    if policy.obs_dtype != torch.float32:  # as it is stored, and will be learnt from
+        seen = tuple([policy.rounded(x) for x in groups] for groups in seen)
     moments = _moments(policy.actor_normalizer, policy.critic_normalizer)
     of_values = _moments(policy.value_normalizer)
     options = networks[2], policy.autocast, *moments, policy.obs_clip, *of_values, packed

@@ -59,7 +59,7 @@ class FusedLoss:
         samples: SAMPLES of a part of a minibatch of ``num_samples``, [B] and [B, A]. Gradients and metrics are the
         part's share.
         """
-        mean, values, std = policy.mean(obs), policy._value(obs), policy.std
+        mean, values, std = policy.mean(obs), policy.normalized_value(obs), policy.std
         size, actions = mean.shape
         needed = loss_workspace_size(size, actions)
         if self._workspace is None or self._workspace.numel() < needed:

@@ -18,6 +18,7 @@ from pydrone.ppo.learner import adam, fused, fused_loss
 from pydrone.ppo.learner.acting import ActAndStore, Acting, FusedActing
 from pydrone.ppo.learner.loss import surrogate_loss, value_loss
 from pydrone.ppo.policy.actor_critic import ActorCritic, PolicyStep
+from pydrone.ppo.policy.recurrent import sequence_batches
 from pydrone.rollout.minibatch import Minibatch
 from pydrone.rollout.sequences import Sequences
 
@@ -80,7 +81,7 @@ class Learner:
         """
         if self.not_fused is None and FusedActing.serves(self.policy, buffer):
             return FusedActing(self.policy, buffer, lap)
-        return Acting(self, buffer, lap)
+        return Acting(self.policy, buffer, lap, self.act)
 
     def update(self, buffer: RolloutBuffer) -> dict[str, Tensor]:
         """Learns from a full rollout whose advantages are computed; the rollout stays.
@@ -111,8 +112,6 @@ class Learner:
     def _minibatches(self, buffer: RolloutBuffer) -> Iterable[Any]:
         config = self.config
         if self.policy.recurrent:
-            from pydrone.ppo.policy.recurrent import sequence_batches
-
             return sequence_batches(self.policy, buffer, config, empty=self.ranks.several)
         by_minibatch = config.normalize_advantages and config.advantage_scope == "minibatch"
         return buffer.minibatches(

@@ -1,7 +1,7 @@
 """The policy: two multilayer perceptrons and a Gaussian whose standard deviation does not depend on the state.
 
 Other policies are variations of it: discrete actions (:mod:`pydrone.ppo.policy.discrete`), recurrent layers
-(:mod:`pydrone.ppo.policy.recurrent`). :func:`make_policy` picks.
+(:mod:`pydrone.ppo.policy.recurrent`). :mod:`pydrone.ppo.policy.make` picks one.
 """
 
 from __future__ import annotations
@@ -13,9 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pydrone.ppo.config import PPOConfig
 from pydrone.ppo.distributed import ALONE, Ranks
-from pydrone.ppo.learner.loss import gaussian_entropy, gaussian_kl, gaussian_log_prob, log_normalizer
+from pydrone.ppo.policy.distributions import gaussian_entropy, gaussian_kl, gaussian_log_prob, log_normalizer
 from pydrone.ppo.policy.normalization import RunningMoments
 from pydrone.rollout.layout import Spec, parse_obs
 
@@ -103,7 +102,7 @@ class ActorCritic(nn.Module):
         super().__init__()
         self.obs = obs
         self.autocast, self.obs_clip, self._activation = autocast, obs_clip, activation
-        self._rounded = None if obs_dtype == torch.float32 else obs_dtype
+        self.obs_dtype = obs_dtype
         groups, named = parse_obs(obs, torch.float32)
         self.actor_obs, self.critic_obs = _pick_groups(groups, named, tuple(actor_obs), tuple(critic_obs))
         widths = [sum(_width(groups[name]) for name in names) for names in (self.actor_obs, self.critic_obs)]
@@ -177,7 +176,7 @@ class ActorCritic(nn.Module):
 
     def evaluate(self, obs: Tensor | Mapping[str, Tensor], actions: Tensor) -> Evaluation:
         """Log-probabilities of ``actions`` [B, A], with values, means and standard deviation, differentiable."""
-        return self.judge(self.mean(obs), self._value(obs), actions)
+        return self.judge(self.mean(obs), self.normalized_value(obs), actions)
 
     def mean(self, obs: Tensor | Mapping[str, Tensor]) -> Tensor:
         """[B, A]: the action without noise (discrete: the logarithms of the probabilities)."""
@@ -185,9 +184,10 @@ class ActorCritic(nn.Module):
 
     def value(self, obs: Tensor | Mapping[str, Tensor]) -> Tensor:
         """[B]: the critic's estimate of the return."""
-        return self._denormalized(self._value(obs))
+        return self._denormalized(self.normalized_value(obs))
 
-    def _value(self, obs: Tensor | Mapping[str, Tensor]) -> Tensor:
+    def normalized_value(self, obs: Tensor | Mapping[str, Tensor]) -> Tensor:
+        """[B]: the critic's output, :meth:`value` in the unit of :meth:`evaluate`'s."""
         return self._run(self.critic, self._critic_input(obs)).squeeze(-1)
 
     def _actor_outputs(self, x: Tensor) -> Tensor:
@@ -217,12 +217,13 @@ class ActorCritic(nn.Module):
     def _groups(self, obs: Tensor | Mapping[str, Tensor], names: Sequence[str]) -> Tensor:
         """The groups side by side, those of half precision, or of bytes, as the networks' dtype."""
         if not isinstance(obs, Mapping):
-            return self._float(obs)
-        return self._float(obs[names[0]]) if len(names) == 1 else torch.cat([self._float(obs[x]) for x in names], -1)
+            return self.rounded(obs)
+        return self.rounded(obs[names[0]]) if len(names) == 1 else torch.cat([self.rounded(obs[x]) for x in names], -1)
 
-    def _float(self, obs: Tensor) -> Tensor:
-        if self._rounded is not None and obs.is_floating_point():
-            obs = obs.to(self._rounded)
+    def rounded(self, obs: Tensor) -> Tensor:
+        """A group of observations rounded as it is stored, in the networks' dtype."""
+        if self.obs_dtype != torch.float32 and obs.is_floating_point():
+            obs = obs.to(self.obs_dtype)
         return obs.to(self._like.dtype)
 
     forward = mean
@@ -274,43 +275,6 @@ class ActorCritic(nn.Module):
     def critic_parameters(self) -> list[nn.Parameter]:
         """The critic's parameters."""
         return list(self.critic.parameters())
-
-
-def make_policy(
-    obs: object, actions: object, config: PPOConfig, num_discrete_actions: int | None = None
-) -> ActorCritic:
-    """The policy that ``config`` describes, its first weights drawn from torch's generator.
-
-    Args:
-        obs, actions: as the environment's.
-        config: the settings.
-        num_discrete_actions: K, where actions are ``((), torch.int64)``.
-
-    Raises:
-        TypeError: the actions are neither a number of dimensions nor K discrete ones.
-        ValueError: the observations are no vectors, or have no such groups.
-    """
-    discrete = num_discrete_actions is not None and not isinstance(actions, int)
-    if not discrete and not isinstance(actions, int):
-        raise TypeError(
-            "env.actions: expected an int, for continuous actions, or ((), torch.int64) along with "
-            f"env.num_discrete_actions, got {actions!r}"
-        )
-    names = ("actor_obs", "critic_obs", "normalize_obs", "obs_clip", "normalize_values", "autocast", "activation")
-    options: dict[str, Any] = {name: getattr(config, name) for name in names}
-    options["obs_dtype"] = getattr(torch, config.obs_dtype)
-    kind: type[ActorCritic] = ActorCritic
-    if config.recurrent != "none":
-        from pydrone.ppo.policy.recurrent import RecurrentActorCritic, RecurrentCategoricalActorCritic
-
-        kind = RecurrentCategoricalActorCritic if discrete else RecurrentActorCritic
-        options |= {"cell": config.recurrent, "rnn_dim": config.rnn_dim}
-    elif discrete:
-        from pydrone.ppo.policy.discrete import CategoricalActorCritic
-
-        kind = CategoricalActorCritic
-    size = num_discrete_actions if discrete else actions
-    return kind(obs, size, config.hidden_dims, config.init_std, **options)
 
 
 def _pick_groups(

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pydrone.ppo.learner.loss import categorical_entropy, categorical_kl, categorical_log_prob
 from pydrone.ppo.policy.actor_critic import ActorCritic, Evaluation, PolicyStep, mlp
+from pydrone.ppo.policy.distributions import categorical_entropy, categorical_kl, categorical_log_prob
 
 
 class CategoricalActorCritic(ActorCritic):

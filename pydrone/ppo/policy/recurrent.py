@@ -84,7 +84,8 @@ class Recurrent:
         """As of the base class, with what is remembered; the memory stays."""
         return self._remember("actor", obs)[0]
 
-    def _value(self, obs: Tensor | Mapping[str, Tensor]) -> Tensor:
+    def normalized_value(self, obs: Tensor | Mapping[str, Tensor]) -> Tensor:
+        """As of the base class, with what is remembered; the memory stays."""
         return self._remember("critic", obs)[0].squeeze(-1)
 
     def forward(self, obs: Tensor | Mapping[str, Tensor], memory: Tensor) -> tuple[Tensor, Tensor]:

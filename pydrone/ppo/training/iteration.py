@@ -19,7 +19,7 @@ from pydrone.ops.schema import INVALID, TRUNCATED
 from pydrone.ppo.config import TrainConfig, check_minibatches
 from pydrone.ppo.distributed import Ranks
 from pydrone.ppo.learner.learner import Learner
-from pydrone.ppo.policy.actor_critic import make_policy
+from pydrone.ppo.policy.make import make_policy
 from pydrone.ppo.policy.normalization import RewardScaler
 from pydrone.ppo.training import checkpoint
 from pydrone.ppo.training.meters import EpisodeMeter, Stopwatch

@@ -256,4 +256,4 @@ def test_settings_reach_the_policy():
     options = PPOConfig(normalize_obs=True, obs_clip=3.0, normalize_values=True, autocast=True, obs_dtype="bfloat16")
     policy = silent(PointMass(4), config(ppo=vars(options))).policy
     assert policy.obs_clip == 3.0 and policy.autocast and policy.value_normalizer is not None
-    assert policy._rounded is torch.bfloat16
+    assert policy.obs_dtype is torch.bfloat16

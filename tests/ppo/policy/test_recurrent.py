@@ -13,7 +13,7 @@ from torch import nn
 from pydrone.buffer import RolloutBuffer
 from pydrone.envs.base import StepResult
 from pydrone.ppo.config import PPOConfig
-from pydrone.ppo.policy.actor_critic import make_policy
+from pydrone.ppo.policy.make import make_policy
 from pydrone.ppo.policy.recurrent import sequence_batches
 from pydrone.ppo.trainer import Trainer
 

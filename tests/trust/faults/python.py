@@ -194,7 +194,13 @@ PYTHON = [
         "ratio.clamp_max(1 + clip)",
         OF_LOSS,
     ),
-    Fault("half of the KL's variance", LOSS, "(2 * std.square())).sum()", "std.square()).sum()", OF_LOSS),
+    Fault(
+        "half of the KL's variance",
+        "pydrone/ppo/policy/distributions.py",
+        "(2 * std.square())).sum()",
+        "std.square()).sum()",
+        "tests/ppo/policy/test_distributions.py",
+    ),
     Fault(
         "entropy punished", LEARNER, "- config.entropy_coef * entropy", "+ config.entropy_coef * entropy", OF_LEARNER
     ),
