@@ -70,7 +70,8 @@ def fused_update(
 
     Any optimiser, clipping and all-reduce go on from there. The loss is
     surrogate + value_loss_coef * value loss - entropy_coef * entropy, see :mod:`pydrone.ppo.learner.loss` and
-    :mod:`pydrone.ppo.policy.distributions`; B = samples, A = action dimensions. float32, on the CPU; half-precision inputs are widened.
+    :mod:`pydrone.ppo.policy.distributions`; B = samples, A = action dimensions. float32, on the CPU; half-precision
+    inputs are widened.
 
     Args:
         actor, critic: ``nn.Sequential`` of ``nn.Linear`` with tanh, ELU, ReLU or SiLU between them.

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from pydrone.ppo import configfile
+from pydrone.ppo.config import TrainConfig
+from pydrone.ppo.training import checkpoint
 
 PROGRESS = "progress.jsonl"
 CONFIG = "config.json"
@@ -18,9 +23,9 @@ class RunLog:
     """Writes the figures of each iteration into a run's folder.
 
     Args:
-        run_dir: the folder, made if need be. Lines are added to a log that is there already.
+        run_dir: the folder, made where needed. Lines are appended to an existing log.
         tensorboard: write event files too; needs tensorboard.
-        after: the iteration that a resumed run stands at.
+        after: iterations done before, by a run that is resumed.
         wandb_project: log to this project of Weights & Biases too; needs wandb. None: do not.
         settings: the run's, for Weights & Biases.
     """
@@ -39,15 +44,15 @@ class RunLog:
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            # What a killed run has written beyond its checkpoint is done again.
+            # Iterations that a killed run logged after its last checkpoint are done again.
             self._events = SummaryWriter(str(self.run_dir), purge_step=after + 1 if after else None)
         self._wandb = None if wandb_project is None else _wandb_run(self.run_dir, wandb_project, settings)
         self._lines = open(self.run_dir / PROGRESS, "a", encoding="utf-8")  # noqa: SIM115
         if self._lines.tell() and not (self.run_dir / PROGRESS).read_bytes().endswith(b"\n"):
-            self._lines.write("\n")  # a process that was killed while it wrote
+            self._lines.write("\n")  # after a process that was killed while writing
 
     def write(self, figures: Mapping[str, float]) -> None:
-        """One iteration's figures; ``iteration`` among them numbers it. What is not finite is left out."""
+        """Logs one iteration's figures, numbered by ``iteration`` among them. Non-finite values are left out."""
         finite = {name: value for name, value in figures.items() if math.isfinite(value)}
         self._lines.write(json.dumps(finite) + "\n")
         self._lines.flush()
@@ -67,8 +72,19 @@ class RunLog:
             self._events.close()
 
 
+def open_run(run_dir: Path, config: TrainConfig, after: int) -> RunLog:
+    """Makes the run's folder where needed, writes the settings into it, and opens its log at iteration ``after``."""
+    settings = dataclasses.asdict(config)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    checkpoint.remove_leftovers(run_dir)
+    log = RunLog(run_dir, config.tensorboard, after, config.wandb_project if config.wandb else None, settings)
+    (run_dir / CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    configfile.write(run_dir, config)
+    return log
+
+
 def _wandb_run(run_dir: Path, project: str, settings: Mapping[str, Any] | None) -> Any:
-    """The run at Weights & Biases that belongs to this folder: the one it had before, or a new one."""
+    """This folder's run at Weights & Biases: the one it had before, or a new one."""
     import wandb
 
     known = run_dir / WANDB_ID
@@ -77,7 +93,7 @@ def _wandb_run(run_dir: Path, project: str, settings: Mapping[str, Any] | None) 
         project=project, name=run_dir.name, dir=str(run_dir), config=dict(settings or {}), id=number, resume="allow"
     )
     known.write_text(f"{run.id}\n", encoding="utf-8")
-    # Not W&B's own counter, which takes no iteration twice, as after a resume.
+    # W&B's own counter would drop iterations that are done twice, as after a resume.
     run.define_metric("train/iteration")
     run.define_metric("*", step_metric="train/iteration")
     return run

@@ -134,7 +134,7 @@ def test_time_outs_bootstrap_with_what_is_remembered(kind):
         env = Scripted([[0, 0], [2, 0], [0, 1], [0, 0]], final_obs=kind == "final_values")
     ppo = {"gamma": 0.9, "lam": 0.8, "recurrent": "gru", "rnn_dim": 4, "num_minibatches": 2}
     trainer = Trainer(env, config(ppo=ppo))
-    trainer._start()
+    trainer.start()
     last_values, bootstrap = trainer.collect()
     assert kind in bootstrap or bootstrap["timeout_bootstrap"] == kind
     trainer.buffer.compute_gae(last_values, 0.9, 0.8, **bootstrap)
