@@ -236,7 +236,7 @@ def test_every_parameter_is_the_actors_or_the_critics(discrete):
 
 
 def test_more_minibatches_than_environments_are_refused():
-    with pytest.raises(ValueError, match=r"num_minibatches: expected at most one an environment, 2, .* got 4"):
+    with pytest.raises(ValueError, match=r"num_minibatches: expected at most one per environment, 2, .* got 4"):
         Trainer(Recall(2), config(ppo={"recurrent": "gru"}))
 
 
