@@ -25,7 +25,7 @@ def ours(setting: Setting, learner: str = "auto", autocast: bool = False) -> Run
     config = _config(setting)
     config = dataclasses.replace(config, ppo=dataclasses.replace(config.ppo, learner=learner, autocast=autocast))
     trainer = Trainer(Quadrotor(setting.size.num_envs, setting.device), config)
-    trainer._start()
+    trainer.start()
     last_values, bootstrap = trainer.collect()
     trainer.buffer.compute_gae(last_values, config.ppo.gamma, config.ppo.lam, **bootstrap)
     figures: dict[str, Any] = {}

@@ -356,7 +356,8 @@ static void backward(const MlpNet& net, const float* x, int64_t ld, int64_t coun
 
 // ------------------------------------------------------------------------------------------------------- the loss
 
-// The formulas are those of pydrone/ppo/learner/loss.py. Metrics are sums here, and gradients are scaled by `share`.
+// The formulas are those of pydrone/ppo/learner/loss.py and pydrone/ppo/policy/distributions.py. Metrics are sums here,
+// and gradients are scaled by `share`.
 
 PYDRONE_IN Ints samples(int64_t n, int64_t count) {
   Ints index;

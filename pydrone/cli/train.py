@@ -73,8 +73,7 @@ def _train(config: TrainConfig) -> int:
     from pydrone.ppo import distributed
     from pydrone.ppo.config import default_num_envs
     from pydrone.ppo.trainer import Trainer, nothing_to_do, read_checkpoint
-    from pydrone.ppo.training import run_log as report
-    from pydrone.report import live
+    from pydrone.report import learning_curve, live
 
     with contextlib.ExitStack() as stack:
         try:
@@ -127,7 +126,7 @@ def _train(config: TrainConfig) -> int:
         except (OSError, distributed.PeerLost) as error:
             return fail(error)
     if outcome.figures and ranks.rank == 0:
-        print(f"Learning curve: {report.plot(run_dir)}")
+        print(f"Learning curve: {learning_curve.plot(run_dir)}")
     return 0
 
 

@@ -236,7 +236,7 @@ def ppo_loss(
     metrics,
     workspace,
 ) -> None:
-    """PPO's loss (the formulas of pydrone/ppo/learner/loss.py) and its gradients, term by term."""
+    """PPO's loss (formulas: ppo/learner/loss.py, ppo/policy/distributions.py) and its gradients, term by term."""
     mean, std, actions, log_probs, advantages, new, old, target = (
         x.to(mean_grad.dtype) for x in (mean, std, actions, log_probs, advantages, new_values, values, returns)
     )

@@ -1,7 +1,7 @@
 """The settings of a training, with their defaults. Plain dataclasses: no dependency beyond Python.
 
-Each field carries its help text and its other names in ``metadata``, from which the command line is made. A default
-of None is one that depends on the device or the environment; its help text says on what.
+Each field has its help text and aliases in ``metadata``, from which the command line is built. A default
+of None depends on the device or the environment; the help text says how.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from pydrone.envs import Randomization, TaskOptions, check_name
 
-# What fields of PPOConfig may be.
+# The values that fields of PPOConfig may have.
 CHOICES = {
     "schedule": ("adaptive", "fixed", "linear"),
     "advantage_scope": ("rollout", "rank", "minibatch"),
@@ -33,51 +33,50 @@ def option(default: Any, help: str, *aliases: str) -> Any:
 class PPOConfig:
     """Proximal policy optimisation (arXiv:1707.06347), with rsl_rl's learning-rate schedule."""
 
-    learning_rate: float = option(3e-4, "Adam's learning rate, the first one with the adaptive schedule.", "--lr")
+    learning_rate: float = option(3e-4, "Adam's learning rate; with the adaptive schedule the initial one.", "--lr")
     schedule: Literal["adaptive", "fixed", "linear"] = option(
         "adaptive",
         "adaptive: / 1.5 above twice desired-kl, * 1.5 below half of it, before each minibatch's step. linear: from "
         "learning-rate towards 0 at the last iteration.",
     )
-    desired_kl: float = option(0.01, "KL divergence (old || new) the adaptive schedule holds, nats.")
+    desired_kl: float = option(0.01, "KL divergence (old || new) that the adaptive schedule aims at, nats.")
     max_kl: float | None = option(
-        None, "Leave a rollout at the first minibatch whose KL divergence is above this, before its step. None: never."
+        None,
+        "End the update at the first minibatch whose KL divergence is above this, before its step. None: never.",
     )
     num_epochs: int = option(5, "Passes over a rollout.", "--num-learning-epochs")
-    num_minibatches: int = option(4, "Minibatches in a pass.", "--num-mini-batches")
-    clip: float = option(
-        0.2, "Half-width of the clip range, of the probability ratio and of the value.", "--clip-param"
-    )
+    num_minibatches: int = option(4, "Minibatches per pass.", "--num-mini-batches")
+    clip: float = option(0.2, "Half-width of the clip range of the probability ratio and of the value.", "--clip-param")
     entropy_coef: float = option(0.004, "Weight of the entropy bonus.")
     value_loss_coef: float = option(1.0, "Weight of the value loss.")
     clipped_value_loss: bool = option(True, "Clip the value loss too.")
-    max_grad_norm: float = option(1.0, "Norm the gradients are clipped to, actor and critic each on its own.")
-    gamma: float = option(0.99, "Discount a step.")
+    max_grad_norm: float = option(1.0, "Norm that the gradients are clipped to, separately for actor and critic.")
+    gamma: float = option(0.99, "Discount per step.")
     lam: float = option(0.95, "GAE's lambda.")
-    normalize_advantages: bool = option(True, "Advantages to mean 0 and standard deviation 1.")
+    normalize_advantages: bool = option(True, "Normalise advantages to mean 0 and standard deviation 1.")
     advantage_scope: Literal["rollout", "rank", "minibatch"] = option(
         "rollout",
-        "What advantages are normalised over: the rollout of all processes, that of each (rank), or each minibatch of "
-        "each on its own.",
+        "What advantages are normalised over: the rollouts of all processes, each process's own (rank), or each "
+        "minibatch.",
     )
     normalize_obs: bool = option(
-        False, "Observations to mean 0 and standard deviation 1, by running statistics. One rollout before the first."
+        False, "Normalise observations by running statistics, which one rollout before the first iteration fills."
     )
     obs_clip: float = option(10.0, "Largest magnitude of a normalised observation.")
     normalize_values: bool = option(
         False,
-        "The critic learns returns at mean 0 and standard deviation 1, by running statistics, and clip is in those.",
+        "The critic learns returns normalised by running statistics; clip is in the normalised unit.",
     )
     normalize_rewards: bool = option(
         False, "Divide rewards by the running standard deviation of the discounted reward."
     )
-    reward_scale: float = option(1.0, "Factor of the rewards learnt from; figures show them without it.")
-    actor_obs: tuple[str, ...] = option((), "Groups of observations the actor sees. None given: policy.")
+    reward_scale: float = option(1.0, "Factor on the rewards that are learnt from; figures show rewards without it.")
+    actor_obs: tuple[str, ...] = option((), "Observation groups that the actor sees. Empty: policy.")
     critic_obs: tuple[str, ...] = option(
-        (), "Groups of observations the critic sees. None given: critic, or the actor's where there is none."
+        (), "Observation groups that the critic sees. Empty: critic, or the actor's where there is no such group."
     )
     obs_dtype: Literal["float32", "float16", "bfloat16"] = option(
-        "float32", "What observations are stored as; the policy sees them rounded to it, when it acts too."
+        "float32", "Type that observations are stored as; the policy sees them rounded to it, also when acting."
     )
     autocast: bool = option(False, "The networks' matrix products in bfloat16; losses and parameters in float32.")
     recurrent: Literal["none", "gru", "lstm"] = option(
@@ -85,21 +84,21 @@ class PPOConfig:
     )
     rnn_dim: int = option(64, "Units of the recurrent layer.")
     burn_in: int = option(
-        0, "Steps that renew the recurrent state where an episode goes on from the rollout before, not learnt from."
+        0, "Steps that only rebuild the recurrent state, where an episode continues from the previous rollout."
     )
-    hidden_dims: tuple[int, ...] = option((128, 128), "Widths of the hidden layers, of actor and critic alike.")
-    activation: Literal["tanh", "elu", "relu", "silu"] = option("tanh", "Of the hidden layers.")
+    hidden_dims: tuple[int, ...] = option((128, 128), "Widths of the hidden layers of actor and critic.")
+    activation: Literal["tanh", "elu", "relu", "silu"] = option("tanh", "Activation of the hidden layers.")
     learner: Literal["auto", "torch", "fused"] = option(
         "auto",
-        "How gradients are computed. fused: by one operation of the CPU library, about five times as fast; multilayer "
-        "perceptrons and continuous actions in float32. On CUDA the loss alone, by a Triton kernel. torch: autograd. "
-        "auto: fused where it can be.",
+        "How gradients are computed. fused: by one operation of the CPU library, about five times as fast; for "
+        "multilayer perceptrons and continuous actions in float32. On CUDA only the loss, by a Triton kernel. torch: "
+        "autograd. auto: fused where possible.",
     )
-    init_std: float = option(1.0, "First standard deviation of the actions.")
+    init_std: float = option(1.0, "Initial standard deviation of the actions.")
     chunk_size: int | None = option(
         None,
-        "Samples that autograd takes through the networks at a time; the gradients add up. None: 3200 a thread on the "
-        "CPU, where the activations then stay in the caches, the whole minibatch on CUDA. fused has its own.",
+        "Samples that autograd processes at a time, accumulating gradients. None: 3200 per thread on the CPU, which "
+        "keeps the activations in the caches; the whole minibatch on CUDA. fused has its own.",
     )
 
     def __post_init__(self) -> None:
@@ -137,7 +136,7 @@ class PPOConfig:
 
 @dataclass
 class TrainConfig:
-    """A training from beginning to end."""
+    """The settings of a training."""
 
     env: str = option(
         "genesis-hover",
@@ -147,21 +146,23 @@ class TrainConfig:
     num_envs: int | None = option(
         None, "Environments that run at once, in each process. None: 8192 on CUDA, 1024 on the CPU."
     )
-    num_steps: int = option(100, "Steps of each environment in a rollout.", "--num-steps-per-env")
+    num_steps: int = option(100, "Steps per environment in a rollout.", "--num-steps-per-env")
     iterations: int = option(301, "Rollouts to learn from.", "--max-iterations")
     device: str | None = option(None, "cpu, cuda, cuda:1, ... None: cuda where there is one.")
     seed: int = option(1, "Seed of the networks, the actions, the environment and the shuffle.")
     target_episode_length: float | None = option(
         None, "Stop once the mean episode length over ten iterations reaches this many steps. None: never."
     )
-    random_episode_starts: bool = option(True, "Start episodes at random ages, so that they do not time out together.")
+    random_episode_starts: bool = option(
+        True, "Start the first episodes at random ages, so that they do not all time out together."
+    )
     run_dir: str | None = option(None, "Folder of the run. None: runs/ENV/DATE-TIME.")
     resume: str | None = option(
         None,
-        "Folder of a run, to go on in it from its newest checkpoint, or a checkpoint, to go on from it in a new one. "
-        "Settings are those of the checkpoint where neither --config nor the command line has others.",
+        "A run's folder, to continue it from its newest checkpoint, or a checkpoint, to continue in a new folder. "
+        "Settings are the checkpoint's unless --config or the command line changes them.",
     )
-    save_interval: int = option(50, "Iterations from one checkpoint to the next.")
+    save_interval: int = option(50, "Iterations between checkpoints.")
     tensorboard: bool = option(True, "Write TensorBoard event files.")
     wandb: bool = option(False, "Log to Weights & Biases too; needs wandb.")
     wandb_project: str = option("pydrone", "Its project.")
@@ -169,7 +170,7 @@ class TrainConfig:
         False,
         "Replay iterations as one CUDA graph: CUDA and the pure-torch quadrotor. Not yet run on a GPU.",
     )
-    live: bool = option(True, "Draw the progress where the output is a terminal; elsewhere it is a line an iteration.")
+    live: bool = option(True, "Draw the progress where the output is a terminal; elsewhere print a line per iteration.")
     ppo: PPOConfig = field(default_factory=PPOConfig, metadata={"help": "The algorithm.", "aliases": ()})
     task: TaskOptions = field(
         default_factory=TaskOptions, metadata={"help": "Of the tasks that pydrone brings.", "aliases": ()}
@@ -195,12 +196,12 @@ class TrainConfig:
 
 
 def default_num_envs(device_type: str) -> int:
-    """How many environments a device of this type is given by default."""
+    """The default number of environments on a device of this type."""
     return 8192 if device_type == "cuda" else 1024
 
 
 def check_minibatches(num_minibatches: int, samples: int) -> None:
-    """Raises ValueError where a rollout of ``samples`` = num_envs * num_steps makes fewer minibatches."""
+    """Raises ValueError where a rollout of ``samples`` = num_envs * num_steps has fewer samples than minibatches."""
     if num_minibatches > samples:
         raise ValueError(
             f"num_minibatches: expected at most num_envs * num_steps, {samples} samples, got {num_minibatches}"

@@ -15,7 +15,7 @@ from pydrone.ppo.config import TrainConfig
 
 CONFIG_TOML = "config.toml"
 
-# Of one run alone: written as comments, so that the file does not lead a second run into the first one's folder.
+# Specific to one run: written as comments, so that a second run does not write into the first one's folder.
 OF_THE_RUN = ("run_dir", "resume")
 
 _KINDS = {bool: "true or false", int: "an int", float: "a number", str: "a string"}
@@ -28,7 +28,7 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
 
     Raises:
         OSError: it cannot be read.
-        ValueError: it is not TOML; a key is unknown; a value has not its field's type.
+        ValueError: it is not TOML; a key is unknown; a value is not of its field's type.
         ModuleNotFoundError: before Python 3.11, without tomli.
     """
     try:
@@ -50,7 +50,7 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
 def checked(cls: type, table: Mapping[str, Any], where: str = "", known_only: bool = False) -> dict[str, Any]:
     """The settings of ``table`` for the dataclass ``cls``, by field, with their types.
 
-    ``known_only`` leaves unknown keys out, as those of a checkpoint of another version; else they are a ValueError.
+    ``known_only`` skips unknown keys, such as another version's in a checkpoint; otherwise they raise ValueError.
     """
     hints, names, values = get_type_hints(cls), dict(_names(cls)), {}
     for key, value in table.items():
@@ -71,7 +71,7 @@ def checked(cls: type, table: Mapping[str, Any], where: str = "", known_only: bo
 
 
 def merged(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
-    """Both trees of settings; where they differ, the second."""
+    """Merges two trees of settings; the second takes precedence."""
     both = {**first, **second}
     for name in first.keys() & second.keys():
         if isinstance(first[name], Mapping) and isinstance(second[name], Mapping):
@@ -80,20 +80,20 @@ def merged(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any
 
 
 def write(run_dir: str | os.PathLike[str], config: TrainConfig) -> Path:
-    """Writes the resolved settings into a run's folder, as a file that ``pydrone train --config`` takes."""
+    """Writes the resolved settings into a run's folder, for ``pydrone train --config``."""
     path = Path(run_dir) / CONFIG_TOML
     path.write_text(dumps(config), encoding="utf-8")
     return path
 
 
 def dumps(config: TrainConfig) -> str:
-    """The settings as TOML, each below its help text. None, which TOML does not know, is a comment."""
+    """The settings as TOML, each below its help text. None, which TOML lacks, becomes a comment."""
     head = "# The settings of this run. `pydrone train --config FILE` takes them; the command line wins."
     return "\n".join([head, *_lines(config, ""), ""])
 
 
 def _lines(config: Any, table: str) -> Iterator[str]:
-    """Values first, then tables, as TOML wants them."""
+    """Values first, then tables, as TOML requires."""
     nested = []
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
@@ -115,7 +115,7 @@ def _lines(config: Any, table: str) -> Iterator[str]:
 
 def _toml(x: Any) -> str:
     if isinstance(x, str):
-        # A string of JSON is one of TOML but for DEL, which TOML has escaped.
+        # JSON strings are TOML strings, except that TOML escapes DEL.
         return json.dumps(x, ensure_ascii=False).replace("\x7f", "\\u007f")
     if isinstance(x, bool):
         return str(x).lower()
@@ -136,11 +136,11 @@ def _names(cls: type) -> Iterator[tuple[str, str]]:
 
 
 def _unknown(cls: type, key: str, where: str) -> str:
-    """What is said of an unknown key: the nearest valid one, and the table it belongs to."""
+    """The message for an unknown key: the nearest valid one, and its table."""
     tables = {"": TrainConfig}
     tables |= {name: hint for name, hint in get_type_hints(TrainConfig).items() if dataclasses.is_dataclass(hint)}
     valid = [(name, table) for table, part in tables.items() for name, _ in _names(part)]
-    # Among equals the table that it stands in.
+    # Ties go to the table that the key is in.
     valid.sort(key=lambda entry: tables[entry[1]] is not cls)
     near = difflib.get_close_matches(key.replace("-", "_"), [name for name, _ in valid], n=1, cutoff=0)[0]
     table = next(table for name, table in valid if name == near)
@@ -149,7 +149,7 @@ def _unknown(cls: type, key: str, where: str) -> str:
 
 
 def _fitted(hint: Any, x: Any, name: str) -> Any:
-    """``x`` as the type that ``hint`` says; ValueError where it is of another."""
+    """``x`` as the type ``hint``; ValueError where it does not fit."""
     origin, args = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
         if x in (None, "None") and types.NoneType in args:

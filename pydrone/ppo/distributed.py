@@ -1,4 +1,4 @@
-"""Several processes that train one policy: which one this is, and the messages between them.
+"""Several processes that train one policy: this process's rank, and the messages between them.
 
 ``torchrun --nproc-per-node=K -m pydrone train ...`` starts them; :func:`join` forms their group, NCCL on GPUs and gloo
 on CPUs. With one process nothing here calls torch.distributed. What is sent when: docs/scaling.md.
@@ -18,13 +18,13 @@ from pydrone.rollout.draws import mix_seed
 
 
 class PeerLost(RuntimeError):
-    """A message was not exchanged: another process has ended, or is out of reach."""
+    """A message could not be exchanged: another process has ended or is unreachable."""
 
 
 class Ranks:
-    """This process among those that train one policy together.
+    """This process and the others that train one policy with it.
 
-    Every method that sends is to be called on all of them, in the same order.
+    All ranks must call the methods that send, in the same order.
 
     Args:
         group: torch.distributed's, ``torch.distributed.group.WORLD`` say; None: this process alone.
@@ -37,7 +37,7 @@ class Ranks:
 
     @classmethod
     def found(cls) -> Ranks:
-        """Those of the process group that is initialised, else this process alone."""
+        """The ranks of the initialised process group, else this process alone."""
         there = torch.distributed.is_available() and torch.distributed.is_initialized()
         return cls(torch.distributed.group.WORLD) if there else ALONE
 
@@ -46,11 +46,11 @@ class Ranks:
         return self.world_size > 1
 
     def seed(self, seed: int) -> int:
-        """A seed of this rank's own, of 31 bits; the first rank's is ``seed`` itself."""
+        """This rank's own seed, of 31 bits; the first rank's is ``seed`` itself."""
         return mix_seed(seed, self.rank) & 0x7FFFFFFF if self.rank else seed
 
     def sum_(self, x: Tensor) -> Tensor:
-        """``x`` added up over all ranks, in place: equal to the bit on all of them."""
+        """Sums ``x`` over all ranks, in place; bitwise equal on all of them."""
         if self.several:
             with self._sending():
                 torch.distributed.all_reduce(x, group=self.group)
@@ -61,14 +61,14 @@ class Ranks:
         if not self.several:
             return x.unsqueeze(0)
         rows = x.new_empty(self.world_size, *x.shape)
-        # (The new name, from torch 2.13 on, of the same.)
+        # Its new name from torch 2.13 on.
         all_gather = getattr(torch.distributed, "all_gather_single", None) or torch.distributed.all_gather_into_tensor
         with self._sending():
             all_gather(rows.view(-1), x.contiguous().view(-1), group=self.group)
         return rows
 
     def moments(self, count: Tensor, mean: Tensor, m2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Moments of all ranks' samples, in one message. count: scalar; mean, m2: [...]; float64."""
+        """The moments of all ranks' samples together, in one message. count: scalar; mean, m2: [...]; float64."""
         if not self.several:
             return count, mean, m2
         rows = self.gather(torch.cat((count.reshape(1), mean.flatten(), m2.flatten())))
@@ -76,14 +76,14 @@ class Ranks:
         return merge_moments(rows[:, 0], means, m2s)
 
     def broadcast_(self, tensors: Sequence[Tensor]) -> None:
-        """Writes the first rank's ``tensors`` into everybody's."""
+        """Overwrites every rank's ``tensors`` with the first rank's."""
         if self.several:
             with self._sending(), torch.no_grad():
                 for x in tensors:
                     torch.distributed.broadcast(x, group=self.group, group_src=0)
 
     def gather_objects(self, x: Any) -> list[Any]:
-        """Each rank's ``x``, pickled on the way: for what is small, or rare."""
+        """Each rank's ``x``, sent as a pickle: for small or rare messages."""
         if not self.several:
             return [x]
         found: list[Any] = [None] * self.world_size
@@ -92,7 +92,7 @@ class Ranks:
         return found
 
     def to_first(self, x: Any) -> list[Any]:
-        """Each rank's ``x``, its tensors on the CPU, where this is the first rank; else ``[x]``."""
+        """On the first rank each rank's ``x``, the others' tensors on the CPU; on other ranks ``[x]``."""
         if not self.several:
             return [x]
         sent = torch.utils._pytree.tree_map_only(Tensor, Tensor.cpu, x)
@@ -102,7 +102,7 @@ class Ranks:
         return [x] if found is None else [x, *found[1:]]
 
     def check_same(self, settings: Mapping[str, Any]) -> None:
-        """Raises ValueError on every rank where one has other settings than the first."""
+        """Raises ValueError on every rank if the settings of one differ from the first's."""
         first, *others = self.gather_objects(dict(settings))
         for rank, theirs in enumerate(others, 1):
             for name, x in first.items():
@@ -130,11 +130,11 @@ ALONE = Ranks()
 
 
 class MeanGradients:
-    """The mean of the ranks' gradients, and of a few figures, weighted by their samples: one all-reduce.
+    """Averages the ranks' gradients and a few figures, weighted by their samples, with one all-reduce.
 
     Args:
-        parameters: whose ``.grad`` it is about.
-        figures: how many come along.
+        parameters: their ``.grad`` is averaged.
+        figures: number of figures.
     """
 
     def __init__(self, ranks: Ranks, parameters: Sequence[nn.Parameter], figures: int) -> None:
@@ -148,7 +148,7 @@ class MeanGradients:
 
     @torch.no_grad()
     def __call__(self, figures: Tensor, count: int) -> Tensor:
-        """Leaves the mean gradients in ``.grad`` and returns the mean figures. count: samples of this rank's, or 0."""
+        """Writes the mean gradients to ``.grad`` and returns the mean figures. count: this rank's samples, may be 0."""
         for x in self.parameters:
             if x.grad is None and x.requires_grad:
                 x.grad = torch.zeros_like(x)
@@ -159,7 +159,7 @@ class MeanGradients:
         if count:
             self.message.mul_(count)
         else:
-            self.message.zero_()  # of no samples there is no mean
+            self.message.zero_()  # no samples, whose mean is NaN
         self._count.fill_(count)
         self.ranks.sum_(self.message)
         self.message[:-1].div_(self._count.clamp_min(1))
@@ -170,8 +170,8 @@ class MeanGradients:
 def merge_moments(count: Tensor, mean: Tensor, m2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(count, mean, M2) of all samples from those of K parts, count [K], mean and m2 [K, ...], all float64.
 
-    Chan, Golub and LeVeque (1979), all parts at once: M2 = sum of M2_k + n_k (mean_k - mean)^2. A part of no samples
-    may have any mean.
+    Chan, Golub and LeVeque (1979), all parts at once: M2 = sum of M2_k + n_k (mean_k - mean)^2. The mean of a part
+    without samples is ignored.
     """
     n = count.reshape(-1, *[1] * (mean.dim() - 1))
     mean, m2 = torch.where(n > 0, mean, 0), torch.where(n > 0, m2, 0)
@@ -181,9 +181,9 @@ def merge_moments(count: Tensor, mean: Tensor, m2: Tensor) -> tuple[Tensor, Tens
 
 
 class Launch:
-    """What torchrun told this process: ``rank`` of ``world_size``, and ``local_rank`` on its machine.
+    """The environment variables of torchrun: ``rank`` of ``world_size``, and ``local_rank`` on this machine.
 
-    Raises ValueError where only half of it is there.
+    Raises ValueError where they are incomplete.
     """
 
     def __init__(self) -> None:
@@ -207,19 +207,19 @@ def _number(name: str) -> int:
 
 
 def join(launch: Launch, device: torch.device) -> Ranks:
-    """Meets the other processes that torchrun started, if any; waits for them."""
+    """Forms a group with the other processes that torchrun started, if any; waits for them."""
     if launch.world_size == 1:
         return ALONE
     if not torch.distributed.is_available():
         raise ValueError("this PyTorch is built without torch.distributed, which several processes need")
-    # What lies on the host, as a checkpoint's parts do, goes by gloo.
+    # gloo sends host tensors, such as parts of a checkpoint.
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     torch.distributed.init_process_group(backend, rank=launch.rank, world_size=launch.world_size)
     return Ranks(torch.distributed.group.WORLD)
 
 
 def leave(ranks: Ranks) -> None:
-    """Ends a group that has done its work, all together; one in which something failed is left to the process's end.
+    """Destroys the group once every rank is done; not to be called where this rank failed.
 
     Raises PeerLost where another rank has failed.
     """

@@ -1,13 +1,12 @@
 """A trained policy as a file that runs without pydrone: ONNX, TorchScript, or safetensors with a description.
 
-What is written is the deterministic policy as the environment meets it: the actor, after the normaliser of its
-observations, its actions clipped as the environment clips them. It maps ``obs`` [B, O] float32 to ``actions`` [B, A]
-float32 (discrete: int64 [B]); a recurrent one also takes and returns ``memory`` [B, S] float32, zeros as an episode
-begins. How observations were rounded for storage, and bfloat16 matrix products, are the training's: the file computes
-in float32. docs/export.md says how to run it.
+The file contains the deterministic policy: observation normaliser, actor, and the environment's clipping of actions. It
+maps ``obs`` [B, O] float32 to ``actions`` [B, A] float32 (discrete: int64 [B]); a recurrent one also takes and returns
+``memory`` [B, S] float32, zeros at the start of an episode. The file computes in float32: observations rounded for
+storage and bfloat16 products are for training only. docs/export.md says how to run it.
 
 A policy is described by its layers: a list of [operation, argument, ...], arguments the names of tensors or numbers.
-:func:`run` runs them, and is what all formats are made from.
+:func:`run` runs them, and all formats are made from it.
 """
 
 from __future__ import annotations
@@ -27,17 +26,19 @@ import torch
 from torch import Tensor, nn
 
 from pydrone._version import __version__
+from pydrone.ppo.config import PPOConfig
+from pydrone.ppo.policy.make import make_policy
 
 FORMATS = {"onnx": ".onnx", "torchscript": ".pt", "safetensors": ".safetensors"}
-# What a format is written and checked with.
+# The packages that write and check a format.
 NEEDS = {"onnx": ("onnx", "onnxscript"), "torchscript": (), "safetensors": ("safetensors",)}
 
-# Layout of the description; another number is another layout.
+# Version of the description's layout.
 VERSION = "1"
 
-# The largest difference from the policy's own actions, besides what float32's rounding accounts for.
+# The largest difference from the policy's own actions, beyond float32's rounding.
 TOLERANCE = 1e-5
-# Steps that a recurrent policy is compared for.
+# Steps over which a recurrent policy is compared.
 STEPS = 5
 
 Layers = list[list[Any]]
@@ -70,7 +71,7 @@ def describe(policy: nn.Module, limits: tuple[float, float] | None = None) -> tu
 
     Args:
         policy: a :class:`pydrone.ppo.policy.actor_critic.ActorCritic`.
-        limits: what actions are clipped to; None: they are not.
+        limits: range that actions are clipped to; None: no clipping.
     """
     layers: Layers = []
     tensors: dict[str, Tensor] = {}
@@ -141,7 +142,7 @@ CELLS = {"gru": _gru, "lstm": _lstm}
 def run(
     layers: Layers, tensors: Mapping[str, Tensor], obs: Tensor, memory: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """Actions of observations [B, O] and, of a recurrent policy, its next memory [B, S]."""
+    """Actions for observations [B, O] and a recurrent policy's next memory [B, S]."""
     x = obs
     for operation, *arguments in layers:
         given = [tensors[argument] if isinstance(argument, str) else argument for argument in arguments]
@@ -185,14 +186,14 @@ def save(
     limits: tuple[float, float] | None = None,
     metadata: Mapping[str, object] | None = None,
 ) -> Exported:
-    """Writes ``policy`` to ``path``, whole and checked against its own actions, or not at all.
+    """Writes ``policy`` to ``path``, after a check against its own actions, completely or not at all.
 
     Args:
         policy: a :class:`pydrone.ppo.policy.actor_critic.ActorCritic`.
         path: replaced where it exists.
         format: one of FORMATS.
-        limits: what the environment clips actions to; None: it does not.
-        metadata: goes into the file, as strings.
+        limits: range that the environment clips actions to; None: no clipping.
+        metadata: stored in the file, as strings.
 
     Raises:
         ValueError: ``format`` or ``limits``. ImportError: what the format needs is not installed.
@@ -222,7 +223,7 @@ def save(
     path = Path(path)
     if path.is_dir() or not path.parent.is_dir():
         raise OSError(f"{path}: expected a file's name in a folder that is there")
-    # Opened, and by that checked, under another name, with the suffix that readers may go by.
+    # Checked under another name first, with the same suffix, which readers may depend on.
     beside = path.with_name(f".{os.getpid()}.{path.name}")
     try:
         _WRITERS[format](beside, layers, tensors, (num_obs, memory), described)
@@ -240,19 +241,19 @@ def save(
 def _plain(policy: nn.Module) -> nn.Module:
     """A copy on the CPU, in float32 throughout."""
     policy = copy.deepcopy(policy).cpu().float().eval()
-    policy.autocast, policy._rounded = False, None
+    policy.autocast, policy.obs_dtype = False, torch.float32
     return policy
 
 
 def _example(sizes: tuple[int, int]) -> tuple[Tensor, ...]:
     num_obs, memory = sizes
-    # Two rows: a size of one would be taken for a constant.
+    # Two rows: the exporter would take a size of one for a constant.
     return (torch.zeros(2, num_obs), torch.zeros(2, memory)) if memory else (torch.zeros(2, num_obs),)
 
 
 def _write_torchscript(path: Path, layers: Layers, tensors: Any, sizes: tuple[int, int], metadata: dict) -> None:
     with warnings.catch_warnings():
-        # TorchScript is deprecated, and still what programs in C++ load.
+        # TorchScript is deprecated, but C++ programs still load it.
         warnings.simplefilter("ignore")
         traced = torch.jit.trace(_Network(layers, tensors).eval(), _example(sizes))
         torch.jit.save(torch.jit.freeze(traced), str(path), _extra_files={"pydrone.json": json.dumps(metadata)})
@@ -290,7 +291,7 @@ def _write_onnx(path: Path, layers: Layers, tensors: Any, sizes: tuple[int, int]
 
 @contextlib.contextmanager
 def _quiet() -> Any:
-    """Without the exporter's notes on packages that a policy has no use for."""
+    """Silences the exporter's notes on packages that a policy does not need."""
     logger = logging.getLogger("torch.onnx")
     before = logger.level
     logger.setLevel(logging.ERROR)
@@ -301,7 +302,7 @@ def _quiet() -> Any:
 
 
 def _read_onnx(path: Path) -> tuple[Runner, str]:
-    """onnxruntime where it is installed, else onnx's own evaluator."""
+    """Runs it by onnxruntime where installed, else by onnx's own evaluator."""
     try:
         import onnxruntime
     except ImportError:
@@ -349,7 +350,7 @@ def _pair(outputs: Any) -> tuple[Tensor, Tensor | None]:
 
 
 def inputs(width: int) -> Tensor:
-    """Observations [B, width] to compare for: random ones of every size, and edges."""
+    """Observations [B, width] for the comparison: random ones of every magnitude, and edge cases."""
     draw = torch.Generator().manual_seed(0)
     random = [scale * torch.randn(16, width, generator=draw) for scale in (0.01, 0.3, 1.0, 3.0, 30.0)]
     signs = torch.tensor([1.0, -1.0]).repeat(width)[:width]
@@ -363,14 +364,14 @@ def _check(
 ) -> tuple[int, float]:
     """Compares with the policy's own actions; returns how many inputs, and the largest difference."""
     obs = inputs(num_obs)
-    # All at once, and a few in batches of other sizes.
+    # All at once, and some in batches of other sizes.
     batches, largest, count = [obs, obs[:1], obs[16:23]], 0.0, 0
     exact = copy.deepcopy(policy).double()
     for batch in batches:
         state = torch.zeros(len(batch), memory) if memory else None
         for _ in range(STEPS if memory else 1):
             own, own_state = _own(policy, batch, state)
-            # What float32's rounding does to the policy itself is not the file's fault.
+            # The policy's own float32 rounding is not the file's fault.
             precise, precise_state = _own(exact, batch.double(), None if state is None else state.double())
             got, got_state = runner(batch, state)
             difference = _difference(policy, limits, own, precise, got, path)
@@ -395,7 +396,7 @@ def _difference(
         return _near("actions", path, own, precise, got)
     if got.dtype != torch.int64 or got.shape != own.shape[:1]:
         raise ExportError(f"{path}: not written: expected actions int64 [B], got {got.dtype} {list(got.shape)}")
-    # The chosen action is the likeliest one, or as likely but for rounding.
+    # The chosen action must be the likeliest one, up to rounding.
     chosen, likeliest = precise.gather(1, got.unsqueeze(1)).squeeze(1), precise.amax(1)
     return _near("likelihood of the actions", path, likeliest, likeliest, chosen.to(likeliest.dtype))
 
@@ -418,16 +419,13 @@ def _near(what: str, path: Path, own: Tensor, precise: Tensor, got: Tensor | Non
 
 
 def policy_of(state: Mapping[str, Any]) -> nn.Module:
-    """The policy of a checkpoint, see :meth:`pydrone.ppo.trainer.Trainer.state_dict`; no environment is needed.
+    """The policy in a checkpoint, see :meth:`pydrone.ppo.trainer.Trainer.state_dict`; needs no environment.
 
     Raises ValueError where the checkpoint holds no such policy.
     """
-    from pydrone.ppo.config import PPOConfig
-    from pydrone.ppo.policy.actor_critic import make_policy
-
     try:
         weights, settings = state["policy"], state["config"]["ppo"]
-        # Whatever groups of observations they are, each network sees them side by side.
+        # Each network sees its groups concatenated, whatever they were.
         config = PPOConfig(**{**settings, "actor_obs": (), "critic_obs": ()})
         obs = {group: _width(weights, network) for group, network in (("policy", "actor"), ("critic", "critic"))}
         num_actions = weights[f"actor.{2 * len(config.hidden_dims)}.bias"].shape[0]
@@ -446,7 +444,7 @@ def _width(weights: Mapping[str, Tensor], network: str) -> int:
 
 
 def action_limits(env: Any) -> tuple[float, float] | None:
-    """What the environment ``env``, by name, clips actions to: ``action_limits`` of its class. None: not known."""
+    """The range that the environment named ``env`` clips actions to, its class's ``action_limits``. None: unknown."""
     from importlib import import_module
     from importlib.metadata import entry_points
 
@@ -466,7 +464,7 @@ def action_limits(env: Any) -> tuple[float, float] | None:
 
 
 def missing(format: str) -> Sequence[str]:
-    """The packages that ``format`` needs and that are not installed."""
+    """The packages that ``format`` needs and that are missing."""
     from importlib.util import find_spec
 
     return [name for name in NEEDS[format] if find_spec(name) is None]

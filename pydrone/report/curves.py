@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pydrone.ppo.training import run_log as report
+from pydrone.ppo.training.run_log import PROGRESS
+from pydrone.report import learning_curve
 
 X = {"iteration": "iteration", "steps": "environment steps", "time": "time in iterations [min]"}
 
@@ -43,22 +44,22 @@ def find(paths: Sequence[str | os.PathLike[str]]) -> list[Path]:
     """
     found: dict[Path, None] = {}
     for path in map(Path, paths):
-        if (path / report.PROGRESS).is_file():
+        if (path / PROGRESS).is_file():
             inside = [path]
         else:
-            inside = sorted(x.parent for x in path.glob(f"*/{report.PROGRESS}"))
+            inside = sorted(x.parent for x in path.glob(f"*/{PROGRESS}"))
         if not inside:
-            raise FileNotFoundError(f"{path}: no run folder, and none in it: expected a file {report.PROGRESS}")
+            raise FileNotFoundError(f"{path}: no run folder, and none in it: expected a file {PROGRESS}")
         found |= dict.fromkeys(inside)
     return list(found)
 
 
 def read(run_dir: Path) -> Curve:
     """Reads a run; ValueError if it has no iterations yet."""
-    rows = report.read(run_dir)
+    rows = learning_curve.read(run_dir)
     if not rows:
-        raise ValueError(f"{run_dir / report.PROGRESS}: expected a line per iteration, got none")
-    return Curve(str(run_dir), _flat(report._settings(run_dir)), rows)
+        raise ValueError(f"{run_dir / PROGRESS}: expected a line per iteration, got none")
+    return Curve(str(run_dir), _flat(learning_curve.settings_of(run_dir)), rows)
 
 
 def group(curves: Sequence[Curve]) -> list[Group]:
@@ -186,7 +187,7 @@ def results(groups: Sequence[Group]) -> list[dict[str, Any]]:
 
 def _draw_group(axis: Any, members: Group, key: str, x: str, color: str) -> None:
     lines = [line for line in (points(curve, key, x) for curve in members.curves) if line[0]]
-    marker = "." if all(len(xs) <= report.MARKED for xs, _ in lines) else None
+    marker = "." if all(len(xs) <= learning_curve.MARKED for xs, _ in lines) else None
     if len(lines) == 1:
         axis.plot(*lines[0], color=color, linewidth=1.2, marker=marker, label=members.label)
         return
@@ -202,9 +203,9 @@ def _draw_group(axis: Any, members: Group, key: str, x: str, color: str) -> None
 
 def _panels(groups: Sequence[Group], figures: Sequence[str] | None) -> list[tuple[str, str, bool]]:
     there = {name for members in groups for curve in members.curves for row in curve.rows for name in row}
-    known = {panel[0]: panel for panel in report.PANELS}
+    known = {panel[0]: panel for panel in learning_curve.PANELS}
     if figures is None:
-        return [panel for panel in report.PANELS if panel[0] in there] or list(report.PANELS)
+        return [panel for panel in learning_curve.PANELS if panel[0] in there] or list(learning_curve.PANELS)
     missing = [name for name in figures if name not in there]
     if missing:
         raise ValueError(f"figure: expected some of {', '.join(sorted(there))}; got {', '.join(missing)}")

@@ -11,7 +11,8 @@ import torch
 
 from pydrone.envs import Env
 from pydrone.ppo.config import PPOConfig
-from pydrone.ppo.policy.actor_critic import ActorCritic, make_policy
+from pydrone.ppo.policy.actor_critic import ActorCritic
+from pydrone.ppo.policy.make import make_policy
 from pydrone.ppo.trainer import read_checkpoint
 from pydrone.ppo.training import checkpoint
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pydrone.cli import main as cli
-from pydrone.ppo.training import run_log as report
+from pydrone.report import learning_curve
 
 
 def test_settings_from_a_file(trained, tmp_path, capsys):
@@ -40,7 +40,7 @@ def test_the_file_of_a_run_repeats_it(here, tmp_path, capsys):
     """Into a folder of its own, with equal figures; its settings are those of the first."""
     assert here("--run-dir", "first", "--lr", "1e-3", "--seed", "6") == 0
     assert cli.main(["train", "--config", "first/config.toml", "--run-dir", "second"]) == 0
-    first, second = (report.read(tmp_path / name)[-1] for name in ("first", "second"))
+    first, second = (learning_curve.read(tmp_path / name)[-1] for name in ("first", "second"))
     assert first["value_loss"] == second["value_loss"] and first["reward"] == second["reward"]
     texts = [(tmp_path / name / "config.toml").read_text() for name in ("first", "second")]
     assert texts[0].replace('run_dir = "first"', "") == texts[1].replace('run_dir = "second"', "")
@@ -72,7 +72,7 @@ def test_resuming_a_run_by_its_folder(here, tmp_path, capsys):
     assert f"Passed over: {Path('parts', 'model_3.pt')}: expected a checkpoint, got a file whose checksum" in said
     assert f"Resuming from {Path('parts', 'model_2.pt')}\n" in said and "4/4  reward" in said
     assert "begin anew" not in said
-    a, b = (report.read(tmp_path / name) for name in ("whole", "parts"))
+    a, b = (learning_curve.read(tmp_path / name) for name in ("whole", "parts"))
     timed = ("time/", "steps_per_second")
     assert [{k: x for k, x in row.items() if not k.startswith(timed)} for row in a] == [
         {k: x for k, x in row.items() if not k.startswith(timed)} for row in b

@@ -8,7 +8,7 @@ import types
 
 from pydrone.cli import main as cli
 from pydrone.cli import train
-from pydrone.ppo.training import run_log as report
+from pydrone.report import learning_curve
 
 
 class Wandb(types.ModuleType):
@@ -44,7 +44,7 @@ def test_weights_and_biases(here, monkeypatch, tmp_path):
     }
     assert run.arguments["config"]["num_envs"] == 2 and run.arguments["config"]["ppo"]["gamma"] == 0.99
     assert [row["train/iteration"] for row in run.rows] == [1, 2] and run.finished
-    logged = report.read(tmp_path / "with")[-1]
+    logged = learning_curve.read(tmp_path / "with")[-1]
     assert run.rows[-1] == {name if "/" in name else f"train/{name}": x for name, x in logged.items()}
     assert run.metrics == [("train/iteration", {}), ("*", {"step_metric": "train/iteration"})]
     assert cli.main(["train", "--resume", "with", "--iterations", "3"]) == 0

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from pydrone.ops.schema import loss_workspace_size
-from pydrone.ppo.learner.loss import gaussian_entropy, gaussian_kl, gaussian_log_prob, surrogate_loss, value_loss
+from pydrone.ppo.learner.loss import surrogate_loss, value_loss
+from pydrone.ppo.policy.distributions import gaussian_entropy, gaussian_kl, gaussian_log_prob
 
 # log p(1.5) for the table below
 LOG_PROB = -0.125 - math.log(2) - 0.5 * math.log(2 * math.pi)
@@ -91,7 +92,7 @@ def run(operation: Callable[..., None], case: dict[str, object], dtype: torch.dt
 
 
 def by_autograd(case: dict[str, object], dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
-    """The expected outputs, from pydrone.ppo.learner.loss and autograd."""
+    """The expected outputs, from the formulas in pydrone/ppo and autograd."""
     x = {name: y.to(dtype) if isinstance(y, Tensor) else y for name, y in case.items()}
     mean, new, std = (x[name].detach().requires_grad_() for name in ("mean", "new_values", "std"))
     old, returns = x["values"], x["returns"]

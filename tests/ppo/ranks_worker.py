@@ -104,7 +104,7 @@ def learn(case: str, rank: int, world_size: int) -> dict:
         "policy": state["policy"],
         "adam": state["learner"]["state"],
         "rate": trainer.learner.learning_rate.clone(),
-        "moments": {} if trainer._rewards is None else trainer._rewards.moments.state_dict(),
+        "moments": {} if trainer.reward_scaler is None else trainer.reward_scaler.moments.state_dict(),
     }
 
 
@@ -139,7 +139,7 @@ def begun(ranks: Ranks) -> dict:
     torch.manual_seed = seed
     again = Trainer(Points(0, N), settings())
     drawn = torch.rand(4)
-    again._start()
+    again.start()
     last_values, bootstrap = again.collect()
     again.buffer.compute_gae(last_values, **bootstrap)
     (minibatch,) = again.buffer.minibatches(1)

@@ -24,8 +24,7 @@ from pydrone.ppo.config import PPOConfig, TrainConfig
 from pydrone.ppo.distributed import ALONE, Launch, MeanGradients, Ranks, merge_moments
 from pydrone.ppo.trainer import Trainer
 from pydrone.ppo.training import checkpoint
-from pydrone.ppo.training import run_log as report
-from pydrone.report import runs
+from pydrone.report import learning_curve, runs
 
 pytestmark = pytest.mark.skipif(
     not (torch.distributed.is_available() and torch.distributed.is_gloo_available()), reason="this PyTorch lacks gloo"
@@ -226,7 +225,7 @@ def test_a_signal_to_one_rank_ends_all_in_the_same_iteration(pair):
     folder = pair["folder"] / "interrupted"
     assert [path.name for path in folder.glob("*model*")] == ["model_2.pt"]
     assert sum("steps/s" in line for line in first["lines"]) == 2 and second["lines"] == []
-    assert len(report.read(folder)) == 2
+    assert len(learning_curve.read(folder)) == 2
 
 
 def test_logs_with_different_keys(pair):
@@ -378,7 +377,7 @@ def test_the_command_trains_resumes_and_is_bit_equal(tmp_path):
     first, second = (checkpoint.load(run / "model_6.pt") for run in (whole, parts))
     assert first.pop("config")["num_envs"] == second.pop("config")["num_envs"] == 8
     assert same(first, second)
-    assert len(report.read(whole)) == 6 and (whole / "learning_curve.png").exists()
+    assert len(learning_curve.read(whole)) == 6 and (whole / "learning_curve.png").exists()
     assert cli.main(["eval", str(whole), "--episodes", "4", "--steps", "20"]) == 0
 
 

@@ -135,7 +135,7 @@ class Fresh(Scripted):
 @pytest.mark.parametrize("env", [Scripted, Fresh])
 def test_collect_stores_what_was_acted_on_and_not_what_came_of_it(env):
     trainer = Trainer(env([[0, 0]] * 4), config())
-    trainer._start()
+    trainer.start()
     last_values, _ = trainer.collect()
     # The value of what comes after the last step, which nobody has acted on yet.
     assert torch.equal(last_values, trainer.policy.value(torch.full((2, 3), 4.0)))
@@ -158,7 +158,7 @@ def test_time_outs_bootstrap_as_the_environment_allows(kind):
     else:
         env = Scripted([[0, 0], [2, 0], [0, 1], [0, 0]], final_obs=kind == "value_fn")
     trainer = Trainer(env, config(ppo={"gamma": 0.9, "lam": 0.8}))
-    trainer._start()
+    trainer.start()
     last_values, bootstrap = trainer.collect()
     trainer.buffer.compute_gae(last_values, 0.9, 0.8, **bootstrap)
 

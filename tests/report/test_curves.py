@@ -7,7 +7,7 @@ import json
 import pytest
 
 from pydrone.cli import main as cli
-from pydrone.ppo.training import run_log as report
+from pydrone.ppo.training.run_log import CONFIG, RunLog
 from pydrone.report import curves
 
 
@@ -15,8 +15,8 @@ def write(folder, rows, **settings):
     """A run's folder with these figures, an iteration of one second and 80 steps each, and these settings."""
     folder.mkdir(parents=True)
     if settings:
-        (folder / report.CONFIG).write_text(json.dumps(settings))
-    log = report.RunLog(folder, tensorboard=False)
+        (folder / CONFIG).write_text(json.dumps(settings))
+    log = RunLog(folder, tensorboard=False)
     for iteration, episode_length in rows:
         figures = {"iteration": iteration, "steps_per_second": 80.0, "time/iteration": 1.0}
         log.write(figures | {"episode_length": episode_length, "episode_return": episode_length / 10})

@@ -16,7 +16,8 @@ from pydrone.ops.schema import packed_size
 from pydrone.ppo.config import PPOConfig
 from pydrone.ppo.learner import fused
 from pydrone.ppo.learner.acting import FusedActing
-from pydrone.ppo.policy.actor_critic import ActorCritic, make_policy
+from pydrone.ppo.policy.actor_critic import ActorCritic
+from pydrone.ppo.policy.make import make_policy
 
 
 def networks(rng: random.Random, inputs: int, actions: int) -> tuple[nn.Module, nn.Module]:

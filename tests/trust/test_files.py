@@ -22,7 +22,8 @@ from pydrone.envs import make
 from pydrone.ppo.config import PPOConfig, TrainConfig
 from pydrone.ppo.trainer import CHECKPOINT_KEYS, Trainer
 from pydrone.ppo.training import checkpoint
-from pydrone.ppo.training import run_log as report
+from pydrone.ppo.training.run_log import CONFIG, PROGRESS
+from pydrone.report import learning_curve
 
 CODE_RAN = "code in the file ran"
 
@@ -195,8 +196,8 @@ def test_the_sources_load_nothing_that_may_contain_code():
 def test_invalid_lines_of_a_log_are_skipped(tmp_path):
     """One bad line must not cost hours of training their plots."""
     lines = [b'{"iteration": 1, "reward": 2.0}', b"[1, 2]", b"7", b"{}", b'{"iteration": "x"}', b"\xff\xfe", b'{"iter']
-    (tmp_path / report.PROGRESS).write_bytes(b"\n".join([*lines, b'{"iteration": 2, "reward": 3.0}']) + b"\n")
-    assert [row["iteration"] for row in report.read(tmp_path)] == [1, 2]
+    (tmp_path / PROGRESS).write_bytes(b"\n".join([*lines, b'{"iteration": 2, "reward": 3.0}']) + b"\n")
+    assert [row["iteration"] for row in learning_curve.read(tmp_path)] == [1, 2]
     for settings in (b"", b"[]", b"\xff", b'{"env"'):
-        (tmp_path / report.CONFIG).write_bytes(settings)
-        assert report._settings(tmp_path) == {}
+        (tmp_path / CONFIG).write_bytes(settings)
+        assert learning_curve.settings_of(tmp_path) == {}

@@ -1,4 +1,4 @@
-"""Acting and storing a rollout: each step ends, the policy acts on what came of it, and the next step begins."""
+"""Acting, and storing a rollout: a step ends, the policy acts on the result, and the next step begins."""
 
 from __future__ import annotations
 
@@ -11,54 +11,60 @@ from torch import Tensor
 
 from pydrone.ops.schema import packed_size
 from pydrone.ppo.learner import fused
-from pydrone.ppo.policy.actor_critic import ActorCritic
+from pydrone.ppo.policy.actor_critic import ActorCritic, PolicyStep
 
 if TYPE_CHECKING:
     from pydrone.buffer import RolloutBuffer
-    from pydrone.ppo.learner.learner import Learner
 
 Obs = Tensor | Mapping[str, Tensor]
 Ends = Mapping[str, Any]
 
 
 class ActAndStore(Protocol):
-    """Called with what the policy is to act on, and with how the step before ended, which is stored first.
+    """Stores the end of the previous step, acts, and stores the beginning of the next step.
 
-    ``ends`` are the arguments of the buffer's ``end``, None at the first step of a rollout; the last step's end is the
-    caller's to store. Returns the actions, [N, ...]; they and all but rewards and flags are stored by then.
+    ``ends`` are the arguments of the buffer's ``end``, None at the first step of a rollout; the caller stores the last
+    step's. Returns the actions, [N, ...]. By then everything but the step's rewards and flags is stored.
     """
 
     def __call__(self, obs: Obs, ends: Ends | None = None) -> Tensor: ...
 
 
 class Acting:
-    """One call after another, for every policy and buffer."""
+    """Separate calls for acting and storing, for every policy and buffer. ``act`` None: the policy's."""
 
-    def __init__(self, learner: Learner, buffer: RolloutBuffer, lap: Callable[[str], None]) -> None:
-        self._learner, self._buffer, self._lap = learner, buffer, lap
+    def __init__(
+        self,
+        policy: ActorCritic,
+        buffer: RolloutBuffer,
+        lap: Callable[[str], None],
+        act: Callable[[Obs], PolicyStep] | None = None,
+    ) -> None:
+        self._policy, self._buffer, self._lap = policy, buffer, lap
+        self._act = policy.act if act is None else act
 
     def __call__(self, obs: Obs, ends: Ends | None = None) -> Tensor:
-        learner, buffer = self._learner, self._buffer
+        buffer = self._buffer
         if ends is not None:
             buffer.end(**ends)
             self._lap("storage")
-        step = learner.act(obs)
+        step = self._act(obs)
         self._lap("policy")
-        stored = learner.policy.stored(step)
+        stored = self._policy.stored(step)
         buffer.begin(obs=obs, actions=step.actions, values=step.values, log_probs=step.log_probs, **stored)
         self._lap("storage")
         return step.actions
 
 
 class FusedActing:
-    """All of it by one operation, ``ppo_step``, on networks taken apart once and weights packed once.
+    """One operation for all of it, ``ppo_step``. Networks are taken apart once, weights packed once.
 
-    Weights that change on the way are acted by from the next step on, however that came about; running statistics too.
+    Changes of the weights or the running statistics, however made, take effect at the next step.
     """
 
     @staticmethod
     def serves(policy: ActorCritic, buffer: RolloutBuffer) -> bool:
-        """Whether the operation stores what this buffer holds."""
+        """Whether the operation can store this buffer's fields."""
         fields = [x for x in buffer.layout.fields if x != "final_row"][len(buffer.layout.obs) :]
         return buffer.backend == "cpu" and fields == ["actions", "log_probs", "values", "mu", "sigma"]
 
@@ -85,7 +91,7 @@ class FusedActing:
             self._parts = parts
         self._std.copy_(policy.std)
         mean, sigma, values, log_probs = self._mean, self._sigma, self._values, self._log_probs
-        actions = torch.empty_like(mean)  # the environment may keep it, and sees nothing of the others
+        actions = torch.empty_like(mean)  # a new tensor, since the environment may keep it
         outputs, noise = (actions, log_probs, values, mean), torch.randn_like(mean)
         act = fused.act_arguments(policy, obs, self._networks, self._std, noise, self._packed, outputs)
         row = {"obs": obs, "actions": actions, "values": values, "log_probs": log_probs, "mu": mean, "sigma": sigma}
@@ -103,7 +109,7 @@ class FusedActing:
 
 
 def _parts(policy: ActorCritic) -> list[object]:
-    """The layers of both networks and their parameters, and how they are multiplied."""
+    """The layers and parameters of both networks, and whether products are in bfloat16."""
     parts: list[object] = [policy.autocast]
     for network in (policy.actor, policy.critic):
         layers = network._modules.values() or (network,)

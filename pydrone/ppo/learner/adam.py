@@ -11,18 +11,18 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 
 from pydrone.ops import dispatch, native
 
-# Of torch.optim.Adam's options, what the operation does not do.
+# Options of torch.optim.Adam that the operation does not support, with the values it requires.
 _PLAIN = {"weight_decay": 0, "amsgrad": False, "maximize": False, "differentiable": False}
 
 
 def why_not(optimizer: torch.optim.Optimizer, groups: Sequence[Sequence[Tensor]] = ()) -> str | None:
-    """Why :func:`clipped_step` cannot take this optimiser's steps, or None where it can.
+    """Why :func:`clipped_step` cannot replace this optimiser's step, or None where it can.
 
-    With ``groups`` also where one parameter is in two of them: torch clips it twice then.
+    With ``groups``, also where a parameter is in two of them, which torch would clip twice.
     """
     if native.CPU_MISSING is not None:
         return f"the native CPU library is missing: {native.CPU_MISSING}"
-    if type(optimizer) is not torch.optim.Adam:  # nor one that is derived from it
+    if type(optimizer) is not torch.optim.Adam:  # nor a subclass
         return f"it takes the steps of torch.optim.Adam, this is {type(optimizer).__name__}"
     if len(optimizer.param_groups) != 1:
         return f"expected one group of parameters, got {len(optimizer.param_groups)}"
@@ -44,17 +44,18 @@ def why_not(optimizer: torch.optim.Optimizer, groups: Sequence[Sequence[Tensor]]
 def clipped_step(
     optimizer: torch.optim.Adam, groups: Sequence[Sequence[Tensor]], max_norm: float | None = None
 ) -> Tensor:
-    """As ``clip_grad_norm_`` of each of ``groups`` and then ``optimizer.step()``; the gradients stay as they are.
+    """As ``clip_grad_norm_`` of each of ``groups``, then ``optimizer.step()``; gradients are not changed.
 
     Adam (`arXiv:1412.6980 <https://arxiv.org/abs/1412.6980>`_, algorithm 1 with epsilon as torch places it) reads and
     writes the optimiser's own state: its ``state_dict`` and its ``step()`` go on from there. Parameters without a
-    gradient are left out, as torch does; clipped, a group whose norm is not a number becomes so as a whole, and of one
-    whose norm is infinite what has an infinite gradient.
+    gradient are skipped, as in torch. With clipping, a NaN norm makes the whole group NaN, and an infinite norm those
+    elements whose gradient is infinite.
 
     Args:
         optimizer: of one parameter group, without weight decay, AMSGrad and hooks; see :func:`why_not`.
-        groups: parameters of the optimiser, each that has a gradient in one list, whose norms are each held to ...
-        max_norm: ... this, above 0. None: no clipping.
+        groups: lists of the optimiser's parameters, each parameter that has a gradient in one list; each list is
+            clipped on its own.
+        max_norm: largest norm of a group's gradients, above 0. None: no clipping.
 
     Returns:
         [len(groups)] float32, the norms before clipping.
@@ -111,7 +112,7 @@ def step(optimizer: torch.optim.Adam, groups: Sequence[Sequence[Tensor]], max_no
 
 
 def _begin(optimizer: torch.optim.Adam, parameter: Tensor) -> dict[str, Tensor]:
-    """The state that Adam itself would begin with."""
+    """Adam's own initial state."""
     optimizer.state[parameter].update(
         step=torch.zeros((), dtype=torch.float32, device="cpu"),
         exp_avg=torch.zeros_like(parameter),

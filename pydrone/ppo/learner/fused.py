@@ -1,6 +1,6 @@
-"""PPO's gradients in one pass over a minibatch: what autograd does in some sixty operations, in one of the CPU library.
+"""PPO's gradients in one pass over a minibatch: one operation of the CPU library instead of some sixty of autograd's.
 
-Tiles of 128 samples go through both networks, the loss and back, and never leave the second-level cache; see
+Tiles of 128 samples go through both networks, the loss and back, and stay in the second-level cache; see
 ``ppo_gradients`` in :mod:`pydrone.ops.schema`.
 """
 
@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from pydrone.ops import native
 from pydrone.ops.arguments import check_tensor
 from pydrone.ops.schema import ACTIVATIONS
-from pydrone.ppo.learner.loss import gaussian_entropy
 from pydrone.ppo.policy.actor_critic import ActorCritic, PolicyStep
+from pydrone.ppo.policy.distributions import gaussian_entropy
 from pydrone.rollout.minibatch import Drawn, Minibatch
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 
 class Unsupported(RuntimeError):
-    """What the operation cannot serve, in a sentence; torch can."""
+    """The operation cannot serve these networks or this machine, for the reason given; torch can."""
 
 
 def fused_update(
@@ -69,32 +69,33 @@ def fused_update(
     """As ``loss.backward()`` on PPO's loss of a minibatch: adds its gradients to the parameters' ``.grad``.
 
     Any optimiser, clipping and all-reduce go on from there. The loss is
-    surrogate + value_loss_coef * value loss - entropy_coef * entropy, see :mod:`pydrone.ppo.learner.loss`; B = samples,
-    A = action dimensions. float32, on the CPU; half-precision inputs are widened.
+    surrogate + value_loss_coef * value loss - entropy_coef * entropy, see :mod:`pydrone.ppo.learner.loss` and
+    :mod:`pydrone.ppo.policy.distributions`; B = samples, A = action dimensions. float32, on the CPU; half-precision
+    inputs are widened.
 
     Args:
         actor, critic: ``nn.Sequential`` of ``nn.Linear`` with tanh, ELU, ReLU or SiLU between them.
         std: [A], the standard deviation: a parameter, or a function of one (``log_std.exp()``).
-        obs: [B, width], or several such, which lie side by side in the actor's input.
+        obs: [B, width], or several such, concatenated to the actor's input.
         actions: [B, A].
         log_probs: [B], of the policy that acted.
         advantages, returns, values: [B]; values as they were when the policy acted.
-        critic_obs: as obs, of the critic. None: what the actor sees.
-        mu, sigma: [B, A], the distribution that was acted by. None: the KL divergence is not a number.
+        critic_obs: as obs, for the critic. None: the actor's.
+        mu, sigma: [B, A], the distribution that actions were drawn from. None: the KL divergence is NaN.
         clip: half-width of the probability ratio's range.
-        value_clip: of the value's around the old one. None: the plain squared error.
+        value_clip: half-width of the value's range around the old value. None: the plain squared error.
         value_loss_coef, entropy_coef: weights in the loss.
         obs_normalizer, critic_normalizer, value_normalizer: running statistics (their ``shift`` and ``std``) that
             inputs, and values and returns, are normalised by; inputs are clipped to ``obs_clip``.
-        autocast: the networks' products in bfloat16, on a processor with AVX512_BF16: what is multiplied (activations,
-            weights, derivatives) is rounded to it, to the nearest, and denormals to zero; sums, biases, activation
-            functions and everything else stay in float32.
+        autocast: the networks' products in bfloat16, on a processor with AVX512_BF16: factors (activations, weights,
+            derivatives) are rounded to nearest, denormals to zero; sums, biases, activation functions and everything
+            else stay in float32.
 
     Returns:
         [4] float32: surrogate, value loss, entropy, KL(old || new). Means over B, nats.
 
     Raises:
-        Unsupported: a RuntimeError; the networks, or this machine, are of another kind.
+        Unsupported: a RuntimeError; the operation cannot serve these networks, or this machine.
         TypeError, ValueError, RuntimeError: an argument does not fit; nothing was written.
     """
     check_tensor("std", std.detach() if isinstance(std, Tensor) else std, CPU, True)
@@ -191,7 +192,7 @@ def _gradients(
 
 
 def _through_std(std: Tensor, grad: Tensor, entropy_coef: float) -> Tensor:
-    """Hands ``grad`` and the entropy bonus's on to what ``std`` is made of; returns the entropy, [1]."""
+    """Propagates ``grad`` and the entropy bonus's gradient through ``std``; returns the entropy, [1]."""
     with torch.enable_grad():
         entropy = gaussian_entropy(std)
         if std.requires_grad:
@@ -219,7 +220,7 @@ def _check_number(name: str, x: float, least: float) -> None:
 
 
 def _require_bf16() -> None:
-    """Raises Unsupported where the library has no products in bfloat16; that there is a library was asked before."""
+    """Raises Unsupported where the library, which must be there, has no products in bfloat16."""
     if not torch.ops.pydrone.has_bf16():
         raise Unsupported("autocast is on, and the processor has no AVX512_BF16, or PYDRONE_ISA leaves it out")
 
@@ -270,7 +271,7 @@ def _groups(obs: Tensor | Sequence[Tensor]) -> list[Tensor]:
 
 
 def why_not(policy: ActorCritic) -> str | None:
-    """Why torch is to compute this policy's gradients, or None where :func:`of_policy` can."""
+    """Why torch has to compute this policy's gradients, or None where :func:`of_policy` can."""
     parameter = next(policy.parameters())
     if parameter.device.type != "cpu":
         return f"it runs on the CPU, the policy is on {parameter.device.type}"
@@ -322,13 +323,13 @@ def _samples(policy: ActorCritic, obs: Tensor | Mapping[str, Tensor], fields: An
 
 
 def readable(obs: Tensor | Mapping[str, Tensor]) -> bool:
-    """Whether stored observations can be learnt from where they lie: floats, [.., .., width]."""
+    """Whether the operation can read stored observations in the ring: floats, [.., .., width]."""
     groups = [obs] if isinstance(obs, Tensor) else [*obs.values()]
     return all(x.is_floating_point() and x.dim() == 3 for x in groups)
 
 
 def _in_ring(policy: ActorCritic, minibatch: Drawn) -> tuple[tuple | None, tuple]:
-    """The same of the ring that a minibatch is drawn from, and what draws it; None where it has to be gathered."""
+    """As :func:`_samples`, of the ring, and the arguments that draw the minibatch; None: it has to be gathered."""
     place = minibatch.place()
     if not readable(place.obs):
         return None, ()
@@ -338,7 +339,7 @@ def _in_ring(policy: ActorCritic, minibatch: Drawn) -> tuple[tuple | None, tuple
 
 @torch.no_grad()
 def act(policy: ActorCritic, obs: Tensor | Mapping[str, Tensor]) -> PolicyStep:
-    """``policy.act(obs)`` in one operation, both networks, the actions drawn and their log-probabilities."""
+    """``policy.act(obs)`` in one operation: both networks, the drawn actions and their log-probabilities."""
     networks, std = parameters_of(policy), policy.std
     group = obs if isinstance(obs, Tensor) else obs[policy.actor_obs[0]]
     num_envs = group.shape[0]
@@ -363,10 +364,10 @@ def act_arguments(
     packed: Tensor | None,
     outputs: Sequence[Tensor],
 ) -> tuple:
-    """Those of ``ppo_act``; ``networks`` are :func:`parameters_of`."""
+    """The arguments of ``ppo_act``; ``networks``: :func:`parameters_of`."""
     seen = _inputs(policy, obs)
-    if policy._rounded is not None:  # as it is stored, and will be learnt from
-        seen = tuple([policy._float(x) for x in groups] for groups in seen)
+    if policy.obs_dtype != torch.float32:  # as stored, so that acting and learning agree
+        seen = tuple([policy.rounded(x) for x in groups] for groups in seen)
     moments = _moments(policy.actor_normalizer, policy.critic_normalizer)
     of_values = _moments(policy.value_normalizer)
     options = networks[2], policy.autocast, *moments, policy.obs_clip, *of_values, packed
@@ -374,7 +375,7 @@ def act_arguments(
 
 
 def _inputs(policy: ActorCritic, obs: Tensor | Mapping[str, Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """What the actor sees, and the critic; none for the critic where that is the same."""
+    """The groups that the actor sees and those of the critic; none for the critic where they are the same."""
     if not isinstance(obs, Mapping) and not hasattr(obs, "keys"):
         return _groups(obs), []
     apart = policy.critic_obs != policy.actor_obs

@@ -1,7 +1,7 @@
-"""The loss and its gradients by one operation, between networks that are torch's: the learner's way on a GPU.
+"""The loss and its gradients by one operation, between torch's networks: what the learner does on a GPU.
 
-The policy's networks run forward by torch, ``ppo_loss`` (:mod:`pydrone.ops.schema`) computes the loss's derivatives by
-what they put out, and autograd takes these back through the networks.
+Torch runs the policy's networks forward, ``ppo_loss`` (:mod:`pydrone.ops.schema`) computes the loss's derivatives with
+respect to their outputs, and autograd propagates these back through the networks.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def why_not(policy: ActorCritic) -> str | None:
-    """Why autograd is to compute this policy's loss, or None where :class:`FusedLoss` can."""
+    """Why autograd has to compute this policy's loss, or None where :class:`FusedLoss` can."""
     if _device(policy) != "cuda":
         return f"its kernel runs on CUDA, the policy is on {_device(policy)}"
     if triton.missing() is not None:
@@ -38,7 +38,7 @@ def _device(policy: ActorCritic) -> str:
 
 
 class FusedLoss:
-    """Gradients of a minibatch, or of a part of one, by ``torch.ops.pydrone.ppo_loss``."""
+    """Gradients of a minibatch, or a part of one, by ``torch.ops.pydrone.ppo_loss``."""
 
     #: what it reads of a minibatch besides the observations
     SAMPLES = ("actions", "log_probs", "advantages", "values", "returns", "mu", "sigma")
@@ -59,7 +59,7 @@ class FusedLoss:
         samples: SAMPLES of a part of a minibatch of ``num_samples``, [B] and [B, A]. Gradients and metrics are the
         part's share.
         """
-        mean, values, std = policy.mean(obs), policy._value(obs), policy.std
+        mean, values, std = policy.mean(obs), policy.normalized_value(obs), policy.std
         size, actions = mean.shape
         needed = loss_workspace_size(size, actions)
         if self._workspace is None or self._workspace.numel() < needed:

@@ -1,6 +1,6 @@
-"""The learner: a rollout in, a better policy out.
+"""The learner: updates a policy from a rollout.
 
-Nothing in it waits for the device, but for ``max_kl`` and for recurrent policies, once a minibatch.
+It waits for the device only with ``max_kl`` and with recurrent policies, once per minibatch.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pydrone.ppo.learner import adam, fused, fused_loss
 from pydrone.ppo.learner.acting import ActAndStore, Acting, FusedActing
 from pydrone.ppo.learner.loss import surrogate_loss, value_loss
 from pydrone.ppo.policy.actor_critic import ActorCritic, PolicyStep
+from pydrone.ppo.policy.recurrent import sequence_batches
 from pydrone.rollout.minibatch import Minibatch
 from pydrone.rollout.sequences import Sequences
 
@@ -27,11 +28,11 @@ if TYPE_CHECKING:
 # rsl_rl's adaptive schedule.
 LEARNING_RATE_BOUNDS = (1e-5, 1e-2)
 LEARNING_RATE_FACTOR = 1.5
-# Of two equal policies, in float32.
+# What rounding in float32 makes of the KL of two equal policies, at most.
 ZERO_KL = 1e-6
 
-# Activations of 128 units are 1.6 MB then, which a core's cache holds; the allocator returns to the system, and faults
-# in again, what is much larger.
+# Activations of 128 units then take 1.6 MB, which fits a core's cache. Much larger ones the allocator returns to the
+# system, and each pass pays for the page faults again.
 CPU_CHUNK_PER_THREAD = 3200
 
 
@@ -39,8 +40,8 @@ class Learner:
     """Proximal policy optimisation: Adam, clipped losses, a learning rate that follows the KL divergence.
 
     ``learning_rate`` is a tensor on the device, which Adam reads there: the schedule costs no synchronisation, and a
-    captured CUDA graph of the update follows it. With several ``ranks`` each learns from a rollout of its own, and all
-    of them take the same steps.
+    captured CUDA graph of the update follows it. With several ``ranks`` each learns from its own rollout, and all take
+    the same steps.
     """
 
     METRICS = ("surrogate_loss", "value_loss", "entropy", "kl")
@@ -51,9 +52,9 @@ class Learner:
         device = next(policy.parameters()).device
         self.learning_rate = torch.tensor(config.learning_rate, device=device)
         self.optimizer = torch.optim.Adam(policy.parameters(), lr=self.learning_rate, fused=True)
-        #: why autograd computes the gradients; None: the fused operation does, which takes a minibatch whole
+        #: why autograd computes the gradients; None: the fused operation does, for a whole minibatch at once
         self.not_fused = "learner is torch" if config.learner == "torch" else fused.why_not(policy)
-        #: computes the loss alone by one operation, where that cannot be; None: autograd does
+        #: computes only the loss by one operation, where ``not_fused``; None: autograd does
         self.fused_loss: fused_loss.FusedLoss | None = None
         if config.learner != "torch" and device.type == "cuda":
             self.not_fused = fused_loss.why_not(policy)
@@ -74,21 +75,21 @@ class Learner:
         return self.policy.act(obs) if self.not_fused is not None else fused.act(self.policy, obs)
 
     def acting(self, buffer: RolloutBuffer, lap: Callable[[str], None] = lambda stage: None) -> ActAndStore:
-        """How a rollout is acted and stored in ``buffer``, step by step; one for each rollout.
+        """What acts, and stores the steps in ``buffer``; to be made anew for each rollout.
 
-        ``lap`` is called with what a piece of work belonged to, "policy" or "storage".
+        Calls ``lap`` after each piece of work with its stage, "policy" or "storage".
         """
         if self.not_fused is None and FusedActing.serves(self.policy, buffer):
             return FusedActing(self.policy, buffer, lap)
-        return Acting(self, buffer, lap)
+        return Acting(self.policy, buffer, lap, self.act)
 
     def update(self, buffer: RolloutBuffer) -> dict[str, Tensor]:
         """Learns from a full rollout whose advantages are computed; the rollout stays.
 
         The buffer has the fields that ``policy.fields()`` names, of the policy that acted: its "mu" and "sigma", mean
-        and standard deviation. The policy's running statistics take in the rollout: returns before, observations after
-        it is learnt from. Returns means over all minibatches, as scalars on the device: METRICS, and the last learning
-        rate; with ``max_kl`` also how many "minibatches" were looked at.
+        and standard deviation. The policy's running statistics are updated with the rollout: by its returns before the
+        gradient steps, by its observations after them. Returns means over all minibatches, as scalars on the device:
+        METRICS and the last learning rate; with ``max_kl`` also the number of "minibatches" evaluated.
         """
         policy = self.policy
         if policy.value_normalizer is not None:
@@ -111,8 +112,6 @@ class Learner:
     def _minibatches(self, buffer: RolloutBuffer) -> Iterable[Any]:
         config = self.config
         if self.policy.recurrent:
-            from pydrone.ppo.policy.recurrent import sequence_batches
-
             return sequence_batches(self.policy, buffer, config, empty=self.ranks.several)
         by_minibatch = config.normalize_advantages and config.advantage_scope == "minibatch"
         return buffer.minibatches(
@@ -124,14 +123,14 @@ class Learner:
         )
 
     def gathers(self, buffer: RolloutBuffer) -> bool:
-        """Whether :meth:`update` has minibatches gathered, whose tensors the buffer then keeps."""
+        """Whether :meth:`update` gathers minibatches, into tensors that the buffer keeps."""
         by_minibatch = self.config.normalize_advantages and self.config.advantage_scope == "minibatch"
         return self.not_fused is not None or by_minibatch or not fused.readable(buffer.obs)
 
     def step(self, minibatch: Any) -> Tensor:
-        """One gradient step on a minibatch. Returns its METRICS, [4]; its KL is that before the step.
+        """One gradient step on a minibatch. Returns its METRICS, [4], from before the step.
 
-        Above ``max_kl`` there is no step, and :meth:`update` ends.
+        Where the KL exceeds ``max_kl`` it takes no step, and :meth:`update` ends.
         """
         metrics = self.compute_gradients(minibatch)
         if self._over_ranks is not None:
@@ -141,7 +140,7 @@ class Learner:
         if self.config.max_kl is not None and metrics[-1] > self.config.max_kl:
             self._past_max_kl = True
             return metrics
-        # Each on its own, as rsl_rl does: a large value error must not shorten the actor's step.
+        # Clipped separately, as in rsl_rl: a large value error must not shorten the actor's step.
         groups = self.policy.actor_parameters(), self.policy.critic_parameters()
         if self.not_fused is None and adam.why_not(self.optimizer, groups) is None:
             adam.step(self.optimizer, groups, self.config.max_grad_norm)
@@ -152,7 +151,7 @@ class Learner:
         return metrics
 
     def compute_gradients(self, minibatch: Any) -> Tensor:
-        """Leaves the loss's gradients in the parameters and returns the METRICS, [4]. Autograd takes it in chunks."""
+        """Sets the parameters' gradients and returns the METRICS, [4]. Autograd works in chunks of the minibatch."""
         config, policy = self.config, self.policy
         size = _size(minibatch)
         self.optimizer.zero_grad(set_to_none=True)
@@ -191,8 +190,7 @@ class Learner:
     def adapt_learning_rate(self, kl: Tensor) -> None:
         """rsl_rl's schedule: divided by 1.5 above twice the desired KL, multiplied by 1.5 below half of it.
 
-        A KL of zero, as before a rollout's first step, or what rounding makes of it, leaves it alone; so does one that
-        is not a number.
+        A KL of zero up to rounding, as before a rollout's first step, leaves the rate unchanged; so does NaN.
         """
         least, most = LEARNING_RATE_BOUNDS
         rate, desired = self.learning_rate, self.config.desired_kl
@@ -221,7 +219,7 @@ class Learner:
             if self.config.schedule == "adaptive":
                 self.learning_rate.copy_(torch.as_tensor(group["lr"]))
             group["lr"] = self.learning_rate
-            group["capturable"] = False  # as a checkpoint from within a captured iteration has it not
+            group["capturable"] = False  # whatever the checkpoint says
 
 
 def _size(minibatch: Any) -> int:
@@ -230,5 +228,5 @@ def _size(minibatch: Any) -> int:
 
 def _rows(obs: Tensor | Mapping[str, Tensor] | Sequences, rows: slice) -> Tensor | dict[str, Tensor] | Sequences:
     if isinstance(obs, Sequences):
-        return obs  # they are learnt from whole
+        return obs  # never split
     return {name: group[rows] for name, group in obs.items()} if isinstance(obs, Mapping) else obs[rows]

@@ -1,7 +1,7 @@
 """The policy: two multilayer perceptrons and a Gaussian whose standard deviation does not depend on the state.
 
-Other policies are variations of it: discrete actions (:mod:`pydrone.ppo.policy.discrete`), recurrent layers
-(:mod:`pydrone.ppo.policy.recurrent`). :func:`make_policy` picks.
+Other policies derive from it: discrete actions (:mod:`pydrone.ppo.policy.discrete`), recurrent layers
+(:mod:`pydrone.ppo.policy.recurrent`). :mod:`pydrone.ppo.policy.make` picks one.
 """
 
 from __future__ import annotations
@@ -13,9 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pydrone.ppo.config import PPOConfig
 from pydrone.ppo.distributed import ALONE, Ranks
-from pydrone.ppo.learner.loss import gaussian_entropy, gaussian_kl, gaussian_log_prob, log_normalizer
+from pydrone.ppo.policy.distributions import gaussian_entropy, gaussian_kl, gaussian_log_prob, log_normalizer
 from pydrone.ppo.policy.normalization import RunningMoments
 from pydrone.rollout.layout import Spec, parse_obs
 
@@ -43,13 +42,13 @@ class Evaluation(NamedTuple):
 
 
 class _Tanh(nn.Module):
-    """tanh in place: the derivative needs the result alone, so a layer's input need not outlive it."""
+    """tanh in place: its derivative needs only the result, so the input's memory can be reused."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x.tanh_()
 
 
-# inplace only where the derivative needs the result alone: SiLU's needs what went in.
+# In place only where the derivative needs just the result; SiLU's needs the input.
 ACTIVATIONS = {"tanh": _Tanh, "elu": partial(nn.ELU, inplace=True), "relu": partial(nn.ReLU, inplace=True)}
 ACTIVATIONS["silu"] = nn.SiLU
 
@@ -64,20 +63,22 @@ def mlp(inputs: int, outputs: int, hidden_dims: Sequence[int], activation: str =
 
 
 class ActorCritic(nn.Module):
-    """Actor and critic, apart from each other; ``state_dict`` is theirs, ``std_param`` [A] and the normalisers'.
+    """Separate actor and critic; ``state_dict`` holds both, ``std_param`` [A] and the normalisers.
 
     Args:
         obs: as the rollout buffer's, an int, a shape, or a mapping of group names to shapes or (shape, dtype); each a
             vector.
         actions: action dimensions A.
         hidden_dims: widths of the hidden layers.
-        activation: tanh, elu, relu or silu, of the hidden layers.
-        init_std: first standard deviation, of every dimension.
-        actor_obs, critic_obs: names of the groups that each sees, side by side in this order. None given: the actor
-            sees "policy" and the critic "critic", or what the actor sees where there is none.
-        normalize_obs: observations by running statistics, clipped to ``obs_clip``; :meth:`observe` feeds them.
-        normalize_values: the critic's outputs are returns by running statistics, which :meth:`observe_returns` feeds.
-        obs_dtype: a half precision that observations are rounded to first, as they are stored.
+        activation: of the hidden layers, tanh, elu, relu or silu.
+        init_std: initial standard deviation of every dimension.
+        actor_obs, critic_obs: names of the groups that each sees, concatenated in this order. Empty: the actor sees
+            "policy" and the critic "critic", or the actor's groups where there is no such group.
+        normalize_obs: normalise observations by running statistics, which :meth:`observe` updates, and clip them to
+            ``obs_clip``.
+        normalize_values: the critic predicts returns normalised by running statistics, which :meth:`observe_returns`
+            updates.
+        obs_dtype: a half precision that observations are rounded to first, as in the buffer.
         autocast: matrix products in bfloat16.
     """
 
@@ -103,12 +104,12 @@ class ActorCritic(nn.Module):
         super().__init__()
         self.obs = obs
         self.autocast, self.obs_clip, self._activation = autocast, obs_clip, activation
-        self._rounded = None if obs_dtype == torch.float32 else obs_dtype
+        self.obs_dtype = obs_dtype
         groups, named = parse_obs(obs, torch.float32)
         self.actor_obs, self.critic_obs = _pick_groups(groups, named, tuple(actor_obs), tuple(critic_obs))
         widths = [sum(_width(groups[name]) for name in names) for names in (self.actor_obs, self.critic_obs)]
         self._build(widths, actions, hidden_dims, init_std)
-        # Of the networks' dtype, wherever they are taken.
+        # Follows the networks' dtype and device.
         self.register_buffer("_like", torch.empty(0), persistent=False)
         self.actor_normalizer: RunningMoments | None = None
         self.critic_normalizer: RunningMoments | None = None
@@ -119,16 +120,16 @@ class ActorCritic(nn.Module):
             self.critic_normalizer = self.actor_normalizer if same else RunningMoments(widths[1])
 
     def _build(self, widths: Sequence[int], actions: int, hidden_dims: Sequence[int], init_std: float) -> None:
-        """Makes the networks. widths: of what the actor and the critic see."""
+        """Makes the networks. widths: of the actor's and the critic's inputs."""
         self.actor = mlp(widths[0], actions, hidden_dims, self._activation)
         self.critic = mlp(widths[1], 1, hidden_dims, self._activation)
         self.std_param = nn.Parameter(torch.full((actions,), float(init_std)))
 
-    # ----------------------------------------------------------------------- what the distribution of actions is to do
+    # ----------------------------------------------------------------------------------- the distribution of actions
 
     @property
     def std(self) -> Tensor:
-        """[A], the standard deviation; not a number for discrete actions."""
+        """[A], the standard deviation; NaN for discrete actions."""
         return self.std_param.clamp_min(MIN_STD)
 
     def fields(self) -> dict[str, int]:
@@ -157,11 +158,11 @@ class ActorCritic(nn.Module):
         return gaussian_entropy(new.std)
 
     def kl(self, old: Mapping[str, Tensor], new: Evaluation) -> Tensor:
-        """KL(old || new), a scalar in nats, mean over B. old: what was :meth:`stored`, [B, ...]."""
+        """KL(old || new), a scalar in nats, mean over B. old: fields from :meth:`stored`, [B, ...]."""
         return gaussian_kl(old["mu"], old["sigma"], new.mean, new.std)
 
     def likeliest(self, mean: Tensor) -> Tensor:
-        """The likeliest action of the actor's outputs."""
+        """The likeliest action, given the actor's outputs."""
         return mean
 
     def mode(self, obs: Tensor | Mapping[str, Tensor]) -> Tensor:
@@ -177,7 +178,7 @@ class ActorCritic(nn.Module):
 
     def evaluate(self, obs: Tensor | Mapping[str, Tensor], actions: Tensor) -> Evaluation:
         """Log-probabilities of ``actions`` [B, A], with values, means and standard deviation, differentiable."""
-        return self.judge(self.mean(obs), self._value(obs), actions)
+        return self.judge(self.mean(obs), self.normalized_value(obs), actions)
 
     def mean(self, obs: Tensor | Mapping[str, Tensor]) -> Tensor:
         """[B, A]: the action without noise (discrete: the logarithms of the probabilities)."""
@@ -185,9 +186,10 @@ class ActorCritic(nn.Module):
 
     def value(self, obs: Tensor | Mapping[str, Tensor]) -> Tensor:
         """[B]: the critic's estimate of the return."""
-        return self._denormalized(self._value(obs))
+        return self._denormalized(self.normalized_value(obs))
 
-    def _value(self, obs: Tensor | Mapping[str, Tensor]) -> Tensor:
+    def normalized_value(self, obs: Tensor | Mapping[str, Tensor]) -> Tensor:
+        """[B]: the critic's output, :meth:`value` in the unit of :meth:`evaluate`'s."""
         return self._run(self.critic, self._critic_input(obs)).squeeze(-1)
 
     def _actor_outputs(self, x: Tensor) -> Tensor:
@@ -215,14 +217,15 @@ class ActorCritic(nn.Module):
         return x if normalizer is None else normalizer.normalize(x).clamp(-self.obs_clip, self.obs_clip)
 
     def _groups(self, obs: Tensor | Mapping[str, Tensor], names: Sequence[str]) -> Tensor:
-        """The groups side by side, those of half precision, or of bytes, as the networks' dtype."""
+        """The groups concatenated, in the networks' dtype."""
         if not isinstance(obs, Mapping):
-            return self._float(obs)
-        return self._float(obs[names[0]]) if len(names) == 1 else torch.cat([self._float(obs[x]) for x in names], -1)
+            return self.rounded(obs)
+        return self.rounded(obs[names[0]]) if len(names) == 1 else torch.cat([self.rounded(obs[x]) for x in names], -1)
 
-    def _float(self, obs: Tensor) -> Tensor:
-        if self._rounded is not None and obs.is_floating_point():
-            obs = obs.to(self._rounded)
+    def rounded(self, obs: Tensor) -> Tensor:
+        """A group of observations rounded as it is stored, in the networks' dtype."""
+        if self.obs_dtype != torch.float32 and obs.is_floating_point():
+            obs = obs.to(self.obs_dtype)
         return obs.to(self._like.dtype)
 
     forward = mean
@@ -231,13 +234,13 @@ class ActorCritic(nn.Module):
 
     @property
     def untried(self) -> bool:
-        """Whether there are running statistics that have seen nothing yet. Waits for the device."""
+        """Whether any running statistics have seen no sample yet. Waits for the device."""
         normalizers = (self.actor_normalizer, self.critic_normalizer, self.value_normalizer)
         return any(x is not None and not x.count for x in normalizers)
 
     @torch.no_grad()
     def observe(self, obs: Tensor | Mapping[str, Tensor], ranks: Ranks = ALONE) -> None:
-        """Takes every rank's rollout of observations, [N, T, ...], into the running statistics, if they are kept."""
+        """Updates the running statistics, if there are any, with every rank's observations, [N, T, ...]."""
         if self.actor_normalizer is None:
             return
         self.actor_normalizer.update(self._groups(obs, self.actor_obs), ranks=ranks)
@@ -246,10 +249,10 @@ class ActorCritic(nn.Module):
 
     @torch.no_grad()
     def observe_returns(self, returns: Tensor, valid: Tensor | None = None, ranks: Ranks = ALONE) -> None:
-        """Takes every rank's returns [N, T] into the running statistics, if they are kept; ``valid``: bool [N, T].
+        """Updates the running statistics, if there are any, with every rank's returns [N, T]; ``valid``: bool [N, T].
 
-        The critic's last layer is changed along with them, so that :meth:`value` stays what it was (PopArt,
-        arXiv:1602.07714); not for the first returns, whose mean is the better guess.
+        The critic's last layer changes with them, so that :meth:`value` stays the same (PopArt,
+        arXiv:1602.07714). Not at the first returns, whose mean is a better guess.
         """
         normalizer = self.value_normalizer
         if normalizer is None:
@@ -262,7 +265,7 @@ class ActorCritic(nn.Module):
         last.bias.copy_(torch.where(first, last.bias, bias / normalizer.std))
 
     def normalize_values(self, values: Tensor) -> Tensor:
-        """Values or returns in the unit of :meth:`evaluate`'s."""
+        """Values or returns in the unit of :meth:`evaluate`'s values."""
         return values if self.value_normalizer is None else self.value_normalizer.normalize(values)
 
     # ----------------------------------------------------------------------------------------------------- parameters
@@ -274,43 +277,6 @@ class ActorCritic(nn.Module):
     def critic_parameters(self) -> list[nn.Parameter]:
         """The critic's parameters."""
         return list(self.critic.parameters())
-
-
-def make_policy(
-    obs: object, actions: object, config: PPOConfig, num_discrete_actions: int | None = None
-) -> ActorCritic:
-    """The policy that ``config`` describes, its first weights drawn from torch's generator.
-
-    Args:
-        obs, actions: as the environment's.
-        config: the settings.
-        num_discrete_actions: K, where actions are ``((), torch.int64)``.
-
-    Raises:
-        TypeError: the actions are neither a number of dimensions nor K discrete ones.
-        ValueError: the observations are no vectors, or have no such groups.
-    """
-    discrete = num_discrete_actions is not None and not isinstance(actions, int)
-    if not discrete and not isinstance(actions, int):
-        raise TypeError(
-            "env.actions: expected an int, for continuous actions, or ((), torch.int64) along with "
-            f"env.num_discrete_actions, got {actions!r}"
-        )
-    names = ("actor_obs", "critic_obs", "normalize_obs", "obs_clip", "normalize_values", "autocast", "activation")
-    options: dict[str, Any] = {name: getattr(config, name) for name in names}
-    options["obs_dtype"] = getattr(torch, config.obs_dtype)
-    kind: type[ActorCritic] = ActorCritic
-    if config.recurrent != "none":
-        from pydrone.ppo.policy.recurrent import RecurrentActorCritic, RecurrentCategoricalActorCritic
-
-        kind = RecurrentCategoricalActorCritic if discrete else RecurrentActorCritic
-        options |= {"cell": config.recurrent, "rnn_dim": config.rnn_dim}
-    elif discrete:
-        from pydrone.ppo.policy.discrete import CategoricalActorCritic
-
-        kind = CategoricalActorCritic
-    size = num_discrete_actions if discrete else actions
-    return kind(obs, size, config.hidden_dims, config.init_std, **options)
 
 
 def _pick_groups(

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pydrone.ppo.learner.loss import categorical_entropy, categorical_kl, categorical_log_prob
 from pydrone.ppo.policy.actor_critic import ActorCritic, Evaluation, PolicyStep, mlp
+from pydrone.ppo.policy.distributions import categorical_entropy, categorical_kl, categorical_log_prob
 
 
 class CategoricalActorCritic(ActorCritic):
@@ -22,7 +22,7 @@ class CategoricalActorCritic(ActorCritic):
     def _build(self, widths: Sequence[int], actions: int, hidden_dims: Sequence[int], init_std: float) -> None:
         self.actor = mlp(widths[0], actions, hidden_dims, self._activation)
         self.critic = mlp(widths[1], 1, hidden_dims, self._activation)
-        # Nearly the same probability for each action at first, whatever the observation.
+        # At first all actions are about equally likely, whatever the observation.
         with torch.no_grad():
             self.actor[-1].weight.mul_(0.01)
             self.actor[-1].bias.zero_()
@@ -38,8 +38,8 @@ class CategoricalActorCritic(ActorCritic):
         return {"logs": step.mean}
 
     def draw(self, mean: Tensor, values: Tensor) -> PolicyStep:
-        # Gumbel's trick: the largest of logarithms plus -log(Exp(1)) is a draw. No look at the probabilities' sum, for
-        # which torch.multinomial would wait.
+        # Gumbel's trick: the largest of logarithms plus -log(Exp(1)) is a sample.
+        # torch.multinomial would wait for the device to check the sum of the probabilities.
         actions = (mean - torch.empty_like(mean).exponential_().log_()).argmax(-1)
         return PolicyStep(actions, categorical_log_prob(actions, mean), values, mean, None)
 

@@ -1,7 +1,7 @@
-"""Running statistics: of observations, of returns, of the discounted reward that rewards are scaled by.
+"""Running statistics of observations, of returns, and of the discounted reward that rewards are scaled by.
 
-Each is learnt from whole rollouts, between updates, never while acting: what a policy computes is one function from the
-first step of a rollout to the last minibatch learnt from it, and stays what it is at evaluation and in an export.
+They are updated with whole rollouts, never while acting: the policy is the same function from the first step of a
+rollout to the last minibatch learnt from it, and in evaluations and exports.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from torch import Tensor, nn
 from pydrone.ops.schema import INVALID, RUNNING
 from pydrone.ppo.distributed import ALONE, Ranks
 
-# Added to variances: what never varies is not divided by zero.
+# Added to variances, so that a constant is not divided by zero.
 EPSILON = 1e-8
 
-# Elements that are taken to float64 at a time.
+# Elements converted to float64 at a time.
 CHUNK = 1 << 22
 
 
 class RunningMoments(nn.Module):
     """Mean and variance of all samples seen, by Chan, Golub and LeVeque's merge (1979) in float64.
 
-    Before the first sample they are 0 and 1. Buffers, and so part of a checkpoint: ``count`` scalar, ``mean`` and
-    ``m2`` (the sum of squared differences from the mean) of ``shape``, float64; ``shift`` and ``std``, what is applied,
-    float32.
+    Before the first sample they are 0 and 1. Its buffers are part of a checkpoint: ``count`` scalar, ``mean``
+    and ``m2`` (the sum of squared differences from the mean) of ``shape``, float64; ``shift`` and ``std``, which are
+    applied, float32.
 
     Args:
         shape: of a sample.
@@ -48,7 +48,7 @@ class RunningMoments(nn.Module):
 
     @torch.no_grad()
     def update(self, x: Tensor, valid: Tensor | None = None, ranks: Ranks = ALONE) -> None:
-        """Takes in samples ``x`` [N, T, *shape] of every rank; ``valid``: bool [N, T], those that count (None: all)."""
+        """Adds samples ``x`` [N, T, *shape] of every rank; ``valid``: bool [N, T], those that count (None: all)."""
         into = RunningMoments(*self.mean.shape).to(self.mean.device) if ranks.several else self
         rows = max(1, CHUNK // max(1, x[0].numel()))
         masks = [None] * -(-len(x) // rows) if valid is None else valid.split(rows)
@@ -85,22 +85,22 @@ class RunningMoments(nn.Module):
         return (x - self.shift) / self.std
 
     def denormalize(self, x: Tensor) -> Tensor:
-        """What :meth:`normalize` was given."""
+        """The inverse of :meth:`normalize`."""
         return x * self.std + self.shift
 
 
 class RewardScaler(nn.Module):
     """Multiplies a rollout's rewards by ``scale``, after dividing them by the running std of the discounted reward.
 
-    The discounted reward is R_t = gamma * R_{t-1} + r_t, begun anew with each episode, as in OpenAI's baselines; the
-    mean is not taken off, which would reward or punish a longer episode. One factor holds for a whole rollout, which is
-    among the samples that it is derived from.
+    The discounted reward is R_t = gamma * R_{t-1} + r_t, from 0 in each episode, as in OpenAI's baselines. The mean is
+    not subtracted, which would reward or punish longer episodes. One factor holds for a whole rollout; its samples
+    include that rollout.
 
     Args:
         num_envs: N.
-        gamma: discount a step.
-        scale: a factor besides.
-        normalize: False: ``scale`` alone.
+        gamma: discount per step.
+        scale: an additional factor.
+        normalize: False: only ``scale`` is applied.
     """
 
     factor: Tensor
@@ -115,13 +115,13 @@ class RewardScaler(nn.Module):
 
     @torch.no_grad()
     def apply_to(self, rewards: Tensor, codes: Tensor, ranks: Ranks = ALONE) -> None:
-        """Scales ``rewards`` [N, T] float32 in place; ``codes``: uint8 [N, T], the buffer's. Not to be done twice.
+        """Scales ``rewards`` [N, T] float32 in place, once per rollout; ``codes``: uint8 [N, T], the buffer's.
 
-        The factor is of every rank's rewards.
+        The factor is computed from every rank's rewards.
         """
         if self.normalize:
             counts, running = codes != INVALID, self.running
-            # Steps that are none count for nothing, whatever their reward.
+            # Reset steps do not count, whatever their reward.
             given = torch.where(counts, rewards, 0).double()
             discounted = torch.empty_like(given)
             for t in range(rewards.shape[1]):
@@ -134,11 +134,11 @@ class RewardScaler(nn.Module):
         rewards.mul_(self.factor)
 
     def undo(self, rewards: Tensor) -> Tensor:
-        """Scaled rewards as the environment gave them, a copy."""
+        """A copy of scaled ``rewards`` as the environment gave them."""
         return rewards / self.factor
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Takes over a ``state_dict``; the running episodes' part only for as many environments."""
+        """Loads a ``state_dict``; the running episodes start at 0 where the number of environments differs."""
         if state["running"].shape != self.running.shape:
             state = {**state, "running": torch.zeros_like(self.running)}
         self.load_state_dict(state)

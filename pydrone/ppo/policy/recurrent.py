@@ -1,8 +1,8 @@
 """Recurrent policies: a GRU or an LSTM before the perceptrons of the actor, and another before those of the critic.
 
-While acting, the policy keeps its memory: :meth:`Recurrent.act` moves it on and :meth:`Recurrent.reset` forgets it
-where an episode has ended. A rollout needs the memory of its first step alone, since every later trajectory begins with
-none: ``rollout_memory``, which :meth:`Recurrent.begin_rollout` keeps.
+While acting, the policy keeps its memory: :meth:`Recurrent.act` updates it and :meth:`Recurrent.reset` clears it where
+an episode has ended. Learning needs only the memory before a rollout's first step, since every later trajectory starts
+from zeros: ``rollout_memory``, which :meth:`Recurrent.begin_rollout` keeps.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ Memory = dict[str, Tensor]  # "actor", "critic": [N, rnn_dim], an LSTM's [N, 2 *
 
 
 class Recurrent:
-    """Makes a recurrent policy of an :class:`ActorCritic`; see below for which.
+    """A mixin that makes an :class:`ActorCritic` recurrent.
 
-    ``memory``: what is remembered of the running episodes, None before the first step. It belongs to the environments
-    and not to the weights: it is not in ``state_dict``.
+    ``memory``: the recurrent state of the running episodes, None before the first step. It belongs to the environments,
+    not to the weights, and is not in ``state_dict``.
     """
 
     recurrent = True
@@ -47,7 +47,7 @@ class Recurrent:
     # ---------------------------------------------------------------------------------------------------------- acting
 
     def initial_memory(self, num_envs: int) -> Memory:
-        """That of episodes that begin: zeros."""
+        """The memory at the start of an episode: zeros."""
         width = self._rnn_dim * (2 if self._cell == "lstm" else 1)
         zeros = self.actor_rnn.weight_hh_l0.new_zeros(num_envs, width)
         return {"actor": zeros, "critic": zeros}
@@ -58,7 +58,7 @@ class Recurrent:
 
     @torch.no_grad()
     def reset(self, ended: Tensor | None = None) -> None:
-        """Forgets the episodes that ``ended``, [N], nonzero where; None: all."""
+        """Clears the memory where ``ended`` [N] is nonzero; None: everywhere."""
         if ended is None:
             self.memory = None
         elif self.memory is not None:
@@ -67,7 +67,7 @@ class Recurrent:
 
     @torch.no_grad()
     def act(self, obs: Tensor | Mapping[str, Tensor]) -> PolicyStep:
-        """As of the base class; the memory moves on by one step."""
+        """As in the base class; updates the memory by one step."""
         mean, actor = self._remember("actor", obs)
         values, critic = self._remember("critic", obs)
         self.memory = {"actor": actor, "critic": critic}
@@ -75,20 +75,21 @@ class Recurrent:
 
     @torch.no_grad()
     def mode(self, obs: Tensor | Mapping[str, Tensor]) -> Tensor:
-        """As of the base class; the actor's memory moves on by one step."""
+        """As in the base class; updates the actor's memory by one step."""
         mean, actor = self._remember("actor", obs)
         self.memory = {**(self.memory or self.initial_memory(len(mean))), "actor": actor}
         return self.likeliest(mean)
 
     def mean(self, obs: Tensor | Mapping[str, Tensor]) -> Tensor:
-        """As of the base class, with what is remembered; the memory stays."""
+        """As in the base class, given the memory, which stays the same."""
         return self._remember("actor", obs)[0]
 
-    def _value(self, obs: Tensor | Mapping[str, Tensor]) -> Tensor:
+    def normalized_value(self, obs: Tensor | Mapping[str, Tensor]) -> Tensor:
+        """As in the base class, given the memory, which stays the same."""
         return self._remember("critic", obs)[0].squeeze(-1)
 
     def forward(self, obs: Tensor | Mapping[str, Tensor], memory: Tensor) -> tuple[Tensor, Tensor]:
-        """The actor's outputs [N, A] and its next memory, of ``obs`` and its memory [N, S]: nothing is kept."""
+        """The actor's outputs [N, A] and its next memory, of ``obs`` and its memory [N, S]; keeps nothing."""
         return self._step("actor", obs, memory)
 
     def _remember(self, name: str, obs: Tensor | Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -115,7 +116,7 @@ class Recurrent:
     # -------------------------------------------------------------------------------------------------------- learning
 
     def evaluate(self, obs: Sequences, actions: Tensor) -> Evaluation:
-        """As of the base class, of the M steps of ``obs`` that are learnt from; actions: [M, A]."""
+        """As in the base class, for the M steps of ``obs`` that are learnt from; actions: [M, A]."""
         outputs = {}
         for name, x in (("actor", self._actor_input(obs.obs)), ("critic", self._critic_input(obs.obs))):
             features, _ = self._unroll(name, x, obs.hidden[name])
@@ -132,7 +133,7 @@ class Recurrent:
 
 
 class SequenceBatch:
-    """The M steps of padded trajectories that are learnt from, as a minibatch; ``obs`` are the trajectories."""
+    """A minibatch of the M steps of padded trajectories that are learnt from; ``obs`` are the trajectories."""
 
     def __init__(self, sequences: Sequences, normalize: bool = False) -> None:
         self.obs = sequences
@@ -160,9 +161,9 @@ def sequence_batches(
 ) -> Iterator[SequenceBatch]:
     """The buffer's rollout as minibatches for ``policy``; ``config``: a :class:`~pydrone.ppo.config.PPOConfig`.
 
-    ``empty``: those without a step to learn from too, which are passed over else.
+    ``empty``: also yield minibatches without a step to learn from, instead of skipping them.
     """
-    # Only a trajectory that begins with the rollout has a memory: a view does for all steps.
+    # Only a trajectory that starts with the rollout has a memory: a view of it serves all steps.
     hidden = {
         name: state.unsqueeze(1).expand(-1, buffer.num_steps, -1) for name, state in policy.rollout_memory.items()
     }

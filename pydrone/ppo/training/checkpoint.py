@@ -1,4 +1,4 @@
-"""Checkpoints: files of plain containers and tensors that are there whole or not at all."""
+"""Checkpoints: files of plain containers and tensors, written completely or not at all."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ import torch
 
 
 def save(path: str | os.PathLike[str], state: dict[str, Any]) -> Path:
-    """Writes ``state`` to ``path``, in place of what stood there.
+    """Writes ``state`` to ``path``, replacing an existing file.
 
     Written to a file beside it, synced, then renamed: after a crash or a full disk ``path`` holds the old checkpoint
-    or the new one, never half of one. A checksum in it tells :func:`load` if its bytes change later.
+    or the new one, never half of one. :func:`load` verifies the checksum in it.
 
     Raises OSError where it cannot be written.
     """
@@ -66,9 +66,9 @@ def load(
     try:
         state = torch.load(io.BytesIO(content), map_location=device, weights_only=True)
     except (MemoryError, torch.OutOfMemoryError):
-        raise  # says nothing of the file's contents
+        raise  # not the file's fault
     except Exception as error:
-        # Whatever the bytes happen to spell: the unpickler pops from empty lists, looks up missing keys, decodes text.
+        # Damaged bytes can raise anything: the unpickler pops from empty lists, looks up missing keys, decodes text.
         raise ValueError(f"{name}: expected a checkpoint, got a file that PyTorch cannot read") from error
     if not isinstance(state, dict):
         raise ValueError(f"{name}: expected a checkpoint, got a {type(state).__name__}")
@@ -83,7 +83,8 @@ def newest(
 ) -> Path | None:
     """The checkpoint ``model_ITERATION.pt`` of a run's folder with the highest iteration that can be loaded.
 
-    ``skipped`` is told why, for each one passed over. None: the folder holds none that can. OSError: it cannot be read.
+    ``skipped`` is called with the reason for each one passed over. None: none can be loaded. Raises OSError where the
+    folder cannot be read.
     """
     numbered = ((_MODEL.fullmatch(path.name), path) for path in Path(run_dir).iterdir())
     found = sorted((int(match[1]), path) for match, path in numbered if match)
@@ -98,7 +99,7 @@ def newest(
 
 
 def remove_leftovers(run_dir: str | os.PathLike[str]) -> None:
-    """Removes what processes that were killed while they saved have left in a run's folder."""
+    """Removes the temporary files of processes that were killed while saving into a run's folder."""
     for path in Path(run_dir).glob(".model_*.pt.*"):
         path.unlink(missing_ok=True)
 
@@ -106,7 +107,7 @@ def remove_leftovers(run_dir: str | os.PathLike[str]) -> None:
 _MODEL = re.compile(r"model_(\d+)\.pt")
 
 
-# Written as the comment of torch's zip, so that torch.load and any zip tool read the file as well.
+# Stored as the comment of torch's zip file, so that torch.load and any zip tool can still read it.
 _MARK = b"pydrone sha256 "
 _COMMENT = len(_MARK) + 64
 
@@ -124,7 +125,7 @@ def _intact(content: bytes) -> bool:
 
 
 def _sync_folder(folder: Path) -> None:
-    """The rename itself is on disk only once the folder is; Windows has no such call and needs none."""
+    """Makes the rename durable. Windows has no such call and needs none."""
     if os.name == "posix":
         handle = os.open(folder, os.O_RDONLY)
         try:

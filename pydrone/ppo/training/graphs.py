@@ -1,74 +1,69 @@
-"""A training iteration as one CUDA graph: thousands of launches become one, and the host has nothing to do in between.
+"""A training iteration as one CUDA graph: one launch instead of thousands, with nothing for the host to do in between.
 
-The first iteration runs as ever, on a side stream: it loads the kernels, and makes what the optimiser and the libraries
-keep. Before the second, the same Python code is captured; it and all later ones are replays, of the same operations on
-the same memory. What changes from one to the next is on the device: the ring's counters, which key the shuffle too, the
-generators' offsets, the learning rate, running statistics and episodes.
+The first iteration runs eagerly on a side stream: it loads the kernels and makes the optimiser's and the libraries'
+state. Before the second the same Python code is captured; the second and all later ones are replays of the same
+operations on the same memory. What changes between them is on the device: the ring's counters, which also key the
+shuffle, the generators' offsets, the learning rate, running statistics and episodes.
 
-Python runs once then, at the capture. What it would have counted and remembered is done here, beside the replay.
+Python runs only at the capture. What it would count and remember in later iterations is done here, beside the replay.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from pydrone.envs.base import LogMeter
-from pydrone.ppo.training.meters import REPLAY, Stopwatch
-
-if TYPE_CHECKING:
-    from pydrone.ppo.trainer import Trainer
-    from pydrone.ppo.training.iteration import Computed
+from pydrone.ppo.training.figures import Computed
+from pydrone.ppo.training.iteration import Iteration, Lap
+from pydrone.ppo.training.meters import REPLAY
 
 
-def why_not(trainer: Trainer) -> str | None:
+def why_not(iteration: Iteration) -> str | None:
     """Why a training cannot be captured, or None."""
-    env, ppo = trainer.env, trainer.config.ppo
-    if trainer.device.type != "cuda":
-        return f"it needs a CUDA device, the environment is on {trainer.device.type}"
+    env, ppo = iteration.env, iteration.config.ppo
+    if iteration.device.type != "cuda":
+        return f"it needs a CUDA device, the environment is on {iteration.device.type}"
     if not getattr(env, "capturable", False):
         return f"{type(env).__name__} does not say that its steps can be captured (capturable = True)"
     if env.autoreset != "same_step":
         return f"minibatches without reset steps have sizes that the host must know, autoreset is {env.autoreset!r}"
-    if trainer.policy.recurrent:
+    if iteration.policy.recurrent:
         return "the policy is recurrent, and its sequences have sizes that the host must know"
     if ppo.max_kl is not None:
         return "with max_kl the host looks at every minibatch"
     if ppo.autocast:
         return "autocast in a graph has not been tried"
-    if trainer.ranks.several:
+    if iteration.ranks.several:
         return "the messages of several processes in a graph have not been tried"
     return None
 
 
 class Graph:
-    """A trainer's iteration, but for the reading of its figures, in place of the trainer's own ``compute``.
+    """Computes an iteration by a CUDA graph, in place of :meth:`Iteration.compute` and :meth:`Iteration.clear`.
 
     Raises ValueError, with the reason, where a training cannot be captured.
     """
 
-    def __init__(self, trainer: Trainer) -> None:
-        reason = why_not(trainer)
+    def __init__(self, iteration: Iteration) -> None:
+        reason = why_not(iteration)
         if reason is not None:
             raise ValueError(f"capture: expected False here: {reason}")
-        self._trainer = trainer
-        trainer._watch = Stopwatch(trainer.device, (REPLAY,))
-        generator = getattr(trainer.env, "generator", None)
+        self._iteration = iteration
+        generator = getattr(iteration.env, "generator", None)
         self._generators = [] if generator is None else [generator]
-        self._stream, self._warm = side_stream(trainer.device), False
+        self._stream, self._warm = side_stream(iteration.device), False
         self._replay: Callable[[], None] | None = None
-        # What the captured code left in Python: its result, the sums of the log, the state before the update.
+        # What the captured code left in Python: its result, and the state before the update.
         self._computed: Computed
-        self._log: LogMeter
         self._before_update: dict[str, Any]
 
-    def compute(self) -> Computed:
-        """As the trainer's; :meth:`clear` is to follow. The next call writes over its tensors."""
-        trainer = self._trainer
-        trainer.buffer.advance(trainer.config.num_steps)  # what the appends would count on the host
+    def compute(self, lap: Lap) -> Computed:
+        """As the iteration's; :meth:`clear` must follow. The next call overwrites its tensors."""
+        iteration = self._iteration
+        iteration.buffer.advance(iteration.config.num_steps)  # the host's count of the appends
         if self._warm and self._replay is None:
             self._capture()
         if self._replay is None:
@@ -76,39 +71,35 @@ class Graph:
             self._warm = True
         else:
             self._replay()
-        trainer._env_log = self._log.copy()
-        trainer._before_update = {**self._before_update, "iteration": trainer.iteration}
-        trainer._watch.lap(REPLAY)
+        iteration.before_update = {**self._before_update, "iteration": iteration.iteration}
+        lap(REPLAY)
         return self._computed
 
     def clear(self) -> None:
-        """Discards the rollout on the host: on the device it is, and its numbers stay until the next one's."""
-        self._trainer.buffer.advance(0, rollouts=1)
+        """Discards the rollout on the host. The graph has done so on the device, where the data stays for a while."""
+        self._iteration.buffer.advance(0, rollouts=1)
 
     def _compute(self) -> None:
-        trainer = self._trainer
-        watch, trainer._watch, trainer._env_log = trainer._watch, _Stopped(), LogMeter()
-        try:
-            # With the device's counters the first time too: the kernels are those of the capture.
-            with trainer.buffer.as_captured():
-                self._computed = trainer.compute()
-                trainer.buffer.clear()
-        finally:
-            trainer._watch = watch
-        self._log, self._before_update = trainer._env_log, trainer._before_update
+        iteration = self._iteration
+        # The first run counts on the device too, so that it loads the kernels that the capture launches.
+        with iteration.buffer.as_captured():
+            self._computed = iteration.compute()
+            iteration.buffer.clear()
+        self._before_update = iteration.before_update
 
     def _capture(self) -> None:
-        trainer, before = self._trainer, places(self._trainer._obs)
-        groups = trainer.learner.optimizer.param_groups
+        iteration, before = self._iteration, places(self._iteration.observations)
+        learner = iteration.learner
+        groups = learner.optimizer.param_groups
         try:
             for group in groups:
-                group["capturable"] = trainer.learner.learning_rate.is_cuda
+                group["capturable"] = learner.learning_rate.is_cuda
             replay = capture(self._compute, self._generators, self._stream)
         finally:
-            trainer._before_update = None  # nothing has been computed yet
+            iteration.before_update = None  # nothing has been computed yet
             for group in groups:
-                group["capturable"] = False  # Adam warns where it is set, and nothing is captured
-        if before != places(trainer._obs):
+                group["capturable"] = False  # outside a capture Adam warns of it
+        if before != places(iteration.observations):
             raise RuntimeError(
                 "capture: expected an environment that writes its observations to the same memory in every step()"
             )
@@ -116,12 +107,12 @@ class Graph:
 
 
 def side_stream(device: torch.device) -> torch.cuda.Stream:
-    """The stream of the first run and of the capture: what libraries and autograd keep for a stream is there then."""
+    """The stream of the first run and of the capture: libraries and autograd keep state for each stream."""
     return torch.cuda.Stream(device)
 
 
 def aside(run: Callable[[], None], stream: torch.cuda.Stream) -> None:
-    """Runs on a side stream, as PyTorch wants it of what is captured later; the current one waits for it."""
+    """Runs on a side stream, as PyTorch requires before a capture; the current stream waits for it."""
     current = torch.cuda.current_stream(stream.device)
     stream.wait_stream(current)
     with torch.cuda.stream(stream):
@@ -132,24 +123,17 @@ def aside(run: Callable[[], None], stream: torch.cuda.Stream) -> None:
 def capture(
     run: Callable[[], None], generators: Sequence[torch.Generator], stream: torch.cuda.Stream
 ) -> Callable[[], None]:
-    """How to replay it; nothing has been computed yet."""
+    """Captures ``run`` and returns its replay. Nothing is computed yet."""
     torch.cuda.synchronize(stream.device)
     graph = torch.cuda.CUDAGraph()
     for generator in generators:
         graph.register_generator_state(generator)
-    # relaxed: what a library loads or allocates only now is no mistake.
+    # relaxed: a library may still load or allocate.
     with torch.cuda.graph(graph, stream=stream, capture_error_mode="relaxed"):
         run()
     return graph.replay
 
 
-class _Stopped:
-    """A stopwatch that does not run: events recorded in a graph have no time of their own."""
-
-    def lap(self, stage: str) -> None:
-        pass
-
-
 def places(obs: Tensor | dict[str, Tensor]) -> list[int]:
-    """Where observations lie."""
+    """The addresses of observations."""
     return [x.data_ptr() for x in (obs.values() if isinstance(obs, dict) else [obs])]

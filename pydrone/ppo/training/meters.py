@@ -1,4 +1,4 @@
-"""What an iteration is measured by: the seconds of its stages, and the episodes that ended in it."""
+"""Measures an iteration: the seconds of its stages, and the episodes that ended in it."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from torch import Tensor
 
 from pydrone.ops.schema import INVALID, RUNNING
 
-# The parts of an iteration whose time is taken; of one that is replayed whole, that of the replay.
+# The timed stages of an iteration. One that is replayed as a graph has a single stage.
 STAGES = ("env", "policy", "storage", "gae", "update")
 REPLAY = "replay"
 
 
 def stages_of(figures: Mapping[str, float]) -> dict[str, float]:
-    """The seconds of an iteration's parts, as far as ``figures`` have them."""
+    """The seconds of those stages that ``figures`` contain."""
     return {stage: figures[f"time/{stage}"] for stage in (*STAGES, REPLAY) if f"time/{stage}" in figures}
 
 
 class Stopwatch:
-    """Seconds by stage. On CUDA by events in the stream, so that taking the time does not wait for the device.
+    """Seconds per stage. On CUDA it records events in the stream, and does not wait for the device.
 
     Args:
-        device: what is timed.
-        stages: those of an iteration.
+        device: the device that does the work.
+        stages: the stages of an iteration.
     """
 
     def __init__(self, device: torch.device, stages: Sequence[str] = STAGES) -> None:
@@ -37,7 +37,7 @@ class Stopwatch:
         self._last = 0.0
 
     def start(self) -> None:
-        """Begins an iteration at zero."""
+        """Starts an iteration at zero seconds."""
         self._seconds = dict.fromkeys(self._stages, 0.0)
         self._last = time.perf_counter()
         if self._cuda:
@@ -46,7 +46,7 @@ class Stopwatch:
             self._record(None)
 
     def lap(self, stage: str) -> None:
-        """The time since the last call went into ``stage``."""
+        """Counts the time since the last call as ``stage``."""
         if self._cuda:
             self._record(stage)
         else:
@@ -55,7 +55,7 @@ class Stopwatch:
             self._last = now
 
     def seconds(self) -> dict[str, float]:
-        """By stage, since :meth:`start`. On CUDA the device must have been waited for."""
+        """Seconds per stage since :meth:`start`. On CUDA the device must have finished."""
         for (_, before), (stage, after) in zip(self._laps, self._laps[1:]):
             self._seconds[stage] = self._seconds.get(stage, 0.0) + before.elapsed_time(after) * 1e-3
         return dict(self._seconds)
@@ -67,23 +67,23 @@ class Stopwatch:
 
 
 class EpisodeMeter:
-    """Episodes that end within a rollout: how many, their lengths and rewards, in a dozen launches a rollout.
+    """Counts the episodes that end within a rollout, with their lengths and rewards, in a dozen launches per rollout.
 
-    rsl_rl keeps the last 100 episodes in a deque on the host, which costs a synchronisation a step; this is the mean
-    over all episodes that ended in the iteration. An episode's reward is the plain sum, not discounted.
+    rsl_rl keeps the last 100 episodes in a deque on the host, which costs a synchronisation per step; this covers all
+    episodes that ended in the iteration. An episode's reward is the plain sum, not discounted.
     """
 
     def __init__(self, num_envs: int, num_steps: int, device: torch.device) -> None:
         self._steps = torch.arange(1, num_steps + 1, device=device)
-        # Of the running episodes, in rollouts that are gone.
+        # Of the running episodes, in earlier rollouts.
         self._length = torch.zeros(num_envs, device=device)
         self._reward = torch.zeros(num_envs, device=device)
 
     def update(self, rewards: Tensor, codes: Tensor) -> Tensor:
         """[3]: count, summed length and summed reward of the episodes that ended.
 
-        rewards: [N, T]. codes: uint8 [N, T], the buffer's. Up to an environment's last end every step belongs to an
-        episode that ended, so nothing need be known of the ends before it.
+        rewards: [N, T]. codes: uint8 [N, T], the buffer's. Every step up to an environment's last end
+        belongs to an episode that ended, so earlier ends do not matter.
         """
         counted = codes != INVALID
         ends = counted & (codes != RUNNING)
@@ -100,13 +100,13 @@ class EpisodeMeter:
                 (reward_before + torch.where(ended, self._reward, 0)).sum(),
             )
         )
-        # In place: a captured graph goes on reading, and writing, where it did.
+        # In place: a captured graph keeps reading and writing the same memory.
         self._length.copy_(length_after + torch.where(ended, 0, self._length))
         self._reward.copy_(reward_after + torch.where(ended, 0, self._reward))
         return totals
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What is known of the running episodes; not copied."""
+        """Length and reward so far of the running episodes; not copied."""
         return {"length": self._length, "reward": self._reward}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:

@@ -17,7 +17,8 @@ from pydrone.ppo.config import PPOConfig, TrainConfig
 from pydrone.ppo.learner import fused
 from pydrone.ppo.learner.acting import Acting, FusedActing
 from pydrone.ppo.learner.learner import Learner
-from pydrone.ppo.policy.actor_critic import ActorCritic, make_policy
+from pydrone.ppo.policy.actor_critic import ActorCritic
+from pydrone.ppo.policy.make import make_policy
 from pydrone.ppo.trainer import Trainer
 from pydrone.ppo.training.iteration import stored_obs
 
@@ -102,7 +103,7 @@ def policy_of(obs, **settings) -> ActorCritic:
 
 
 def buffer_of(policy: ActorCritic, world: World, num_steps: int = 5, capacity: int | None = None, **options):
-    dtype = policy._rounded or torch.float32
+    dtype = policy.obs_dtype
     buffer = RolloutBuffer(
         world.num_envs,
         num_steps,
@@ -148,7 +149,7 @@ def bits(x: Tensor) -> Tensor:
 
 
 def by_calls(policy, buffer):
-    return Acting(Learner(policy, PPOConfig()), buffer, lambda stage: None)
+    return Acting(policy, buffer, lambda stage: None, Learner(policy, PPOConfig()).act)
 
 
 def by_one(policy, buffer):

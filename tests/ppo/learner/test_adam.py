@@ -12,7 +12,7 @@ from pydrone.ppo import clipped_step
 from pydrone.ppo.config import PPOConfig
 from pydrone.ppo.learner import adam
 from pydrone.ppo.learner.learner import Learner
-from pydrone.ppo.policy.actor_critic import make_policy
+from pydrone.ppo.policy.make import make_policy
 
 pytestmark = pytest.mark.skipif(native.CPU_MISSING is not None, reason=f"the native CPU library: {native.CPU_MISSING}")
 

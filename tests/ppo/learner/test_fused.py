@@ -21,8 +21,10 @@ from pydrone.ppo import fused_update
 from pydrone.ppo.config import PPOConfig, TrainConfig
 from pydrone.ppo.learner import fused
 from pydrone.ppo.learner.learner import Learner
-from pydrone.ppo.learner.loss import gaussian_entropy, gaussian_kl, gaussian_log_prob, surrogate_loss, value_loss
-from pydrone.ppo.policy.actor_critic import ActorCritic, make_policy
+from pydrone.ppo.learner.loss import surrogate_loss, value_loss
+from pydrone.ppo.policy.actor_critic import ActorCritic
+from pydrone.ppo.policy.distributions import gaussian_entropy, gaussian_kl, gaussian_log_prob
+from pydrone.ppo.policy.make import make_policy
 from pydrone.ppo.policy.normalization import RunningMoments
 from pydrone.ppo.trainer import Trainer
 

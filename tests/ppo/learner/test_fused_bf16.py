@@ -19,7 +19,7 @@ from pydrone.ppo import fused_update
 from pydrone.ppo.config import PPOConfig, TrainConfig
 from pydrone.ppo.learner import fused
 from pydrone.ppo.learner.learner import Learner
-from pydrone.ppo.policy.actor_critic import make_policy
+from pydrone.ppo.policy.make import make_policy
 from pydrone.ppo.policy.normalization import RunningMoments
 from pydrone.ppo.trainer import Trainer
 

@@ -11,7 +11,7 @@ from pydrone.buffer import RolloutBuffer
 from pydrone.ppo.config import PPOConfig
 from pydrone.ppo.learner import fused_loss
 from pydrone.ppo.learner.learner import Learner
-from pydrone.ppo.policy.actor_critic import make_policy
+from pydrone.ppo.policy.make import make_policy
 
 N, T, OBS, ACTIONS = 24, 10, 5, 3
 OPTIONS = [
@@ -32,7 +32,7 @@ def with_fused_loss(policy, config: PPOConfig) -> Learner:
 
 def rollout(policy) -> RolloutBuffer:
     """Acted by the policy before some noise is put on its parameters, so that ratios and values are clipped."""
-    dtype = policy._rounded or torch.float32
+    dtype = policy.obs_dtype
     buf = RolloutBuffer(N, T, obs=policy.obs, actions=ACTIONS, obs_dtype=dtype, fields=policy.fields())
     for _ in range(T):
         obs = {name: torch.randn(N, width) for name, width in policy.obs.items()}

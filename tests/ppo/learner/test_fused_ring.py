@@ -15,7 +15,8 @@ from pydrone.ops import native
 from pydrone.ppo.config import PPOConfig
 from pydrone.ppo.learner import fused
 from pydrone.ppo.learner.learner import Learner
-from pydrone.ppo.policy.actor_critic import ActorCritic, make_policy
+from pydrone.ppo.policy.actor_critic import ActorCritic
+from pydrone.ppo.policy.make import make_policy
 from pydrone.rollout.minibatch import Drawn
 
 pytestmark = pytest.mark.skipif(native.CPU_MISSING is not None, reason=f"no native library: {native.CPU_MISSING}")

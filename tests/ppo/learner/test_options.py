@@ -171,7 +171,7 @@ def test_observations_are_stored_in_half_precision_and_acted_on_as_stored(groupe
         env.obs = {"state": ((2,), torch.float32), "weight": ((1,), torch.float32)}
     groups = {"actor_obs": ("state",), "critic_obs": ("weight",)} if grouped else {}
     trainer = Trainer(env, config(num_steps=20, ppo={"obs_dtype": "bfloat16", **groups}), echo=lambda _: None)
-    trainer._start()
+    trainer.start()
     trainer.collect()
     stored = trainer.buffer.obs if grouped else {"state": trainer.buffer.obs}
     assert all(x.dtype == torch.bfloat16 for x in stored.values())

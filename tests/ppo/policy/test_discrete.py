@@ -9,9 +9,9 @@ import torch
 from torch.distributions import Categorical, kl_divergence
 
 from pydrone.ppo.config import PPOConfig, TrainConfig
-from pydrone.ppo.learner import loss
-from pydrone.ppo.policy.actor_critic import make_policy
+from pydrone.ppo.policy import distributions
 from pydrone.ppo.policy.discrete import CategoricalActorCritic
+from pydrone.ppo.policy.make import make_policy
 from pydrone.ppo.policy.normalization import RunningMoments
 from pydrone.ppo.trainer import Trainer
 
@@ -27,11 +27,11 @@ def make(obs=3, actions=4) -> CategoricalActorCritic:
 def test_formulas_by_hand():
     """p = (1/4, 3/4), q = (1/2, 1/2)."""
     p, q = torch.tensor([[0.25, 0.75]]).log(), torch.tensor([[0.5, 0.5]]).log()
-    assert loss.categorical_log_prob(torch.tensor([1]), p).item() == pytest.approx(math.log(0.75))
-    assert loss.categorical_entropy(torch.cat((p, q))).item() == pytest.approx((0.5623351 + math.log(2)) / 2)
+    assert distributions.categorical_log_prob(torch.tensor([1]), p).item() == pytest.approx(math.log(0.75))
+    assert distributions.categorical_entropy(torch.cat((p, q))).item() == pytest.approx((0.5623351 + math.log(2)) / 2)
     # 1/4 log(1/2) + 3/4 log(3/2); reversed, it is another number
-    assert loss.categorical_kl(p, q).item() == pytest.approx(0.1308120)
-    assert loss.categorical_kl(q, p).item() == pytest.approx(0.1438410)
+    assert distributions.categorical_kl(p, q).item() == pytest.approx(0.1308120)
+    assert distributions.categorical_kl(q, p).item() == pytest.approx(0.1438410)
 
 
 def test_the_policy_against_torch_distributions():

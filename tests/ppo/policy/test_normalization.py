@@ -124,7 +124,7 @@ def test_learns_from_observations_in_odd_units():
 
 def test_statistics_are_there_before_the_first_iteration_and_change_between_rollouts_alone():
     trainer = silent(Odd(8), config(num_steps=20, ppo={"normalize_obs": True}))
-    trainer._start()
+    trainer.start()
     normalizer = trainer.policy.actor_normalizer
     assert normalizer.count == 160 and len(trainer.buffer) == 0 and (trainer.env.age >= 0).all()
     before = copy.deepcopy(normalizer.state_dict())
@@ -143,7 +143,7 @@ def test_a_checkpoint_holds_the_statistics(tmp_path):
     path = first.train().checkpoint
     assert checkpoint.load(path)["policy"]["actor_normalizer.count"] == 8 * 4 * (1 + 3)
     second = silent(Odd(8), config(iterations=5, resume=str(path), ppo=options), tmp_path)
-    for mine, theirs in ((second.policy, first.policy), (second._rewards.moments, first._rewards.moments)):
+    for mine, theirs in ((second.policy, first.policy), (second.reward_scaler.moments, first.reward_scaler.moments)):
         assert all(torch.equal(x, theirs.state_dict()[name]) for name, x in mine.state_dict().items())
     second.iterate()
     assert second.policy.actor_normalizer.count == 8 * 4 * (1 + 4), "no rollout for statistics that are there"
@@ -256,4 +256,4 @@ def test_settings_reach_the_policy():
     options = PPOConfig(normalize_obs=True, obs_clip=3.0, normalize_values=True, autocast=True, obs_dtype="bfloat16")
     policy = silent(PointMass(4), config(ppo=vars(options))).policy
     assert policy.obs_clip == 3.0 and policy.autocast and policy.value_normalizer is not None
-    assert policy._rounded is torch.bfloat16
+    assert policy.obs_dtype is torch.bfloat16

@@ -13,7 +13,7 @@ from torch import nn
 from pydrone.buffer import RolloutBuffer
 from pydrone.envs.base import StepResult
 from pydrone.ppo.config import PPOConfig
-from pydrone.ppo.policy.actor_critic import make_policy
+from pydrone.ppo.policy.make import make_policy
 from pydrone.ppo.policy.recurrent import sequence_batches
 from pydrone.ppo.trainer import Trainer
 
@@ -134,7 +134,7 @@ def test_time_outs_bootstrap_with_what_is_remembered(kind):
         env = Scripted([[0, 0], [2, 0], [0, 1], [0, 0]], final_obs=kind == "final_values")
     ppo = {"gamma": 0.9, "lam": 0.8, "recurrent": "gru", "rnn_dim": 4, "num_minibatches": 2}
     trainer = Trainer(env, config(ppo=ppo))
-    trainer._start()
+    trainer.start()
     last_values, bootstrap = trainer.collect()
     assert kind in bootstrap or bootstrap["timeout_bootstrap"] == kind
     trainer.buffer.compute_gae(last_values, 0.9, 0.8, **bootstrap)
@@ -236,7 +236,7 @@ def test_every_parameter_is_the_actors_or_the_critics(discrete):
 
 
 def test_more_minibatches_than_environments_are_refused():
-    with pytest.raises(ValueError, match=r"num_minibatches: expected at most one an environment, 2, .* got 4"):
+    with pytest.raises(ValueError, match=r"num_minibatches: expected at most one per environment, 2, .* got 4"):
         Trainer(Recall(2), config(ppo={"recurrent": "gru"}))
 
 

@@ -100,9 +100,9 @@ def test_a_captured_training_is_the_uncaptured_one(case, on_the_cpu):
     same_tensors(replayed.policy.state_dict(), eager.policy.state_dict())
     same_tensors(adams(replayed), adams(eager))
     same_tensors(replayed.env.state_dict(), eager.env.state_dict())
-    same_tensors(replayed._episodes.state_dict(), eager._episodes.state_dict())
-    if eager._rewards is not None:
-        same_tensors(replayed._rewards.state_dict(), eager._rewards.state_dict())
+    same_tensors(replayed.figures.running_episodes.state_dict(), eager.figures.running_episodes.state_dict())
+    if eager.reward_scaler is not None:
+        same_tensors(replayed.reward_scaler.state_dict(), eager.reward_scaler.state_dict())
     ours, theirs = replayed.buffer.state_dict(), eager.buffer.state_dict()
     assert ours["appended"] == ours["discarded"]
     same = ("appended", "discarded", "computed", "epoch", "truncations", "resets")
@@ -157,7 +157,7 @@ def launched(x: object) -> object:
 def test_a_capture_launches_no_kernel_that_the_first_iteration_has_not(on_the_cpu):
     """Of pydrone's own, which Triton compiles and loads at the first call: not to be done in a capture."""
     trainer = make(True, {"normalize_values": True})
-    trainer._start()
+    trainer.start()
     seen: list[set] = [set(), set()]
 
     def noted(operation):
@@ -221,15 +221,15 @@ def test_what_is_saved_after_a_failure_is_of_before_the_update(failing, on_the_c
     trainer = make(True)
     for _ in range(failing - 1):
         trainer.iterate()
-    before = checkpoint.copied(trainer._learnt())
+    before = checkpoint.copied(trainer.learnt())
 
-    def fail(computed) -> None:
+    def fail(computed, stop) -> None:
         raise RuntimeError("planted")
 
-    monkeypatch.setattr(trainer, "_read", fail)
+    monkeypatch.setattr(trainer.figures, "read", fail)
     with pytest.raises(RuntimeError, match="planted"):
         trainer.iterate()
-    kept = trainer._before_update
+    kept = trainer.before_update
     assert kept["iteration"] == failing - 1
     same_tensors(kept["policy"], before["policy"])
     assert not torch.equal(kept["policy"]["std_param"], trainer.policy.std_param)
@@ -241,11 +241,11 @@ def test_what_is_saved_after_a_failure_is_of_before_the_update(failing, on_the_c
 def test_a_capture_that_fails_leaves_the_iteration_before(on_the_cpu, monkeypatch):
     trainer = make(True)
     trainer.iterate()
-    before = checkpoint.copied(trainer._learnt())
+    before = checkpoint.copied(trainer.learnt())
     monkeypatch.setattr(trainer.learner, "adapt_learning_rate", lambda kl: kl.item())
     with pytest.raises(RuntimeError, match="waits for the device"):
         trainer.iterate()
-    assert trainer._before_update is None, "nothing has been computed: the state is that of the trainer"
+    assert trainer.before_update is None, "nothing has been computed: the state is that of the trainer"
     same_tensors(trainer.policy.state_dict(), before["policy"])
     assert [group["capturable"] for group in trainer.learner.optimizer.param_groups] == [False]
     assert isinstance(trainer._watch, Stopwatch)

@@ -20,7 +20,7 @@ from pydrone.envs.state import restore, state_of
 from pydrone.ppo.config import PPOConfig, TrainConfig
 from pydrone.ppo.trainer import Trainer
 from pydrone.ppo.training import checkpoint
-from pydrone.ppo.training import run_log as report
+from pydrone.report import learning_curve
 
 N = 8
 
@@ -41,7 +41,7 @@ def train(run_dir, env=None, echo=lambda _: None, **kwargs) -> Trainer:
 
 def figures(run_dir) -> list[dict[str, float]]:
     """What was logged, but for times."""
-    rows = report.read(run_dir)
+    rows = learning_curve.read(run_dir)
     return [{k: x for k, x in row.items() if not k.startswith(("time/", "steps_per_second"))} for row in rows]
 
 

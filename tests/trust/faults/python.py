@@ -13,6 +13,7 @@ DRAWS = "pydrone/rollout/draws.py"
 SEQUENCES = "pydrone/rollout/sequences.py"
 LEARNER = "pydrone/ppo/learner/learner.py"
 LOSS = "pydrone/ppo/learner/loss.py"
+DISTRIBUTIONS = "pydrone/ppo/policy/distributions.py"
 OF_GAE = "tests/test_gae.py"
 OF_RING = "tests/rollout/test_ring.py"
 OF_MINIBATCHES = "tests/rollout/test_minibatches.py"
@@ -23,6 +24,7 @@ OF_STATE = "tests/test_buffer_state.py"
 OF_DRAWN = "tests/ppo/learner/test_fused_ring.py"
 OF_LEARNER = "tests/ppo/learner/test_learner.py"
 OF_LOSS = "tests/ppo/learner/test_loss.py"
+OF_DISTRIBUTIONS = "tests/ppo/policy/test_distributions.py"
 
 PYTHON = [
     Fault(
@@ -197,7 +199,13 @@ PYTHON = [
         "ratio.clamp_max(1 + clip)",
         OF_LOSS,
     ),
-    Fault("half of the KL's variance", LOSS, "(2 * std.square())).sum()", "std.square()).sum()", OF_LOSS),
+    Fault(
+        "half of the KL's variance",
+        "pydrone/ppo/policy/distributions.py",
+        "(2 * std.square())).sum()",
+        "std.square()).sum()",
+        "tests/ppo/policy/test_distributions.py",
+    ),
     Fault(
         "entropy punished", LEARNER, "- config.entropy_coef * entropy", "+ config.entropy_coef * entropy", OF_LEARNER
     ),
@@ -246,7 +254,7 @@ PYTHON = [
     ),
     Fault(
         "resumed with other random numbers",
-        "pydrone/ppo/trainer.py",
+        "pydrone/ppo/training/progress.py",
         'torch.set_rng_state(progress["generators"]["cpu"].cpu())',
         "pass",
         "tests/ppo/training/test_resume.py",
@@ -261,8 +269,8 @@ PYTHON = [
     Fault(
         "the value of the observation acted on, not of the one after",
         "pydrone/ppo/training/iteration.py",
-        "        self._obs = obs\n        last_values = policy.value(obs)",
-        "        last_values = policy.value(self._obs)\n        self._obs = obs",
+        "        self.observations = obs\n        last_values = policy.value(obs)",
+        "        last_values = policy.value(self.observations)\n        self.observations = obs",
         "tests/ppo/test_trainer.py",
     ),
     Fault(
@@ -295,16 +303,16 @@ PYTHON = [
     ),
     Fault(
         "a log that is forgotten with the first replay's figures",
-        "pydrone/ppo/training/graphs.py",
-        "trainer._env_log = self._log.copy()",
-        "trainer._env_log = self._log",
+        "pydrone/ppo/training/figures.py",
+        "self._gather(computed, computed.log.copy(), stop)",
+        "self._gather(computed, computed.log, stop)",
         "tests/ppo/training/test_graphs.py",
     ),
     Fault(
         "a first iteration by the host's counters, whose kernels are not the capture's",
         "pydrone/ppo/training/graphs.py",
-        "with trainer.buffer.as_captured():",
-        "if trainer.buffer is not None:",
+        "with iteration.buffer.as_captured():",
+        "if iteration.buffer is not None:",
         "tests/ppo/training/test_graphs.py",
     ),
 ]

@@ -1,4 +1,4 @@
-"""The figures of a run: written, read back, drawn."""
+"""The learning curve of one run: what is read back of its log, and how it is drawn."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import json
 
 import pytest
 
-from pydrone.ppo.training import run_log as report
+from pydrone.ppo.training.run_log import CONFIG, PROGRESS, RunLog
+from pydrone.report import learning_curve
 
 
 def test_learning_curve(tmp_path, monkeypatch):
@@ -18,13 +19,13 @@ def test_learning_curve(tmp_path, monkeypatch):
     monkeypatch.setattr(Figure, "savefig", lambda self, path, **_: figures.append(self))
 
     def draw(iterations: int, **settings) -> Figure:
-        (tmp_path / report.CONFIG).write_text(json.dumps(settings))
-        (tmp_path / report.PROGRESS).unlink(missing_ok=True)
-        log = report.RunLog(tmp_path, tensorboard=False)
+        (tmp_path / CONFIG).write_text(json.dumps(settings))
+        (tmp_path / PROGRESS).unlink(missing_ok=True)
+        log = RunLog(tmp_path, tensorboard=False)
         for i in range(iterations):
             log.write({"iteration": i + 1, "episode_length": 10.0 * i})
         log.close()
-        report.plot(tmp_path)
+        learning_curve.plot(tmp_path)
         return figures[-1]
 
     short = draw(3, env="quadrotor", num_envs=16, seed=4, target_episode_length=900.0)
@@ -35,30 +36,30 @@ def test_learning_curve(tmp_path, monkeypatch):
     long = draw(200, env="quadrotor")
     assert long.get_suptitle() == "quadrotor"
     assert long.axes[0].lines[0].get_marker() == "None" and len(long.axes[0].lines) == 1
-    (tmp_path / report.CONFIG).unlink()
-    report.plot(tmp_path)
+    (tmp_path / CONFIG).unlink()
+    learning_curve.plot(tmp_path)
     assert figures[-1].get_suptitle() == ""
 
 
 def test_figures_of_a_run_read_back(tmp_path):
     """What is not finite is left out, a torn line skipped, an iteration done again counts as its later self."""
-    log = report.RunLog(tmp_path, tensorboard=False)
+    log = RunLog(tmp_path, tensorboard=False)
     log.write({"iteration": 1, "episode_length": float("nan"), "kl": 0.5})
     log.write({"iteration": 2, "episode_length": 60.0, "kl": 0.25})
     log.close()
-    with open(tmp_path / report.PROGRESS, "a") as file:
+    with open(tmp_path / PROGRESS, "a") as file:
         file.write('{"iteration": 3, "epi\n')
-    log = report.RunLog(tmp_path, tensorboard=False)
+    log = RunLog(tmp_path, tensorboard=False)
     log.write({"iteration": 2, "episode_length": 61.0})
     log.close()
-    assert report.read(tmp_path) == [{"iteration": 1, "kl": 0.5}, {"iteration": 2, "episode_length": 61.0}]
+    assert learning_curve.read(tmp_path) == [{"iteration": 1, "kl": 0.5}, {"iteration": 2, "episode_length": 61.0}]
     pytest.importorskip("matplotlib")
-    assert report.plot(tmp_path).read_bytes().startswith(b"\x89PNG")
+    assert learning_curve.plot(tmp_path).read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_line_that_was_cut_does_not_take_the_next_one_along(tmp_path):
-    (tmp_path / report.PROGRESS).write_text('{"iteration": 1}\n{"iteration": 2, "epi')
-    log = report.RunLog(tmp_path, tensorboard=False)
+    (tmp_path / PROGRESS).write_text('{"iteration": 1}\n{"iteration": 2, "epi')
+    log = RunLog(tmp_path, tensorboard=False)
     log.write({"iteration": 2, "kl": 0.5})
     log.close()
-    assert report.read(tmp_path) == [{"iteration": 1}, {"iteration": 2, "kl": 0.5}]
+    assert learning_curve.read(tmp_path) == [{"iteration": 1}, {"iteration": 2, "kl": 0.5}]

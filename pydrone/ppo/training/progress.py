@@ -1,0 +1,121 @@
+"""Resuming a training: what a checkpoint holds besides the learnt part, and how a training takes both over.
+
+Each rank has its own progress. All are in the checkpoint that the first rank writes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from pydrone.ppo.training.iteration import Iteration
+
+
+def progress_of(training: Iteration) -> dict[str, Any]:
+    """What this rank's next iteration depends on besides :meth:`Iteration.learnt`; not copied."""
+    buffer, figures, scaler, policy = training.buffer, training.figures, training.reward_scaler, training.policy
+    counters = buffer.state_dict()
+    saved = training.observations is not None and hasattr(training.env, "state_dict")
+    generators = {"cpu": torch.get_rng_state()}
+    if training.device.type == "cuda":
+        generators["cuda"] = torch.cuda.get_rng_state(training.device)
+    first = training.ranks.rank == 0  # whose discounted rewards and memory are in Iteration.learnt()
+    return {
+        "generators": generators,
+        "rollouts": counters["discarded"] // buffer.num_steps,  # the buffer is empty between iterations
+        "shuffle_seed": counters["seed"],
+        "env": training.env.state_dict() if saved else None,
+        "obs": training.observations if saved else None,
+        "running_episodes": figures.running_episodes.state_dict(),
+        "episode_figures": dict(figures.last_episodes),
+        "episode_lengths": list(figures.episode_lengths),
+        **({} if scaler is None or first else {"discounted": scaler.running}),
+        **({"memory": policy.memory} if policy.recurrent and not first else {}),
+    }
+
+
+def restore(training: Iteration, state: dict[str, Any]) -> str | None:
+    """Takes over a checkpoint, see :meth:`pydrone.ppo.trainer.Trainer.state_dict`.
+
+    Returns in words what could not be restored, such as an environment without a state, or None. Raises ValueError
+    where networks, optimiser or progress are those of another training.
+    """
+    _restore_learnt(training, state)
+    return _restore_progress(training, state)
+
+
+def _restore_learnt(training: Iteration, state: dict[str, Any]) -> None:
+    """Takes over what :meth:`Iteration.learnt` returned."""
+    path = training.config.resume
+    own = {name: tuple(x.shape) for name, x in training.policy.state_dict().items()}
+    try:
+        theirs = {name: tuple(x.shape) for name, x in state["policy"].items()}
+    except AttributeError:
+        raise ValueError(f"{path}: expected the weights of a policy, got something else") from None
+    hidden, given = _hidden_dims(theirs), tuple(training.config.ppo.hidden_dims)
+    if hidden and hidden != given:
+        raise ValueError(f"hidden_dims: expected {hidden}, those of the checkpoint {path}, got {given}")
+    for name in sorted(own.keys() | theirs.keys()):
+        if own.get(name) != theirs.get(name):
+            raise ValueError(
+                f"{path}: {name}: expected shape {own.get(name)} for this environment, got {theirs.get(name)}"
+            )
+    training.policy.load_state_dict(state["policy"])
+    try:
+        training.learner.load_state_dict(state["learner"])
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{path}: expected the state of Adam for these networks, got something else") from error
+    if training.reward_scaler is not None and "rewards" in state:
+        training.reward_scaler.restore(state["rewards"])
+    if training.policy.recurrent:
+        # Needed where the environment continues too; where it is reset, so is the memory.
+        training.policy.memory = state.get("memory")
+
+
+def _restore_progress(training: Iteration, state: dict[str, Any]) -> str | None:
+    """Takes over what :func:`progress_of` returned. Returns in words what it could not, or None."""
+    progress, before = state.get("progress"), state["config"]
+    buffer, figures, ranks = training.buffer, training.figures, training.ranks
+    if progress is None:
+        return "its checkpoint was saved after a failure: all episodes begin anew, with other random numbers"
+    try:
+        figures.last_episodes |= progress["episode_figures"]
+        figures.episode_lengths.extend(progress["episode_lengths"])
+        if before["seed"] != training.config.seed:
+            return f"its seed was {before['seed']}: all episodes begin anew, with other random numbers"
+        each = [progress, *state.get("others", [])]
+        if len(each) != ranks.world_size:
+            return (
+                f"its processes were {len(each)}, these are {ranks.world_size}: all episodes begin anew, "
+                "with other random numbers"
+            )
+        progress = each[ranks.rank]
+        if ranks.rank and training.reward_scaler is not None and "discounted" in progress:
+            training.reward_scaler.running.copy_(progress["discounted"])
+        if ranks.rank and training.policy.recurrent:
+            training.policy.memory = progress["memory"]
+        steps = progress["rollouts"] * buffer.num_steps
+        counters = {"appended": steps, "discarded": steps, "seed": progress["shuffle_seed"]}
+        buffer.load_state_dict({**buffer.state_dict(), **counters})
+        torch.set_rng_state(progress["generators"]["cpu"].cpu())
+        if training.device.type == "cuda" and "cuda" in progress["generators"]:
+            torch.cuda.set_rng_state(progress["generators"]["cuda"].cpu(), training.device)
+        if progress["env"] is None or not hasattr(training.env, "load_state_dict"):
+            return f"{before['env']} cannot restore its simulator: all episodes begin anew, with other targets"
+        try:
+            training.env.load_state_dict(progress["env"])
+        except (RuntimeError, ValueError) as error:
+            return f"all episodes begin anew, as this environment is not the checkpoint's: {error}"
+        figures.running_episodes.load_state_dict(progress["running_episodes"])
+        training.observations = progress["obs"]
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        path = training.config.resume
+        raise ValueError(f"{path}: expected the progress of a training, got something else: {error}") from error
+    return None
+
+
+def _hidden_dims(shapes: dict[str, tuple[int, ...]]) -> tuple[int, ...]:
+    """Widths of the hidden layers of a policy whose ``state_dict`` has these shapes."""
+    weights = [shape for name, shape in shapes.items() if name.startswith("actor.") and name.endswith(".weight")]
+    return tuple(shape[0] for shape in weights[:-1])
