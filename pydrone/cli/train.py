@@ -187,7 +187,7 @@ def _backend(device: torch.device) -> str | None:
 
     slow = select(device).name == "reference" and not os.environ.get("PYDRONE_BACKEND")
     reason = pydrone.backends()["cpu"] if device.type == "cpu" else f"there is none for {device.type}"
-    return f"Backend reference, plain PyTorch and slower, for want of the native library: {reason}" if slow else None
+    return f"Backend reference, plain PyTorch and slower: no native library ({reason})" if slow else None
 
 
 def _make_run_dir(path: str) -> Path:
