@@ -168,7 +168,7 @@ class TrainConfig:
     wandb_project: str = option("pydrone", "Its project.")
     capture: bool = option(
         False,
-        "Replay iterations as one CUDA graph: CUDA and the pure-torch quadrotor. Not yet run on a GPU.",
+        "Replay iterations as one CUDA graph: CUDA and the pure-torch quadrotor.",
     )
     live: bool = option(True, "Draw the progress where the output is a terminal; elsewhere print a line per iteration.")
     ppo: PPOConfig = field(default_factory=PPOConfig, metadata={"help": "The algorithm.", "aliases": ()})
