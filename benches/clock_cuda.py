@@ -1,167 +1,132 @@
-"""Device time, eager time, launches and waits, of calls without arguments."""
+"""The GPU's clock: device time hot and cold, the whole eager call, launches, waits of the host.
+
+* **Hot, cold**: device time of a contender's launches in a CUDA graph, between two events, with the same replay queued
+  ahead of it. Hot repeats one launch on the same memory; cold rotates over copies of it that are larger than the L2
+  cache together.
+* A contender that a graph does not hold (host code that waits, launches on another stream) has the profiler's sum of
+  its kernels instead: ``Result.device_time`` tells which.
+* **Eager**: wall time of whole calls in a row, the device waited for before the first and after the last.
+"""
 
 from __future__ import annotations
 
-import statistics
 import time
-from collections.abc import Callable
 
-import torch
+from cases import COLD
+from clock import Plan, Turn
+from cuda_device import CudaDevice, StandIn
+from measurement import Absent, Call, Contender, Graphed, Result, Run
 
-Run = Callable[[], object]
-
+IN_A_GRAPH = 100  # launches of a graph, at least about: one replay's own cost is lost in them
+MOST_IN_A_GRAPH = 20_000
+EAGER_ROW = 0.02  # seconds of calls in a row, so that waiting for the device is little of it
+MOST_IN_A_ROW = 100
 WARM_UP = 0.02  # seconds of replays before the first that counts: an idle GPU clocks down
-LAUNCHES = ("cudaLaunch", "cuLaunch", "cudaGraphLaunch", "cudaMemcpyAsync", "cudaMemsetAsync")
-WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cudaMemcpy")
 
 
-class Clock:
-    """Medians, in seconds. On a CPU, where it only tries the code out, launches are called one by one."""
+class CudaClock:
+    kind = "cuda"
 
-    def __init__(self, device: str, repeats: int) -> None:
-        self.device, self.cuda, self.repeats = device, device == "cuda", repeats
+    def __init__(self, on: CudaDevice | StandIn) -> None:
+        self.on, self.device, self.cache_bytes = on, on.name, on.cache_bytes
+        self.wait = on.wait
 
-    def wait(self) -> None:
-        if self.cuda:
-            torch.cuda.synchronize()
+    def plan(self, contenders: list[Contender], rollout, figures: tuple[str, ...]) -> Plan:
+        samples = rollout.size.samples
+        useful = max((c.useful_bytes * samples for c in contenders), default=0)
+        if "cold" not in figures or not rollout.copied or useful == 0:
+            return Plan()
+        sets = min(64, -(-COLD * self.cache_bytes // useful))
+        needed = sets * (rollout.nbytes + sum(c.storage_bytes * samples for c in contenders))
+        if needed > self.on.available_bytes() // 2:
+            raise Absent(f"needs {needed / 1e9:.1f} GB of GPU memory")
+        cache = f"the L2 cache has {self.cache_bytes / 1e6:.0f} MB"
+        return Plan(sets, sets, f"launches rotate over {sets * useful / 1e6:.0f} MB of useful bytes; {cache}")
 
-    def captured(self, run: Run) -> Run:
-        """``run``, which has run before, as a graph to replay; on a CPU itself."""
-        if not self.cuda:
-            return run
-        self.wait()
-        graph = torch.cuda.CUDAGraph()
-        # What a kernel's first launch loads forbids the default capture mode.
-        with torch.cuda.graph(graph, capture_error_mode="relaxed"):
-            run()
-        self.wait()
-        return graph.replay
+    def count(self, run: Run) -> dict[str, int | None]:
+        for _ in range(2):  # a captured training is captured in the second
+            run.call()
+        return {"launches": self.on.launches(run.call), **self.on.host_calls(run.call)}
 
-    def repeated(self, launches: list[Run], times: int = 1) -> Run:
-        """A replay of ``launches`` in turn, ``times`` times over."""
+    def turn(self, contender: Contender, ready: list[Run], figure: str, per: int, result: Result) -> Turn:
+        if figure == "eager":
+            return self._eager(ready[0])
+        if contender.on_host:
+            raise Absent("computes on the host")
+        kernels = ready[0].kernels
+        if figure == "hot" and result.useful_bytes / (per if kernels else 1) > self.cache_bytes:
+            raise Absent("nothing stays in the cache")
+        if kernels:
+            result.device_time = "graph"
+            launches = kernels.hot if figure == "hot" else kernels.cold
+            return self.replayed(launches, per, times=max(1, IN_A_GRAPH // len(launches)))
+        runs = ready[:1] if figure == "hot" else ready
+        in_a_call = result.counts.get("launches") or IN_A_GRAPH
+        if in_a_call * len(runs) > MOST_IN_A_GRAPH:
+            raise Absent(f"{in_a_call * len(runs)} launches are too many for a graph")
+        if self._held(contender, runs[0], result):
+            graphs = [run.graph or Graphed(run.call) for run in runs]
+            result.device_time = "graph"
+            times = 1 if runs[0].graph else int(max(1, IN_A_GRAPH // (in_a_call * len(runs))))
+            return self.replayed([x.call for x in graphs], 1, times, graphs[0].before)
+        result.device_time = "profiler"
 
-        def run() -> None:
+        def profiled(turn: int) -> float:
+            calls = [run.call for run in runs]
+            return self.on.kernel_seconds(lambda: [call() for call in calls]) / len(calls)
+
+        return profiled
+
+    def replayed(self, launches: list[Call], per: int, times: int, before: Call = lambda: None) -> Turn:
+        """Device seconds of ``per`` of ``launches``, which are made in turn, ``times`` times over, in one graph.
+
+        ``before`` is the host's part of it.
+        """
+
+        def call() -> None:
             for _ in range(times):
                 for launch in launches:
                     launch()
 
-        run()
-        return self.captured(run)
+        before()
+        call()  # loads what a capture could not
+        replay = self.on.captured(call)
 
-    def launches(self, launches: list[Run], times: int = 1) -> float:
-        """Device time of one of ``launches``, made in turn, ``times`` times over, in one graph."""
-        replay = self.repeated(launches, times)
-        self.warm_up(replay)
-        return statistics.median(self.once(replay) for _ in range(self.repeats)) / (times * len(launches))
+        def once(turn: int) -> float:
+            def ahead() -> None:
+                before()
+                replay()
+                before()
 
-    def device_time(self, calls: list[Run], times: int = 1, graph: bool = True) -> tuple[float, str]:
-        """The same of calls that are someone else's, and "graph" or "profiler", where it is from.
+            return self.on.seconds(replay, ahead) / (times * len(launches)) * per
 
-        What a graph does not hold, such as launches on another stream, is the sum of the profiler's kernel times.
-        """
-        if graph and self.cuda:
-            calls[0]()
-            seen = self.count(calls[0])
-            try:
-                whole = seen is not None and (self.count(self.captured(calls[0])) or 0) >= seen
-            except RuntimeError:
-                whole = False
-            self.wait()
-            if not whole:
-                return self._profiled(calls), "profiler"
-        elif self.cuda:
-            return self._profiled(calls), "profiler"
-        return self.launches(calls, times), "graph"
+        until = time.perf_counter() + (WARM_UP if self.on.real else 0)
+        once(0)
+        while time.perf_counter() < until:
+            once(0)
+        return once
 
-    def calls(self, run: Run, times: int) -> float:
-        """The whole of one call, of ``times`` in a row that nothing waits for but the last."""
-        seconds = []
-        for _ in range(self.repeats + 2):
+    def _eager(self, run: Run) -> Turn:
+        def seconds(times: int) -> float:
             self.wait()
             start = time.perf_counter()
             for _ in range(times):
-                run()
+                run.call()
             self.wait()
-            seconds.append((time.perf_counter() - start) / times)
-        return statistics.median(seconds[2:])
+            return (time.perf_counter() - start) / times
 
-    def warm_up(self, replay: Run) -> None:
-        until = time.perf_counter() + WARM_UP
-        while True:
-            self.once(replay)
-            if time.perf_counter() > until:
-                return
+        seconds(1)
+        times = max(1, min(MOST_IN_A_ROW, int(EAGER_ROW / seconds(1))))
+        return lambda turn: seconds(times)
 
-    def once(self, replay: Run) -> float:
-        """Device seconds of one replay."""
-        if not self.cuda:
-            start = time.perf_counter()
-            replay()
-            return time.perf_counter() - start
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        replay()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / 1e3
-
-    def count(self, run: Run) -> int | None:
-        """Kernels, copies and fills of one call of ``run``; None where the profiler sees none, as without CUPTI."""
-        if not self.cuda:
-            return None
-        run()
-        return len(self._on_device(self._events(run))) or None
-
-    def host_calls(self, run: Run) -> dict[str, int]:
-        """How often the host launched something (a graph is one), and waited for the device, in one call of ``run``."""
-        if not self.cuda:
-            return {}
-        run()
-        own, found = (self._host_calls(x) for x in (lambda: None, run))
-        if not found["host_launches"]:
-            return {}
-        return {name: n - own[name] for name, n in found.items()}  # without the profiler's
-
-    def _host_calls(self, run: Run) -> dict[str, int]:
-        names = [event.name for event in self._events(run, wait=False)]
-        return {
-            "host_launches": sum(name.startswith(LAUNCHES) for name in names),
-            "host_waits": sum(name in WAITS for name in names),
-        }
-
-    def _profiled(self, calls: list[Run]) -> float:
-        """Device time of one of ``calls``: of each kernel, copy and fill, without the gaps between them."""
-
-        def run() -> None:
-            for call in calls:
-                call()
-
-        run()
-        seconds = []
-        for _ in range(3):
-            events = self._on_device(self._events(run))
-            if not events:
-                raise RuntimeError("the profiler has seen nothing of the device: is CUPTI there?")
-            seconds.append(sum(event.time_range.elapsed_us() for event in events) / 1e6 / len(calls))
-        return statistics.median(seconds)
-
-    def _events(self, run: Run, wait: bool = True) -> list:
-        from torch.profiler import ProfilerActivity, profile
-
-        self.wait()
-        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as recorded:
-            run()
-            if wait:
-                self.wait()
-        return list(recorded.events())
-
-    def _on_device(self, events: list) -> list:
-        from torch.autograd import DeviceType
-
-        # An optimiser's step is marked on the device's time line too; it is none of the launches.
-        device = [event for event in events if event.device_type == DeviceType.CUDA]
-        return [event for event in device if not getattr(event, "is_user_annotation", False)]
-
-
-def in_a_line(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:400]
+    def _held(self, contender: Contender, run: Run, result: Result) -> bool:
+        """Whether a graph holds all launches of the call. Waits of the host would not survive the capture."""
+        if run.graph is not None:
+            return True
+        seen = result.counts.get("launches")
+        if not contender.capturable or seen is None or result.counts.get("host_waits"):
+            return False
+        try:
+            return (self.on.launches(self.on.captured(run.call)) or 0) >= seen
+        except RuntimeError:
+            return False

@@ -1,99 +1,115 @@
-"""What was measured, on what: the GPU, versions, commit, command; a copy's bandwidth; the file that results go to."""
+"""What was measured, on what: the processor or GPU, versions, commit, command."""
 
 from __future__ import annotations
 
-import argparse
-import datetime
-import json
+import importlib.metadata
+import os
 import platform
 import re
 import subprocess
 import sys
+from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 import torch
+from clock import Clock
 
-from .clock import Clock
-
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """The command's options, sizes and repeats among them."""
-    parser.add_argument("--num-envs", type=int, default=8192)
-    parser.add_argument("--num-steps", type=int, default=100)
-    parser.add_argument("--repeats", type=int, default=30)
-    options = parser.parse_args()
-    refuse(parser, options)
-    return options
-
-
-def refuse(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
-    """Ends the command where its options make no sense or there is no GPU."""
-    for name in ("num_envs", "num_steps", "repeats", "variants"):
-        x = getattr(options, name, None)
-        if x is not None and x < 1:
-            parser.error(f"--{name.replace('_', '-')}: expected at least 1, got {x}")
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise SystemExit(f"{parser.prog}: no CUDA device is seen by torch {torch.__version__}: nothing was timed")
-    if options.out is not None and options.device != "cuda":
-        raise SystemExit(f"{parser.prog}: --out: a CPU's figures are no GPU's; leave --out out")
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = [
+    "torch",
+    "pydrone-rl",
+    "rsl-rl-lib",
+    "skrl",
+    "torchrl",
+    "tensordict",
+    "stable-baselines3",
+    "rl-games",
+    "pufferlib",
+    "rl-triton",
+    "numpy",
+    "triton",
+]
 
 
-def cache_bytes(clock: Clock) -> int:
-    return torch.cuda.get_device_properties(0).L2_cache_size if clock.cuda else 0
+def name(clock: Clock) -> str:
+    """The processor's or the GPU's name, as a file's name."""
+    return re.sub(r"[^a-z0-9]+", "-", device_name(clock).lower()).strip("-")
 
 
-def copy_bandwidth(clock: Clock) -> float:
-    """GB/s of a large copy on the device, bytes read and written counted."""
-    nbytes = (1 << 30) if clock.cuda else (1 << 20)
-    source = torch.randint(0, 255, (nbytes,), dtype=torch.uint8, device=clock.device)
-    target = torch.empty_like(source)
-    return 2 * nbytes / clock.launches([lambda: target.copy_(source)], 4) / 1e9
+def device_name(clock: Clock) -> str:
+    if torch.device(clock.device).type == "cuda":
+        return torch.cuda.get_device_name(clock.device)
+    return cpu_name() + (" in the place of a GPU" if clock.kind == "cuda" else "")
 
 
-def output_of(*command: str) -> str | None:
+def cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def provenance(clock: Clock) -> dict[str, Any]:
+    """What a figure was measured with: command, commit, machine, versions."""
+    import pydrone
+
+    found = {
+        "command": " ".join([_program(), *sys.argv[1:]]).replace(f"{ROOT}/", ""),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "commit": _commit(),
+        "kind": clock.kind,
+        "device": device_name(clock),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),
+        "cache_bytes": clock.cache_bytes,
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "packages": {name: version for name in PACKAGES if (version := _version(name))},
+        "backends": pydrone.backends(),
+    }
+    return found | ({"gpu": _gpu(clock.device)} if torch.device(clock.device).type == "cuda" else {})
+
+
+def _gpu(device: str) -> dict[str, Any]:
+    from pydrone.ops import native
+
+    query = ("nvidia-smi", "--query-gpu=driver_version,clocks.sm,clocks.mem", "--format=csv,noheader")
+    properties = torch.cuda.get_device_properties(device)
+    return {
+        "name": properties.name,
+        "multiprocessors": properties.multi_processor_count,
+        "l2_bytes": properties.L2_cache_size,
+        "cuda": torch.version.cuda,
+        "nvcc": native.build_info().get("nvcc"),
+        "driver and clocks after the last measurement": _output_of(*query),
+    }
+
+
+def _program() -> str:
+    name = Path(sys.argv[0]).name
+    return "pytest" if name in ("__main__.py", "pytest", "py.test") else f"python benches/{name}"
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """Of the working tree, with a + where it has changes; None without git."""
+    commit, changed = _output_of("git", "rev-parse", "HEAD"), _output_of("git", "status", "--porcelain", "-uno")
+    return commit and commit + ("+" if changed else "")
+
+
+def _output_of(*command: str) -> str | None:
     try:
         done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     except OSError:
         return None
     return done.stdout.strip() if done.returncode == 0 else None
-
-
-def describe() -> dict:
-    """Of the GPU and what ran on it."""
-    import pydrone
-    from pydrone.ops import native
-
-    commit, changed = output_of("git", "rev-parse", "HEAD"), output_of("git", "status", "--porcelain", "-uno")
-    query = ("nvidia-smi", "--query-gpu=driver_version,clocks.sm,clocks.mem", "--format=csv,noheader")
-    properties = torch.cuda.get_device_properties(0)
-    return {
-        "commit": commit and commit + (", with changes" if changed else ""),
-        "command": " ".join(["python", *sys.argv]).replace(f"{ROOT}/", ""),
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "versions": {
-            "pydrone": pydrone.__version__,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "triton": getattr(sys.modules.get("triton"), "__version__", None),
-            "cuda": torch.version.cuda,
-            "nvcc": native.build_info().get("nvcc"),
-        },
-        "gpu": {
-            "name": properties.name,
-            "multiprocessors": properties.multi_processor_count,
-            "l2_bytes": properties.L2_cache_size,
-            "driver and clocks after the last measurement": output_of(*query),
-        },
-    }
-
-
-def write(folder: Path, suffix: str, found: dict) -> Path:
-    """``<gpu><suffix>.json`` with ``found`` and what it was measured on."""
-    found = describe() | found
-    name = re.sub(r"[^a-z0-9]+", "-", found["gpu"]["name"].lower()).strip("-")
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{name}{suffix}.json"
-    path.write_text(json.dumps(found, indent=1) + "\n")
-    return path
