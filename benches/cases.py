@@ -83,7 +83,7 @@ LAYOUTS = {"rows": Tensor.contiguous, "columns": lambda x: x.t().contiguous().t(
 
 def gae(rollout: Rollout, backend: str | None, cache: int, layout: str | None = None) -> Case:
     """The launch of ``compute_gae``, in the buffer's memory or in copies of one of LAYOUTS."""
-    buf = ours.filled(rollout, backend=backend)
+    buf = ours.scan_buffer(rollout, backend)
     (arguments,) = recorded(buf, lambda: buf.compute_gae(rollout.last_values, GAMMA, LAM))
     if layout is not None:
         arguments = _each(arguments, lambda x: LAYOUTS[layout](x) if x.dim() == 2 else x)
@@ -144,8 +144,9 @@ def timed(prepare: Callable[..., Run], make: Callable[..., Case], cache: int, ba
     """``prepare`` with the launches of ``make`` for device time, both on ``backend``."""
 
     def prepared(rollout: Rollout) -> Run:
+        run = prepare(rollout, backend=backend)
         case = make(rollout, backend, cache)
         operation = getattr(dispatch.select(rollout.last_values.device, backend), case.operation)
-        return prepare(rollout, backend=backend)._replace(kernels=case.kernels(operation))
+        return run._replace(kernels=case.kernels(operation))
 
     return prepared

@@ -17,10 +17,8 @@ from clock import Plan, Turn
 from cuda_device import CudaDevice, StandIn
 from measurement import Absent, Call, Contender, Graphed, Result, Run
 
-IN_A_GRAPH = 100  # launches of a graph, at least about: one replay's own cost is lost in them
 MOST_IN_A_GRAPH = 20_000
 EAGER_ROW = 0.02  # seconds of calls in a row, so that waiting for the device is little of it
-MOST_IN_A_ROW = 100
 WARM_UP = 0.02  # seconds of replays before the first that counts: an idle GPU clocks down
 
 
@@ -59,15 +57,15 @@ class CudaClock:
         if kernels:
             result.device_time = "graph"
             launches = kernels.hot if figure == "hot" else kernels.cold
-            return self.replayed(launches, per, times=max(1, IN_A_GRAPH // len(launches)))
+            return self.replayed(launches, per, times=max(1, self.on.in_a_graph // len(launches)))
         runs = ready[:1] if figure == "hot" else ready
-        in_a_call = result.counts.get("launches") or IN_A_GRAPH
+        in_a_call = result.counts.get("launches") or self.on.in_a_graph
         if in_a_call * len(runs) > MOST_IN_A_GRAPH:
             raise Absent(f"{in_a_call * len(runs)} launches are too many for a graph")
         if self._held(contender, runs[0], result):
             graphs = [run.graph or Graphed(run.call) for run in runs]
             result.device_time = "graph"
-            times = 1 if runs[0].graph else int(max(1, IN_A_GRAPH // (in_a_call * len(runs))))
+            times = 1 if runs[0].graph else int(max(1, self.on.in_a_graph // (in_a_call * len(runs))))
             return self.replayed([x.call for x in graphs], 1, times, graphs[0].before)
         result.device_time = "profiler"
 
@@ -116,7 +114,7 @@ class CudaClock:
             return (time.perf_counter() - start) / times
 
         seconds(1)
-        times = max(1, min(MOST_IN_A_ROW, int(EAGER_ROW / seconds(1))))
+        times = max(1, min(self.on.in_a_graph, int(EAGER_ROW / seconds(1))))
         return lambda turn: seconds(times)
 
     def _held(self, contender: Contender, run: Run, result: Result) -> bool:

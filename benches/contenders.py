@@ -7,9 +7,11 @@ from functools import partial
 
 import cases
 from clock import Clock
-from measurement import Contender
+from measurement import Absent, Contender, Run
 from peers import by_hand, gpu_kernels, ours, rl_games, rsl_rl, sb3, skrl, torchrl, train, update
 from workload import BATCH_BYTES, GAE_BYTES, NUM_EPOCHS, NUM_MINIBATCHES, POLICY_BYTES, ROW_BYTES, Size
+
+import pydrone
 
 LEAN = "pydrone (no mean, std)"
 COPY = "memcpy"  # of the bytes that the operation must read and write
@@ -30,8 +32,14 @@ def _ours(name: str, prepare: Callable, make: Callable | None, clock: Clock, **r
             return partial(prepare, backend=backend)
         return cases.timed(prepare, make, clock.cache_bytes, backend)
 
-    second = [Contender(name + TRITON, on("triton"), **rest)] if clock.kind == "cuda" else []
-    return [Contender(name, on(None), **rest), *second]
+    def second(rollout: object) -> Run:
+        reason = pydrone.backends()["triton"]
+        if reason is not None:
+            raise Absent(reason)
+        return on("triton")(rollout)
+
+    found = [Contender(name, on(None), **rest)]
+    return found + ([Contender(name + TRITON, second, **rest)] if clock.kind == "cuda" else [])
 
 
 def _copy(useful: int, clock: Clock, operation: str) -> Contender:

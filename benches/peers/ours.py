@@ -83,8 +83,8 @@ def gae_rows(rollout: Rollout, backend: str | None = None) -> Run:
     return Run(call, lambda: {"advantages": results[0].t(), "returns": results[1].t(), **moments(results[2])})
 
 
-def gae(rollout: Rollout, backend: str | None = None) -> Run:
-    """``RolloutBuffer.compute_gae`` in the buffer's own memory. (Observations are one number wide: it reads none.)"""
+def scan_buffer(rollout: Rollout, backend: str | None = None) -> RolloutBuffer:
+    """Filled with what GAE reads. Observations are one number wide: it reads none."""
     sizes = {"num_envs": rollout.num_envs, "num_steps": rollout.num_steps, "obs": 1, "actions": 1}
     buf = RolloutBuffer(**sizes, device=rollout.device, final_obs_rows=0, backend=backend)
     for t in range(rollout.num_steps):
@@ -98,6 +98,12 @@ def gae(rollout: Rollout, backend: str | None = None) -> Run:
             log_probs=x,
         )
 
+    return buf
+
+
+def gae(rollout: Rollout, backend: str | None = None) -> Run:
+    """``RolloutBuffer.compute_gae`` in the buffer's own memory."""
+    buf = scan_buffer(rollout, backend)
     return Run(lambda: buf.compute_gae(rollout.last_values, GAMMA, LAM), lambda: scanned(buf))
 
 
