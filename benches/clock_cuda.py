@@ -66,7 +66,9 @@ class CudaClock:
             graphs = [run.graph or Graphed(run.call) for run in runs]
             result.device_time = "graph"
             times = 1 if runs[0].graph else int(max(1, self.on.in_a_graph // (in_a_call * len(runs))))
-            return self.replayed([x.call for x in graphs], 1, times, graphs[0].before)
+            turn = self.replayed([x.call for x in graphs], 1, times, graphs[0].before)
+            graphs[0].check()
+            return turn
         result.device_time = "profiler"
 
         def profiled(turn: int) -> float:

@@ -33,6 +33,8 @@ class Graphed(NamedTuple):
     call: Call
     before: Call = lambda: None
     """What the host does before the call and before each replay."""
+    check: Call = lambda: None
+    """Raises where the replays so far have gone wrong."""
 
 
 class Run(NamedTuple):

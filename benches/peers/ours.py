@@ -193,4 +193,4 @@ def iteration(rollout: Rollout, policy: bool = True, **options: Any) -> Run:
             buf.clear()
 
     last = epoch_run(lambda: buf.minibatches(NUM_MINIBATCHES), fields)
-    return Run(call, last.outputs, lap.seconds, graph=Graphed(captured, advance))
+    return Run(call, last.outputs, lap.seconds, graph=Graphed(captured, advance, buf.check))
