@@ -1,4 +1,7 @@
-"""The benchmarks: on a CPU, and with a CPU standing in for a GPU. No figure is judged, but that and how they come about."""
+"""The benchmarks on a CPU, and with a CPU standing in for a GPU: what is checked, timed, counted and reported.
+
+No figure is judged.
+"""
 
 from __future__ import annotations
 
@@ -272,19 +275,37 @@ def test_cold_launches_rotate_over_more_than_the_cache(monkeypatch):
     assert len(made) == len(set(made)) == 8
 
 
-def test_a_captured_iteration_that_overwrites_shows():
+def test_an_iteration_is_right_before_and_after_its_replays():
     from peers import ours as peer
-    from workload import Rollout, Size
+    from workload import Rollout, Size, Truth
 
-    run = peer.iteration(Rollout(Size(5, 8)))
-    run.call()
-    run.graph.before()
-    run.graph.call()
-    run.graph.check()
-    run.graph.call()  # without the host's part: its buffer does not know, the device's counters go on
-    run.graph.before()
-    run.graph.call()
-    run.graph.check()
+    rollout = Rollout(Size(5, 8))
+    run, truth = peer.iteration(rollout), Truth(rollout)
+    for _ in range(2):
+        run.call()
+        truth.check(run.outputs())
+        for _ in range(3):
+            run.graph.before()
+            run.graph.call()
+        run.graph.check()
+
+
+def test_replays_that_went_wrong_have_no_time(monkeypatch):
+    from measurement import Graphed
+
+    def overflowed() -> None:
+        raise RuntimeError("a captured append found the ring full")
+
+    contender = ours()
+    prepare = contender.prepare
+
+    def prepared(rollout):
+        run = prepare(rollout)
+        return run._replace(graph=Graphed(run.call, check=overflowed))
+
+    contender.prepare = prepared
+    found = compared("stand-in", monkeypatch, contender)["pydrone"]
+    assert "found the ring full" in found.failed and set(found.seconds) == {"eager"}
 
 
 @pytest.mark.parametrize("name", ["amd-epyc.json"])

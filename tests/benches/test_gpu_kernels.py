@@ -1,4 +1,4 @@
-"""The sweep and the profile of the GPU's kernels, without a GPU: trials on the CPU, variants, and what is read of ncu."""
+"""The sweep and the profile of the GPU's kernels, without a GPU: trials on the CPU, variants, what is read of ncu."""
 
 from __future__ import annotations
 
