@@ -32,10 +32,6 @@ class CudaDevice:
     def wait(self) -> None:
         torch.cuda.synchronize()
 
-    def forget(self) -> None:
-        """Gives unused memory back."""
-        torch.cuda.empty_cache()
-
     def captured(self, call: Call) -> Call:
         """``call``, which has run before, as a graph to replay."""
         self.wait()
@@ -112,9 +108,6 @@ class StandIn:
         return 1 << 30
 
     def wait(self) -> None:
-        pass
-
-    def forget(self) -> None:
         pass
 
     def captured(self, call: Call) -> Call:

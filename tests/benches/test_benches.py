@@ -263,16 +263,41 @@ def test_what_waits_is_not_captured(monkeypatch):
     assert found.device_time == "profiler" and found.problem is None
 
 
-def test_cold_launches_rotate_over_more_than_the_cache(monkeypatch):
+@pytest.mark.parametrize("capturable", [True, False])
+def test_cold_launches_rotate_over_more_than_the_cache(capturable, monkeypatch):
     from cuda_device import StandIn
 
     monkeypatch.setattr(StandIn, "cache_bytes", 2 * 17 * 40)  # of two rollouts
-    made = []
-    contender = ours(capturable=True)
+    made, rotated = [], []
+    contender = ours(capturable=capturable)
     prepare = contender.prepare
-    contender.prepare = lambda rollout: made.append(rollout.rewards.data_ptr()) or prepare(rollout)
+
+    def prepared(rollout):
+        run, where = prepare(rollout), rollout.rewards.data_ptr()
+        made.append(where)
+        return run._replace(call=lambda: rotated.append(where) or run.call())
+
+    contender.prepare = prepared
     assert compared("stand-in", monkeypatch, contender)["pydrone"].seconds["cold"]
     assert len(made) == len(set(made)) == 8
+    assert any(rotated[i : i + 8] == made for i in range(len(rotated)))
+
+
+def test_times_are_of_a_whole_call(monkeypatch):
+    import cases
+    import suite as suites
+    from cuda_device import StandIn
+    from measurement import Contender
+    from peers import ours as peer
+    from workload import Size
+
+    prepare = cases.timed(peer.append, cases.append, 1 << 12, None)
+    monkeypatch.setattr(suites, "contenders", lambda operation, clock: [Contender("pydrone", prepare)])
+    monkeypatch.setattr(StandIn, "seconds", lambda self, call, before: 3.0)
+    monkeypatch.setattr(StandIn, "in_a_graph", 16)
+    found = suite("stand-in").comparison("append", Size(5, 8)).results["pydrone"]
+    # A replay has 16 launches: the first step's over and over, or all eight twice.
+    assert found.median("hot") == found.median("cold") == pytest.approx(3.0 / 16 * 8)
 
 
 def test_an_iteration_is_right_before_and_after_its_replays():
