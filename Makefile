@@ -90,15 +90,19 @@ compare: $(VENV)/.stamp-test $(VENV)/.stamp-native ## Train the hover task with 
 	$(PY) benches/hover.py $(ARGS)
 
 # The package as it would be installed, in a folder of its own: what was built for .venv stays as it is. Folders on
-# PYTHONPATH come after it, with peers that GPU_PYTHON does not have.
+# PYTHONPATH come after it, with peers and pytest-benchmark where GPU_PYTHON does not have them.
 GPU_BUILD := build/gpu
 GPU_STAMP := $(GPU_BUILD)/.stamp
 GPU_RUN = env -u TRITON_INTERPRET -u PYDRONE_BACKEND PYTHONSAFEPATH=1 \
     PYTHONPATH="$(CURDIR)/$(GPU_BUILD)$${PYTHONPATH:+:$$PYTHONPATH}" $(GPU_PYTHON)
 
+# No comparison is begun after 7 minutes: what a machine does not get done is named in the report.
+GPU_BENCH = $(GPU_RUN) benches/gpu_checks.py --benchmarks && $(GPU_RUN) -m pytest benches/ -q -p no:cacheprovider \
+    --benchmark-only --benchmark-columns=median,iqr,rounds --pydrone-device cuda --pydrone-limit 420 \
+    --pydrone-report benches/results $(ARGS)
+
 gpu: $(GPU_STAMP) ## Build, test, sanitize and time on this machine's GPU, with the torch of GPU_PYTHON; needs no network
-	@$(GPU_RUN) benches/gpu_checks.py; checked=$$?; \
-	    $(GPU_RUN) benches/gpu_bench.py --out benches/results $(ARGS) && exit $$checked
+	@$(GPU_RUN) benches/gpu_checks.py; checked=$$?; $(GPU_BENCH) && exit $$checked
 
 gpu-build: $(GPU_STAMP) ## The build of `make gpu` alone
 
@@ -106,7 +110,7 @@ gpu-checks: $(GPU_STAMP) ## The tests and sanitizers of `make gpu` alone
 	@$(GPU_RUN) benches/gpu_checks.py
 
 gpu-bench: $(GPU_STAMP) ## The benchmarks of `make gpu` alone
-	@$(GPU_RUN) benches/gpu_bench.py --out benches/results $(ARGS)
+	@$(GPU_BENCH)
 
 gpu-sweep: $(GPU_STAMP) ## Time each GPU kernel with other launch parameters and the other layout
 	@$(GPU_RUN) benches/gpu_sweep.py --out benches/results $(ARGS)

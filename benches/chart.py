@@ -13,8 +13,13 @@ COLUMNS = 4
 OURS, THEIRS, BOUND = "#1b6ca8", "#c9a227", "#8a8a8a"
 
 
+def _figures(contender: dict[str, Any]) -> dict[str, Any] | None:
+    """Of a cold call; where there is none, what there is."""
+    return next((contender["cache"][x] for x in ("cold", "hot", "eager") if x in contender["cache"]), None)
+
+
 def _median(contender: dict[str, Any]) -> float | None:
-    figures = contender["cache"].get("cold") or contender["cache"].get("hot")
+    figures = _figures(contender)
     return figures["median_ms"] if figures else None
 
 
@@ -56,7 +61,7 @@ def _bars(axis: Any, operation: str, comparison: dict[str, Any]) -> None:
     axis.set_xscale("log")
     axis.invert_yaxis()
     for i, (contender, ms) in enumerate(found):
-        figures = contender["cache"].get("cold") or contender["cache"]["hot"]
+        figures = _figures(contender)
         ratio = f"  x{figures['ratio']:.1f}" if figures["ratio"] else ""
         axis.text(ms, i, f" {ms:.3g}{ratio}", va="center", fontsize=7)
     axis.set_xlim(min(times) / 1.5, max(times) * 6)

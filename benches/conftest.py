@@ -15,28 +15,56 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import clock
 import pytest
+import report
 import torch
-from report import print_summary, write
-from suite import Case, Suite, cases, parse_size
+from suite import Case, Suite, parse_size
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("pydrone")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    devices = "cpu, cuda, cuda:1, ...; the default is a GPU where torch sees one. stand-in: the GPU's code on the CPU, "
+    group.addoption("--pydrone-device", metavar="DEVICE", help=devices + "to try it out; its figures mean nothing")
     group.addoption("--pydrone-report", metavar="DIR", help="write JSON and a chart, named after the machine, to DIR")
-    group.addoption("--pydrone-device", default="cpu", help="cpu (the default), cuda, cuda:1, ...")
     group.addoption("--pydrone-threads", type=int, default=cores, help=f"torch's threads (default: {cores})")
-    group.addoption("--pydrone-sizes", metavar="NxT,...", help="sizes instead of the five of workload.py")
+    group.addoption("--pydrone-sizes", metavar="NxT,...", help="sizes instead of those of suite.py")
     group.addoption("--pydrone-time", type=float, default=1.0, metavar="FACTOR", help="measure so much longer")
+    group.addoption("--pydrone-limit", type=float, metavar="SECONDS", help="begin no comparison after so long")
+
+
+SUITE = pytest.StashKey[Suite]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(config.getoption("--pydrone-threads"))
-    config.stash[SUITE] = Suite(config.getoption("--pydrone-device"), config.getoption("--pydrone-time"))
+    device, folder = config.getoption("--pydrone-device"), config.getoption("--pydrone-report")
+    try:
+        found = clock.for_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except (ValueError, RuntimeError) as error:
+        raise pytest.UsageError(f"--pydrone-device {device}: {error}") from error
+    if device == "stand-in" and folder:
+        raise pytest.UsageError("--pydrone-report: a stand-in's figures are no GPU's; leave --pydrone-report out")
+    suite = Suite(found, config.getoption("--pydrone-time"), config.getoption("--pydrone-limit"))
+    config.stash[SUITE] = suite
 
 
-SUITE = pytest.StashKey[Suite]()
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """A session that is killed leaves what it has measured."""
+    suite, path = session.config.stash[SUITE], _path(session)
+    if path is not None:
+        suite.keep = lambda comparisons: report.write(path, comparisons, suite.clock, chart=False)
+
+
+def _path(session: pytest.Session) -> Path | None:
+    """Of the report, named after the machine and the operations that are to be measured."""
+    folder, suite = session.config.getoption("--pydrone-report"), session.config.stash[SUITE]
+    cases = [item.callspec.params["case"] for item in session.items if hasattr(item, "callspec")]
+    if not folder or not cases:
+        return None
+    operations = {case.operation.removeprefix("sweep: ") for case in cases}
+    return Path(folder) / report.file_name(operations, suite.clock)
 
 
 class Replay:
@@ -54,14 +82,12 @@ class Replay:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """A module's OPERATION makes the cases of its test."""
+    """A module's OPERATIONS make the cases of its test."""
     if "case" not in metafunc.fixturenames:
         return
-    chosen = metafunc.config.getoption("--pydrone-sizes")
-    found: list[Case] = []
-    for operation in metafunc.module.OPERATIONS:
-        sizes = [parse_size(text) for text in chosen.split(",")] if chosen else None
-        found += cases(operation, metafunc.config.getoption("--pydrone-device"), sizes)
+    chosen, suite = metafunc.config.getoption("--pydrone-sizes"), metafunc.config.stash[SUITE]
+    sizes = [parse_size(text) for text in chosen.split(",")] if chosen else None
+    found = [case for operation in metafunc.module.OPERATIONS for case in suite.cases(operation, sizes)]
     parameters = []
     for case in found:
         operation = case.operation.replace("sweep: ", "").replace(" ", "_")
@@ -77,15 +103,17 @@ def replay(request: pytest.FixtureRequest, case: Case, benchmark) -> Callable[[]
 
     def run() -> None:
         comparison = request.config.stash[SUITE].comparison(case.operation, case.size)
+        if comparison is None:
+            pytest.skip("not begun: --pydrone-limit")
         result = comparison.results[case.contender]
+        if result.wrong or result.failed:
+            pytest.fail(f"{case.contender}, {case.size}: {result.problem}", pytrace=False)
         if result.absent:
             pytest.skip(f"{case.contender}: {result.absent}")
-        if result.wrong:
-            pytest.fail(f"{case.contender}, {case.size}: {result.wrong}", pytrace=False)
-        if case.cache not in result.seconds:
-            pytest.skip(comparison.hot)
-        seconds = result.seconds[case.cache]
-        benchmark.extra_info = {"contender": case.contender, "launches": result.launches}
+        if case.figure not in result.seconds:
+            pytest.skip(comparison.hot or f"{case.contender} has no {case.figure} figure")
+        seconds = result.seconds[case.figure]
+        benchmark.extra_info = {"contender": case.contender, **result.counts}
         request.node.get_closest_marker("benchmark").kwargs["timer"].seconds = iter(seconds)
         benchmark.pedantic(lambda: None, rounds=len(seconds))
 
@@ -97,8 +125,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     comparisons = list(suite.comparisons.values())
     if not comparisons:
         return
-    print_summary(terminalreporter.write_line, comparisons)
-    folder = config.getoption("--pydrone-report")
-    if folder:
-        for path in write(Path(folder), comparisons, suite.device):
-            terminalreporter.write_line(f"written: {path}")
+    line = terminalreporter.write_line
+    report.print_summary(line, report.document(comparisons, suite.clock))
+    path = _path(terminalreporter._session)
+    if path is not None:
+        for file in report.write(path, comparisons, suite.clock):
+            line(f"written: {file}")

@@ -1,117 +1,173 @@
-"""Who takes part in which comparison."""
+"""Who takes part in which comparison, on which device."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
-from harness import Contender
+import cases
+from clock import Clock
+from measurement import Absent, Contender, Run
 from peers import by_hand, gpu_kernels, ours, rl_games, rsl_rl, sb3, skrl, torchrl, train, update
-from workload import BATCH_BYTES, GAE_BYTES, NUM_EPOCHS, POLICY_BYTES, ROW_BYTES
+from workload import BATCH_BYTES, GAE_BYTES, NUM_EPOCHS, NUM_MINIBATCHES, POLICY_BYTES, ROW_BYTES, Size
+
+import pydrone
 
 LEAN = "pydrone (no mean, std)"
+COPY = "memcpy"  # of the bytes that the operation must read and write
+TRITON = ", triton"  # the second backend of a GPU; "pydrone" is on the default one
+
+# How many of the operation a call does.
+PER: dict[str, Callable[[Size], int]] = {
+    "append": lambda size: size.num_steps,
+    "minibatch epoch": lambda size: NUM_MINIBATCHES,
+}
 
 
-def _contenders(rows: list[tuple]) -> list[Contender]:
-    """(name, prepare, useful bytes a sample, storage a sample[, against])."""
-    return [Contender(name, prepare, useful, *rest, storage_bytes=size) for name, prepare, useful, size, *rest in rows]
+def _ours(name: str, prepare: Callable, make: Callable | None, clock: Clock, **rest: object) -> list[Contender]:
+    """On the default backend, and on a GPU on Triton's; there with device time of the launches of ``make``."""
+
+    def on(backend: str | None) -> Callable:
+        if make is None or clock.kind == "cpu":
+            return partial(prepare, backend=backend)
+        return cases.timed(prepare, make, clock.cache_bytes, backend)
+
+    def second(rollout: object) -> Run:
+        reason = pydrone.backends()["triton"]
+        if reason is not None:
+            raise Absent(reason)
+        return on("triton")(rollout)
+
+    found = [Contender(name, on(None), **rest)]
+    return found + ([Contender(name + TRITON, second, **rest)] if clock.kind == "cuda" else [])
 
 
-def gae() -> list[Contender]:
+def _copy(useful: int, clock: Clock, operation: str) -> Contender:
+    """On a GPU in as many copies as the call does operations, as their launches are timed one by one there."""
+    parts = PER.get(operation) if clock.kind == "cuda" else None
+    return Contender(COPY, by_hand.memcpy(useful, parts=parts), useful, useful, capturable=True)
+
+
+def gae(clock: Clock) -> list[Contender]:
     """Advantages and returns; what else a package does in the same step (normalisation, statistics) is in its time."""
-    size = GAE_BYTES
-    return _contenders(
-        [
-            ("pydrone", ours.gae, size, 49),
-            ("pydrone.gae [T, N]", ours.gae_steps, size, 8),
-            ("pydrone.gae [N, T]", ours.gae_rows, size, 17),
-            ("memcpy", by_hand.memcpy(size), size, 17),
-            ("torch loop", by_hand.gae_loop, size, 12),
-            ("torch.compile", by_hand.gae_compiled, size, 8),
-            ("rsl_rl", rsl_rl.gae, size, 40),
-            ("skrl", skrl.gae, size, 16),
-            ("SB3", sb3.gae, size, 36),
-            ("TorchRL loop", torchrl.gae_loop, size, 40),
-            ("TorchRL vectorised", torchrl.gae_vectorised, size, 40),
-            ("rl_games", rl_games.gae, size, 24),
-            ("PufferLib", gpu_kernels.gae_pufferlib, size, 20),
-            ("rl-triton", gpu_kernels.gae_rl_triton, size, 16),
-        ]
-    )
+    all_of = partial(Contender, useful_bytes=GAE_BYTES)
+    # A CUDA graph holds what is only launches on the current stream.
+    graph = partial(all_of, capturable=True)
+    rest = {"useful_bytes": GAE_BYTES, "capturable": True}
+    return [
+        *_ours("pydrone", ours.gae, cases.gae, clock, storage_bytes=49, **rest),
+        *_ours("pydrone.gae [T, N]", ours.gae_steps, None, clock, storage_bytes=8, **rest),
+        *_ours("pydrone.gae [N, T]", ours.gae_rows, None, clock, storage_bytes=17, **rest),
+        _copy(GAE_BYTES, clock, "gae"),
+        graph("torch loop", by_hand.gae_loop, storage_bytes=12),
+        graph("torch.compile", by_hand.gae_compiled, storage_bytes=8),
+        graph("rsl_rl", rsl_rl.gae, storage_bytes=40),
+        all_of("skrl", skrl.gae, storage_bytes=16),
+        all_of("SB3", sb3.gae, storage_bytes=36, on_host=True),
+        all_of("TorchRL loop", torchrl.gae_loop, storage_bytes=40),
+        all_of("TorchRL vectorised", torchrl.gae_vectorised, storage_bytes=40),
+        all_of("rl_games", rl_games.gae, storage_bytes=24),
+        graph("PufferLib", gpu_kernels.gae_pufferlib, storage_bytes=20),
+        graph("rl-triton", gpu_kernels.gae_rl_triton, storage_bytes=16),
+    ]
 
 
-def append() -> list[Contender]:
+def append(clock: Clock) -> list[Contender]:
     """A whole rollout, stored step by step: each field is read once and written once."""
-    lean, full = 2 * ROW_BYTES, 2 * (ROW_BYTES + POLICY_BYTES)
-    return _contenders(
-        [
-            ("pydrone", ours.append, full, 150),
-            ("pydrone begin + end", ours.append_split, full, 150),
-            (LEAN, partial(ours.append, policy=False), lean, 120, LEAN),
-            ("memcpy", by_hand.memcpy(full), full, full),
-            ("copy_ a field", by_hand.append_copies, full, 129),
-            ("rsl_rl", rsl_rl.append, full, 150),
-            ("rl_games", rl_games.append, full, 150),
-            ("skrl", skrl.append, lean, 110, LEAN),
-            ("SB3", sb3.append, lean, 120, LEAN),
-            ("TorchRL", torchrl.append, lean, 100, LEAN),
-        ]
-    )
+    full = partial(Contender, useful_bytes=2 * (ROW_BYTES + POLICY_BYTES))
+    lean = partial(Contender, useful_bytes=2 * ROW_BYTES, against=LEAN)
+    rest = {"useful_bytes": 2 * (ROW_BYTES + POLICY_BYTES), "storage_bytes": 150}
+    return [
+        *_ours("pydrone", ours.append, cases.append, clock, **rest),
+        *_ours("pydrone begin + end", ours.append_split, None, clock, **rest),
+        lean(LEAN, partial(ours.append, policy=False), storage_bytes=120),
+        _copy(2 * (ROW_BYTES + POLICY_BYTES), clock, "append"),
+        full("copy_ a field", by_hand.append_copies, storage_bytes=129, capturable=True),
+        full("rsl_rl", rsl_rl.append, storage_bytes=150, capturable=True),
+        full("rl_games", rl_games.append, storage_bytes=150),
+        lean("skrl", skrl.append, storage_bytes=110),
+        lean("SB3", sb3.append, storage_bytes=120, on_host=True),
+        lean("TorchRL", torchrl.append, storage_bytes=100),
+    ]
 
 
-def epoch() -> list[Contender]:
-    """One epoch of shuffled minibatches of all that PPO learns from: each value is read once and written once."""
-    lean, full = 2 * BATCH_BYTES, 2 * (BATCH_BYTES + POLICY_BYTES)
-    return _contenders(
-        [
-            ("pydrone", ours.epoch, full, 150),
-            ("pydrone reuse", partial(ours.epoch, reuse=True), full, 180),
-            (LEAN, partial(ours.epoch, policy=False), lean, 120, LEAN),
-            ("memcpy", by_hand.memcpy(full), full, full),
-            ("index_select", by_hand.epoch_index_select, full, 60),
-            ("rsl_rl", rsl_rl.epoch, full, 150),
-            ("rl_games", rl_games.epoch, full, 290),
-            ("skrl", skrl.epoch, lean, 110, LEAN),
-            ("SB3", sb3.epoch, lean, 120, LEAN),
-            ("TorchRL", torchrl.epoch, lean, 220, LEAN),
-        ]
-    )
+def epoch(clock: Clock) -> list[Contender]:
+    """One epoch of shuffled minibatches of all that PPO learns from: each value is read once and written once.
+
+    Peers draw a randperm, which may wait for a GPU: none is captured.
+    """
+    full = partial(Contender, useful_bytes=2 * (BATCH_BYTES + POLICY_BYTES))
+    lean = partial(Contender, useful_bytes=2 * BATCH_BYTES, against=LEAN)
+    rest = {"useful_bytes": 2 * (BATCH_BYTES + POLICY_BYTES)}
+    reused = partial(ours.epoch, reuse=True)
+    return [
+        *_ours("pydrone", ours.epoch, cases.gather, clock, storage_bytes=150, **rest),
+        *_ours("pydrone reuse", reused, cases.gather, clock, storage_bytes=180, **rest),
+        lean(LEAN, partial(ours.epoch, policy=False), storage_bytes=120),
+        _copy(2 * (BATCH_BYTES + POLICY_BYTES), clock, "minibatch epoch"),
+        full("index_select", by_hand.epoch_index_select, storage_bytes=60),
+        full("rsl_rl", rsl_rl.epoch, storage_bytes=150),
+        full("rl_games", rl_games.epoch, storage_bytes=290),
+        lean("skrl", skrl.epoch, storage_bytes=110),
+        lean("SB3", sb3.epoch, storage_bytes=120, on_host=True),
+        lean("TorchRL", torchrl.epoch, storage_bytes=220),
+    ]
 
 
-def iteration() -> list[Contender]:
-    """Append, GAE and all epochs, the networks left out."""
+def _iteration_bytes() -> tuple[int, int]:
+    """Of append, GAE and all epochs, without and with the policy's mean and std."""
     lean = 2 * ROW_BYTES + GAE_BYTES + NUM_EPOCHS * 2 * BATCH_BYTES
-    full = lean + (1 + NUM_EPOCHS) * 2 * POLICY_BYTES
-    return _contenders(
-        [
-            ("pydrone", ours.iteration, full, 180),
-            (LEAN, partial(ours.iteration, policy=False), lean, 140, LEAN),
-            ("memcpy", by_hand.memcpy(full, 1 + NUM_EPOCHS), full, full // (1 + NUM_EPOCHS)),
-            ("rsl_rl", rsl_rl.iteration, full, 150),
-            ("rl_games", rl_games.iteration, full, 290),
-            ("skrl", skrl.iteration, lean, 110, LEAN),
-            ("SB3", sb3.iteration, lean, 120, LEAN),
-            ("TorchRL", torchrl.iteration, lean, 330, LEAN),
-        ]
-    )
+    return lean, lean + (1 + NUM_EPOCHS) * 2 * POLICY_BYTES
 
 
-def ppo_update() -> list[Contender]:
-    """All epochs of one rollout: minibatches, networks forward and back, Adam."""
-    torch_learner, compiled = partial(update.ours, learner="torch"), partial(update.rsl_rl, compile_mode="default")
-    return _contenders(
-        [
-            ("pydrone", update.ours, 0, 0),
-            ("pydrone, --autocast", partial(update.ours, autocast=True), 0, 0),
-            ("pydrone, --learner torch", torch_learner, 0, 0),
-            ("rsl_rl", update.rsl_rl, 0, 0),
-            ("rsl_rl, torch.compile", compiled, 0, 0),
-        ]
-    )
+def iteration(clock: Clock) -> list[Contender]:
+    """Append, GAE and all epochs, the networks left out."""
+    without, with_policy = _iteration_bytes()
+    full = partial(Contender, useful_bytes=with_policy)
+    lean = partial(Contender, useful_bytes=without, against=LEAN)
+    copies = by_hand.memcpy(with_policy, 1 + NUM_EPOCHS)
+    return [
+        *_ours("pydrone", ours.iteration, None, clock, useful_bytes=with_policy, storage_bytes=180),
+        lean(LEAN, partial(ours.iteration, policy=False), storage_bytes=140),
+        full(COPY, copies, storage_bytes=with_policy // (1 + NUM_EPOCHS), capturable=True),
+        full("torch, by hand", by_hand.iteration, storage_bytes=200),
+        full("rsl_rl", rsl_rl.iteration, storage_bytes=150),
+        full("rl_games", rl_games.iteration, storage_bytes=290),
+        lean("skrl", skrl.iteration, storage_bytes=110),
+        lean("SB3", sb3.iteration, storage_bytes=120, on_host=True),
+        lean("TorchRL", torchrl.iteration, storage_bytes=330),
+    ]
 
 
-def training() -> list[Contender]:
-    """A whole training iteration: simulation, policy, storage, GAE, update of the networks."""
-    return _contenders([("pydrone", train.ours, 0, 0), ("rsl_rl", train.rsl_rl, 0, 0)])
+def ppo_update(clock: Clock) -> list[Contender]:
+    """All epochs of one rollout: minibatches, networks forward and back, Adam.
+
+    Its bytes are those of the epochs' samples, read once: a bound far below the arithmetic.
+    """
+    some = partial(Contender, useful_bytes=NUM_EPOCHS * (BATCH_BYTES + POLICY_BYTES))
+    return [
+        some("pydrone", update.ours),
+        some("pydrone, --autocast", partial(update.ours, autocast=True)),
+        some("pydrone, --learner torch", partial(update.ours, learner="torch")),
+        some("rsl_rl", update.rsl_rl),
+        some("rsl_rl, torch.compile", partial(update.rsl_rl, compile_mode="default")),
+        some(COPY, by_hand.memcpy(NUM_EPOCHS * (BATCH_BYTES + POLICY_BYTES))),
+    ]
+
+
+def training(clock: Clock) -> list[Contender]:
+    """A whole training iteration: simulation, policy, storage, GAE, update of the networks.
+
+    What a simulator must move nobody can say; the copy is of what storage, GAE and minibatches must.
+    """
+    copies = by_hand.memcpy(_iteration_bytes()[1], 1 + NUM_EPOCHS)
+    return [
+        Contender("pydrone", train.ours),
+        Contender("rsl_rl", train.rsl_rl),
+        Contender(COPY, copies, _iteration_bytes()[1]),
+        # Last: a capture that fails can leave CUDA unusable.
+        Contender("pydrone, --capture", partial(train.ours, capture=True), kinds=("cuda",)),
+    ]
 
 
 OPERATIONS = {
@@ -123,10 +179,10 @@ OPERATIONS = {
     "training": training,
 }
 # For the sweep: enough to see the slope.
-SWEEP = ("pydrone", "memcpy", "rsl_rl")
+SWEEP = ("pydrone", COPY, "rsl_rl")
 
 
-def contenders(operation: str) -> list[Contender]:
+def contenders(operation: str, clock: Clock) -> list[Contender]:
     """Of one of OPERATIONS, or of "sweep: " and one of them."""
     name = operation.removeprefix("sweep: ")
-    return [c for c in OPERATIONS[name]() if name == operation or c.name in SWEEP]
+    return [c for c in OPERATIONS[name](clock) if name == operation or c.name in SWEEP]

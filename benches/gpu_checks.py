@@ -28,15 +28,31 @@ WORK = (
     "tests of the backends cuda and triton, CUDA graphs, launches, streams: not run",
     "compute-sanitizer memcheck and racecheck: not run",
     "benchmarks: not run, benches/results not written",
-    "GAE and storage of torch loops, rsl_rl, rl-triton and PufferLib beside ours: not timed",
-    "training iterations, eager, captured and rsl_rl's: not timed, their launches and waits not counted",
 )
 NEEDED = ("triton", "pytest", "hypothesis", "numpy", "setuptools", "ninja")
-PEERS = {"rsl_rl": "rsl-rl-lib", "tensordict": "tensordict", "rl_triton": "rl-triton", "pufferlib": "pufferlib"}
+BENCHMARKS = {"pytest_benchmark": "pytest-benchmark", "cpuinfo": "py-cpuinfo2"}
+PEERS = {
+    "rsl_rl": "rsl-rl-lib",
+    "tensordict": "tensordict",
+    "skrl": "skrl",
+    "stable_baselines3": "stable-baselines3",
+    "torchrl": "torchrl",
+    "rl_games": "rl-games",
+    "rl_triton": "rl-triton",
+    "pufferlib": "pufferlib",
+}
 
 
 def installed(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
+
+
+def without_benchmarks() -> str | None:
+    """What `make gpu-bench` lacks, and how to bring it; None where nothing."""
+    missing = [name for module, name in BENCHMARKS.items() if not installed(module)]
+    if not missing:
+        return None
+    return f"{sys.executable} has no {', '.join(missing)}: bring wheels, see CONTRIBUTING.md, On a GPU"
 
 
 def cuda_tool(name: str) -> str | None:
@@ -70,6 +86,8 @@ def machine() -> str | None:
     absent = [distribution for module, distribution in PEERS.items() if not installed(module)]
     if absent:
         print(f"absent peers, not timed: {', '.join(absent)}")
+    if without_benchmarks():
+        print(f"make gpu-bench cannot run: {without_benchmarks()}")
     return None
 
 
@@ -146,7 +164,13 @@ def last_words(outcome: Outcome) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--machine", action="store_true", help="only say what the machine has")
+    parser.add_argument("--benchmarks", action="store_true", help="only say whether the benchmarks can run")
     options = parser.parse_args()
+    if options.benchmarks:
+        problem = without_benchmarks()
+        if problem is not None:
+            print(f"make gpu-bench: {problem}; nothing was timed", file=sys.stderr)
+        return int(problem is not None)
     problem = machine()
     if problem is None and not options.machine:
         import pydrone

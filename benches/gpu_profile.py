@@ -3,7 +3,7 @@
     python benches/gpu_profile.py
 
 For each backend build/gpu-logs/ncu-<backend>.ncu-rep, which ncu-ui opens, and the same as text and CSV; and a short
-table. The clocks are left as they are (--clock-control none): compare times with benches/gpu_bench.py, not with these.
+table. The clocks are left as they are (--clock-control none): the times to compare are those of `make gpu-bench`.
 """
 
 from __future__ import annotations
@@ -40,29 +40,29 @@ STALL = re.compile(r"issue_stalled_(\w+?)_per_(?:issue_active|warp_active)")
 
 def launch(backend: str, device: str, num_envs: int, num_steps: int) -> None:
     """One launch of each operation, right and warm, between the profiler's start and stop."""
+    import cases
     import torch
-    from gpu import cases
-    from gpu.clock import Clock
-    from gpu.machine import cache_bytes
+    from clock import for_device
     from workload import Rollout, Size, Truth
 
     from pydrone.ops import dispatch
 
-    rollout, clock = Rollout(Size(num_envs, num_steps), device), Clock(device, 1)
-    truth, ops = Truth(rollout), dispatch.select(torch.device(device), backend)
+    clock = for_device(device)
+    rollout = Rollout(Size(num_envs, num_steps), clock.device)
+    truth, ops = Truth(rollout), dispatch.select(torch.device(clock.device), backend)
     for case in (
-        *(cases.gae(rollout, backend, cache_bytes(clock), layout) for layout in cases.LAYOUTS),
+        *(cases.gae(rollout, backend, clock.cache_bytes, layout) for layout in cases.LAYOUTS),
         cases.append(rollout, backend),
         cases.gather(rollout, backend),
     ):
         operation = getattr(ops, case.operation)
         case.check(operation, truth)
         clock.wait()
-        if clock.cuda:
+        if clock.kind == "cuda":
             torch.cuda.cudart().cudaProfilerStart()
         operation(*case.hot[0])
         clock.wait()
-        if clock.cuda:
+        if clock.kind == "cuda":
             torch.cuda.cudart().cudaProfilerStop()
         print(f"{backend}: {case.operation}, {case.nbytes / 1e6:.2f} MB useful")
 

@@ -4,14 +4,15 @@
 
 Each variant's outputs are checked before any is timed; then all of a kernel are timed in turn, round after round. What
 is wrong or does not compile is a row that says so. The table has the fastest first, and <gpu>-sweep.json every figure.
-`make gpu-sweep` runs it. `--device cpu --num-envs 5 --num-steps 8` is a trial: Triton's variants are interpreted, and
-CUDA's compiled and not run.
+`make gpu-sweep` runs it. `--device stand-in --num-envs 5 --num-steps 8` is a trial without a GPU: Triton's variants are
+interpreted, CUDA's compiled and not run.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import math
 import os
 import statistics
@@ -26,22 +27,26 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # which Python's safe path leaves out
 
-from gpu import cases, machine, variants
-from gpu.cases import Case
-from gpu.clock import Clock, Run, in_a_line
-from gpu.variants import KERNELS, Variant
+import cases
+import clock as clocks
+import gpu_variants as variants
+import machine
+from cases import Case
+from clock import Turn
+from clock_cuda import CudaClock
+from gpu_variants import KERNELS, Variant
+from measurement import in_a_line
 from workload import Rollout, Size, Truth
 
 FOLDER = machine.ROOT / "build" / "gpu-sweep"
-REPEATED = {"gae": (100, 4), "append": (100, 1), "gather": (10, 10)}  # in a graph: hot launches, all the cold ones
 
 
 class Ready(NamedTuple):
     """A variant's row, and its launches as graphs where it is right."""
 
     row: dict
-    hot: Run | None = None
-    cold: Run | None = None
+    hot: Turn | None = None
+    cold: Turn | None = None
 
 
 class Bench(NamedTuple):
@@ -49,7 +54,8 @@ class Bench(NamedTuple):
 
     case: Case
     truth: Truth
-    clock: Clock
+    clock: CudaClock
+    repeats: int
 
     def prepare(self, variant: Variant, library: Future | None) -> Ready:
         """The variant checked and its launches captured. Where it fails or cannot run, the row says so and has none."""
@@ -60,7 +66,7 @@ class Bench(NamedTuple):
                 with variants.launched_with(variant) as operation:
                     return self._captured(row, operation)
             path = library.result()
-            if self.clock.cuda:
+            if self.clock.on.real:
                 return self._captured(row, variants.loaded(variant, path.stem, path))
             row["compiled"] = True
         except Exception as error:  # wrong, not to be compiled, or not to be launched
@@ -70,26 +76,21 @@ class Bench(NamedTuple):
     def _captured(self, row: dict, operation: cases.Operation) -> Ready:
         self.case.check(operation, self.truth)
         self.clock.wait()
-        launches = zip(self.case.runs(operation), self._times())
-        return Ready(row, *(self.clock.repeated(runs, times) for runs, times in launches))
-
-    def _times(self) -> tuple[int, int]:
-        return REPEATED[self.case.operation] if self.clock.cuda else (1, 1)
+        kernels, least = self.case.kernels(operation), self.clock.on.in_a_graph
+        each = (kernels.hot, kernels.cold)
+        return Ready(row, *(self.clock.replayed(x, 1, times=max(1, least // len(x))) for x in each))
 
     def time_in_turn(self, ready: list[Ready]) -> None:
         """Medians over the rounds into the rows; a round ends with the default once more, which shows the spread."""
         runnable = [x for x in ready if x.hot is not None]
         order = [(x, "") for x in runnable] + [(x, "_again") for x in runnable if x.row["default"]]
-        sizes = {"hot": self._times()[0], "cold": self._times()[1] * len(self.case.cold)}
-        for name, launches in sizes.items():
-            for x in runnable:
-                self.clock.warm_up(getattr(x, name))
+        for name in ("hot", "cold"):
             seconds: list[list[float]] = [[] for _ in order]
-            for _ in range(self.clock.repeats):
+            for turn in range(self.repeats):
                 for (x, _), kept in zip(order, seconds, strict=True):
-                    kept.append(self.clock.once(getattr(x, name)))
+                    kept.append(getattr(x, name)(turn))
             for (x, again), kept in zip(order, seconds, strict=True):
-                x.row[f"{name}{again}_us"] = 1e6 * statistics.median(kept) / launches
+                x.row[f"{name}{again}_us"] = 1e6 * statistics.median(kept)
 
 
 def table(rows: list[dict]) -> str:
@@ -111,11 +112,26 @@ def table(rows: list[dict]) -> str:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help="folder for <gpu>-sweep.json; nothing is written without it")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: to try this script out")
+    parser.add_argument("--device", choices=("cuda", "stand-in"), default="cuda", help="stand-in: a CPU, to try it out")
     parser.add_argument("--kernels", nargs="+", choices=KERNELS, default=list(KERNELS))
     parser.add_argument("--backends", nargs="+", choices=("cuda", "triton"), default=["cuda", "triton"])
     parser.add_argument("--variants", type=int, help="so many of each kernel, the default first; default: all")
-    return machine.parsed(parser)
+    parser.add_argument("--num-envs", type=int, default=8192)
+    parser.add_argument("--num-steps", type=int, default=100)
+    parser.add_argument("--repeats", type=int, default=30)
+    options = parser.parse_args()
+    refuse(parser, options)
+    return options
+
+
+def refuse(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Ends the command where its options make no sense."""
+    for name in ("num_envs", "num_steps", "repeats", "variants"):
+        x = getattr(options, name, None)
+        if x is not None and x < 1:
+            parser.error(f"--{name.replace('_', '-')}: expected at least 1, got {x}")
+    if options.out is not None and options.device != "cuda":
+        raise SystemExit(f"{parser.prog}: --out: a stand-in's figures are no GPU's; leave --out out")
 
 
 def chosen(options: argparse.Namespace) -> dict[tuple[str, str], list[Variant]]:
@@ -128,19 +144,17 @@ def chosen(options: argparse.Namespace) -> dict[tuple[str, str], list[Variant]]:
     return {key: group[: options.variants] for key, group in found.items()}
 
 
-def sweep(options: argparse.Namespace, clock: Clock, keep: Callable[[list[dict]], None]) -> list[dict]:
+def sweep(options: argparse.Namespace, clock: CudaClock, keep: Callable[[list[dict]], None]) -> list[dict]:
     """A row a variant; ``keep`` gets them after each kernel. What is timed are graphs, which nvcc does not delay."""
-    rollout, rows = Rollout(Size(options.num_envs, options.num_steps), options.device), []
-    truth, cache = Truth(rollout), machine.cache_bytes(clock)
-    architecture = "{}{}".format(*torch.cuda.get_device_capability()) if clock.cuda else "90"
-    backend = None if clock.cuda else "reference"
+    rollout, rows = Rollout(Size(options.num_envs, options.num_steps), clock.device), []
+    truth, real = Truth(rollout), clock.on.real
+    architecture = "{}{}".format(*torch.cuda.get_device_capability()) if real else "90"
+    backend = None if real else "reference"
     groups, make = chosen(options), {"gae": cases.gae, "append": cases.append, "gather": cases.gather}
     with ThreadPoolExecutor(max(1, (os.cpu_count() or 2) - 1)) as pool:
         libraries = {
             key: [
-                pool.submit(
-                    variants.compiled, x, f"pydrone_{key[0]}_{i}".replace(" ", "_"), FOLDER, architecture, clock.cuda
-                )
+                pool.submit(variants.compiled, x, f"pydrone_{key[0]}_{i}".replace(" ", "_"), FOLDER, architecture, real)
                 for i, x in enumerate(group)
             ]
             for key, group in groups.items()
@@ -148,8 +162,8 @@ def sweep(options: argparse.Namespace, clock: Clock, keep: Callable[[list[dict]]
         }
         for key, group in groups.items():
             operation, *layout = key[0].split()
-            case = make[operation](rollout, backend, *((cache, *layout) if layout else ()))
-            bench = Bench(case, truth, clock)
+            case = make[operation](rollout, backend, clock.cache_bytes, *layout)
+            bench = Bench(case, truth, clock, options.repeats)
             ready = [bench.prepare(x, library) for x, library in zip(group, libraries.get(key, [None] * len(group)))]
             bench.time_in_turn(ready)
             rows += [x.row for x in ready]
@@ -159,21 +173,25 @@ def sweep(options: argparse.Namespace, clock: Clock, keep: Callable[[list[dict]]
 
 def main() -> None:
     options, began = parse(), time.perf_counter()
-    clock = Clock(options.device, options.repeats)
-    if not clock.cuda:
+    try:
+        clock = clocks.for_device(options.device)
+    except ValueError as error:
+        raise SystemExit(f"gpu_sweep.py: {error}: nothing was timed") from error
+    if not clock.on.real:
         os.environ["TRITON_INTERPRET"] = "1"  # read as the kernels are imported
     torch.manual_seed(0)
 
     def keep(rows: list[dict]) -> None:
         if options.out is not None:
             sizes = {"num_envs": options.num_envs, "num_steps": options.num_steps, "repeats": options.repeats}
-            machine.write(options.out, "-sweep", {"sizes": sizes, "rows": rows})
+            found = machine.provenance(clock) | {"sizes": sizes, "rows": rows}
+            options.out.mkdir(parents=True, exist_ok=True)
+            (options.out / f"{machine.name(clock)}-sweep.json").write_text(json.dumps(found, indent=1) + "\n")
 
     rows = sweep(options, clock, keep)
     print(table(rows))
-    print(
-        f"\n{time.perf_counter() - began:.0f} s", "" if clock.cuda else "A trial on the CPU: the figures mean nothing."
-    )
+    trial = "" if clock.on.real else "A trial on the CPU: the figures mean nothing."
+    print(f"\n{time.perf_counter() - began:.0f} s", trial)
     if failed := sum("failed" in row for row in rows):
         raise SystemExit(f"gpu_sweep.py: {failed} of {len(rows)} variants failed, see the table")
 

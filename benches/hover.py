@@ -28,8 +28,9 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
+from clock import CpuClock
+from machine import provenance
 from peers.train import _runner_config
-from report import provenance
 from workload import Size
 
 import pydrone.envs
@@ -217,7 +218,7 @@ def main() -> None:
     size = Size(args.num_envs, args.num_steps)
     env = Probe(pydrone.envs.make(args.env, num_envs=args.num_envs, seed=args.seeds[0]))
     document: dict[str, Any] = {
-        **provenance("cpu"),
+        **provenance(CpuClock()),
         "env": args.env,
         "num_envs": args.num_envs,
         "num_steps": args.num_steps,

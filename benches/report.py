@@ -1,180 +1,164 @@
-"""What a session leaves behind: the summary at the end of the terminal's output, a JSON file, a chart."""
+"""What a session leaves behind: one document, as the summary in the terminal, a JSON file and a chart.
+
+    python benches/report.py benches/results/amd-epyc.json
+
+prints the table of a file of results again.
+"""
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
-import os
-import platform
-import re
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-import torch
-from harness import Comparison, Result, cache_bytes
+import machine
+import targets
+from clock import Clock
+from contenders import OPERATIONS
+from measurement import Comparison, Result
 
-PACKAGES = [
-    "torch",
-    "pydrone-rl",
-    "rsl-rl-lib",
-    "skrl",
-    "torchrl",
-    "tensordict",
-    "stable-baselines3",
-    "rl-games",
-    "pufferlib",
-    "rl-triton",
-    "numpy",
-    "triton",
-]
+FIGURES = ("hot", "cold", "eager")
 
 
 def rows(comparison: Comparison) -> Iterator[dict[str, Any]]:
     """A contender's figures. ``ratio``: its time over that of the pydrone it is set against (above 1: slower)."""
     results = comparison.results
     for result in results.values():
-        row: dict[str, Any] = {"name": result.name, "against": result.against, "launches": result.launches}
-        row |= {"useful_bytes": result.useful_bytes, "gae_share": result.share}
-        row["problem"] = f"WRONG: {result.wrong}" if result.wrong else result.absent and f"absent: {result.absent}"
+        row: dict[str, Any] = {"name": result.name, "against": result.against, "launches": None, **result.counts}
+        row |= {"useful_bytes": result.useful_bytes, "gae_share": result.share, "problem": result.problem}
+        if result.device_time:
+            row["device_time"] = result.device_time
+        if result.stages:
+            row["stages_ms"] = {name: 1e3 * x for name, x in result.stages.items()}
         row["cache"] = {
-            cache: _figures(result, results[result.against], results.get("memcpy"), cache) for cache in result.seconds
+            figure: _figures(result, results[result.against], results.get("memcpy"), figure)
+            for figure in FIGURES
+            if result.seconds.get(figure)
         }
         yield row
 
 
-def _figures(result: Result, ours: Result, memcpy: Result | None, cache: str) -> dict[str, float | int | None]:
-    median, base = result.median(cache), ours.median(cache)
+def _figures(result: Result, ours: Result, memcpy: Result | None, figure: str) -> dict[str, float | int | None]:
+    median, base = result.median(figure), ours.median(figure)
     assert median is not None
     speed = result.useful_bytes / median
-    copied = memcpy and memcpy.median(cache)
+    copied = memcpy and memcpy.median(figure)
     return {
         "median_ms": median * 1e3,
-        "iqr_ms": result.spread(cache) * 1e3,
-        "turns": len(result.seconds[cache]),
+        "iqr_ms": result.spread(figure) * 1e3,
+        "turns": len(result.seconds[figure]),
         "ratio": median / base if base else None,
         "gb_per_s": speed / 1e9 if result.useful_bytes else None,
-        "of_memcpy": speed * copied / memcpy.useful_bytes if copied else None,  # type: ignore[union-attr]
+        "of_memcpy": speed * copied / memcpy.useful_bytes if copied and result.useful_bytes else None,
     }
 
 
-def print_summary(line: Callable[[str], None], comparisons: list[Comparison]) -> None:
+def document(comparisons: list[Comparison], clock: Clock) -> dict[str, Any]:
+    """What the JSON file holds: provenance, comparisons with a row for each contender, on a GPU the targets."""
+    found = machine.provenance(clock)
+    found["comparisons"] = [
+        {
+            "operation": x.operation,
+            "num_envs": x.num_envs,
+            "num_steps": x.num_steps,
+            "per": x.per,
+            "cold": x.cold,
+            "hot": x.hot,
+            "contenders": list(rows(x)),
+        }
+        for x in comparisons
+    ]
+    if clock.kind == "cuda":
+        found |= {"targets_of": targets.GPU, "targets": targets.judge(found["comparisons"])}
+    return found
+
+
+CPU_HEAD = """\
+pydrone and its peers: median of a call, interquartile range in brackets; 'x' is its time over pydrone's (of that
+pydrone which stores the same fields); GB/s of the bytes that must be read and written; launches as dispatched by
+PyTorch (-: not seen by it); GAE: its share of the iteration."""
+GPU_HEAD = """\
+pydrone and its peers: median of one operation in us (a step's append, a minibatch), interquartile range in brackets;
+'x' is its time over pydrone's; GB/s of the bytes that must be read and written. hot, cold: device time of a CUDA
+graph's replays (*: sum of the profiler's kernels, outside of a graph). eager: whole calls. Launches and waits of the
+host are those of a call: all steps of a rollout, all minibatches of an epoch."""
+
+
+def print_summary(line: Callable[[str], None], document: dict[str, Any]) -> None:
     """The table. Every contender has its line, with the reason where it has no figures."""
-    line("")
-    line("pydrone and its peers: median of a call, interquartile range in brackets; 'x' is its time over pydrone's")
-    line("(of that pydrone which stores the same fields); GB/s of the bytes that must be read and written; launches")
-    line("as dispatched by PyTorch (-: not seen by it); GAE: its share of the iteration.")
-    for comparison in comparisons:
+    gpu = document.get("kind") == "cuda"
+    for text in [
+        "",
+        f"{document['device']}, commit {document['commit']}",
+        *(GPU_HEAD if gpu else CPU_HEAD).split("\n"),
+    ]:
+        line(text)
+    for comparison in document["comparisons"]:
         line("")
-        line(f"{comparison.operation}, {comparison.num_envs} envs x {comparison.num_steps} steps")
-        if comparison.cold:
-            line(f"  cold: {comparison.cold}")
-        if comparison.hot:
-            line(f"  hot: {comparison.hot}")
-        caches = sorted({cache for result in comparison.results.values() for cache in result.seconds})
-        head = "".join(f"{cache + ' ms':>12} {'':9}{'x':>7}{'GB/s':>8}{'memcpy':>8}" for cache in caches)
-        line(f"  {'':24}{head}{'launches':>10}{'GAE':>8}")
-        for row in rows(comparison):
-            if row["problem"]:
-                line(f"  {row['name']:24}  {row['problem']}")
+        line(f"{comparison['operation']}, {comparison['num_envs']} envs x {comparison['num_steps']} steps")
+        for figure in ("cold", "hot"):
+            if comparison.get(figure):
+                line(f"  {figure}: {comparison[figure]}")
+        found = [figure for figure in FIGURES if any(figure in row["cache"] for row in comparison["contenders"])]
+        unit, scale = ("us", 1e3 / comparison["per"]) if gpu else ("ms", 1.0)
+        head = "".join(f"{f'{figure} {unit}':>12} {'':9}{'x':>7}{'GB/s':>8}{'memcpy':>8}" for figure in found)
+        line(f"  {'':28}{head}{'launches':>10}{'waits' if gpu else 'GAE':>8}")
+        for row in comparison["contenders"]:
+            if row["problem"] and not row["cache"]:
+                line(f"  {row['name']:28}  {row['problem']}")
                 continue
-            cells = "".join(_cells(row["cache"][cache]) for cache in caches)
+            profiled = row.get("device_time") == "profiler"
+            cells = "".join(_cells(row["cache"].get(x), scale, profiled and x != "eager") for x in found)
             launches = "-" if row["launches"] is None else str(row["launches"])
             share = "" if row["gae_share"] is None else f"{row['gae_share']:.2%}"
-            line(f"  {row['name']:24}{cells}{launches:>10}{share:>8}")
+            waits = str(row.get("host_waits", "-"))
+            line(
+                f"  {row['name']:28}{cells}{launches:>10}{waits if gpu else share:>8}  {row['problem'] or ''}".rstrip()
+            )
+    if "targets" in document:
+        for text in ["", *targets.table(document["targets"])]:
+            line(text)
+        if targets.GPU not in document["device"]:
+            line(f"The targets are for an {targets.GPU}; this is {document['device']}.")
 
 
-def _cells(figures: dict[str, Any]) -> str:
+def _cells(figures: dict[str, Any] | None, scale: float, profiled: bool) -> str:
+    if figures is None:
+        return " " * 45
     ratio, speed, part = figures["ratio"], figures["gb_per_s"], figures["of_memcpy"]
-    spread = f"({figures['iqr_ms']:.3g})"
+    spread = f"({figures['iqr_ms'] * scale:.3g})"
     return (
-        f"{figures['median_ms']:12.3f} {spread:9}"
+        f"{figures['median_ms'] * scale:12.3f}{'*' if profiled else ' '}{spread:9}"
         + (f"{ratio:7.2f}" if ratio else f"{'':7}")
         + (f"{speed:8.1f}" if speed else f"{'':8}")
         + (f"{part:8.0%}" if part else f"{'':8}")
     )
 
 
-def machine_name(device: str) -> str:
-    """The processor's or the GPU's name, as a file's name."""
-    name = torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else cpu_name()
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+def file_name(operations: set[str], clock: Clock) -> str:
+    """MACHINE.json; of a session of some operations MACHINE-OPERATIONS.json, beside that of all."""
+    some = [name for name in OPERATIONS if name in operations]
+    suffix = "" if len(some) == len(OPERATIONS) else "-" + "-".join(some).replace(" ", "-")
+    return f"{machine.name(clock)}{suffix}.json"
 
 
-def cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
-def provenance(device: str) -> dict[str, Any]:
-    """What a figure was measured with: command, commit, machine, versions."""
-    return {
-        "command": " ".join([_program(), *sys.argv[1:]]),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "commit": _commit(),
-        "device": torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else cpu_name(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),
-        "cache_bytes": cache_bytes(torch.device(device)),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "system": f"{platform.system()} {platform.machine()}",
-        "python": platform.python_version(),
-        "packages": {name: version for name in PACKAGES if (version := _version(name))},
-    }
-
-
-def write(folder: Path, comparisons: list[Comparison], device: str) -> list[Path]:
-    """MACHINE.json and MACHINE.png in ``folder``; the chart only where matplotlib is."""
-    folder.mkdir(parents=True, exist_ok=True)
-    document = {
-        **provenance(device),
-        "comparisons": [
-            {
-                "operation": x.operation,
-                "num_envs": x.num_envs,
-                "num_steps": x.num_steps,
-                "cold": x.cold,
-                "contenders": list(rows(x)),
-            }
-            for x in comparisons
-        ],
-    }
-    path = folder / f"{machine_name(device)}.json"
-    path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    written = [path]
+def write(path: Path, comparisons: list[Comparison], clock: Clock, chart: bool = True) -> list[Path]:
+    """The document in ``path``, and a chart beside it where matplotlib is. Returns the files."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    found = document(comparisons, clock)
+    path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    if not chart:
+        return [path]
     try:
         from chart import draw
     except ImportError:
-        return written
-    draw(document, path.with_suffix(".png"))
-    return [*written, path.with_suffix(".png")]
+        return [path]
+    draw(found, path.with_suffix(".png"))
+    return [path, path.with_suffix(".png")]
 
 
-def _program() -> str:
-    name = Path(sys.argv[0]).name
-    return "pytest" if name in ("__main__.py", "pytest", "py.test") else f"python benches/{name}"
-
-
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _commit() -> str | None:
-    """Of the working tree, with a + where it has changes; None without git."""
-    here = Path(__file__).parent
-    try:
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True)
-        dirty = subprocess.run(["git", "status", "--porcelain"], cwd=here, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return commit.stdout.strip() + ("+" if dirty.stdout.strip() else "")
+if __name__ == "__main__":
+    for path in sys.argv[1:]:
+        print_summary(print, json.loads(Path(path).read_text(encoding="utf-8")))

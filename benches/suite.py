@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
-from contenders import contenders
-from harness import Comparison, Harness
+from clock import Clock
+from contenders import PER, contenders
+from harness import Harness
+from measurement import Comparison
 from peers.train import Setting, Sound
-from workload import SIZES, Rollout, Size, Truth
+from workload import GPU_SCAN_SIZES, SIZES, Rollout, Size, Truth
 
 # What a training iteration is measured at; a simulator takes the rest of the time at larger ones.
 TRAINING_SIZES = {"cpu": [(1024, 100)], "cuda": [(8192, 100)]}
@@ -27,13 +30,26 @@ BUDGET = {
     "training": 20.0,
     "sweep": 0.6,
 }
-# An iteration's memory leaves every cache before it is used again.
-CACHES = {"gae": ("hot", "cold"), "append": ("hot", "cold"), "minibatch epoch": ("hot", "cold")}
+# On a CPU hot and cold are whole calls. An iteration's memory leaves every cache before it is used again.
+FIGURES = {
+    "cpu": dict.fromkeys(("gae", "append", "minibatch epoch"), ("hot", "cold")),
+    "cuda": {
+        **dict.fromkeys(("gae", "append", "minibatch epoch"), ("hot", "cold", "eager")),
+        "iteration": ("cold", "eager"),
+        # Thousands of launches, most of them the simulator's or autograd's: the whole, and how many.
+        "update": ("eager",),
+        "training": ("eager",),
+    },
+}
 
 
 def parse_size(text: str) -> Size:
     num_envs, num_steps = text.split("x")
     return Size(int(num_envs), int(num_steps))
+
+
+def figures(operation: str, kind: str) -> tuple[str, ...]:
+    return FIGURES[kind].get(operation, ("cold",))
 
 
 @dataclass(frozen=True)
@@ -42,57 +58,76 @@ class Case:
 
     operation: str
     size: Size
-    cache: str
+    figure: str
     contender: str
 
     @property
     def group(self) -> str:
-        return f"{self.operation}, {self.size}, {self.cache}"
+        return f"{self.operation}, {self.size}, {self.figure}"
 
     def __str__(self) -> str:
-        return "-".join((str(self.size), self.cache, self.contender.replace(" ", "_")))
+        return "-".join((str(self.size), self.figure, self.contender.replace(" ", "_")))
 
 
-def sizes(operation: str, device: str, chosen: list[Size] | None) -> list[Size]:
+def sizes(operation: str, kind: str, chosen: list[Size] | None) -> list[Size]:
+    if chosen:
+        return chosen
     if operation.startswith("sweep"):
-        return [Size(*size) for size in SWEEP_SIZES]
-    if operation in ("update", "training"):
-        return [Size(*size) for size in TRAINING_SIZES[torch.device(device).type]]
-    return chosen or [Size(*size) for size in SIZES]
-
-
-def cases(operation: str, device: str, chosen: list[Size] | None) -> list[Case]:
-    """All cases of an operation, a comparison's next to each other."""
-    names = [c.name for c in contenders(operation)]
-    found = sizes(operation, device, chosen)
-    return [Case(operation, s, c, n) for s in found for c in CACHES.get(operation, ("cold",)) for n in names]
+        found = SWEEP_SIZES
+    elif operation in ("update", "training"):
+        found = TRAINING_SIZES[kind]
+    elif kind == "cuda":
+        found = GPU_SCAN_SIZES if operation == "gae" else SIZES[:1]  # the sweep has others
+    else:
+        found = SIZES
+    return [Size(*size) for size in found]
 
 
 class Suite:
-    """Measures on demand. ``scale`` multiplies BUDGET."""
+    """Measures on demand. ``scale`` multiplies BUDGET. ``limit``: seconds after which no comparison is begun.
 
-    def __init__(self, device: str, scale: float) -> None:
-        self.device, self.scale = device, scale
-        self.harness = Harness(device)
+    ``keep`` is called with all comparisons after each.
+    """
+
+    def __init__(self, clock: Clock, scale: float = 1.0, limit: float | None = None) -> None:
+        self.clock, self.scale = clock, scale
+        self.until = None if limit is None else time.monotonic() + limit
+        self.keep: Callable[[list[Comparison]], None] = lambda comparisons: None
+        self.harness = Harness(clock)
         self.comparisons: dict[tuple[str, Size], Comparison] = {}
         self._made: tuple[tuple, Rollout, Truth] | None = None
 
-    def comparison(self, operation: str, size: Size) -> Comparison:
-        key = (operation, size)
+    def cases(self, operation: str, chosen: list[Size] | None) -> list[Case]:
+        """All cases of an operation, a comparison's next to each other."""
+        names, kind = [c.name for c in contenders(operation, self.clock)], self.clock.kind
+        found = sizes(operation, kind, chosen)
+        return [Case(operation, s, f, n) for s in found for f in figures(operation, kind) for n in names]
+
+    def comparison(self, operation: str, size: Size) -> Comparison | None:
+        """Measured now or before; None where the time is up."""
+        key, name = (operation, size), operation.removeprefix("sweep: ")
         if key not in self.comparisons:
-            rollout, truth = self._inputs(operation.removeprefix("sweep: "), size)
-            budget = self.scale * BUDGET[operation.split(":")[0]]
-            caches = CACHES.get(operation, ("cold",))
-            found = self.harness.compare(operation, rollout, truth, contenders(operation), caches, budget)
-            self.comparisons[key] = found
+            if self.until is not None and time.monotonic() > self.until:
+                return None
+            rollout, truth = self._inputs(name, size)
+            self.comparisons[key] = self.harness.compare(
+                operation,
+                rollout,
+                truth,
+                contenders(operation, self.clock),
+                figures(operation, self.clock.kind),
+                self.scale * BUDGET[operation.split(":")[0]],
+                PER[name](size) if name in PER else 1,
+            )
+            self.keep(list(self.comparisons.values()))
         return self.comparisons[key]
 
     def _inputs(self, operation: str, size: Size):  # type: ignore[no-untyped-def]
         if operation in ("update", "training"):
-            return Setting(size, self.device), Sound()
+            return Setting(size, self.clock.device), Sound()
         key = (operation == "gae", size)
         if self._made is None or self._made[0] != key:
             self._made = None
-            rollout = Rollout(size, self.device, everything=operation != "gae")
+            rollout = Rollout(size, self.clock.device, everything=operation != "gae")
             self._made = (key, rollout, Truth(rollout))
         return self._made[1:]

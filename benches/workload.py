@@ -11,8 +11,9 @@ NUM_OBS, NUM_ACTIONS = 17, 4
 GAMMA, LAM = 0.99, 0.95
 NUM_MINIBATCHES, NUM_EPOCHS = 4, 5
 
-# (N, T). The first is the one that README and docs speak of.
+# (N, T). The first is the one that README and docs speak of. A GPU scans more environments too.
 SIZES = [(8192, 100), (4096, 24), (1024, 100), (16384, 128), (256, 2048)]
+GPU_SCAN_SIZES = [*SIZES, (65536, 100)]
 
 # Of one sample. Peers without the old mean and std of the policy are set beside a pydrone that does not store them.
 SCALAR = 4
@@ -43,6 +44,8 @@ class Rollout:
 
     ``log_probs`` are all different, so that a shuffled sample can be recognised. ``dones``: bool. ``last_values``: [N].
     """
+
+    copied = True  # a contender can have copies of it
 
     def __init__(self, size: Size, device: str = "cpu", everything: bool = True) -> None:
         generator = torch.Generator().manual_seed(1)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
-from harness import Absent, Run
+from measurement import Absent, Kernels, Run
 from torch import Tensor
-from workload import GAMMA, LAM, NUM_EPOCHS, NUM_MINIBATCHES, Rollout, Truth
+from workload import GAMMA, LAM, NUM_EPOCHS, NUM_MINIBATCHES, Rollout, Size, Truth
 
 from . import epoch_run
 
@@ -140,21 +141,28 @@ def iteration(rollout: Rollout) -> Run:
     return Run(call, lambda: {**storage, **gae.outputs()})
 
 
-def memcpy(bytes_per_sample: int, times: int = 1) -> Callable[[Rollout], Run]:
-    """``copy_``, ``times`` times, that reads and writes ``bytes_per_sample`` a sample altogether."""
+def memcpy(bytes_per_sample: int, times: int = 1, parts: Callable[[Size], int] | None = None) -> Callable:
+    """``copy_`` that reads and writes ``bytes_per_sample`` a sample altogether, in ``times`` of the same memory.
+
+    ``parts``: of how many pieces. Its kernels are their copies: one of them hot, and all in turn cold.
+    """
 
     def prepare(rollout: Rollout) -> Run:
-        source = torch.arange(rollout.size.samples * bytes_per_sample // 16 // times, device=rollout.device)
-        target = torch.empty_like(source)
-
-        def outputs() -> dict[str, Tensor]:
-            assert torch.equal(source, target)
-            return {"rewards": rollout.rewards}
+        count = 1 if parts is None else parts(rollout.size)
+        numbers = torch.arange(rollout.size.samples * bytes_per_sample // 16 // times, device=rollout.device)
+        copied = torch.zeros_like(numbers)
+        pairs = list(zip(copied.tensor_split(count), numbers.tensor_split(count)))
+        each = [partial(target.copy_, source) for target, source in pairs]
 
         def call() -> None:
             for _ in range(times):
-                target.copy_(source)
+                for copy in each:
+                    copy()
 
-        return Run(call, outputs)
+        def outputs() -> dict[str, Tensor]:
+            assert torch.equal(numbers, copied), "the copy differs"
+            return {"rewards": rollout.rewards} if hasattr(rollout, "rewards") else {"figures": {}}
+
+        return Run(call, outputs, kernels=Kernels(each[:1], each, lambda truth: None) if count > 1 else None)
 
     return prepare

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from harness import Absent, Run
+from measurement import Absent, Run
 from torch import Tensor
 from workload import GAMMA, LAM, Rollout
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from harness import Run
+from measurement import Graphed, Run
 from torch import Tensor
 from workload import GAMMA, LAM, NUM_ACTIONS, NUM_EPOCHS, NUM_MINIBATCHES, NUM_OBS, Rollout
 
 import pydrone
 from pydrone.buffer import RolloutBuffer
 
-from . import Lap, epoch_run
+from . import Lap, epoch_run, exhaust
 
 
 def buffer(rollout: Rollout, policy: bool = True, **options: Any) -> RolloutBuffer:
@@ -47,7 +47,7 @@ def moments(statistics: Tensor) -> dict[str, Tensor]:
     return {"mean": mean, "std": (m2 / (count - 1)).sqrt()}
 
 
-def gae_steps(rollout: Rollout) -> Run:
+def gae_steps(rollout: Rollout, backend: str | None = None) -> Run:
     """``pydrone.gae(out=, stats=True)`` on the caller's [T, N] tensors: advantages, returns, statistics."""
     out = rollout.rewards.new_empty(2, *rollout.rewards.shape).unbind()
     results: list[Tensor] = []
@@ -63,6 +63,7 @@ def gae_steps(rollout: Rollout) -> Run:
             time_dim=0,
             out=out,
             stats=True,
+            backend=backend,
         )
 
     return Run(call, lambda: {"advantages": results[0], "returns": results[1], **moments(results[2])})
@@ -82,8 +83,8 @@ def gae_rows(rollout: Rollout, backend: str | None = None) -> Run:
     return Run(call, lambda: {"advantages": results[0].t(), "returns": results[1].t(), **moments(results[2])})
 
 
-def gae(rollout: Rollout, backend: str | None = None) -> Run:
-    """``RolloutBuffer.compute_gae`` in the buffer's own memory. (Observations are one number wide: it reads none.)"""
+def scan_buffer(rollout: Rollout, backend: str | None = None) -> RolloutBuffer:
+    """Filled with what GAE reads. Observations are one number wide: it reads none."""
     sizes = {"num_envs": rollout.num_envs, "num_steps": rollout.num_steps, "obs": 1, "actions": 1}
     buf = RolloutBuffer(**sizes, device=rollout.device, final_obs_rows=0, backend=backend)
     for t in range(rollout.num_steps):
@@ -97,6 +98,12 @@ def gae(rollout: Rollout, backend: str | None = None) -> Run:
             log_probs=x,
         )
 
+    return buf
+
+
+def gae(rollout: Rollout, backend: str | None = None) -> Run:
+    """``RolloutBuffer.compute_gae`` in the buffer's own memory."""
+    buf = scan_buffer(rollout, backend)
     return Run(lambda: buf.compute_gae(rollout.last_values, GAMMA, LAM), lambda: scanned(buf))
 
 
@@ -158,20 +165,32 @@ def epoch(rollout: Rollout, policy: bool = True, reuse: bool = False, **options:
     return epoch_run(lambda: buf.minibatches(NUM_MINIBATCHES, reuse=reuse), policy_fields if policy else _fields)
 
 
-def iteration(rollout: Rollout, policy: bool = True) -> Run:
+def iteration(rollout: Rollout, policy: bool = True, **options: Any) -> Run:
     """T times ``append``, ``compute_gae``, all epochs of ``minibatches(reuse=True)``, as ``pydrone train`` does it."""
-    buf = buffer(rollout, policy)
+    buf = buffer(rollout, policy, **options)
     steps, lap = [rollout.step(t, policy) for t in range(rollout.num_steps)], Lap(rollout.device)
     fields = policy_fields if policy else _fields
 
-    def call() -> None:
-        buf.clear()
+    def learn() -> None:
         for step in steps:
             buf.append(**step)
         with lap:
             buf.compute_gae(rollout.last_values, GAMMA, LAM)
-        for _ in buf.minibatches(NUM_MINIBATCHES, NUM_EPOCHS, reuse=True):
-            pass
+        exhaust(buf.minibatches(NUM_MINIBATCHES, NUM_EPOCHS, reuse=True))
+
+    def call() -> None:
+        buf.clear()
+        learn()
+
+    def advance() -> None:
+        if len(buf):
+            buf.clear()
+        buf.advance(rollout.num_steps, rollouts=1)
+
+    def captured() -> None:
+        with buf.as_captured():
+            learn()
+            buf.clear()
 
     last = epoch_run(lambda: buf.minibatches(NUM_MINIBATCHES), fields)
-    return Run(call, last.outputs, lap.seconds)
+    return Run(call, last.outputs, lap.seconds, graph=Graphed(captured, advance, buf.check))

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from types import SimpleNamespace
 
-from harness import Run
+from measurement import Run
 from torch import Tensor
 from workload import GAMMA, LAM, NUM_ACTIONS, NUM_EPOCHS, NUM_MINIBATCHES, Rollout
 
@@ -97,14 +96,11 @@ def epoch(rollout: Rollout) -> Run:
     return epoch_run(lambda: storage.mini_batch_generator(NUM_MINIBATCHES, 1), _fields)
 
 
-def iteration(rollout: Rollout, laps: bool = True) -> Run:
-    """T times ``add_transition``, ``compute_returns``, ``mini_batch_generator``: all epochs share its one randperm.
-
-    ``laps``: whether GAE's share is timed, for which a GPU is waited for.
-    """
+def iteration(rollout: Rollout) -> Run:
+    """T times ``add_transition``, ``compute_returns``, ``mini_batch_generator``: all epochs share its one randperm."""
     ppo = need("rsl_rl.algorithms").PPO
     storage, transitions = _storage(rollout, rollout.obs), _transitions(rollout)
-    algorithm, lap = _algorithm(storage, rollout), Lap(rollout.device) if laps else nullcontext()
+    algorithm, lap = _algorithm(storage, rollout), Lap(rollout.device)
 
     def call() -> None:
         storage.clear()
@@ -115,4 +111,4 @@ def iteration(rollout: Rollout, laps: bool = True) -> Run:
         exhaust(storage.mini_batch_generator(NUM_MINIBATCHES, NUM_EPOCHS))
 
     last = epoch_run(lambda: storage.mini_batch_generator(NUM_MINIBATCHES, 1), _fields)
-    return Run(call, last.outputs, lap.seconds if laps else None)
+    return Run(call, last.outputs, lap.seconds)

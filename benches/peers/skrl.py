@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from harness import Absent, Run
+from measurement import Absent, Run
 from torch import Tensor
 from workload import GAMMA, LAM, NUM_ACTIONS, NUM_EPOCHS, NUM_MINIBATCHES, NUM_OBS, Rollout
 

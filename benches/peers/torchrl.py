@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Iterator
 
 import torch
-from harness import Run
+from measurement import Run
 from torch import Tensor
 from workload import GAMMA, LAM, NUM_EPOCHS, NUM_MINIBATCHES, Rollout
 

@@ -10,7 +10,7 @@ import dataclasses
 import io
 from typing import Any
 
-from harness import Run
+from measurement import Run
 
 from pydrone.envs.quadrotor import Quadrotor
 

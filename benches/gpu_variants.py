@@ -16,12 +16,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from cases import Operation
+from machine import ROOT
 from torch.utils import cpp_extension
 
 from pydrone.ops.schema import SCHEMAS
-
-from .cases import Operation
-from .machine import ROOT
 
 SOURCES = ROOT / "csrc" / "cuda"
 # As setup.py has them.

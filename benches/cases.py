@@ -6,22 +6,21 @@ The arguments are recorded, so that the same launches can be made by any backend
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
 import torch
+from measurement import Call, Kernels, Run
 from peers import ours
 from torch import Tensor
-from workload import GAE_BYTES, GAMMA, LAM, NUM_MINIBATCHES, POLICY_BYTES, ROW_BYTES, SCALAR, Rollout, Truth
+from workload import BATCH_BYTES, GAE_BYTES, GAMMA, LAM, NUM_MINIBATCHES, POLICY_BYTES, ROW_BYTES, Rollout, Truth
 
 from pydrone.buffer import RolloutBuffer
-from pydrone.ops import reference
-
-from .clock import Run
+from pydrone.ops import dispatch, reference
 
 Operation = Callable[..., None]
+COLD = 4  # times the cache that rotating launches touch
 
 
 class Case(NamedTuple):
@@ -49,12 +48,13 @@ class Case(NamedTuple):
             operation(*arguments)
         truth.check(self.outputs())
 
-    def runs(self, operation: Operation) -> tuple[list[Run], list[Run]]:
-        """The hot and the cold launches by ``operation``."""
-        return tuple([partial(operation, *arguments) for arguments in x] for x in (self.hot, self.cold))
+    def kernels(self, operation: Operation) -> Kernels:
+        """The launches by ``operation``."""
+        hot, cold = ([partial(operation, *arguments) for arguments in x] for x in (self.hot, self.cold))
+        return Kernels(hot, cold, partial(self.check, operation))
 
 
-def recorded(buf: RolloutBuffer, run: Run) -> list[tuple]:
+def recorded(buf: RolloutBuffer, run: Call) -> list[tuple]:
     """The arguments of each launch of ``run`` on ``buf``."""
     kept, ops = [], buf._ops
 
@@ -83,7 +83,7 @@ LAYOUTS = {"rows": Tensor.contiguous, "columns": lambda x: x.t().contiguous().t(
 
 def gae(rollout: Rollout, backend: str | None, cache: int, layout: str | None = None) -> Case:
     """The launch of ``compute_gae``, in the buffer's memory or in copies of one of LAYOUTS."""
-    buf = ours.filled(rollout, backend=backend)
+    buf = ours.scan_buffer(rollout, backend)
     (arguments,) = recorded(buf, lambda: buf.compute_gae(rollout.last_values, GAMMA, LAM))
     if layout is not None:
         arguments = _each(arguments, lambda x: LAYOUTS[layout](x) if x.dim() == 2 else x)
@@ -98,17 +98,14 @@ def gae(rollout: Rollout, backend: str | None, cache: int, layout: str | None = 
         scan = {name: written[name].t() for name in ("advantages", "returns")}
         return scan | ours.moments(written["stats"])
 
-    cold = [arguments, *(_each(arguments, torch.clone) for _ in range(gae_sets(rollout, cache) - 1))]
+    nbytes = GAE_BYTES * rollout.size.samples
+    sets = min(64, max(2, -(-COLD * cache // nbytes)))
+    cold = [arguments, *(_each(arguments, torch.clone) for _ in range(sets - 1))]
     # Twice: a launch must leave the workspace fit for the next.
-    return Case("gae", [arguments] * 2, [arguments], cold, poison, outputs, GAE_BYTES * rollout.size.samples)
+    return Case("gae", [arguments] * 2, [arguments], cold, poison, outputs, nbytes)
 
 
-def gae_sets(rollout: Rollout, cache: int) -> int:
-    """How many sets of GAE's inputs and outputs are four times the cache."""
-    return min(64, max(2, math.ceil(4 * cache / (GAE_BYTES * rollout.size.samples))))
-
-
-def append(rollout: Rollout, backend: str | None) -> Case:
+def append(rollout: Rollout, backend: str | None, cache: int = 0) -> Case:
     """The launches of a rollout's appends, into a ring of two."""
     buf = ours.buffer(rollout, backend=backend, capacity=2 * rollout.num_steps)
     each = recorded(buf, lambda: ours.fill(buf, rollout))
@@ -118,12 +115,11 @@ def append(rollout: Rollout, backend: str | None) -> Case:
         for x in named("append", each[0])["memory"]:
             x.zero_()
 
-    # All is read and written; the value twice, into its row and its plane.
-    nbytes = (2 * (ROW_BYTES + POLICY_BYTES) + SCALAR) * rollout.num_envs
+    nbytes = 2 * (ROW_BYTES + POLICY_BYTES) * rollout.num_envs
     return Case("append", each, each[:1], each, poison, lambda: ours.stored(buf, step), nbytes)
 
 
-def gather(rollout: Rollout, backend: str | None) -> Case:
+def gather(rollout: Rollout, backend: str | None, cache: int = 0) -> Case:
     """The launches of an epoch's minibatches."""
     buf, batches = ours.filled(rollout, backend=backend), []
     each = recorded(buf, lambda: batches.extend(buf.minibatches(NUM_MINIBATCHES)))
@@ -136,9 +132,21 @@ def gather(rollout: Rollout, backend: str | None) -> Case:
     def outputs() -> dict[str, Tensor]:
         return {"shuffled": True, **{name: torch.cat([part[name] for part in fields]) for name in fields[0]}}
 
-    nbytes = 2 * sum(x[0].numel() * x.element_size() for x in fields[0].values()) * len(batches[0])
+    nbytes = 2 * (BATCH_BYTES + POLICY_BYTES) * len(batches[0])
     return Case("gather", each, each[:1], each, poison, outputs, nbytes)
 
 
 def _each(arguments: tuple, change: Callable[[Tensor], Tensor]) -> tuple:
     return tuple(change(x) if isinstance(x, Tensor) else x for x in arguments)
+
+
+def timed(prepare: Callable[..., Run], make: Callable[..., Case], cache: int, backend: str | None) -> Callable:
+    """``prepare`` with the launches of ``make`` for device time, both on ``backend``."""
+
+    def prepared(rollout: Rollout) -> Run:
+        run = prepare(rollout, backend=backend)
+        case = make(rollout, backend, cache)
+        operation = getattr(dispatch.select(rollout.last_values.device, backend), case.operation)
+        return run._replace(kernels=case.kernels(operation))
+
+    return prepared
