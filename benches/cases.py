@@ -56,7 +56,7 @@ class Case(NamedTuple):
 
 def recorded(buf: RolloutBuffer, run: Call) -> list[tuple]:
     """The arguments of each launch of ``run`` on ``buf``."""
-    kept, ops = [], buf._ops
+    kept, ops = [], buf._storage.ops
 
     def keep(launch: Operation) -> Operation:
         def call(*arguments) -> None:
@@ -65,11 +65,11 @@ def recorded(buf: RolloutBuffer, run: Call) -> list[tuple]:
 
         return call
 
-    buf._ops = ops._replace(gae=keep(ops.gae), append=keep(ops.append), gather=keep(ops.gather))
+    buf._storage.ops = ops._replace(gae=keep(ops.gae), append=keep(ops.append), gather=keep(ops.gather))
     try:
         run()
     finally:
-        buf._ops = ops
+        buf._storage.ops = ops
     return kept
 
 

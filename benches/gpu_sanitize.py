@@ -78,7 +78,7 @@ def rollouts(num_envs: int, num_steps: int, capacity: int, device: str, backend:
 def captured(num_envs: int, num_steps: int, device: str, backend: str) -> None:
     """The device's counter in place of the host's: the same launches as in a graph."""
     buf = RolloutBuffer(num_envs, num_steps, obs=17, actions=4, final_obs_rows=0, device=device, backend=backend)
-    buf._capturing = lambda: True  # launches run at once all the same
+    buf._ring.capturing = lambda: True  # launches run at once all the same
     given = step(num_envs, device)
     given["obs"] = given["obs"]["state"]
     for name in ("truncated", "final_obs", "valid"):
@@ -94,7 +94,7 @@ def captured(num_envs: int, num_steps: int, device: str, backend: str) -> None:
     buf.advance(num_steps)
     for _ in range(num_steps + 1):
         buf.append(**given)  # the last one finds the ring full, and writes nothing
-    assert buf._cursor.tolist() == [4 * num_steps, 3 * num_steps, 1, 0, num_steps]
+    assert buf._storage.cursor.tolist() == [4 * num_steps, 3 * num_steps, 1, 0, num_steps]
 
 
 def functions(num_envs: int, num_steps: int, device: str, backend: str) -> None:
