@@ -67,8 +67,6 @@ class Contender:
     """About what ``prepare`` allocates for a sample."""
     against: str = "pydrone"
     """The contender whose time is 1x."""
-    kinds: tuple[str, ...] = ("cpu", "cuda")
-    """The kinds of clock that it can run under."""
     capturable: bool = False
     """Whether a CUDA graph may hold the call. If not, device time is the profiler's."""
     on_host: bool = False

@@ -11,7 +11,7 @@ import math
 from typing import Any
 
 import torch
-from measurement import Run
+from measurement import Absent, Run
 from workload import Size
 
 import pydrone
@@ -60,6 +60,8 @@ def ours(setting: Setting, capture: bool = False) -> Run:
     """``Trainer.iterate``. GAE's share includes the values of the final observations."""
     from pydrone.ppo.trainer import Trainer
 
+    if capture and torch.device(setting.device).type != "cuda":
+        raise Absent("needs a CUDA device")
     config, env = _config(setting, capture=capture), Quadrotor(setting.size.num_envs, setting.device)
     trainer = Trainer(env, config, echo=lambda line: None)
     laps: list[float] = []
