@@ -330,7 +330,7 @@ class RolloutBuffer(Rollout):
         if samples == 0:
             raise ValueError("minibatches: expected valid samples in the rollout, none is")
         if count > samples:
-            raise ValueError(f"num_minibatches: expected at most one a sample, {samples}, got {count}")
+            raise ValueError(f"num_minibatches: expected at most one per sample, {samples}, got {count}")
         plan = Plan(samples, count, shuffle == "full", normalize, drop_last, reuse, subset)
         # A captured launch follows the device's counters; a minibatch that is read in the ring follows the host's.
         lazy = lazy and self.device.type == "cpu" and normalize != "minibatch" and not self._ring.capturing()
@@ -363,7 +363,7 @@ class RolloutBuffer(Rollout):
         if isinstance(burn_in, bool) or not isinstance(burn_in, int) or burn_in < 0:
             raise ValueError(f"burn_in: expected an int of at least 0, got {burn_in!r}")
         if count > self.num_envs:
-            raise ValueError(f"num_minibatches: expected at most one an environment, {self.num_envs}, got {count}")
+            raise ValueError(f"num_minibatches: expected at most one per environment, {self.num_envs}, got {count}")
         boolean("normalize_advantages", normalize_advantages)
         self._scan.require("sequences")
         states = {}

@@ -478,7 +478,7 @@ def test_errors(backend):
     cases = [
         ({"num_minibatches": 0}, ValueError, "^num_minibatches: expected at least 1, got 0$"),
         ({"num_minibatches": 2.0}, TypeError, "^num_minibatches: expected an int, got float$"),
-        ({"num_minibatches": 7}, ValueError, "^num_minibatches: expected at most one a sample, 6, got 7$"),
+        ({"num_minibatches": 7}, ValueError, "^num_minibatches: expected at most one per sample, 6, got 7$"),
         ({"num_epochs": 0}, ValueError, "^num_epochs: expected at least 1, got 0$"),
         ({"shuffle": "envs"}, ValueError, "^shuffle: expected 'full' or 'none', got 'envs'$"),
         ({"shuffle": True}, ValueError, "^shuffle: expected 'full' or 'none', got True$"),

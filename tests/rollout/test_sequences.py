@@ -118,7 +118,7 @@ def test_errors():
     buf = filled(2, 3, [])
     with pytest.raises(ValueError, match=r"burn_in: expected an int of at least 0, got -1"):
         buf.sequences(burn_in=-1)
-    with pytest.raises(ValueError, match=r"num_minibatches: expected at most one an environment, 2, got 3"):
+    with pytest.raises(ValueError, match=r"num_minibatches: expected at most one per environment, 2, got 3"):
         buf.sequences(num_minibatches=3)
     with pytest.raises(ValueError, match=r"hidden\['h'\]: expected shape \[2, 3, ...\], got \[3, 2\]"):
         buf.sequences(hidden={"h": torch.zeros(3, 2)})
