@@ -1,4 +1,4 @@
-"""pydrone: the rollout of PPO (storage, GAE, minibatches) as fused kernels, and a PPO loop on them that flies drones.
+"""pydrone: PPO's rollout (storage, GAE, minibatches) as fused kernels, and a PPO trainer on them that flies drones.
 
 >>> import pydrone
 >>> advantages, returns = pydrone.gae(rewards, values, dones, last_values, gamma=0.99, lam=0.95)

@@ -38,11 +38,11 @@ def gae(
         A_t      = delta_t + (0 where the episode ended with t, else gamma * lam * A_{t+1})
         return_t = A_t + V_t
 
-    No value after an end reaches an advantage before it, NaN and infinity included.
+    No value after an episode's end, NaN and infinity included, reaches an advantage before it.
 
     Args:
         rewards: [N, T], floating. With ``time_dim=0``: [T, N]. A trailing dimension of 1 is accepted everywhere, and
-            no layout is copied into another.
+            neither layout is copied into the other.
         values: V(s_t), shaped as rewards, floating.
         dones: shaped as rewards, any bool, integer or floating dtype; nonzero: the episode ended with transition t,
             for whatever reason.
@@ -50,14 +50,14 @@ def gae(
         gamma: discount factor, in [0, 1].
         lam: GAE's lambda, in [0, 1].
         truncated: as dones; nonzero: the episode ended with transition t by a time limit and nothing else. Counts as
-            done by itself. Needs one, and one only, of:
+            done by itself. Needs exactly one of:
         final_values: shaped as rewards, floating: V of the true final observation, read where truncated.
         timeout_bootstrap: "stored_value": V_t (rsl_rl's ``r_t += gamma * V_t``, the rewards untouched);
             "next_value": V_{t+1} (NEXT_STEP autoreset, where the stored next observation is the final one).
-        valid: as dones; zero marks a transition that is none (the reset step of NEXT_STEP autoreset): its advantage is
-            0, the trace is cut there, the statistics leave it out.
+        valid: as dones; zero marks a step that is no transition (the reset step of NEXT_STEP autoreset): its advantage
+            is 0, it cuts the trace, and the statistics leave it out.
         time_dim: 1 for [N, T], 0 for [T, N].
-        out: (advantages, returns) to write to, shaped as rewards, of the dtype of the computation.
+        out: (advantages, returns) to write to, shaped as rewards, of the dtype that would be returned.
         stats: return a third tensor, float64 [3]: count, mean and M2 (sum of squared deviations) of the advantages of
             all valid samples.
         backend: "reference", "cpu", "triton" or "cuda"; None: ``PYDRONE_BACKEND`` or the best for the device.
@@ -67,8 +67,8 @@ def gae(
         float32.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type, shape, dtype or device, by its name; a truncation without
-            a bootstrap, or with two. RuntimeError: the backend cannot be used, or an input requires grad (advantages
+        TypeError, ValueError: an argument has the wrong type, shape, dtype or device (the error names it); truncations
+            have no bootstrap, or two. RuntimeError: the backend cannot be used, or an input requires grad (advantages
             are constants to PPO: pass ``values.detach()``).
     """
     if time_dim not in (0, 1):
@@ -159,10 +159,9 @@ def _usual(
     stats: bool,
     backend: str | None,
 ) -> tuple[Tensor, ...] | None:
-    """The whole of it where nothing is out of the ordinary, and nothing looked at that the operation checks by itself.
+    """The fast path of :func:`gae` for the usual arguments: skips the checks that the operation makes itself.
 
-    None, with nothing written, for all else: Python's checks, which take longer than a small rollout, say what is wrong
-    in the caller's words.
+    Otherwise None, with nothing written: then Python's checks, which take longer than a small rollout, name the fault.
     """
     rewards, values, _, truncated, _, final_values = given
     outputs = () if out is None else out
@@ -204,7 +203,7 @@ def _usual(
 
 
 def _is_plain(x: Tensor, dims: int, grads: bool) -> bool:
-    """Dense memory in either order, and no gradient, conjugation or negation to be kept in mind."""
+    """Whether ``x`` is dense memory in either order, without a gradient or a lazy conjugation or negation."""
     return (
         type(x) is Tensor
         and x.dim() == dims
@@ -215,9 +214,9 @@ def _is_plain(x: Tensor, dims: int, grads: bool) -> bool:
 
 
 def pick_bootstrap(truncations: bool, *, timeout_bootstrap: str | None, **values: object | None) -> int:
-    """The BOOTSTRAP code of the arguments given; ``values`` are the ways to hand over V(final observation).
+    """The BOOTSTRAP code of the given arguments; ``values``: those that supply V(final observation), by name.
 
-    ``truncations``: whether there can be truncations, which need one.
+    ``truncations``: whether there can be truncations, which need a bootstrap.
     """
     if timeout_bootstrap not in (None, "stored_value", "next_value"):
         raise ValueError(f"timeout_bootstrap: expected None, 'stored_value' or 'next_value', got {timeout_bootstrap!r}")

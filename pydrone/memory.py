@@ -1,6 +1,6 @@
 """What a rollout takes, to the byte: the task's four fields, everything resident, and what each option saves.
 
-MB = 10^6 bytes, MiB = 2^20. The explanation stands in docs/memory.md.
+MB = 10^6 bytes, MiB = 2^20. Explained in docs/memory.md.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class MemoryPlan:
     """The plan of one buffer.
 
     rollout: the four fields of one rollout as a trainer would keep them, flags as int32. resident: every tensor that
-    the buffer holds. iterations: of a training, for ``kept``. savings: (option, bytes it saves of ``resident``).
+    the buffer holds. iterations: of a training, for ``kept_nbytes``. savings: (option, bytes of ``resident`` it saves).
     """
 
     rollout: tuple[Allocation, ...]
@@ -35,7 +35,7 @@ class MemoryPlan:
 
     @property
     def nbytes(self) -> int:
-        """Bytes resident, equal to ``RolloutBuffer.nbytes``, however many iterations there are."""
+        """Resident bytes, equal to ``RolloutBuffer.nbytes``, for any number of iterations."""
         return sum(x.nbytes for x in self.resident)
 
     @property
@@ -58,7 +58,7 @@ def plan(
     Args:
         num_envs, num_steps, obs, actions: as the buffer's.
         iterations: of the training.
-        reused_minibatch: samples of a minibatch, where ``minibatches(reuse=True)`` keeps its tensors.
+        reused_minibatch: samples of a minibatch whose tensors ``minibatches(reuse=True)`` keeps; None: none are kept.
         **options: the buffer's capacity, obs_dtype, fields, max_episode_length and final_obs_rows.
     """
     positive("iterations", iterations)
@@ -106,9 +106,9 @@ def render(made: MemoryPlan) -> str:
     lines = ["One rollout, the task's four fields:", "", *_table(made.rollout, made.rollout_nbytes), ""]
     lines += [
         f"Kept over {made.iterations} iterations that would be {_size(made.kept_nbytes)}. It is not kept: PPO is",
-        "on-policy. A rollout tells of the policy that collected it; once the policy has been updated, the data",
-        "follows another distribution than the one the next gradient is of. So: collect - learn for a few epochs -",
-        "discard, and the next rollout overwrites this one. Memory does not depend on the number of iterations.",
+        "on-policy. A rollout samples the policy that collected it; after the policy's update, the next gradient",
+        "needs samples of the new policy. So: collect, learn for a few epochs, discard; the next rollout overwrites",
+        "this one. Memory does not depend on the number of iterations.",
         "",
         "Everything resident in the buffer (equals RolloutBuffer.nbytes):",
         "",

@@ -1,4 +1,4 @@
-"""Checks of a caller's arguments: errors that name the argument, what it was and what it must be."""
+"""Checks of a caller's arguments. Errors name the argument, what was expected and what it is."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def positive(name: str, x: object) -> int:
 
 
 def boolean(name: str, x: object) -> bool:
-    """``x`` if it is True or False, or an error that names it: "false" is true."""
+    """``x`` if it is True or False, or an error that names it: the string "false" would count as true."""
     if not isinstance(x, bool):
         raise TypeError(f"{name}: expected a bool, got {type(x).__name__}")
     return x
@@ -31,7 +31,7 @@ def unit_interval(name: str, x: float) -> float:
         number = float(None if isinstance(x, (str, bytes)) else x)
     except OverflowError:  # an int beyond all floats
         number = math.inf
-    except (TypeError, ValueError, RuntimeError):  # the last of a tensor
+    except (TypeError, ValueError, RuntimeError):  # RuntimeError: a tensor
         raise TypeError(f"{name}: expected a number, got {type(x).__name__}") from None
     if not math.isfinite(number) or not 0 <= number <= 1:
         raise ValueError(f"{name}: expected a number in [0, 1], got {x}")
@@ -56,7 +56,7 @@ def check_strided(name: str, x: Tensor) -> None:
 def check_tensor(
     name: str, x: object, device: torch.device | None, floating: bool | None = None, result: str = "advantages do"
 ) -> None:
-    """Raises unless ``x`` is a tensor of real numbers there, without a gradient that ``result`` would drop."""
+    """Raises unless ``x`` is a tensor of real numbers on ``device``, without a gradient that ``result`` would drop."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
     if device is not None and x.device != device:
@@ -81,7 +81,7 @@ def overlaps_itself(x: Tensor) -> bool:
 
 
 def overlap(x: Tensor, y: Tensor) -> bool:
-    """Whether the memory from the first to the last element of each has bytes in common."""
+    """Whether the memory of ``x`` and of ``y``, each from first to last element, has bytes in common."""
     if x.numel() == 0 or y.numel() == 0 or x.untyped_storage().data_ptr() != y.untyped_storage().data_ptr():
         return False
     (x0, x1), (y0, y1) = _extent(x), _extent(y)

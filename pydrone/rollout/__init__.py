@@ -1,1 +1,1 @@
-"""What :mod:`pydrone.buffer` stands on: the ring of rows, how they lie in memory, what is taken out of them."""
+"""The parts of :mod:`pydrone.buffer`: the ring of packed rows, its memory layout, what writes and reads it."""

@@ -1,4 +1,4 @@
-"""How minibatches get out of a ring: positions of an epoch's permutation, gathered by one launch each."""
+"""Draws minibatches from a ring: each is a range of an epoch's permutation, gathered by one launch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pydrone.rollout.storage import Storage
 
 
 class Part(NamedTuple):
-    """A minibatch before it is gathered: ``size`` positions from ``first`` on of one epoch's permutation.
+    """A minibatch before it is gathered: ``size`` positions of one epoch's permutation, from ``first`` on.
 
     The permutation's key is (key, rollout, epoch); ``start`` is the slot of the rollout's first step.
     """
@@ -38,26 +38,26 @@ class Draws:
     Attributes:
         key: of this buffer's permutations.
         epoch: the number of the next epoch of the oldest rollout.
-        reused: the tensors that ``reuse=True`` hands out again, by the size of the largest minibatch.
+        reused: the tensors that ``reuse=True`` hands out each time, by the size of the largest minibatch.
     """
 
     def __init__(self, storage: Storage, ring: Ring, scan: Scan, key: int) -> None:
         self._storage, self._ring, self._scan, self.key = storage, ring, scan, key
         self.epoch = 0
         self.reused: dict[int, dict[str, Tensor]] = {}
-        self._turns: dict[int, int] = {}  # how many minibatches were handed out on each of these
+        self._turns: dict[int, int] = {}  # minibatches handed out so far, by the keys of ``reused``
         self._recycler = Recycler()
         self._names = [field.name for field in storage.fields]
         self._offsets = [field.offset for field in storage.fields]
         self._dtypes = [SCALAR_TYPES[field.dtype] for field in storage.fields]
 
     def next_epoch(self) -> int:
-        """The number of the epoch that begins."""
+        """Begins an epoch and returns its number."""
         self.epoch += 1
         return self.epoch - 1
 
     def iterate(self, plan: Plan, epochs: int, lazy: bool, discards: int) -> Iterator[Minibatch]:
-        """The minibatches of ``epochs`` epochs; ``discards``: the ring's count when they were asked for."""
+        """Yields the minibatches of ``epochs`` epochs; ``discards``: the ring's count when they were requested."""
         for _ in range(epochs):
             epoch = self.next_epoch()
             for first, size in plan.parts():
@@ -66,7 +66,7 @@ class Draws:
                 yield self._lazy(part) if lazy else self.minibatch(part)
 
     def part(self, plan: Plan, epoch: int, first: int, size: int) -> Part:
-        """A minibatch of the oldest rollout as it stands now."""
+        """A minibatch of the oldest rollout, by the ring's present counters."""
         return Part(plan, self.key, self._ring.rollout, self._ring.start, epoch, first, size)
 
     def minibatch(self, part: Part) -> Minibatch:
@@ -80,7 +80,7 @@ class Draws:
         return Minibatch(tensors, *self._groups(), self._indices(part))
 
     def _lazy(self, part: Part) -> Drawn:
-        """A minibatch that stays in the ring until a tensor of it is asked for."""
+        """A minibatch that is gathered when one of its tensors is first read."""
         plan, storage = part.plan, self._storage
         discards, runs, turn = self._ring.discards, self._scan.runs, self._hand_out(plan)
 
@@ -117,7 +117,7 @@ class Draws:
         return tuple(self._storage.layout.obs), self._storage.layout.obs_is_mapping
 
     def _hand_out(self, plan: Plan) -> int:
-        """The turn of a minibatch at the tensors that are reused: the last that was handed out has them."""
+        """Numbers a minibatch among those that share the reused tensors: the latest one owns them."""
         if not plan.reuse:
             return 0
         turn = self._turns[plan.largest] = self._turns.get(plan.largest, 0) + 1
@@ -131,7 +131,7 @@ class Draws:
         return tensors
 
     def _indices(self, part: Part) -> Callable[[], Tensor]:
-        """What makes a minibatch's ``indices``, whatever has become of the rollout."""
+        """A function that computes a minibatch's ``indices``, even after its rollout was discarded."""
 
         def indices() -> Tensor:
             made = {"indices": torch.empty(part.size, dtype=torch.int64, device=self._storage.device)}

@@ -1,10 +1,9 @@
-"""How a rollout lies in memory: the one plan that :mod:`pydrone.buffer` allocates by and :mod:`pydrone.memory` reports.
+"""The memory layout of a rollout, which :mod:`pydrone.buffer` allocates and :mod:`pydrone.memory` reports.
 
-What is gathered together lies together: every field of a sample is packed into one row of bytes (17 + 4 observations
-and actions, log-probability, value, 4 + 4 mean and std and a row number are just 128 bytes), so that a shuffled read
-touches two cache lines instead of nine. What the backward scan reads lies in planes of its own. Rows are time-major;
-planes are time-major on a CPU, where the scan runs across environments, and environment-major on a GPU, where a warp
-runs along the steps of one.
+All fields of a sample are packed into one row of bytes, so that a shuffled read touches two cache lines instead of
+nine (17 observations, 4 actions, log-probability, value, 4 means, 4 stds and a row number are just 128 bytes). The
+backward scan reads planes of its own. Rows are time-major; planes are time-major on a CPU, where the scan runs across
+environments, and environment-major on a GPU, where a warp runs along the steps of one.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ import torch
 from pydrone.ops.arguments import positive
 from pydrone.ops.schema import CURSOR_SIZE, MAX_SAMPLES, SCALAR_TYPES, workspace_size
 
-ROW_ALIGNMENT = 32  # bytes: a sector of GPU memory; two cache lines hold a row of 96 wherever it starts
+ROW_ALIGNMENT = 32  # bytes: a sector of GPU memory; a row of 96 fits two cache lines wherever it starts
 HALVES = (torch.float16, torch.bfloat16)
 RESERVED = {
     *("obs", "actions", "values", "log_probs", "rewards", "dones", "truncated", "valid", "final_obs"),
@@ -27,7 +26,7 @@ RESERVED = {
 
 
 class Field(NamedTuple):
-    """One field of a row: ``shape`` of an environment's sample, the dtype it is stored in, its byte offset."""
+    """One field of a row: the shape of one environment's sample, the stored dtype, the byte offset."""
 
     name: str
     shape: tuple[int, ...]
@@ -44,14 +43,14 @@ class Field(NamedTuple):
 
     @property
     def output_dtype(self) -> torch.dtype:
-        """What a minibatch holds: half precision is a matter of storage alone."""
+        """The dtype in a minibatch: half precision is for storage only."""
         return torch.float32 if self.dtype in HALVES else self.dtype
 
 
 def of_append(
     fields: Sequence[Field], num_planes: int, final_fields: Sequence[Field], looked_at: int = 0
 ) -> torch.Tensor:
-    """The ``layout`` of a step with these fields, see :mod:`pydrone.ops.schema`."""
+    """The argument ``layout`` of ``append`` for a step with these fields, see :mod:`pydrone.ops.schema`."""
     rows = [(x.offset, SCALAR_TYPES[x.dtype], x.width, len(x.shape)) for x in (*fields, *final_fields)]
     return torch.tensor(
         [(len(fields), num_planes, len(final_fields), looked_at), *rows], dtype=torch.int64, device="cpu"
@@ -103,7 +102,7 @@ def parse_obs(obs: object, obs_dtype: torch.dtype) -> tuple[dict[str, Spec], boo
 
 
 def pack(specs: dict[str, Spec]) -> tuple[dict[str, Field], int]:
-    """Fields, widest dtype first, so that none needs padding before it; and the bytes of a row."""
+    """(fields by name, bytes of a row). The widest dtypes come first, so that no field needs padding."""
     fields, offset = {}, 0
     for name in sorted(specs, key=lambda name: -specs[name][1].itemsize):
         shape, dtype = specs[name]
@@ -115,8 +114,8 @@ def pack(specs: dict[str, Spec]) -> tuple[dict[str, Field], int]:
 class Layout:
     """Fields, rows and allocations of a :class:`~pydrone.buffer.RolloutBuffer` with these arguments.
 
-    ``final_obs_rows`` None stands for N * (1 + T // max_episode_length), all the time-outs that a rollout can have if
-    episodes last ``max_episode_length`` steps, or N where that is not known; 0 for no pool.
+    ``final_obs_rows`` None: N * (1 + T // max_episode_length), all the time-outs that a rollout can have if episodes
+    last ``max_episode_length`` steps, or N if that is unknown. 0: no pool.
     """
 
     def __init__(
@@ -163,10 +162,10 @@ class Layout:
         if final_obs_rows:
             specs["final_row"] = ((), torch.int32)
         self.fields, self.row_bytes = pack(specs)
-        # What a pool holds is evaluated, never gathered: as precise as minibatches are.
+        # The pool is evaluated as it is, never gathered: it has the precision of minibatches.
         pooled = {f"obs.{k}": (s, torch.float32 if d in HALVES else d) for k, (s, d) in self.obs.items()}
         self.pool_fields, self.pool_row_bytes = pack(pooled)
-        # Rollouts that can lie in the ring at once, in part at least.
+        # Rollouts that can be in the ring at once, at least in part.
         self.num_rollouts = -(-self.capacity // num_steps)
 
     def allocations(self) -> list[Allocation]:

@@ -1,4 +1,4 @@
-"""What :meth:`pydrone.buffer.RolloutBuffer.minibatches` yields, and how it parts an epoch."""
+"""The minibatches of :meth:`pydrone.buffer.RolloutBuffer.minibatches`, and how an epoch is split into them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class Plan(NamedTuple):
-    """An epoch in parts: ``samples`` over ``count`` minibatches."""
+    """How an epoch's ``samples`` are split into ``count`` minibatches."""
 
     samples: int
     count: int
@@ -36,8 +36,8 @@ class Minibatch:
     """B samples of a rollout.
 
     obs: [B, ...], or a dict of groups (float32 where they are stored in half precision). actions: [B, ...]. values,
-    log_probs: [B], as appended. advantages: [B], normalised if asked for. returns: [B]. Further fields by name:
-    ``mb["mu"]``. indices: int64 [B], which sample each is, n * T + t; computed when asked for.
+    log_probs: [B], as appended. advantages: [B], normalised if requested. returns: [B]. Further fields by name:
+    ``mb["mu"]``. indices: int64 [B], the number n * T + t of each sample; computed when read.
     """
 
     __slots__ = ("_gathered", "_grouped", "_groups", "_indices")
@@ -101,7 +101,7 @@ class Minibatch:
 
 
 class InRing(NamedTuple):
-    """Where a minibatch's samples lie, as ``ppo_gradients`` is told: see :mod:`pydrone.ops.schema`.
+    """Where a minibatch's samples are in the ring: arguments of ``ppo_gradients``, see :mod:`pydrone.ops.schema`.
 
     obs: [C, N, ...], or a dict of groups. fields: name to [C, N, ...]. advantages: [N, T]. numbers: the operation's
     ``drawn``.
@@ -116,11 +116,11 @@ class InRing(NamedTuple):
 
 
 class Drawn(Minibatch):
-    """A minibatch that has not left the ring: it is gathered when a tensor of it is first asked for.
+    """A lazy minibatch: gathered when one of its tensors is first read.
 
-    Its tensors raise RuntimeError where its rollout is gone before that, and where the tensors that it would be
-    gathered into, or was, are ``overwritten``: a later minibatch's. A deep copy is gathered, and a plain Minibatch.
-    place: where its samples lie; raises RuntimeError where they are no longer there.
+    That read raises RuntimeError if the rollout or its advantages have changed. Any read raises it once a later
+    minibatch has reused the tensors (``overwritten``). A deep copy is a plain, gathered Minibatch.
+    place: where its samples are in the ring; raises RuntimeError if they are no longer there.
     """
 
     __slots__ = ("_gather", "_names", "_overwritten", "_size", "place")

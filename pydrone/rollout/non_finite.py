@@ -1,4 +1,4 @@
-"""NaN and infinite numbers of a rollout: where they are, and what is said of them."""
+"""Finds the NaN and infinite numbers of a rollout, and reports them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class NonFinite(NamedTuple):
-    """A field of a rollout with ``count`` numbers that are NaN or infinite: first in ``step``, and there in ``env``."""
+    """A field of a rollout with ``count`` NaN or infinite numbers, the first in environment ``env`` at ``step``."""
 
     name: str
     count: int
@@ -24,9 +24,9 @@ class NonFinite(NamedTuple):
 
 
 def find(fields: Mapping[str, Tensor], sampled: Tensor) -> list[NonFinite]:
-    """What is not finite in ``fields``, [N, T, ...] by name, where ``sampled``, bool [N, T]; the earliest step first.
+    """The NaN and infinite numbers of ``fields``, [N, T, ...] by name, where ``sampled``, bool [N, T].
 
-    Of one step, fields come in their order.
+    Earliest step first; within a step, in the order of ``fields``.
     """
     found = [x for name, field in fields.items() if (x := _look(name, field, sampled)) is not None]
     return sorted(found, key=lambda x: x.step)
@@ -44,16 +44,16 @@ def _look(name: str, x: Tensor, sampled: Tensor) -> NonFinite | None:
 
 
 class Report:
-    """Warns or raises, as ``policy`` says, where a rollout has numbers that are not finite; warns once a rollout."""
+    """Warns (once a rollout) or raises, as ``policy`` says, if a rollout has NaN or infinite numbers."""
 
     def __init__(self, policy: str) -> None:
         if policy not in ("ignore", "warn", "raise"):
             raise ValueError(f"non_finite: expected 'ignore', 'warn' or 'raise', got {policy!r}")
         self.policy = policy
-        self._last: int | None = None  # the last rollout that was found to have some
+        self._last: int | None = None  # the last rollout in which some were found
 
     def forget(self) -> None:
-        """For a buffer that holds another rollout by the same number."""
+        """Forgets the last rollout: in a loaded state its number may be another rollout's."""
         self._last = None
 
     def __call__(
@@ -65,22 +65,22 @@ class Report:
         flag: Tensor,
         level: int,
     ) -> None:
-        """Acts on what the launches have found of a rollout.
+        """Acts on what the launches found in a rollout.
 
         Args:
-            rollout: its number, of all that there ever were.
-            observed: nonzero where an observation is not finite.
-            advantages: a number that is not finite if an advantage is not.
-            look: finds them all, called where there may be any.
-            flag: int32 [], where append's launches have said it: taken back.
+            rollout: its number, counted from the first ever.
+            observed: nonzero if an observation is NaN or infinite.
+            advantages: a number that is NaN or infinite if an advantage is.
+            look: finds all of them; called only if there may be any.
+            flag: int32 [], set by append's launches; reset here.
             level: of the warning's caller.
         """
         if not observed and math.isfinite(advantages) and self._last != rollout:
             return
         found = look()
-        # It may have been said of this rollout, or of one that was begun anew.
+        # Set in this rollout, or in one that was rewound.
         flag.zero_()
-        if not found:  # invalid steps; finite numbers whose squares are not; gone with a captured clear()
+        if not found:  # invalid steps; finite numbers with infinite squares; discarded by a captured clear()
             return
         warned, self._last = self._last == rollout, rollout
         message = f"rollout {rollout}: {'; '.join(map(str, found))}"

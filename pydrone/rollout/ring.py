@@ -1,4 +1,4 @@
-"""Which steps a ring holds: the counters on the host, their copy on the device, and what each rollout was given."""
+"""The ring's counters, on the host and on the device, and which flags each rollout came with."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ class BufferFull(RuntimeError):
 
 
 class Ring:
-    """Steps [discarded, appended), counted from the first ever; step k lies in slot k % capacity.
+    """Steps [discarded, appended), counted from the first ever; step k is in slot k % capacity.
 
     The oldest rollout is steps [discarded, discarded + T). Eager calls follow these counters; calls in a captured CUDA
-    graph follow ``cursor``, and Python does not run when they are replayed: :meth:`advance` counts for them.
+    graph follow ``cursor``. Python does not run during a replay: :meth:`advance` counts for it.
 
     Attributes:
-        num_steps, capacity: T, and slots.
-        num_rollouts: R, rollouts that can lie in the ring at once, at least in part. A rollout has one of R places.
-        appended, discarded: steps, ever; ``discarded`` is a multiple of T.
-        discards: how often the oldest rollout became another: what was drawn before is no longer of it.
-        truncations, resets: for each place, whether its rollout was given ``truncated``, and ``valid``.
-        captured_truncations, captured_resets: whether a captured call was: then every replay is.
+        num_steps, capacity: T, and the number of slots.
+        num_rollouts: R, rollouts that can be in the ring at once, at least in part. A rollout has one of R places.
+        appended, discarded: steps since the first; ``discarded`` is a multiple of T.
+        discards: how often the oldest rollout changed: minibatches drawn before the last change are stale.
+        truncations, resets: for each place, whether its rollout came with ``truncated``, and with ``valid``.
+        captured_truncations, captured_resets: whether a captured call came with them: then every replay does.
         cursor: int64 [CURSOR_SIZE] on the device.
     """
 
@@ -46,7 +46,7 @@ class Ring:
 
     @property
     def rollout(self) -> int:
-        """Number of the oldest rollout, of all that were ever begun."""
+        """Number of the oldest rollout, counted from the first ever."""
         return self.discarded // self.num_steps
 
     @property
@@ -66,16 +66,16 @@ class Ring:
 
     @property
     def has_truncations(self) -> bool:
-        """Whether the oldest rollout was given ``truncated``, as far as the host knows."""
+        """Whether the oldest rollout, or any captured step, came with ``truncated``."""
         return self.truncations[self.place] or self.captured_truncations
 
     @property
     def has_resets(self) -> bool:
-        """The same of ``valid``."""
+        """The same for ``valid``."""
         return self.resets[self.place] or self.captured_resets
 
     def where(self, step: int) -> tuple[int, int]:
-        """Slot of a step, counted from the first ever, and place of its rollout."""
+        """(slot, place of its rollout) of a step, counted from the first ever."""
         return step % self.capacity, step // self.num_steps % self.num_rollouts
 
     def capturing(self) -> bool:
@@ -84,7 +84,7 @@ class Ring:
 
     @contextlib.contextmanager
     def as_captured(self) -> Iterator[None]:
-        """:meth:`capturing` says yes."""
+        """Within it, :meth:`capturing` is True."""
         before, self._as_captured = self._as_captured, True
         try:
             yield
@@ -92,7 +92,7 @@ class Ring:
             self._as_captured = before
 
     def require_room(self) -> None:
-        """Raises BufferFull where the next step would overwrite a rollout that has not been discarded."""
+        """Raises BufferFull if the next step would overwrite a rollout that has not been discarded."""
         if self.appended - self.discarded >= self.capacity and not self.capturing():
             raise BufferFull(
                 f"the ring of {self.capacity} steps holds {len(self)} that are not discarded: "
@@ -100,7 +100,7 @@ class Ring:
             )
 
     def count(self, truncated: bool, valid: bool) -> None:
-        """Counts a step that was stored whole; whether it came with ``truncated`` and with ``valid``."""
+        """Counts a complete step; ``truncated``, ``valid``: whether it came with these flags."""
         place = self.appended // self.num_steps % self.num_rollouts
         if truncated:
             self.truncations[place] = True
@@ -110,7 +110,7 @@ class Ring:
         self._cursor_live = False
 
     def discard(self) -> None:
-        """Discards the oldest full rollout; in the middle of the only one, rewinds to its start."""
+        """Discards the oldest full rollout; if none is full, rewinds to the start of the one being collected."""
         captured, place = self.capturing(), self.place
         if captured:
             if self.num_rollouts > 1:
@@ -136,11 +136,11 @@ class Ring:
             raise ValueError(f"steps: expected an int of at least 0, got {steps!r}")
         complete = (len(self) + steps) // self.num_steps
         if isinstance(rollouts, bool) or not isinstance(rollouts, int) or not 0 <= rollouts <= complete:
-            raise ValueError(f"rollouts: expected an int from 0 to {complete}, the full ones then, got {rollouts!r}")
+            raise ValueError(f"rollouts: expected an int from 0 to {complete}, those full by then, got {rollouts!r}")
         if len(self) + steps > self.capacity:
             raise BufferFull(f"the ring of {self.capacity} steps holds {len(self)}; {steps} more would overwrite them")
         if not self._cursor_live:
-            # The flag is not the host's to take back.
+            # The counters only: the host must not reset the device's flag.
             self.cursor[: CURSOR_DISCARDED + 1].copy_(torch.tensor([self.appended, self.discarded]))
             self._cursor_live = True
         self.appended += steps
@@ -149,7 +149,7 @@ class Ring:
             self.discards += 1
 
     def restore(self, appended: int, discarded: int, truncations: list[bool], resets: list[bool]) -> None:
-        """Takes over the counters of another ring; what was drawn before is of no rollout any more."""
+        """Takes over another ring's counters; minibatches drawn before are stale."""
         self.appended, self.discarded = appended, discarded
         self.truncations, self.resets = list(truncations), list(resets)
         self.discards += 1

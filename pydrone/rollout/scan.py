@@ -1,4 +1,4 @@
-"""How advantages get into a buffer: GAE of the oldest rollout, by one launch, and what is known of it afterwards."""
+"""GAE of a buffer's oldest rollout, in one launch, and the state of its results."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class Scan:
 
     Attributes:
         computed: whether the oldest rollout has advantages.
-        runs: how often advantages were written: what was drawn with older ones must not be gathered.
-        pool_valued: whether the pool of final observations was valued for them.
+        runs: how often advantages were computed: minibatches drawn before the last time must not be gathered.
+        pool_valued: whether they used values of the pool of final observations.
         captured, captured_pool_valued: whether a captured call has done so: then every replay does.
     """
 
@@ -32,7 +32,7 @@ class Scan:
         self.runs = 0
 
     def require(self, name: str) -> None:
-        """Raises RuntimeError, for ``name``, where the oldest rollout has no advantages."""
+        """Raises RuntimeError, naming the call ``name``, if the oldest rollout has no advantages."""
         if not self.computed and not (self.captured and len(self._ring) >= self._ring.num_steps):
             raise RuntimeError(f"{name}: expected compute_gae() before it")
 
@@ -46,7 +46,7 @@ class Scan:
         timeout_bootstrap: str | None,
         check: bool,
     ) -> None:
-        """As :meth:`pydrone.buffer.RolloutBuffer.compute_gae`, but for what is not finite."""
+        """As :meth:`pydrone.buffer.RolloutBuffer.compute_gae`, without the check for NaN and infinite numbers."""
         storage, ring, captured = self._storage, self._ring, self._ring.capturing()
         if len(ring) < ring.num_steps and not captured:
             raise RuntimeError(f"compute_gae: expected a rollout of {ring.num_steps} steps, {len(ring)} are stored")
@@ -96,7 +96,7 @@ class Scan:
         self.computed, self.runs = True, self.runs + 1
 
     def _evaluate(self, value_fn: Callable, check: bool) -> Tensor:
-        """The values of the rollout's pool of final observations: of the rows in use where their number is known."""
+        """The values of the rollout's pool of final observations: of the rows in use, or of all if not known."""
         storage, ring, used = self._storage, self._ring, None
         if not storage.pool:
             raise ValueError(
@@ -118,7 +118,7 @@ class Scan:
         return env_scalars("value_fn's result", values, rows, storage.device)
 
     def _in_ring(self, final_values: Tensor) -> Tensor:
-        """Values [N, T] of the rollout as [N, C] at the ring's slots."""
+        """The rollout's values [N, T], placed at the ring's slots: [N, C]."""
         storage, ring = self._storage, self._ring
         self._sources.check("final_values", final_values)
         if not final_values.is_floating_point():
@@ -133,7 +133,7 @@ class Scan:
         return final_values.new_zeros(expected[0], ring.capacity).index_copy_(1, slots, final_values.detach())
 
     def flags(self, look: bool) -> Tensor:
-        """:meth:`pydrone.buffer.RolloutBuffer.flags`; ``look``: with what is not finite."""
+        """As :meth:`pydrone.buffer.RolloutBuffer.flags`; ``look``: whether to check for NaN and infinite numbers."""
         storage, place = self._storage, self._ring.place
         full = storage.cursor[CURSOR_FLAG : CURSOR_FLAG + 1].double()
         if not storage.pool or not (self.pool_valued or self.captured_pool_valued):
@@ -148,7 +148,7 @@ class Scan:
         return torch.cat((full, pool, observed, mean + m2 if known else full.new_zeros(1)))
 
     def check_pool(self, used: int, missing: int) -> None:
-        """Raises RuntimeError where truncations came without a final observation, or the pool had no room for them."""
+        """Raises RuntimeError if truncations came without a final observation, or the pool had no room for them."""
         if missing:
             raise RuntimeError(
                 f"final_obs: {missing} truncations of this rollout came without a final observation: "

@@ -1,4 +1,4 @@
-"""Trajectories for recurrent policies: a rollout cut at its ends, padded, with masks and initial states."""
+"""Trajectories for recurrent policies: a rollout split where episodes end, padded, with masks and initial states."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from torch import Tensor
 class Sequences(NamedTuple):
     """B trajectories of at most L steps, time first, as torch's recurrent layers take them.
 
-    fields: name to [L, B, ...]; beyond a trajectory's end its last step is repeated. obs: [L, B, ...], or a dict of
-    groups. mask: bool [L, B]: the steps that exist. learn: bool [L, B]: those a loss may be taken of (``mask`` less the
-    burn-in and transitions that are none). hidden: name to [B, ...], the state before each first step. envs, starts:
-    int64 [B], where each trajectory begins.
+    fields: name to [L, B, ...], padded with a trajectory's last step. obs: [L, B, ...], or a dict of groups. mask: bool
+    [L, B]: steps that are not padding. learn: bool [L, B]: steps that a loss may use (``mask`` without the burn-in and
+    invalid steps). hidden: name to [B, ...], the state before each first step. envs, starts: int64 [B], where each
+    trajectory begins.
     """
 
     obs: Tensor | dict[str, Tensor]
@@ -58,7 +58,7 @@ def pad(
     mask = offset < length
     step = start + torch.minimum(offset, length - 1)
     taken = {name: view[env, step] for name, view in views.items()}
-    # A trajectory that begins with the rollout goes on from an older policy's hidden state: its first steps renew it.
+    # A trajectory that begins with the rollout may start from an older policy's hidden state: the burn-in renews it.
     learn = mask & ((start > 0) | (offset >= burn_in)) & (codes[env, step] != 3)
     obs = {name: taken.pop(f"obs.{name}") for name in groups}
     return Sequences(

@@ -1,4 +1,4 @@
-"""What may be stored in a buffer: the checks of a step's arguments, with errors that name them."""
+"""Checks a step's arguments before they are stored, with errors that name them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pydrone.rollout.layout import Field, Layout
 
 
 class Ends(NamedTuple):
-    """How a step ended, as a caller says it: the arguments of :meth:`pydrone.buffer.RolloutBuffer.end`."""
+    """How a step ended: the arguments of :meth:`pydrone.buffer.RolloutBuffer.end`."""
 
     rewards: Tensor
     dones: Tensor
@@ -24,12 +24,12 @@ class Ends(NamedTuple):
 
 
 class Sources:
-    """Checks tensors of one step against a layout; what passes can be read by a kernel as it is.
+    """Checks the tensors of one step against a layout. Kernels can read those that pass as they are.
 
-    A step has two parts, its row and how it ended. For each there are two checks. ``quick_row`` and ``quick_final`` run
-    every step, and Python is much of a small step's time: they look only at what an operation that checks its own
-    arguments cannot see, and return None where anything is out of the ordinary. ``row`` and ``ends`` check everything,
-    and raise errors that name the argument.
+    A step has two parts, its row and how it ended, and each has two checks. ``quick_row`` and ``quick_final`` run every
+    step. Python is much of a small step's time: they check only what an operation that checks its own arguments cannot
+    see, and return None for anything unusual. ``row`` and ``ends`` check everything, and raise errors that name the
+    argument.
     """
 
     def __init__(self, layout: Layout, device: torch.device) -> None:
@@ -39,14 +39,14 @@ class Sources:
         self._deep, self._final_deep = _deep(layout, self.fields), _deep(layout, layout.pool_fields.values())
 
     def named(self, obs: object, actions: object, values: object, log_probs: object, fields: dict) -> dict[str, object]:
-        """What a step was given for its row, by the names of the layout's fields."""
+        """The arguments of a step's row, by the names of the layout's fields."""
         row = self.groups("obs", obs)
         row["actions"], row["values"], row["log_probs"] = actions, values, log_probs
         row.update(fields)
         return row
 
     def quick_row(self, named: Mapping[str, object]) -> tuple[Tensor, ...] | None:
-        """The sources of a row in the layout's order."""
+        """The sources of a row in the layout's order, or None."""
         try:
             sources = self._in_order(named)
             if len(named) != len(sources):
@@ -58,12 +58,12 @@ class Sources:
                 for x in sources:
                     if x.requires_grad:
                         return None
-        except (KeyError, AttributeError, RuntimeError):  # the last of a nested tensor, which has no shape
+        except (KeyError, AttributeError, RuntimeError):  # RuntimeError: a nested tensor has no shape
             return None
         return sources
 
     def quick_final(self, ends: Ends) -> list[object] | None:
-        """The final observations of a step, [] where there are none."""
+        """The final observations of a step ([]: it has none), or None."""
         if ends.dones is None:  # without them the operation would store half a step
             return None
         if ends.final_obs is None:
@@ -80,7 +80,7 @@ class Sources:
         return final
 
     def row(self, named: Mapping[str, object]) -> tuple[Tensor, ...]:
-        """As :meth:`quick_row`."""
+        """As :meth:`quick_row`, with all checks."""
         if named.keys() != self.layout.fields.keys() - {"final_row"}:
             for name in self.layout.extra:
                 if name not in named:
@@ -90,7 +90,7 @@ class Sources:
         return tuple(self.field(field, named[field.name], field.name) for field in self.fields)
 
     def ends(self, ends: Ends) -> tuple[Ends, list[Tensor]]:
-        """``ends`` as a kernel can read them, and the final observations of a step."""
+        """(``ends`` as a kernel can read them, the final observations of the step)."""
         rewards, dones = self.scalar("rewards", ends.rewards, True), self.scalar("dones", ends.dones, False)
         truncated = None if ends.truncated is None else self.scalar("truncated", ends.truncated, False)
         valid = None if ends.valid is None else self.scalar("valid", ends.valid, False)
@@ -147,5 +147,5 @@ class Sources:
 
 
 def _deep(layout: Layout, fields: Iterable[Field]) -> list[tuple[int, tuple[int, ...]]]:
-    """Number and shape of the fields of several dimensions: of these an operation knows how many elements they have."""
+    """(index, shape) of each field of several dimensions: an operation checks only its number of elements."""
     return [(i, (layout.num_envs, *field.shape)) for i, field in enumerate(fields) if len(field.shape) > 1]

@@ -1,4 +1,4 @@
-"""What a buffer's ``state_dict`` must be before anything of it is taken over."""
+"""Checks a buffer's ``state_dict`` before any of it is loaded."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ TRANSIENT = ("workspace", "cursor", "not_finite")
 
 
 def check(state: Mapping[str, object], own: Mapping[str, object], num_steps: int, capacity: int) -> None:
-    """Raises ValueError or TypeError where ``state`` is none that a buffer whose state is ``own`` could have."""
+    """Raises ValueError or TypeError unless a buffer whose state is ``own`` could load ``state``."""
     if not isinstance(state, Mapping):
         raise TypeError(f"state_dict: expected a mapping, got {type(state).__name__}")
     if state.keys() != own.keys():

@@ -1,4 +1,4 @@
-"""How steps get into a ring: from a caller's tensors to one launch of the operation ``append``."""
+"""Stores steps in a ring: from a caller's tensors to one launch of the operation ``append``."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from pydrone.rollout.storage import Storage
 
 
 class Call(NamedTuple):
-    """What is the same in every step of a kind: ``memory`` and ``layout`` of ``append``."""
+    """The arguments of ``append`` that are the same in every step of a kind."""
 
     memory: list[Tensor]
     layout: Tensor
 
 
 class Steps:
-    """Stores steps, and halves of steps, in a storage, and has the ring count them.
+    """Stores steps, whole or in halves, and has the ring count them.
 
     Attributes:
-        begun: the half of a step that was stored last, "begin" or "slot"; None between steps.
+        begun: the call that began the unfinished step, "begin" or "slot"; None between steps.
     """
 
     def __init__(self, storage: Storage, ring: Ring, sources: Sources, look: bool) -> None:
-        """``look``: whether the launches look for observations that are not finite."""
+        """``look``: whether the launches look for NaN and infinite observations."""
         self._storage, self._ring, self.sources = storage, ring, sources
         self.begun: str | None = None
         self._values_at = storage.fields.index(storage.layout.fields["values"])
@@ -46,7 +46,7 @@ class Steps:
     def _variants(self, row: bool, planes: list[Tensor], look: bool) -> tuple[Call, Call, Call]:
         storage = self._storage
         fields, final = storage.fields if row else [], storage.layout.pool_fields.values()
-        # Observations are the first fields; GAE's launch sees what rewards and values are.
+        # Observations are the first fields; GAE's launch looks at rewards and values.
         looked_at = len(storage.layout.obs) if look else 0
         with torch.inference_mode(False):
             plain, with_final = (of_append(fields, len(planes), x, looked_at) for x in ([], final))
@@ -55,21 +55,21 @@ class Steps:
         return Call([*memory, *flag], plain), Call(pooled, plain), Call(pooled, with_final)
 
     def require_start(self, call: str) -> None:
-        """Raises, for ``call``, where no step can be begun: one has been, or the ring is full (BufferFull)."""
+        """Raises, naming ``call``, if no step can begin: one is unfinished, or the ring is full (BufferFull)."""
         if self.begun is not None:
             self.require_none(call)
         self._ring.require_room()
 
     def require_none(self, call: str) -> None:
-        """Raises RuntimeError, for ``call``, within a step that has been begun."""
+        """Raises RuntimeError, naming ``call``, if a step is unfinished."""
         if self.begun is not None:
             raise RuntimeError(f"{call}: expected end() first, {self.begun}() has begun a step")
 
     def store(self, kind: str, row: Mapping[str, object] | None, ends: Ends | None) -> None:
-        """Stores a step or a half of one: what it was given for its row (:meth:`Sources.named`), and how it ended.
+        """Stores a step or half of one: its row (:meth:`Sources.named`), and how it ended.
 
-        An operation that checks its arguments does so before it writes. Python then looks first only at what the
-        operation cannot see, and at everything only to say what is wrong.
+        An operation that checks its arguments does so before it writes. Python then checks only what the operation
+        cannot see. If either check fails, Python checks everything, to name the fault.
         """
         if self._storage.ops.checks:
             fields, final = () if row is None else self.sources.quick_row(row), ()
@@ -110,22 +110,22 @@ class Steps:
             ring.count(truncated is not None, valid is not None)
 
     def turn(self, run: Callable[[tuple, tuple], None], row: dict[str, object], ends: Mapping | None) -> bool:
-        """The end of a step, None before the first one, and the beginning of the next by one operation.
+        """Ends a step and begins the next, in one operation.
 
         Args:
-            run: called with the operation's arguments for the end and for the beginning; it may write the sources of
-                ``row`` that are no observations before it stores them.
+            run: called with the operation's arguments for the end and for the beginning; it may compute the sources of
+                ``row``, except observations, before it stores them.
             row: arguments of ``begin``.
-            ends: arguments of ``end``.
+            ends: arguments of ``end``; None before the first step.
 
-        Returns False, and has stored nothing, where anything is out of the ordinary: ``end`` and ``begin`` do it then,
-        or say what is wrong.
+        Returns False, and stores nothing, if anything is unusual: then call ``end`` and ``begin``, which store the step
+        or name the fault.
         """
         ring = self._ring
         step = ring.appended + (ends is not None)
         if self.begun != (None if ends is None else "begin") or step - ring.discarded >= ring.capacity:
             return False
-        if ring.capturing():  # the operation takes the host's counters alone
+        if ring.capturing():  # the operation follows the host's counters only
             return False
         end, final, truncated, valid = ((), (), None, None, None, None, 0, 0), (), None, None
         if ends is not None:

@@ -22,7 +22,7 @@ class Storage:
         views: the fields of the rows by name, [C, N, ...], in the dtype they are stored in.
         fields: the fields that a caller stores, in the order of the rows.
         pool: the memory of final observations, uint8 [R, P, bytes], int32 [R, 2] and int32 [N, C], as ``append`` takes
-            it; empty where the buffer has none.
+            it; empty if the buffer has none.
         final_rows: the last of these, or None.
         cursor: int64 [CURSOR_SIZE], the ring's counters for CUDA graphs.
         not_finite: int32 [R], whether an observation of a rollout is NaN or infinite.
@@ -45,18 +45,18 @@ class Storage:
         self.fields = [field for name, field in layout.fields.items() if name != "final_row"]
 
     def groups(self, named: dict[str, Tensor]) -> Tensor | dict[str, Tensor]:
-        """Observations as a caller has them: of tensors by the layout's names, one tensor or a dict of groups."""
+        """Observations as callers see them, one tensor or a dict of groups, from tensors by the layout's names."""
         groups = {name: named[f"obs.{name}"] for name in self.layout.obs}
         return groups if self.layout.obs_is_mapping else groups["obs"]
 
     def final_observations(self, rollout: int, used: int | None) -> Tensor | dict[str, Tensor]:
-        """[P, ...] of the pool of the rollout at that place: its first ``used`` rows, or all of them."""
+        """The pool of the rollout at place ``rollout``, [P, ...]: its first ``used`` rows, or all of them."""
         rows = self.final_obs[rollout] if used is None else self.final_obs[rollout][:used]
         return self.groups({name: field_view(rows, x) for name, x in self.layout.pool_fields.items()})
 
 
 def device_of(device: torch.device | str) -> torch.device:
-    """``device`` with its index: tensors say cuda:0 where a user says cuda. Raises ValueError for one of no use."""
+    """``device`` with its index: tensors say cuda:0 where users say cuda. Raises ValueError for an unusable one."""
     try:
         device = torch.device(device)
     except (RuntimeError, TypeError) as error:
@@ -78,7 +78,7 @@ def device_of(device: torch.device | str) -> torch.device:
 
 
 def allocate(wanted: Sequence[Allocation], device: torch.device) -> dict[str, Tensor]:
-    """Zeros; planes, [N, T or C], lie as their device's scan wants them."""
+    """Allocates zeros. Planes, [N, T or C], get the strides that their device's scan is written for."""
     planes = ("rewards", "values", "dones", "advantages", "returns") if device.type != "cuda" else ()
     specs = [(x.shape[::-1] if x.name in planes else x.shape, x.dtype) for x in wanted]
     try:
@@ -86,12 +86,12 @@ def allocate(wanted: Sequence[Allocation], device: torch.device) -> dict[str, Te
     except (OSError, OverflowError) as error:
         size = sum(x.nbytes for x in wanted)
         raise RuntimeError(
-            f"num_envs: the buffer takes {size} bytes of memory, which cannot be had: {error}"
+            f"num_envs: the buffer takes {size} bytes of memory, which cannot be allocated: {error}"
         ) from error
     return {x.name: y.zero_().t() if x.name in planes else y.zero_() for x, y in zip(wanted, made, strict=True)}
 
 
 def field_view(rows: Tensor, field: Field) -> Tensor:
-    """[..., *field.shape], typed, of rows [..., row_bytes]."""
+    """A field of ``rows`` [..., row_bytes], as a view [..., *field.shape] in its dtype."""
     view = rows[..., field.offset : field.offset + field.nbytes].view(field.dtype)
     return view.unflatten(-1, field.shape) if field.shape else view[..., 0]

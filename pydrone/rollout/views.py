@@ -1,4 +1,4 @@
-"""What a buffer's oldest rollout holds, as views."""
+"""A buffer's oldest rollout, as views."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from pydrone.rollout.ring import Ring
 from pydrone.rollout.scan import Scan
 from pydrone.rollout.storage import Storage
 
-_NAMES = ("rewards", "dones", "truncated", "advantages", "returns")  # what buf[...] knows beside the fields
+_NAMES = ("rewards", "dones", "truncated", "advantages", "returns")  # what buf[name] accepts besides fields
 
 
 class Rollout:
-    """The oldest rollout of a ring, of the steps so far while it is being collected.
+    """The oldest rollout of a ring; while it is being collected, its steps so far.
 
-    Each is a view, unless the rollout wraps around the ring's end: then a copy.
+    Each property is a view, or a copy if the rollout wraps around the ring's end.
     """
 
     def __init__(self, storage: Storage, ring: Ring, scan: Scan) -> None:
@@ -46,7 +46,7 @@ class Rollout:
 
     @property
     def values(self) -> Tensor:
-        """[N, T] float32, as appended. To be read: minibatches take their own copy."""
+        """[N, T] float32, as appended. Only read it: minibatches gather another copy."""
         return self._plane(self._storage.values)
 
     @property
@@ -75,15 +75,15 @@ class Rollout:
     def statistics(self) -> Tensor:
         """float64 [3]: count, mean and M2 of the advantages of all valid samples.
 
-        Written to in place (by an all-reduce over several processes, say), it is what minibatches normalise with.
+        Minibatches normalise with it: an all-reduce over several processes, say, may write it in place.
         """
         self._scan.require("statistics")
         return self._storage.statistics
 
     def __getitem__(self, name: str) -> Tensor:
-        """[N, T, ...] of a field by name; of the steps so far while the rollout is being collected.
+        """A field by name, [N, T, ...]; while the rollout is being collected, its steps so far.
 
-        A view, unless the rollout wraps around the ring's end: then a copy.
+        A view, or a copy if the rollout wraps around the ring's end.
         """
         if name in _NAMES or (name == "obs" and not self.layout.obs_is_mapping):
             return getattr(self, name)
