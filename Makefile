@@ -1,19 +1,19 @@
-# `make` lists the targets. Everything lies in $(VENV); stamp files there make a second call fast.
+# `make` lists the targets. Everything is installed in $(VENV); stamp files there make a second call fast.
 
 PYTHON ?= python3
 VENV ?= .venv
-# What `make train`, `make test` and `make bench` hand on: make train ARGS="--num-envs 1024 --iterations 100"
+# Passed on by `make train`, `make test`, `make bench`, ...: make train ARGS="--num-envs 1024 --iterations 100"
 ARGS ?=
 # 1: a native library that cannot be built is an error. auto: go on without it. 0: do not build it. See setup.py.
 PYDRONE_NATIVE ?= 1
 
-# `make gpu` runs this Python, whose torch is a build for CUDA; nothing is installed into it.
+# `make gpu` runs this Python. Its torch must be a CUDA build; nothing is installed into it.
 GPU_PYTHON ?= python3
 
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check --quiet
-# The editable install leaves the native code to the step of its own below, which compiles only what changed.
-# (PYTHONWARNINGS: setuptools warns of every editable install whose folders are not named as its packages.)
+# The editable install skips the native code: NATIVE builds it, and compiles only what changed.
+# (PYTHONWARNINGS: setuptools warns at every editable install whose folders are not named as its packages.)
 INSTALL := PYTHONWARNINGS=ignore::UserWarning PYDRONE_NATIVE=0 $(PIP) install --no-build-isolation --constraint constraints.txt --editable
 NATIVE := PYDRONE_NATIVE=$(PYDRONE_NATIVE) $(PY) setup.py --quiet build_ext --inplace
 
@@ -43,8 +43,8 @@ test: $(VENV)/.stamp-test $(VENV)/.stamp-native ## Run the tests
 test-slow: $(VENV)/.stamp-test $(VENV)/.stamp-native ## Run the slow tests
 	$(PY) -m pytest -q -m slow $(ARGS)
 
-# The CPU library with AddressSanitizer and UndefinedBehaviorSanitizer, in a folder of its own: nothing built is touched.
-# Left out: what measures memory, since AddressSanitizer holds back what is freed. torch itself leaks at the end.
+# The CPU library with AddressSanitizer and UndefinedBehaviorSanitizer, in a folder of its own: other builds stay as they
+# are. Without the tests that measure memory: AddressSanitizer delays frees. No leak detection: torch itself leaks at exit.
 SANITIZED := build/sanitized
 SANITIZED_RUN = env PYTHONSAFEPATH=1 PYTHONPATH=$(CURDIR)/$(SANITIZED) ASAN_OPTIONS=detect_leaks=0 \
     UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
@@ -52,7 +52,7 @@ SANITIZED_RUN = env PYTHONSAFEPATH=1 PYTHONPATH=$(CURDIR)/$(SANITIZED) ASAN_OPTI
 SANITIZED_TESTS := $(addprefix tests/,test_gae.py test_gae_contract.py test_buffer.py test_buffer_state.py rollout \
     ops/test_ops.py ops/test_pages.py trust \
     $(addprefix ppo/learner/,test_fused.py test_fused_ring.py test_fused_bf16.py test_acting.py test_adam.py))
-# ThreadSanitizer cannot follow torch's threads: the same sources over std::thread, without torch.
+# ThreadSanitizer cannot follow torch's threads: it gets the same sources on std::thread, without torch.
 TORCH_INCLUDE = $(PY) -c 'import torch.utils.cpp_extension as x; print(x.include_paths()[0])'
 RACE = $(CXX) -std=c++20 -O1 -g -fsanitize=thread -pthread -Wall -Wno-psabi -DTORCH_TARGET_VERSION=0x020a000000000000 \
     -DTORCH_STABLE_ONLY -Itests/trust/race -isystem "$$($(TORCH_INCLUDE))"
@@ -68,13 +68,13 @@ sanitize: $(VENV)/.stamp-test ## Run the C++ and the emulated CUDA kernels under
 	build/race
 	! build/race planted 2> /dev/null
 
-faults: $(VENV)/.stamp-test $(VENV)/.stamp-native ## Plant known mistakes, one at a time, and see that the tests fail for each
+faults: $(VENV)/.stamp-test $(VENV)/.stamp-native ## Plant known mistakes one at a time, and check that the tests fail for each
 	$(PY) tests/trust/plant.py $(ARGS)
 
 install-check: $(VENV)/.stamp-tools ## Build sdist and wheel and try them in clean environments (ARGS=--quick: in one)
 	$(PY) tests/trust/install.py $(ARGS)
 
-soak: $(VENV)/.stamp-test $(VENV)/.stamp-native ## Run for long: 301 iterations, 10,000 rollouts, 1000 examples of each property
+soak: $(VENV)/.stamp-test $(VENV)/.stamp-native ## Run the long tests: 301 iterations, 10,000 rollouts, 1000 examples of each property
 	$(PY) -m pytest -q -m "" -rP tests/trust/test_soak.py
 	$(PY) -m pytest -q tests/test_properties.py --hypothesis-profile soak
 	$(PY) -m pytest -q -m slow tests/ppo tests/trust/test_contracts.py $(ARGS)
@@ -89,14 +89,14 @@ bench: $(VENV)/.stamp-bench $(VENV)/.stamp-native ## Run the benchmarks
 compare: $(VENV)/.stamp-test $(VENV)/.stamp-native ## Train the hover task with rsl_rl, with rsl_rl on pydrone, and with pydrone
 	$(PY) benches/hover.py $(ARGS)
 
-# The package as it would be installed, in a folder of its own: what was built for .venv stays as it is. Folders on
-# PYTHONPATH come after it, with peers and pytest-benchmark where GPU_PYTHON does not have them.
+# The package as it would be installed, in a folder of its own: the build for .venv stays as it is. Your PYTHONPATH comes
+# after it, for peers and pytest-benchmark that GPU_PYTHON lacks.
 GPU_BUILD := build/gpu
 GPU_STAMP := $(GPU_BUILD)/.stamp
 GPU_RUN = env -u TRITON_INTERPRET -u PYDRONE_BACKEND PYTHONSAFEPATH=1 \
     PYTHONPATH="$(CURDIR)/$(GPU_BUILD)$${PYTHONPATH:+:$$PYTHONPATH}" $(GPU_PYTHON)
 
-# No comparison is begun after 7 minutes: what a machine does not get done is named in the report.
+# No comparison starts after 7 minutes; the report names those that were left out.
 GPU_BENCH = $(GPU_RUN) benches/gpu_checks.py --benchmarks && $(GPU_RUN) -m pytest benches/ -q -p no:cacheprovider \
     --benchmark-only --benchmark-columns=median,iqr,rounds --pydrone-device cuda --pydrone-limit 420 \
     --pydrone-report benches/results $(ARGS)
@@ -151,7 +151,7 @@ $(VENV)/.stamp-train: $(VENV)/.stamp-tools $(METADATA)
 
 $(VENV)/.stamp-test: $(VENV)/.stamp-tools $(METADATA)
 	$(INSTALL) ".[dev,train]"
-	@# Without what it asks for, which holds psutil back; its agents import no more than this.
+	@# Without its dependencies, which hold psutil back; its agents need no more than what is installed here.
 	$(PIP) install --constraint constraints.txt --no-deps --no-warn-conflicts rl-games
 	$(PIP) install --constraint constraints.txt --no-warn-conflicts tensorboardX
 	@touch $@

@@ -1,4 +1,4 @@
-"""GAE over a whole rollout: advantages and returns, of everybody. See contenders.py."""
+"""GAE over a whole rollout: advantages and returns. See contenders.py."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A training iteration, whole with simulator and networks, and its update alone. See contenders.py."""
+"""A whole training iteration, with simulator and networks, and its update alone. See contenders.py."""
 
 from __future__ import annotations
 

@@ -16,42 +16,44 @@ MAX_CACHE = 512 << 20
 ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "resize_", "lift_fresh"}
 
 Turn = Callable[[int], float]
-"""Given the number of the turn, measures once: seconds of a whole call."""
+"""Given the number of the turn, measures once and returns the seconds of a whole call."""
 
 
 class Plan(NamedTuple):
-    """How many copies make a call cold."""
+    """How many copies of its memory a cold call needs."""
 
     sets: int = 1
-    """Of each contender's storage."""
+    """Copies of each contender's storage."""
     inputs: int = 1
+    """Copies of the rollout."""
     text: str = ""
+    """How cold is cold, for the report."""
     hot: str = ""
-    """Why nothing is hot."""
+    """Why there are no hot figures."""
 
 
 class Clock(Protocol):
     kind: str
-    """cpu or cuda: which contenders take part, and which figures there are."""
+    """cpu or cuda: decides which contenders take part and which figures are measured."""
     device: str
     cache_bytes: int
     """Of the last-level cache."""
 
     def plan(self, contenders: list[Contender], rollout, figures: tuple[str, ...]) -> Plan:
-        """Raises Absent where the memory does not do."""
+        """Raises Absent if there is not enough memory."""
 
     def wait(self) -> None:
-        """Until the device is idle."""
+        """Waits until the device is idle."""
 
     def count(self, run: Run) -> dict[str, int | None]:
-        """Calls ``run``, the first time it is called, and counts its launches."""
+        """Makes the first call of ``run`` and counts its launches."""
 
     def turn(self, contender: Contender, ready: list[Run], figure: str, per: int, result: Result) -> Turn:
-        """What measures one figure of a contender; raises Absent where it has none. ``ready``: its copies."""
+        """A Turn for one figure of a contender; raises Absent if it has none. ``ready``: its copies."""
 
 
 def for_device(device: str) -> Clock:
-    """The clock of "cpu", "cuda", "cuda:1", ... or "stand-in"; ValueError where it cannot be had."""
+    """The clock of "cpu", "cuda", "cuda:1", ... or "stand-in"; ValueError if there is no such device."""
     if device == "stand-in":
         from clock_cuda import CudaClock
         from cuda_device import StandIn
@@ -69,8 +71,8 @@ def for_device(device: str) -> Clock:
 
 
 class CpuClock:
-    """Wall time of a call. **Hot**: after one that is not timed, on the same memory. **Cold**: on a copy that has not
-    been touched since the other contenders touched more memory than the cache holds."""
+    """Wall time of a call. **Hot**: right after an untimed call on the same memory. **Cold**: on a copy; since its last
+    use, the other contenders have touched more memory than the cache holds."""
 
     kind, device = "cpu", "cpu"
 
@@ -87,11 +89,11 @@ class CpuClock:
             hot = f"nothing stays hot: a call touches {largest / 1e6:.0f} MB, more than the last-level cache"
         if "cold" not in figures or not rollout.copied or touched == 0:
             return Plan(hot=hot)
-        # An input is read again ``inputs`` turns later, and each turn touches what its operation has to.
+        # An input is read again ``inputs`` turns later; each turn touches its operation's useful bytes.
         inputs = min(max(2, -(-5 * cache * len(contenders) // (4 * touched))), 256)
         # Between two uses of one copy of its storage a contender sees ``sets`` rounds of all the others.
         sets = min(max(-(-5 * cache // (4 * touched)), 4), 32)
-        # Half of the memory there is.
+        # Use half of the available memory.
         room = _available_bytes() // 2 - inputs * rollout.nbytes
         sets = max(1, min(sets, room // max(1, storage))) if storage < (1 << 30) else 1
         if room < storage * sets:
@@ -115,7 +117,7 @@ class CpuClock:
         if figure == "eager":
             raise Absent("hot and cold are whole calls already")
         if figure == "cold" and len(ready) > 1:
-            for run in ready:  # first calls fault pages in; none of them is timed
+            for run in ready:  # first calls fault pages in: do not time them
                 run.call()
 
         def measure(turn: int) -> float:
@@ -143,14 +145,14 @@ class _Counter(TorchDispatchMode):
 
 
 def dispatched(call: Call) -> int:
-    """Operations that PyTorch dispatches to a kernel in ``call``: not views, not bare allocations."""
+    """Number of operations that PyTorch dispatches to a kernel in ``call``, without views and bare allocations."""
     with _Counter() as counter:
         call()
     return counter.count
 
 
 def _cache_bytes() -> int:
-    """The last-level cache, or 32 MiB where the system does not say; at most MAX_CACHE."""
+    """Size of the last-level cache, or 32 MiB if the system does not say; at most MAX_CACHE."""
     sizes = [0]
     for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
         text = path.read_text().strip()

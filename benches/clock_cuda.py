@@ -1,11 +1,10 @@
 """The GPU's clock: device time hot and cold, the whole eager call, launches, waits of the host.
 
 * **Hot, cold**: device time of a contender's launches in a CUDA graph, between two events, with the same replay queued
-  ahead of it. Hot repeats one launch on the same memory; cold rotates over copies of it that are larger than the L2
-  cache together.
-* A contender that a graph does not hold (host code that waits, launches on another stream) has the profiler's sum of
-  its kernels instead: ``Result.device_time`` tells which.
-* **Eager**: wall time of whole calls in a row, the device waited for before the first and after the last.
+  ahead of it. Hot repeats one launch on the same memory; cold rotates over copies that together exceed the L2 cache.
+* A contender that cannot be captured in a graph (host code that waits, launches on another stream) gets the profiler's
+  sum of its kernels instead: ``Result.device_time`` says which.
+* **Eager**: wall time of whole calls in a row, with a wait for the device before the first and after the last.
 """
 
 from __future__ import annotations
@@ -18,8 +17,8 @@ from cuda_device import CudaDevice, StandIn
 from measurement import Absent, Call, Contender, Graphed, Result, Run
 
 MOST_IN_A_GRAPH = 20_000
-EAGER_ROW = 0.02  # seconds of calls in a row, so that waiting for the device is little of it
-WARM_UP = 0.02  # seconds of replays before the first that counts: an idle GPU clocks down
+EAGER_ROW = 0.02  # seconds of calls in a row: makes the final wait for the device negligible
+WARM_UP = 0.02  # seconds of replays before the first timed one: an idle GPU clocks down
 
 
 class CudaClock:
@@ -42,7 +41,7 @@ class CudaClock:
         return Plan(sets, sets, f"launches rotate over {sets * useful / 1e6:.0f} MB of useful bytes; {cache}")
 
     def count(self, run: Run) -> dict[str, int | None]:
-        for _ in range(2):  # a captured training is captured in the second
+        for _ in range(2):  # pydrone --capture captures its training in the second call
             run.call()
         return {"launches": self.on.launches(run.call), **self.on.host_calls(run.call)}
 
@@ -78,9 +77,9 @@ class CudaClock:
         return profiled
 
     def replayed(self, launches: list[Call], per: int, times: int, before: Call = lambda: None) -> Turn:
-        """Device seconds of ``per`` of ``launches``, which are made in turn, ``times`` times over, in one graph.
+        """Device seconds for ``per`` of ``launches``: one graph makes them in turn, ``times`` times over.
 
-        ``before`` is the host's part of it.
+        ``before`` is the host's part of a replay.
         """
 
         def call() -> None:
@@ -89,7 +88,7 @@ class CudaClock:
                     launch()
 
         before()
-        call()  # loads what a capture could not
+        call()  # loads kernels, which a capture cannot
         replay = self.on.captured(call)
 
         def once(turn: int) -> float:
@@ -120,7 +119,7 @@ class CudaClock:
         return lambda turn: seconds(times)
 
     def _held(self, contender: Contender, run: Run, result: Result) -> bool:
-        """Whether a graph holds all launches of the call. Waits of the host would not survive the capture."""
+        """Whether a graph captures all launches of the call. A wait of the host makes a capture fail."""
         if run.graph is not None:
             return True
         seen = result.counts.get("launches")

@@ -1,4 +1,4 @@
-"""Who takes part in which comparison, on which device."""
+"""Which contenders take part in which comparison, on which device."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LEAN = "pydrone (no mean, std)"
 COPY = "memcpy"  # of the bytes that the operation must read and write
 TRITON = ", triton"  # the second backend of a GPU; "pydrone" is on the default one
 
-# How many of the operation a call does.
+# How many operations one call performs.
 PER: dict[str, Callable[[Size], int]] = {
     "append": lambda size: size.num_steps,
     "minibatch epoch": lambda size: NUM_MINIBATCHES,
@@ -25,7 +25,7 @@ PER: dict[str, Callable[[Size], int]] = {
 
 
 def _ours(name: str, prepare: Callable, make: Callable | None, clock: Clock, **rest: object) -> list[Contender]:
-    """On the default backend, and on a GPU on Triton's; there with device time of the launches of ``make``."""
+    """pydrone on the default backend, and on a GPU also on Triton's, there with device time of ``make``'s launches."""
 
     def on(backend: str | None) -> Callable:
         if make is None or clock.kind == "cpu":
@@ -43,15 +43,15 @@ def _ours(name: str, prepare: Callable, make: Callable | None, clock: Clock, **r
 
 
 def _copy(useful: int, clock: Clock, operation: str) -> Contender:
-    """On a GPU in as many copies as the call does operations, as their launches are timed one by one there."""
+    """A memcpy; on a GPU split into one copy per operation of the call, since launches are timed one by one there."""
     parts = PER.get(operation) if clock.kind == "cuda" else None
     return Contender(COPY, by_hand.memcpy(useful, parts=parts), useful, useful, capturable=True)
 
 
 def gae(clock: Clock) -> list[Contender]:
-    """Advantages and returns; what else a package does in the same step (normalisation, statistics) is in its time."""
+    """Advantages and returns; the time includes what else a package does in this step (normalisation, statistics)."""
     all_of = partial(Contender, useful_bytes=GAE_BYTES)
-    # A CUDA graph holds what is only launches on the current stream.
+    # A CUDA graph can capture only launches on the current stream.
     graph = partial(all_of, capturable=True)
     rest = {"useful_bytes": GAE_BYTES, "capturable": True}
     return [
@@ -94,7 +94,7 @@ def append(clock: Clock) -> list[Contender]:
 def epoch(clock: Clock) -> list[Contender]:
     """One epoch of shuffled minibatches of all that PPO learns from: each value is read once and written once.
 
-    Peers draw a randperm, which may wait for a GPU: none is captured.
+    Peers draw a randperm, which may wait for the GPU: none of them is captured.
     """
     full = partial(Contender, useful_bytes=2 * (BATCH_BYTES + POLICY_BYTES))
     lean = partial(Contender, useful_bytes=2 * BATCH_BYTES, against=LEAN)
@@ -115,13 +115,13 @@ def epoch(clock: Clock) -> list[Contender]:
 
 
 def _iteration_bytes() -> tuple[int, int]:
-    """Of append, GAE and all epochs, without and with the policy's mean and std."""
+    """Useful bytes of append, GAE and all epochs, without and with the policy's mean and std."""
     lean = 2 * ROW_BYTES + GAE_BYTES + NUM_EPOCHS * 2 * BATCH_BYTES
     return lean, lean + (1 + NUM_EPOCHS) * 2 * POLICY_BYTES
 
 
 def iteration(clock: Clock) -> list[Contender]:
-    """Append, GAE and all epochs, the networks left out."""
+    """Append, GAE and all epochs, without the networks."""
     without, with_policy = _iteration_bytes()
     full = partial(Contender, useful_bytes=with_policy)
     lean = partial(Contender, useful_bytes=without, against=LEAN)
@@ -142,7 +142,7 @@ def iteration(clock: Clock) -> list[Contender]:
 def ppo_update(clock: Clock) -> list[Contender]:
     """All epochs of one rollout: minibatches, networks forward and back, Adam.
 
-    Its bytes are those of the epochs' samples, read once: a bound far below the arithmetic.
+    The useful bytes are the epochs' samples, read once: a lower bound far below the arithmetic's time.
     """
     some = partial(Contender, useful_bytes=NUM_EPOCHS * (BATCH_BYTES + POLICY_BYTES))
     return [
@@ -158,7 +158,7 @@ def ppo_update(clock: Clock) -> list[Contender]:
 def training(clock: Clock) -> list[Contender]:
     """A whole training iteration: simulation, policy, storage, GAE, update of the networks.
 
-    What a simulator must move nobody can say; the copy is of what storage, GAE and minibatches must.
+    The bytes that a simulator must move are unknown; the memcpy covers storage, GAE and minibatches only.
     """
     copies = by_hand.memcpy(_iteration_bytes()[1], 1 + NUM_EPOCHS)
     return [
@@ -178,11 +178,11 @@ OPERATIONS = {
     "update": ppo_update,
     "training": training,
 }
-# For the sweep: enough to see the slope.
+# The sweep's contenders: enough to see the slope.
 SWEEP = ("pydrone", COPY, "rsl_rl")
 
 
 def contenders(operation: str, clock: Clock) -> list[Contender]:
-    """Of one of OPERATIONS, or of "sweep: " and one of them."""
+    """The contenders of one of OPERATIONS, or of "sweep: " and one of them."""
     name = operation.removeprefix("sweep: ")
     return [c for c in OPERATIONS[name](clock) if name == operation or c.name in SWEEP]

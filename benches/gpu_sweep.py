@@ -2,10 +2,10 @@
 
     python benches/gpu_sweep.py --out benches/results
 
-Each variant's outputs are checked before any is timed; then all of a kernel are timed in turn, round after round. What
-is wrong or does not compile is a row that says so. The table has the fastest first, and <gpu>-sweep.json every figure.
-`make gpu-sweep` runs it. `--device stand-in --num-envs 5 --num-steps 8` is a trial without a GPU: Triton's variants are
-interpreted, CUDA's compiled and not run.
+Each variant's outputs are checked before any is timed; then a kernel's variants are timed in turn, round after round.
+The row of a variant that is wrong or does not compile says so. The table lists the fastest first; <gpu>-sweep.json has
+every figure. `make gpu-sweep` runs it. `--device stand-in --num-envs 5 --num-steps 8` is a trial without a GPU:
+Triton's variants are interpreted, CUDA's compiled and not run.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ FOLDER = machine.ROOT / "build" / "gpu-sweep"
 
 
 class Ready(NamedTuple):
-    """A variant's row, and its launches as graphs where it is right."""
+    """A variant's row, and its launches as graphs if its outputs are right."""
 
     row: dict
     hot: Turn | None = None
@@ -50,7 +50,7 @@ class Ready(NamedTuple):
 
 
 class Bench(NamedTuple):
-    """A kernel's launches, and what their outputs are held against and timed with."""
+    """A kernel's launches, the truth to check their outputs against, and the clock to time them with."""
 
     case: Case
     truth: Truth
@@ -58,7 +58,7 @@ class Bench(NamedTuple):
     repeats: int
 
     def prepare(self, variant: Variant, library: Future | None) -> Ready:
-        """The variant checked and its launches captured. Where it fails or cannot run, the row says so and has none."""
+        """Checks the variant and captures its launches. If it fails or cannot run, the row says so."""
         row = {"kernel": variant.kernel, "backend": variant.backend, **variants.constants(variant)}
         row["default"] = not variant.parameters
         try:
@@ -81,7 +81,7 @@ class Bench(NamedTuple):
         return Ready(row, *(self.clock.replayed(x, 1, times=max(1, least // len(x))) for x in each))
 
     def time_in_turn(self, ready: list[Ready]) -> None:
-        """Medians over the rounds into the rows; a round ends with the default once more, which shows the spread."""
+        """Writes medians over the rounds into the rows. A round ends with the default again, to show the spread."""
         runnable = [x for x in ready if x.hot is not None]
         order = [(x, "") for x in runnable] + [(x, "_again") for x in runnable if x.row["default"]]
         for name in ("hot", "cold"):
@@ -115,7 +115,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--device", choices=("cuda", "stand-in"), default="cuda", help="stand-in: a CPU, to try it out")
     parser.add_argument("--kernels", nargs="+", choices=KERNELS, default=list(KERNELS))
     parser.add_argument("--backends", nargs="+", choices=("cuda", "triton"), default=["cuda", "triton"])
-    parser.add_argument("--variants", type=int, help="so many of each kernel, the default first; default: all")
+    parser.add_argument("--variants", type=int, help="at most so many of each kernel, the default first; default: all")
     parser.add_argument("--num-envs", type=int, default=8192)
     parser.add_argument("--num-steps", type=int, default=100)
     parser.add_argument("--repeats", type=int, default=30)
@@ -125,7 +125,7 @@ def parse() -> argparse.Namespace:
 
 
 def refuse(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
-    """Ends the command where its options make no sense."""
+    """Ends the command if its options make no sense."""
     for name in ("num_envs", "num_steps", "repeats", "variants"):
         x = getattr(options, name, None)
         if x is not None and x < 1:
@@ -135,7 +135,7 @@ def refuse(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None
 
 
 def chosen(options: argparse.Namespace) -> dict[tuple[str, str], list[Variant]]:
-    """Triton's first: nvcc compiles the others meanwhile."""
+    """The variants to time, by kernel and backend. Triton's come first: meanwhile nvcc compiles the others."""
     found: dict[tuple[str, str], list[Variant]] = {}
     for every in (variants.triton(), variants.cuda()):
         for x in every:
@@ -145,7 +145,7 @@ def chosen(options: argparse.Namespace) -> dict[tuple[str, str], list[Variant]]:
 
 
 def sweep(options: argparse.Namespace, clock: CudaClock, keep: Callable[[list[dict]], None]) -> list[dict]:
-    """A row a variant; ``keep`` gets them after each kernel. What is timed are graphs, which nvcc does not delay."""
+    """A row for each variant; ``keep`` gets them after each kernel. Graphs are timed: nvcc does not delay these."""
     rollout, rows = Rollout(Size(options.num_envs, options.num_steps), clock.device), []
     truth, real = Truth(rollout), clock.on.real
     architecture = "{}{}".format(*torch.cuda.get_device_capability()) if real else "90"

@@ -1,11 +1,11 @@
 """How a comparison is measured: outputs first, then every contender in turn, round after round, in one process.
 
-* **Checked.** A contender runs once and its outputs are held against the float64 truth. One that is wrong has no time.
-* **Interleaved.** In every round each contender has its turn, so that what else the machine does hits all of them. Slow
-  ones sit out some rounds. Ratios are of medians within one comparison.
-* What a turn measures is the clock's affair: clock.py on a CPU, clock_cuda.py on a GPU.
-* **Launches** are counted in a run that is not timed: on a CPU the operations that PyTorch dispatches to a kernel (not
-  views and bare allocations; NumPy and compiled code are not seen), on a GPU the profiler's kernels, copies and fills.
+* **Checked.** A contender runs once and its outputs are compared with the float64 truth. A wrong one is not timed.
+* **Interleaved.** In every round each contender has its turn, so that other load on the machine affects all of them
+  alike. Slow ones sit out some rounds. Ratios are of medians within one comparison.
+* The clock defines what a turn measures: clock.py on a CPU, clock_cuda.py on a GPU.
+* **Launches** are counted in an untimed run: on a CPU the operations that PyTorch dispatches to a kernel (without views
+  and bare allocations; NumPy and compiled code are not seen), on a GPU the profiler's kernels, copies and fills.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from clock import Clock, Turn
 from measurement import Absent, Comparison, Contender, Result, Run, in_a_line
 
 MIN_TURNS, MAX_TURNS = 3, 60
-SLOW = 1.0  # seconds of a call from which on two turns have to do
+SLOW = 1.0  # seconds: for slower calls, two turns are enough
 
 
 class Harness:
-    """Measures comparisons with one clock. ``budget``: seconds for the timed turns of each."""
+    """Measures comparisons with one clock. ``budget``: seconds for the timed turns of each comparison."""
 
     def __init__(self, clock: Clock, budget: float = 3.0) -> None:
         self.clock, self.budget = clock, budget
@@ -57,7 +57,7 @@ class Harness:
                 runs = [contender.prepare(inputs[i % len(inputs)])]
                 self._check(runs[0], truth, result)
                 if runs[0].kernels is None:
-                    # Contenders that stand in a row take inputs that do, and so do the rounds.
+                    # Consecutive contenders use consecutive copies of the input, and the rounds continue the sequence.
                     others = [(i + k * len(contenders)) % len(inputs) for k in range(1, plan.sets)]
                     runs += [contender.prepare(inputs[k]) for k in others]
                 ready.append((contender, runs))
@@ -65,7 +65,7 @@ class Harness:
                 result.absent = str(reason)
             except AssertionError as error:
                 result.wrong = str(error) or "an assertion failed"
-            except Exception as error:  # another package's, of any kind
+            except Exception as error:  # a peer's, of any kind
                 result.failed = in_a_line(error)
         clock.wait()
         for figure in figures:
@@ -80,14 +80,14 @@ class Harness:
         start = time.perf_counter()
         result.counts = self.clock.count(run)
         self.clock.wait()
-        if self.clock.kind == "cpu":  # a GPU's has been under the profiler
+        if self.clock.kind == "cpu":  # on a GPU the profiler was running
             result.first_seconds = time.perf_counter() - start
         truth.check(run.outputs())
         if run.kernels is not None:
             run.kernels.check(truth)
 
     def _shares(self, runs: list[Run], result: Result) -> None:
-        """What the calls report of themselves."""
+        """Takes over the times that the calls report themselves."""
         laps = [lap for run in runs for lap in run.laps or ()]
         seconds = result.seconds.get("cold") or result.seconds.get("hot")
         if laps and seconds:
@@ -96,7 +96,7 @@ class Harness:
             result.stages = runs[0].stages()
 
     def _estimate(self, turn: Turn, first: float) -> float:
-        """Seconds that a turn takes, to plan with. Of slow ones the first call has to do."""
+        """Seconds of a turn, to plan with; for a slow contender, those of its first call."""
         if first > SLOW:
             return first
         seconds = []
@@ -121,7 +121,7 @@ class Harness:
             try:
                 action()
             except Absent:
-                turns.pop(name, None)  # this figure alone
+                turns.pop(name, None)  # only this figure is missing
             except Exception as error:
                 turns.pop(name, None)
                 results[name].failed = f"{figure}: {in_a_line(error)}"

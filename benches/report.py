@@ -1,8 +1,8 @@
-"""What a session leaves behind: one document, as the summary in the terminal, a JSON file and a chart.
+"""The report of a session: one document, as a summary in the terminal, a JSON file and a chart.
 
     python benches/report.py benches/results/amd-epyc.json
 
-prints the table of a file of results again.
+prints the summary of a JSON file again.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ FIGURES = ("hot", "cold", "eager")
 
 
 def rows(comparison: Comparison) -> Iterator[dict[str, Any]]:
-    """A contender's figures. ``ratio``: its time over that of the pydrone it is set against (above 1: slower)."""
+    """A row of figures for each contender. ``ratio``: its time over that of the pydrone it is compared with."""
     results = comparison.results
     for result in results.values():
         row: dict[str, Any] = {"name": result.name, "against": result.against, "launches": None, **result.counts}
@@ -56,7 +56,7 @@ def _figures(result: Result, ours: Result, memcpy: Result | None, figure: str) -
 
 
 def document(comparisons: list[Comparison], clock: Clock) -> dict[str, Any]:
-    """What the JSON file holds: provenance, comparisons with a row for each contender, on a GPU the targets."""
+    """The content of the JSON file: provenance, comparisons with a row for each contender, on a GPU the targets."""
     found = machine.provenance(clock)
     found["comparisons"] = [
         {
@@ -76,18 +76,18 @@ def document(comparisons: list[Comparison], clock: Clock) -> dict[str, Any]:
 
 
 CPU_HEAD = """\
-pydrone and its peers: median of a call, interquartile range in brackets; 'x' is its time over pydrone's (of that
-pydrone which stores the same fields); GB/s of the bytes that must be read and written; launches as dispatched by
-PyTorch (-: not seen by it); GAE: its share of the iteration."""
+pydrone and its peers: median of a call, interquartile range in brackets; 'x' is its time over pydrone's (the one that
+stores the same fields); GB/s of the bytes that must be read and written; launches that PyTorch dispatches (-: it
+cannot see them); GAE: its share of the iteration."""
 GPU_HEAD = """\
 pydrone and its peers: median of one operation in us (a step's append, a minibatch), interquartile range in brackets;
 'x' is its time over pydrone's; GB/s of the bytes that must be read and written. hot, cold: device time of a CUDA
-graph's replays (*: sum of the profiler's kernels, outside of a graph). eager: whole calls. Launches and waits of the
-host are those of a call: all steps of a rollout, all minibatches of an epoch."""
+graph's replays (*: the profiler's sum of the kernels, without a graph). eager: whole calls. Launches and waits of the
+host are counted per call: all steps of a rollout, all minibatches of an epoch."""
 
 
 def print_summary(line: Callable[[str], None], document: dict[str, Any]) -> None:
-    """The table. Every contender has its line, with the reason where it has no figures."""
+    """Prints the table: a line for every contender, with the reason if it has no figures."""
     gpu = document.get("kind") == "cuda"
     for text in [
         "",
@@ -138,14 +138,14 @@ def _cells(figures: dict[str, Any] | None, scale: float, profiled: bool) -> str:
 
 
 def file_name(operations: set[str], clock: Clock) -> str:
-    """MACHINE.json; of a session of some operations MACHINE-OPERATIONS.json, beside that of all."""
+    """MACHINE.json if all operations were measured, else MACHINE-OPERATIONS.json."""
     some = [name for name in OPERATIONS if name in operations]
     suffix = "" if len(some) == len(OPERATIONS) else "-" + "-".join(some).replace(" ", "-")
     return f"{machine.name(clock)}{suffix}.json"
 
 
 def write(path: Path, comparisons: list[Comparison], clock: Clock, chart: bool = True) -> list[Path]:
-    """The document in ``path``, and a chart beside it where matplotlib is. Returns the files."""
+    """Writes the document to ``path``, and a chart beside it if matplotlib is installed. Returns the files."""
     path.parent.mkdir(parents=True, exist_ok=True)
     found = document(comparisons, clock)
     path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")

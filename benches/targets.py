@@ -1,10 +1,10 @@
-"""The figures to reach on an H200 at 8192 x 100, and what a report has for each."""
+"""The figures to reach on an H200 at 8192 x 100, and what a report measured for each."""
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-GPU, SIZE = "H200", (8192, 100)  # on another one the verdicts are about that one
+GPU, SIZE = "H200", (8192, 100)  # on another GPU the verdicts hold for that one
 BACKENDS = ("", ", triton")  # of "pydrone": the default one, and Triton's
 
 
@@ -14,11 +14,11 @@ class Target(NamedTuple):
     contender: str
     name: str
     key: str
-    """The figure, of ``measured``."""
+    """The figure's key in :func:`measured`."""
     limit: float
     unit: str = ""
     least: bool = False
-    """Whether the limit is a lower one."""
+    """Whether the limit is a lower bound."""
 
 
 TARGETS = (
@@ -41,9 +41,9 @@ TARGETS = (
 
 
 def measured(comparison: dict[str, Any], row: dict[str, Any]) -> dict[str, float]:
-    """The figures of a row of the report that targets are about: of one operation, times in microseconds.
+    """The figures of a report's row that have targets: for one operation, times in microseconds.
 
-    ``host_waits`` is of the whole call: one wait in a rollout's appends is one too many.
+    ``host_waits`` counts over the whole call: one wait in a rollout's appends is one too many.
     """
     per, cache = comparison["per"], row["cache"]
     found = {figure: 1e3 * x["median_ms"] / per for figure, x in cache.items()}
@@ -61,7 +61,7 @@ def measured(comparison: dict[str, Any], row: dict[str, Any]) -> dict[str, float
 
 
 def judge(comparisons: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """For each target and backend what was measured at SIZE, and whether that reaches it; None where nothing was."""
+    """For each target and backend, the figure measured at SIZE (None: none was) and the verdict."""
     rows = {
         (x["operation"], row["name"]): measured(x, row)
         for x in comparisons
