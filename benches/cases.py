@@ -1,6 +1,6 @@
-"""One operation's launches with the arguments that a buffer gives them, hot and cold, and the check of their outputs.
+"""The launches of one operation with a buffer's arguments, hot and cold, and the check of their outputs.
 
-The arguments are recorded, so that the same launches can be made by any backend's operation or any variant of it.
+The arguments are recorded, so that any backend's operation, or any variant of it, can make the same launches.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pydrone.buffer import RolloutBuffer
 from pydrone.ops import dispatch, reference
 
 Operation = Callable[..., None]
-COLD = 4  # times the cache that rotating launches touch
+COLD = 4  # rotating launches touch so many times the cache's size
 
 
 class Case(NamedTuple):
@@ -29,17 +29,17 @@ class Case(NamedTuple):
     operation: str
     """gae, append or gather."""
     whole: list[tuple]
-    """Launches after which ``outputs`` are complete."""
+    """Launches that together complete ``outputs``."""
     hot: list[tuple]
-    """One, whose data stays in the cache as it is made again and again."""
+    """One launch, whose data stays in the cache when it is repeated."""
     cold: list[tuple]
-    """Several over more memory than the cache holds, or as much of it as there is."""
+    """Several launches over more memory than the cache holds, or over all of the rollout if that is less."""
     poison: Callable[[], None]
-    """Fills the outputs of ``whole``, so that what is not written is seen."""
+    """Overwrites the outputs of ``whole``, so that the check finds what a launch does not write."""
     outputs: Callable[[], dict[str, Tensor]]
     """For ``Truth.check``."""
     nbytes: int
-    """Useful bytes of a launch: each that must be read or written, once."""
+    """Useful bytes of a launch: each byte that must be read or written counts once."""
 
     def check(self, operation: Operation, truth: Truth) -> None:
         """Raises AssertionError unless ``operation`` writes what it must."""
@@ -77,7 +77,7 @@ def named(operation: str, arguments: tuple) -> dict[str, object]:
     return dict(zip(inspect.signature(getattr(reference, operation)).parameters, arguments, strict=True))
 
 
-# Of planes [N, C]: the steps of an environment side by side, or the environments of a step.
+# Of planes [N, C]: contiguous along the steps of an environment, or along the environments of a step.
 LAYOUTS = {"rows": Tensor.contiguous, "columns": lambda x: x.t().contiguous().t()}
 
 

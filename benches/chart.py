@@ -14,7 +14,7 @@ OURS, THEIRS, BOUND = "#1b6ca8", "#c9a227", "#8a8a8a"
 
 
 def _figures(contender: dict[str, Any]) -> dict[str, Any] | None:
-    """Of a cold call; where there is none, what there is."""
+    """The figures of a cold call, or else of a hot or an eager one."""
     return next((contender["cache"][x] for x in ("cold", "hot", "eager") if x in contender["cache"]), None)
 
 
@@ -28,7 +28,7 @@ def _color(name: str) -> str:
 
 
 def draw(document: dict[str, Any], path: Path) -> None:
-    """Writes a PNG of ``document``, what the JSON file holds."""
+    """Writes a PNG of ``document``, the content of the JSON file."""
     bars: dict[str, dict[str, Any]] = {}
     swept: dict[str, list[dict[str, Any]]] = {}
     for x in document["comparisons"]:
@@ -71,7 +71,7 @@ def _bars(axis: Any, operation: str, comparison: dict[str, Any]) -> None:
 
 
 def _lines(axis: Any, operation: str, comparisons: list[dict[str, Any]], fixed: str) -> None:
-    """Of the sizes that share the commonest value of ``fixed``."""
+    """Plots the sizes that share the commonest value of ``fixed``."""
     values = [x[fixed] for x in comparisons]
     common = max(set(values), key=values.count)
     other = "num_envs" if fixed == "num_steps" else "num_steps"

@@ -1,4 +1,4 @@
-"""What a CUDA clock needs of a device: graphs, events, the profiler; and a CPU that stands in for it."""
+"""The device under a CUDA clock: graphs, events, the profiler; and a CPU that stands in for it."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize
 
 
 class CudaDevice:
-    """A GPU. ValueError where there is none."""
+    """A GPU. Raises ValueError if there is none."""
 
     real = True
-    in_a_graph = 100  # launches, at least about: one replay's own cost is lost in them
+    in_a_graph = 100  # launches, at least about so many: they make a replay's own cost negligible
 
     def __init__(self, name: str = "cuda") -> None:
         if not torch.cuda.is_available():
@@ -33,17 +33,17 @@ class CudaDevice:
         torch.cuda.synchronize()
 
     def captured(self, call: Call) -> Call:
-        """``call``, which has run before, as a graph to replay."""
+        """Captures ``call``, which must have run before, and returns the graph's replay."""
         self.wait()
         graph = torch.cuda.CUDAGraph()
-        # What a kernel's first launch loads forbids the default capture mode.
+        # The default capture mode forbids the loading that a kernel's first launch may do.
         with torch.cuda.graph(graph, capture_error_mode="relaxed"):
             call()
         self.wait()
         return graph.replay
 
     def seconds(self, call: Call, before: Call) -> float:
-        """Device seconds of ``call``; ``before`` is queued ahead of it, so that the GPU is at work when it comes."""
+        """Device seconds of ``call``; ``before`` is queued ahead of it, so that the GPU is already busy."""
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         before()
         start.record()
@@ -53,18 +53,18 @@ class CudaDevice:
         return start.elapsed_time(end) / 1e3
 
     def launches(self, call: Call) -> int | None:
-        """Kernels, copies and fills of one call; None where the profiler sees none, as without CUPTI."""
+        """Number of kernels, copies and fills in one call; None if the profiler sees none, as without CUPTI."""
         return len(self._on_device(self._events(call))) or None
 
     def kernel_seconds(self, call: Call) -> float:
-        """The sum of the times of each kernel, copy and fill in one call, without the gaps between them."""
+        """Total time of the kernels, copies and fills in one call, without the gaps between them."""
         events = self._on_device(self._events(call))
         if not events:
             raise RuntimeError("the profiler has seen nothing of the device: is CUPTI there?")
         return sum(event.time_range.elapsed_us() for event in events) / 1e6
 
     def host_calls(self, call: Call) -> dict[str, int]:
-        """How often the host launches something (a graph is one) and waits for the device in one call."""
+        """How often the host launches (a graph counts once) and how often it waits for the device, in one call."""
         own, found = (self._host_calls(x) for x in (lambda: None, call))
         if not found["host_launches"]:
             return {}
@@ -91,15 +91,15 @@ class CudaDevice:
     def _on_device(events: list) -> list:
         from torch.autograd import DeviceType
 
-        # An optimiser's step is marked on the device's time line too; it is none of the launches.
+        # The profiler marks an optimiser's step on the device's time line too: that is no launch.
         device = [event for event in events if event.device_type == DeviceType.CUDA]
         return [event for event in device if not getattr(event, "is_user_annotation", False)]
 
 
 class StandIn:
-    """The CPU in the place of a GPU, to run the CUDA clock's code without one. Its figures mean nothing.
+    """A CPU in place of a GPU, to run the CUDA clock's code without one. Its figures mean nothing.
 
-    A graph is the call itself, a launch is what PyTorch dispatches, and nothing waits.
+    A graph is the call itself, a launch is an operation that PyTorch dispatches, and nothing waits.
     """
 
     real, in_a_graph, name, cache_bytes = False, 1, "cpu", 1 << 12

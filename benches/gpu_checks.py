@@ -1,7 +1,7 @@
 """The checks of `make gpu`: the tests on every GPU backend, and compute-sanitizer over the kernels, side by side.
 
-`--machine` says what the machine has, before anything is built. Without a GPU, or with anything amiss, the exit status
-is 1 and the last lines say what could not be done.
+`--machine` only reports what the machine has; it runs before the build. Without a GPU, or if anything is missing, the
+exit status is 1 and the last lines say what was not done.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 LOGS = ROOT / "build" / "gpu-logs"
-SECONDS, TOTAL = 300, 480  # of a job, and of all of them, before they are stopped
+SECONDS, TOTAL = 300, 480  # limits for one job, and for all of them
 WORK = (
     "the native CUDA library: not built",
     "tests of the backends cuda and triton, CUDA graphs, launches, streams: not run",
@@ -48,7 +48,7 @@ def installed(module: str) -> bool:
 
 
 def without_benchmarks() -> str | None:
-    """What `make gpu-bench` lacks, and how to bring it; None where nothing."""
+    """What `make gpu-bench` lacks, and how to install it; None if nothing."""
     missing = [name for module, name in BENCHMARKS.items() if not installed(module)]
     if not missing:
         return None
@@ -62,7 +62,7 @@ def cuda_tool(name: str) -> str | None:
 
 
 def machine() -> str | None:
-    """Says what is here; the reason why the work cannot be done, or None."""
+    """Prints what the machine has. Returns why the checks cannot run, or None."""
     if sys.version_info < (3, 11):
         return f"{sys.executable} is Python {sys.version_info[0]}.{sys.version_info[1]}, expected 3.11 or later"
     if not installed("torch"):
@@ -125,7 +125,7 @@ class Outcome(NamedTuple):
 
 
 def run(job: Job, until: float) -> Outcome:
-    """Runs a job that is to have ended by ``until`` on time.perf_counter()."""
+    """Runs a job, and stops it at ``until`` on time.perf_counter()."""
     start = time.perf_counter()
     seconds = min(SECONDS, until - start)
     if seconds <= 0:
@@ -136,7 +136,7 @@ def run(job: Job, until: float) -> Outcome:
     problem = None
     with path.open("w") as log:
         try:
-            # A session of its own, so that what it has started ends with it.
+            # A session of its own, so that a kill reaches the job's children too.
             process = subprocess.Popen(
                 job.command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
             )
@@ -156,15 +156,15 @@ def run(job: Job, until: float) -> Outcome:
 
 
 def last_words(outcome: Outcome) -> str:
-    """pytest's or the sanitizer's own count, from the end of the log."""
+    """pytest's or the sanitizer's summary line, from the end of the log."""
     lines = [line for line in outcome.log.splitlines() if re.search(r"passed|failed|ERROR SUMMARY|RACECHECK", line)]
     return lines[-1].strip("= ") if lines else ""
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--machine", action="store_true", help="only say what the machine has")
-    parser.add_argument("--benchmarks", action="store_true", help="only say whether the benchmarks can run")
+    parser.add_argument("--machine", action="store_true", help="only report what the machine has")
+    parser.add_argument("--benchmarks", action="store_true", help="only check whether the benchmarks can run")
     options = parser.parse_args()
     if options.benchmarks:
         problem = without_benchmarks()

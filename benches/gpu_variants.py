@@ -1,7 +1,7 @@
-"""The kernels with other launch parameters: Triton's by their launchers' constants, CUDA's compiled anew.
+"""The kernels with other launch parameters: Triton's by their launchers' constants, CUDA's by recompiling.
 
-The sources stay as they are. A CUDA variant is a copy of its source with other constants, which registers the operation
-under a namespace of its own, so that all of them can be called by one process.
+The sources stay as they are. A CUDA variant is a copy of its source with other constants. It registers its operation in
+a namespace of its own, so that one process can call all variants.
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ class Variant(NamedTuple):
     """One of KERNELS."""
     backend: str
     parameters: dict[str, object] = {}
-    """Constants of the source or of the Triton launcher, by name; the others stay."""
+    """New values of the source's or the Triton launcher's constants, by name; the others stay."""
     text: dict[str, str] = {}
-    """What else is replaced in a CUDA source."""
+    """Further replacements in a CUDA source, old text to new."""
 
     @property
     def operation(self) -> str:
         return self.kernel.split()[0]
 
 
-# The constants of each kernel that are varied, in CUDA and in Triton. kMinBlocks is how many blocks must be there at
-# once, which bounds a thread's registers. kManyEnvs and MANY_ENVS are 1 for several rows to a warp, BEYOND for one.
+# The constants of each kernel that are varied, in CUDA and in Triton. kMinBlocks is how many blocks must be resident at
+# once, which limits a thread's registers. kManyEnvs and MANY_ENVS: 1 for several rows a warp, BEYOND for one.
 BEYOND = 1 << 30
 KERNELS = {
     "gae rows": (("kWarps", "kManyEnvs", "kMinBlocks"), ("WARPS", "WARP_ROWS", "MANY_ENVS")),
@@ -57,19 +57,19 @@ KERNELS = {
 
 
 def _rows(warps: int, many: int, blocks: int, text: dict[str, str]) -> Variant:
-    # The bound is for the kernel that the sweep runs; the others are free.
+    # Only the kernel that the sweep runs gets the bound.
     bound = f"sizeof(T) == 8 ? 1 : (mode == kWide ? {blocks} : 1)"
     return Variant("gae rows", "cuda", {"kWarps": warps, "kManyEnvs": many, "kMinBlocks": bound}, text)
 
 
 def _each(kernel: str, backend: str, names: str, values: str) -> list[Variant]:
-    """One for each comma-separated row of ``values`` of the constants ``names``."""
+    """A variant for each comma-separated row of ``values`` of the constants ``names``."""
     rows = [[int(x) for x in row.split()] for row in values.split(",")]
     return [Variant(kernel, backend, dict(zip(names.split(), row, strict=True))) for row in rows]
 
 
 def cuda() -> list[Variant]:
-    """The first of a kernel is the source as it is."""
+    """CUDA's variants; the first of a kernel is the unchanged source."""
     threads = "kSamples kThreads kUnroll"
     return [
         Variant("gae rows", "cuda"),
@@ -89,7 +89,7 @@ def cuda() -> list[Variant]:
 
 
 def triton() -> list[Variant]:
-    """The first of a kernel is the launcher as it is."""
+    """Triton's variants; the first of a kernel is the unchanged launcher."""
     names = "WARPS WARP_ROWS MANY_ENVS"
     return [
         Variant("gae rows", "triton"),
@@ -106,7 +106,7 @@ def triton() -> list[Variant]:
 
 @contextlib.contextmanager
 def launched_with(variant: Variant) -> Iterator[Operation]:
-    """Triton's launcher with the variant's constants, which are the module's own again afterwards."""
+    """Triton's launcher with the variant's constants; the module's own are restored afterwards."""
     module = importlib.import_module(f"pydrone._triton.{variant.operation}")
     before = {name: getattr(module, name) for name in variant.parameters}
     try:
@@ -119,7 +119,7 @@ def launched_with(variant: Variant) -> Iterator[Operation]:
 
 
 def constants(variant: Variant) -> dict[str, str]:
-    """What the varied constants of the variant's kernel are, its own included."""
+    """The values of all varied constants of the variant's kernel, in this variant."""
     names = KERNELS[variant.kernel][variant.backend == "triton"]
     if variant.backend == "triton":
         module = importlib.import_module(f"pydrone._triton.{variant.operation}")
@@ -128,13 +128,13 @@ def constants(variant: Variant) -> dict[str, str]:
         source = (SOURCES / f"{variant.operation}.cu").read_text()
         found = {name: _assigned(name, source)[1] for name in names}
     found |= variant.parameters
-    if "kMinBlocks" in found:  # of a condition's values, the one for the kernel that runs
+    if "kMinBlocks" in found:  # a conditional expression: the value for the kernel that runs
         found["kMinBlocks"] = re.search(r"kWide \? (\d+)", found["kMinBlocks"])[1]
     return {name: str(x) for name, x in found.items()} | ({"rows of a warp": "4"} if variant.text else {})
 
 
 def _assigned(name: str, source: str) -> re.Match:
-    """`name = value` where the source defines the constant; its second group is the value."""
+    """The source's definition `name = value` of the constant; group 1 is the value."""
     found = list(re.finditer(rf"\b{name} = ([^,;]+)(?=[,;])", source))
     if len(found) != 1:
         raise ValueError(f"{name}: expected one definition in the CUDA source, found {len(found)}")
@@ -142,7 +142,7 @@ def _assigned(name: str, source: str) -> re.Match:
 
 
 def changed(source: str, variant: Variant, namespace: str) -> str:
-    """The CUDA source with the variant's constants, its operation in ``namespace``."""
+    """The CUDA source with the variant's constants and its operation in ``namespace``."""
     for name, x in variant.parameters.items():
         found = _assigned(name, source)
         source = source[: found.start(1)] + str(x) + source[found.end(1) :]
@@ -160,7 +160,10 @@ def find_nvcc() -> str | None:
 
 
 def compiled(variant: Variant, namespace: str, folder: Path, architecture: str, link: bool = True) -> Path:
-    """The variant's library, or without ``link`` its object, for sm_<architecture>; RuntimeError in nvcc's words."""
+    """Compiles the variant's library, or without ``link`` its object, for sm_<architecture>.
+
+    Raises RuntimeError with nvcc's message.
+    """
     nvcc = find_nvcc()
     if nvcc is None:
         raise RuntimeError("nvcc was not found")
@@ -184,7 +187,7 @@ _libraries: list[torch.library.Library] = []
 
 
 def loaded(variant: Variant, namespace: str, library: Path) -> Operation:
-    """The variant's operation out of its library."""
+    """Loads the variant's library and returns its operation."""
     _libraries.append(torch.library.Library(namespace, "DEF"))
     _libraries[-1].define(variant.operation + SCHEMAS[variant.operation])
     torch.ops.load_library(str(library))

@@ -1,4 +1,4 @@
-"""What was measured, on what: the processor or GPU, versions, commit, command."""
+"""The provenance of a measurement: processor or GPU, versions, commit, command."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ PACKAGES = [
 
 
 def name(clock: Clock) -> str:
-    """The processor's or the GPU's name, as a file's name."""
+    """The processor's or the GPU's name, as a file name."""
     return re.sub(r"[^a-z0-9]+", "-", device_name(clock).lower()).strip("-")
 
 
@@ -52,7 +52,7 @@ def cpu_name() -> str:
 
 
 def provenance(clock: Clock) -> dict[str, Any]:
-    """What a figure was measured with: command, commit, machine, versions."""
+    """How a figure was measured: command, commit, machine, versions."""
     import pydrone
 
     found = {
@@ -102,7 +102,7 @@ def _version(name: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """Of the working tree, with a + where it has changes; None without git."""
+    """The working tree's commit, with a + if there are changes; None without git."""
     commit, changed = _output_of("git", "rev-parse", "HEAD"), _output_of("git", "status", "--porcelain", "-uno")
     return commit and commit + ("+" if changed else "")
 

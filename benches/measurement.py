@@ -13,83 +13,83 @@ Call = Callable[[], object]
 
 
 class Absent(Exception):
-    """A contender, or one of its figures, cannot be measured; the reason."""
+    """A contender, or one of its figures, cannot be measured; the message is the reason."""
 
 
 class Kernels(NamedTuple):
-    """The launches inside a call, for device time: they are repeated without the Python around them."""
+    """The launches inside a call, to measure device time without the Python around them."""
 
     hot: list[Call]
-    """One, on data that stays in the cache as it is repeated."""
+    """One launch, whose data stays in the cache when it is repeated."""
     cold: list[Call]
-    """Several, over more memory than the cache holds, or over all of the rollout where that is less."""
+    """Several launches over more memory than the cache holds, or over all of the rollout if that is less."""
     check: Callable[..., None]
     """Given the truth: raises AssertionError unless the launches write what they must."""
 
 
 class Graphed(NamedTuple):
-    """What a CUDA graph captures of a contender."""
+    """The part of a contender that a CUDA graph captures."""
 
     call: Call
     before: Call = lambda: None
     """What the host does before the call and before each replay."""
     check: Call = lambda: None
-    """Raises where the replays so far have gone wrong."""
+    """Raises if a replay so far has gone wrong."""
 
 
 class Run(NamedTuple):
-    """One contender, ready: its memory allocated, its inputs in the form in which its own user would have them."""
+    """A contender ready to run: memory allocated, inputs in the form that its users have."""
 
     call: Call
-    """What is timed."""
+    """The timed call."""
     outputs: Callable[[], dict[str, Tensor]]
-    """What the last call gave, for ``Truth.check``. An epoch of minibatches reads another one."""
+    """The last call's outputs, for ``Truth.check``. For minibatches: those of another epoch."""
     laps: list[float] | None = None
-    """Seconds that a part of each call took (GAE's in an iteration), appended by the call; empty on CUDA."""
+    """Seconds of a part of each call (GAE in an iteration), appended by the call; empty on CUDA."""
     launches: Callable[[], int | None] | None = None
-    """Returns their number, where PyTorch's dispatcher does not see them; None: unknown."""
+    """Returns the number of launches if PyTorch's dispatcher cannot see them; None: unknown."""
     stages: Callable[[], dict[str, float]] | None = None
-    """Seconds of the last call by its parts, where the contender reports them."""
+    """Seconds of the last call by stage, if the contender reports them."""
     graph: Graphed | None = None
-    """What a CUDA graph captures, where that is not just ``call``."""
+    """What a CUDA graph captures, if not just ``call``."""
     kernels: Kernels | None = None
 
 
 @dataclass
 class Contender:
-    """Who takes part. ``prepare(rollout)`` allocates and returns a Run, or raises Absent."""
+    """One participant of a comparison. ``prepare(rollout)`` allocates and returns a Run, or raises Absent."""
 
     name: str
     prepare: Callable[..., Run]
     useful_bytes: int = 0
-    """Bytes of a sample that the operation must read plus those that it must write."""
+    """Bytes per sample that the operation must read plus those that it must write."""
     storage_bytes: int = 0
-    """About what ``prepare`` allocates for a sample."""
+    """Approximate bytes that ``prepare`` allocates per sample."""
     against: str = "pydrone"
     """The contender whose time is 1x."""
     capturable: bool = False
-    """Whether a CUDA graph may hold the call. If not, device time is the profiler's."""
+    """Whether a CUDA graph can capture the call. If not, device time is the profiler's."""
     on_host: bool = False
-    """It computes in NumPy on the host: on CUDA only whole calls are timed."""
+    """Whether it computes in NumPy on the host: then on CUDA only whole calls are timed."""
 
 
 @dataclass
 class Result:
-    """What was measured of one contender, or why nothing was."""
+    """The measurements of one contender, or why there are none."""
 
     name: str
     against: str
     useful_bytes: int
     seconds: dict[str, list[float]] = field(default_factory=dict)
-    """Of a whole call, a turn each, by figure: "hot", "cold", "eager"."""
+    """Seconds of a whole call, one number a turn, by figure: "hot", "cold", "eager"."""
     first_seconds: float = 0.0
-    """Of the first call, in which launches are counted and pages are faulted in; only to plan with."""
+    """Seconds of the first call, which counts launches and faults pages in; only used for planning."""
     share: float | None = None
-    """Of ``laps`` in the whole call."""
+    """The share of ``laps`` in the whole call."""
     counts: dict[str, int | None] = field(default_factory=dict)
     """launches; on CUDA also host_launches and host_waits."""
     device_time: str | None = None
-    """Where CUDA's hot and cold come from: "graph" or "profiler"."""
+    """The source of CUDA's hot and cold figures: "graph" or "profiler"."""
     stages: dict[str, float] = field(default_factory=dict)
     absent: str | None = None
     wrong: str | None = None
@@ -106,7 +106,7 @@ class Result:
 
     @property
     def problem(self) -> str | None:
-        """In a line, why it has no figures or not all of them."""
+        """Why figures are missing, in one line."""
         for word, reason in (("WRONG", self.wrong), ("FAILED", self.failed), ("absent", self.absent)):
             if reason:
                 return f"{word}: {reason}"
@@ -123,11 +123,11 @@ class Comparison:
     num_steps: int
     results: dict[str, Result]
     kind: str = "cpu"
-    """Of the clock."""
+    """The clock's kind."""
     per: int = 1
-    """How many of the operation a call does: the steps of a rollout, the minibatches of an epoch."""
+    """How many operations a call performs: the steps of a rollout, the minibatches of an epoch."""
     cold: str = ""
-    """In words, how cold was cold."""
+    """How cold calls were made cold, in words."""
     hot: str = ""
     """Why there are no hot figures."""
 

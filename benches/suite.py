@@ -1,4 +1,4 @@
-"""What a session measures: comparisons, each once and when its first case asks for it, kept for the report."""
+"""What a session measures: each comparison once, when its first case asks for it; results are kept for the report."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from measurement import Comparison
 from peers.train import Setting, Sound
 from workload import GPU_SCAN_SIZES, SIZES, Rollout, Size, Truth
 
-# What a training iteration is measured at; a simulator takes the rest of the time at larger ones.
+# The sizes of a training iteration; at larger ones the simulator takes most of the time.
 TRAINING_SIZES = {"cpu": [(1024, 100)], "cuda": [(8192, 100)]}
 SWEEP_SIZES = [
     *((n, 100) for n in (256, 1024, 4096, 16384)),
     *((1024, t) for t in (12, 48, 192, 768)),
 ]
 SWEPT = ("gae", "append", "minibatch epoch")
-# Seconds of timed turns, a comparison.
+# Seconds of timed turns for each comparison.
 BUDGET = {
     "gae": 4.0,
     "append": 3.0,
@@ -36,7 +36,7 @@ FIGURES = {
     "cuda": {
         **dict.fromkeys(("gae", "append", "minibatch epoch"), ("hot", "cold", "eager")),
         "iteration": ("cold", "eager"),
-        # Thousands of launches, most of them the simulator's or autograd's: the whole, and how many.
+        # Thousands of launches, most of them the simulator's or autograd's: only whole calls and counts.
         "update": ("eager",),
         "training": ("eager",),
     },
@@ -84,9 +84,9 @@ def sizes(operation: str, kind: str, chosen: list[Size] | None) -> list[Size]:
 
 
 class Suite:
-    """Measures on demand. ``scale`` multiplies BUDGET. ``limit``: seconds after which no comparison is begun.
+    """Measures on demand. ``scale`` multiplies BUDGET. ``limit``: seconds after which no comparison starts.
 
-    ``keep`` is called with all comparisons after each.
+    ``keep`` is called after each comparison, with all so far.
     """
 
     def __init__(self, clock: Clock, scale: float = 1.0, limit: float | None = None) -> None:
@@ -98,13 +98,13 @@ class Suite:
         self._made: tuple[tuple, Rollout, Truth] | None = None
 
     def cases(self, operation: str, chosen: list[Size] | None) -> list[Case]:
-        """All cases of an operation, a comparison's next to each other."""
+        """All cases of an operation, those of a comparison side by side."""
         names, kind = [c.name for c in contenders(operation, self.clock)], self.clock.kind
         found = sizes(operation, kind, chosen)
         return [Case(operation, s, f, n) for s in found for f in figures(operation, kind) for n in names]
 
     def comparison(self, operation: str, size: Size) -> Comparison | None:
-        """Measured now or before; None where the time is up."""
+        """The comparison, measured now or before; None if the time is up."""
         key, name = (operation, size), operation.removeprefix("sweep: ")
         if key not in self.comparisons:
             if self.until is not None and time.monotonic() > self.until:

@@ -1,4 +1,4 @@
-"""The inputs of every benchmark: one rollout, its sizes, the float64 truth, and how outputs are compared with it."""
+"""The input of every benchmark: one rollout, its sizes, and the float64 truth to check outputs against."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ NUM_OBS, NUM_ACTIONS = 17, 4
 GAMMA, LAM = 0.99, 0.95
 NUM_MINIBATCHES, NUM_EPOCHS = 4, 5
 
-# (N, T). The first is the one that README and docs speak of. A GPU scans more environments too.
+# (N, T). README and docs quote the first. On a GPU, GAE also runs with more environments.
 SIZES = [(8192, 100), (4096, 24), (1024, 100), (16384, 128), (256, 2048)]
 GPU_SCAN_SIZES = [*SIZES, (65536, 100)]
 
-# Of one sample. Peers without the old mean and std of the policy are set beside a pydrone that does not store them.
+# Bytes of one sample. Peers that do not store the policy's mean and std are compared with a pydrone that does not.
 SCALAR = 4
 POLICY_BYTES = 2 * NUM_ACTIONS * SCALAR
 ROW_BYTES = (NUM_OBS + NUM_ACTIONS + 3) * SCALAR + 1  # observation, action, reward, value, log-probability, done
@@ -40,12 +40,12 @@ class Size(NamedTuple):
 
 
 class Rollout:
-    """Time-major tensors [T, N, ...], as simulators hand them out step by step; 2 % of the steps end an episode.
+    """Time-major tensors [T, N, ...], as simulators return them step by step; 2 % of the steps end an episode.
 
-    ``log_probs`` are all different, so that a shuffled sample can be recognised. ``dones``: bool. ``last_values``: [N].
+    All ``log_probs`` differ, to identify shuffled samples. ``dones``: bool. ``last_values``: [N].
     """
 
-    copied = True  # a contender can have copies of it
+    copied = True  # contenders can get copies of it
 
     def __init__(self, size: Size, device: str = "cpu", everything: bool = True) -> None:
         generator = torch.Generator().manual_seed(1)
@@ -66,7 +66,7 @@ class Rollout:
             self.log_probs = (-(order + 1).float() / 2**24).view(shape).to(device)
 
     def clone(self) -> Rollout:
-        """The same numbers in other memory."""
+        """A copy in other memory."""
         other = object.__new__(Rollout)
         for name, value in vars(self).items():
             setattr(other, name, value.clone() if isinstance(value, Tensor) else value)
@@ -77,13 +77,13 @@ class Rollout:
         return sum(x.nbytes for x in vars(self).values() if isinstance(x, Tensor))
 
     def step(self, t: int, policy: bool = True) -> dict[str, Tensor]:
-        """The arguments of ``RolloutBuffer.append``, views."""
+        """The arguments of ``RolloutBuffer.append``, as views."""
         names = (*STORED, *POLICY) if policy else STORED
         return {name: getattr(self, name)[t] for name in names}
 
 
 class Truth:
-    """What the operations must give: computed in float64, from the formula in docs/conventions.md, step by step."""
+    """The right outputs: computed in float64, step by step, from the formula in docs/conventions.md."""
 
     def __init__(self, rollout: Rollout) -> None:
         rewards, values = rollout.rewards.double(), rollout.values.double()
@@ -103,8 +103,8 @@ class Truth:
         """Raises AssertionError unless ``outputs`` are right.
 
         Names: advantages, normalized, returns, mean, std, or the rollout's own fields, as [T, N, ...], which must be
-        equal to the bit. With "shuffled" in it, all are [N * T, ...] in any order, each sample once; "log_probs"
-        says which sample is which.
+        bitwise equal. With "shuffled", all are [N * T, ...] in any order, each sample once; "log_probs" identifies the
+        samples.
         """
         outputs = dict(outputs)
         where = None
