@@ -1,15 +1,15 @@
 """`pytest benches/ --benchmark-only`: options, thread settings, cases, and the report at the end.
 
-A case asks for its comparison, which the first of them measures (see harness.py), and hands the recorded times to
-pytest-benchmark, so that its own table, ``--benchmark-json`` and ``--benchmark-compare`` go on working. Figures of
-different machines, or of different runs, do not compare: read the ratios within a group.
+The first case of a comparison measures all of it (see harness.py). Each case passes its recorded times to
+pytest-benchmark, whose table, ``--benchmark-json`` and ``--benchmark-compare`` work as usual. Figures of different
+machines or runs are not comparable: read the ratios within a group.
 """
 
 from __future__ import annotations
 
 import os
 
-# Before torch is imported: OpenMP threads that spin after their work take the cores from whatever is timed next.
+# Before torch is imported: OpenMP threads that spin after their work would slow down whatever is timed next.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from collections.abc import Callable, Iterator
@@ -30,8 +30,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--pydrone-report", metavar="DIR", help="write JSON and a chart, named after the machine, to DIR")
     group.addoption("--pydrone-threads", type=int, default=cores, help=f"torch's threads (default: {cores})")
     group.addoption("--pydrone-sizes", metavar="NxT,...", help="sizes instead of those of suite.py")
-    group.addoption("--pydrone-time", type=float, default=1.0, metavar="FACTOR", help="measure so much longer")
-    group.addoption("--pydrone-limit", type=float, metavar="SECONDS", help="begin no comparison after so long")
+    group.addoption("--pydrone-time", type=float, default=1.0, metavar="FACTOR", help="multiplies the time budgets")
+    group.addoption("--pydrone-limit", type=float, metavar="SECONDS", help="start no comparison after so long")
 
 
 SUITE = pytest.StashKey[Suite]()
@@ -51,14 +51,14 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """A session that is killed leaves what it has measured."""
+    """Writes the report after each comparison, so that a killed session leaves what it has measured."""
     suite, path = session.config.stash[SUITE], _path(session)
     if path is not None:
         suite.keep = lambda comparisons: report.write(path, comparisons, suite.clock, chart=False)
 
 
 def _path(session: pytest.Session) -> Path | None:
-    """Of the report, named after the machine and the operations that are to be measured."""
+    """The report's path, named after the machine and the operations to be measured."""
     folder, suite = session.config.getoption("--pydrone-report"), session.config.stash[SUITE]
     cases = [item.callspec.params["case"] for item in session.items if hasattr(item, "callspec")]
     if not folder or not cases:
@@ -68,7 +68,7 @@ def _path(session: pytest.Session) -> Path | None:
 
 
 class Replay:
-    """A clock for pytest-benchmark that runs through recorded seconds: every second reading is one of them later."""
+    """A timer for pytest-benchmark that replays recorded seconds: each pair of readings differs by the next of them."""
 
     __name__ = "replay"
 
@@ -82,7 +82,7 @@ class Replay:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """A module's OPERATIONS make the cases of its test."""
+    """Makes the cases of a module's test from its OPERATIONS."""
     if "case" not in metafunc.fixturenames:
         return
     chosen, suite = metafunc.config.getoption("--pydrone-sizes"), metafunc.config.stash[SUITE]
@@ -99,7 +99,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture
 def replay(request: pytest.FixtureRequest, case: Case, benchmark) -> Callable[[], None]:  # type: ignore[no-untyped-def]
-    """Measures the case's comparison if that has not been done, and gives the case's times to ``benchmark``."""
+    """Measures the case's comparison unless that is done, and passes the case's times to ``benchmark``."""
 
     def run() -> None:
         comparison = request.config.stash[SUITE].comparison(case.operation, case.size)

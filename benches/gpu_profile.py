@@ -1,9 +1,9 @@
-"""Profiles one cold launch of each kernel with Nsight Compute: bytes moved, occupancy, what warps wait for.
+"""Profiles one cold launch of each kernel with Nsight Compute: bytes moved, occupancy, why warps stall.
 
     python benches/gpu_profile.py
 
-For each backend build/gpu-logs/ncu-<backend>.ncu-rep, which ncu-ui opens, and the same as text and CSV; and a short
-table. The clocks are left as they are (--clock-control none): the times to compare are those of `make gpu-bench`.
+For each backend it writes build/gpu-logs/ncu-<backend>.ncu-rep, for ncu-ui, and the same as text and CSV, and prints a
+short table. It does not lock the GPU's clocks (--clock-control none): compare the times of `make gpu-bench` instead.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from gpu_checks import LOGS, ROOT, cuda_tool
 
 SECTIONS = ("LaunchStats", "Occupancy", "SpeedOfLight", "MemoryWorkloadAnalysis", "WarpStateStats")
 METRICS = ("gpu__time_duration.sum", "dram__bytes_read.sum", "dram__bytes_write.sum")
-SECONDS = 240  # of a backend, before it is stopped
-# Columns of ncu's raw page, and what the table calls them.
+SECONDS = 240  # limit for one backend
+# Columns of ncu's raw page, and their headings in the table.
 FIGURES = {
     "gpu__time_duration.sum": "us",
     "dram__bytes_read.sum": "read MB",
@@ -39,7 +39,7 @@ STALL = re.compile(r"issue_stalled_(\w+?)_per_(?:issue_active|warp_active)")
 
 
 def launch(backend: str, device: str, num_envs: int, num_steps: int) -> None:
-    """One launch of each operation, right and warm, between the profiler's start and stop."""
+    """One launch of each operation between the profiler's start and stop, after a check of its outputs."""
     import cases
     import torch
     from clock import for_device
@@ -68,7 +68,7 @@ def launch(backend: str, device: str, num_envs: int, num_steps: int) -> None:
 
 
 def in_unit(number: str, unit: str, heading: str) -> str:
-    """A number of ncu's in the heading's unit, or with its own where that is not known."""
+    """One of ncu's numbers in the heading's unit, or with its own unit if that is unknown."""
     x = float(number.replace(",", ""))
     if heading.split()[-1] not in ("us", "MB"):
         return f"{x:.4g}"
@@ -76,7 +76,7 @@ def in_unit(number: str, unit: str, heading: str) -> str:
 
 
 def summary(text: str) -> list[dict[str, str]]:
-    """A kernel a row, out of the CSV of ncu's raw page, whose second line holds the units."""
+    """A row for each kernel, from the CSV of ncu's raw page, whose second line holds the units."""
     lines = text.splitlines()
     start = next((i for i, line in enumerate(lines) if line.startswith('"ID"')), None)
     if start is None:
@@ -133,7 +133,7 @@ def profile(ncu: str, backend: str, arguments: list[str]) -> list[dict[str, str]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--backends", nargs="+", choices=("cuda", "triton"), default=["cuda", "triton"])
-    parser.add_argument("--launch", metavar="BACKEND", help="what ncu runs: the launches, and no more")
+    parser.add_argument("--launch", metavar="BACKEND", help="only make the launches; for ncu")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: to try --launch out")
     parser.add_argument("--num-envs", type=int, default=8192)
     parser.add_argument("--num-steps", type=int, default=100)

@@ -1,8 +1,8 @@
-"""Every kernel of one backend at small, odd sizes, once: what `make gpu` runs under compute-sanitizer.
+"""Runs every kernel of one backend at small, odd sizes: `make gpu` runs this under compute-sanitizer.
 
     compute-sanitizer --tool memcheck --error-exitcode 1 python benches/gpu_sanitize.py cuda
 
-Each allocation is one of its own here, so that an access a byte outside of it is seen.
+PyTorch's caching allocator is off, so that an access one byte outside an allocation is detected.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import os
 
-# Before torch is imported: its pool would lend every kernel the neighbours' memory.
+# Before torch is imported: in its pool, an access out of bounds would hit a neighbour's memory unnoticed.
 os.environ.setdefault("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")
 
 import torch
@@ -20,7 +20,7 @@ import pydrone
 from pydrone import RolloutBuffer
 from pydrone.ops.schema import loss_workspace_size
 
-# (num_envs, num_steps): sizes of one, multiples of nothing, wide rows, and more than a block of each kernel.
+# (num_envs, num_steps): ones, multiples of no block size, wide rows, and more than one block of each kernel.
 SIZES = ((1, 1), (3, 7), (37, 20), (131, 33))
 GROUPS = {"state": 17, "half": ((5,), torch.float16), "camera": ((3, 4), torch.uint8)}
 
@@ -76,9 +76,9 @@ def rollouts(num_envs: int, num_steps: int, capacity: int, device: str, backend:
 
 
 def captured(num_envs: int, num_steps: int, device: str, backend: str) -> None:
-    """The device's counter in place of the host's: the same launches as in a graph."""
+    """Makes the same launches as in a graph: they follow the device's counters instead of the host's."""
     buf = RolloutBuffer(num_envs, num_steps, obs=17, actions=4, final_obs_rows=0, device=device, backend=backend)
-    buf._ring.capturing = lambda: True  # launches run at once all the same
+    buf._ring.capturing = lambda: True  # launches still run at once
     given = step(num_envs, device)
     given["obs"] = given["obs"]["state"]
     for name in ("truncated", "final_obs", "valid"):
@@ -93,12 +93,12 @@ def captured(num_envs: int, num_steps: int, device: str, backend: str) -> None:
         buf.clear()
     buf.advance(num_steps)
     for _ in range(num_steps + 1):
-        buf.append(**given)  # the last one finds the ring full, and writes nothing
+        buf.append(**given)  # the last one finds the ring full and writes nothing
     assert buf._storage.cursor.tolist() == [4 * num_steps, 3 * num_steps, 1, 0, num_steps]
 
 
 def functions(num_envs: int, num_steps: int, device: str, backend: str) -> None:
-    """pydrone.gae of either layout and both precisions, with flags in place of codes."""
+    """pydrone.gae in both layouts and in three dtypes, with flags in place of codes."""
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
         for time_dim in (0, 1):
             shape = (num_envs, num_steps) if time_dim else (num_steps, num_envs)
@@ -118,7 +118,7 @@ def functions(num_envs: int, num_steps: int, device: str, backend: str) -> None:
 
 
 def losses(num_envs: int, num_steps: int, device: str) -> None:
-    """PPO's loss, a Triton kernel on every GPU: of an odd number of samples, dense and with strides, every option."""
+    """PPO's loss, a Triton kernel on every GPU: odd numbers of samples, dense and strided, all options."""
     size = num_envs * num_steps
     for actions in (1, 4, 17):
         matrices = [torch.randn(2 * size, 3 * actions, device=device).abs() + 0.1 for _ in range(4)]
@@ -144,7 +144,7 @@ def losses(num_envs: int, num_steps: int, device: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("backend", choices=("cuda", "triton", "cpu", "reference"))
-    parser.add_argument("--quick", action="store_true", help="two sizes in place of four")
+    parser.add_argument("--quick", action="store_true", help="two sizes instead of four")
     options = parser.parse_args()
     device = "cuda" if options.backend in ("cuda", "triton") else "cpu"
     torch.manual_seed(0)
@@ -153,10 +153,10 @@ def main() -> None:
             rollouts(num_envs, num_steps, capacity, device, options.backend)
         captured(num_envs, num_steps, device, options.backend)
         functions(num_envs, num_steps, device, options.backend)
-        if options.backend != "cuda":  # on a GPU it is Triton's whatever the backend
+        if options.backend != "cuda":  # on a GPU both backends use Triton's: test it once
             losses(num_envs, num_steps, device)
     if device == "cuda":
-        # The statistics of more than a warp's and a block's programs, and two rows of a warp.
+        # Statistics over more programs than a warp or a block has threads; two rows a warp.
         functions(4099, 5, device, options.backend)
         torch.cuda.synchronize()
     print(f"{options.backend}: every kernel ran")

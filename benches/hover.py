@@ -1,11 +1,11 @@
-"""Trainers on one environment, seed after seed in turn: rsl_rl, rsl_rl on pydrone's storage, and pydrone's own, its
-gradients by autograd or by one operation.
+"""Compares trainers on one environment, seed by seed: rsl_rl, rsl_rl on pydrone's storage, and pydrone's own trainer,
+with gradients by autograd or by one operation.
 
     make compare ARGS="--env quadrotor --seeds 1"
 
-Each trains until the mean length of the episodes that ended in the last ten iterations passes ``--target``, as counted
-at the environment, in the same way for all. The settings are TrainConfig's defaults. Writes JSON and a PNG of learning
-curves, with where the time of an iteration goes.
+Each trains until the mean length of the episodes that ended in the last ten iterations reaches ``--target``. Lengths
+are counted at the environment, in the same way for all. The settings are TrainConfig's defaults. Writes JSON, and a PNG
+of learning curves and of the time of an iteration by part.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ TRAINERS = ("rsl_rl", "rsl_rl on pydrone", "pydrone, --learner torch", "pydrone"
 
 
 class Probe:
-    """An environment that counts its time, and the lengths of the episodes that end."""
+    """Wraps an environment; measures its time and the lengths of the episodes that end."""
 
     def __init__(self, env: Any) -> None:
         self._env = env
@@ -71,7 +71,7 @@ class Probe:
 
 
 class Clock:
-    """Seconds by name, of the calls and generators put under it."""
+    """Adds up the seconds, by name, of the calls and generators that it wraps."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
@@ -142,7 +142,7 @@ def _pydrone(env: Probe, size: Size, seed: int, clock: Clock, learner: str) -> C
 
 
 def train(name: str, env: Probe, size: Size, seed: int, iterations: int, target: float) -> dict[str, Any]:
-    """One training: figures of every iteration."""
+    """Runs one training; returns the figures of every iteration."""
     clock = Clock()
     env.reset()
     env.begin()
@@ -166,7 +166,7 @@ def train(name: str, env: Probe, size: Size, seed: int, iterations: int, target:
 
 
 def summary(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A line for each trainer: medians over all iterations but each run's first, iterations of each seed."""
+    """A line for each trainer: medians over all iterations except each run's first; the iterations of each seed."""
     lines = []
     for name in dict.fromkeys(run["trainer"] for run in runs):
         mine = [run for run in runs if run["trainer"] == name]
@@ -210,10 +210,10 @@ def main() -> None:
     parser.add_argument("--num-envs", type=int, default=1024)
     parser.add_argument("--num-steps", type=int, default=100)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--iterations", type=int, default=150, help="at most so many (default: 150)")
+    parser.add_argument("--iterations", type=int, default=150, help="at most this many (default: 150)")
     parser.add_argument("--target", type=float, default=1000.0, help="mean episode length to stop at (default: 1000)")
     parser.add_argument("--trainers", nargs="+", choices=TRAINERS, default=list(TRAINERS))
-    parser.add_argument("--out", type=Path, default=Path("benches/results/hover"), help="without .json and .png")
+    parser.add_argument("--out", type=Path, default=Path("benches/results/hover"), help="files, without .json and .png")
     args = parser.parse_args()
     size = Size(args.num_envs, args.num_steps)
     env = Probe(pydrone.envs.make(args.env, num_envs=args.num_envs, seed=args.seeds[0]))
@@ -228,7 +228,7 @@ def main() -> None:
     }
     args.out.parent.mkdir(parents=True, exist_ok=True)
     for i, seed in enumerate(args.seeds):
-        # In another order for each seed: the machine may slow down as the hour goes on.
+        # Another order for each seed: the machine may slow down over time.
         for name in args.trainers[i % len(args.trainers) :] + args.trainers[: i % len(args.trainers)]:
             document["runs"].append(train(name, env, size, seed, args.iterations, args.target))
             gc.collect()

@@ -1,8 +1,8 @@
-"""The contenders: pydrone, what is written by hand, and the real packages, each run through its own code.
+"""The contenders: pydrone, code written by hand, and other packages, each run through its own code.
 
 Each module has some of ``gae``, ``append``, ``epoch`` and ``iteration``: functions that take a ``Rollout``, allocate,
-and return a ``Run``. Their docstrings say what is timed. Inputs are given in the form in which the package's own
-collector would have them (shapes, dtypes, containers), made before the clock starts.
+and return a ``Run``. Their docstrings say what is timed. Inputs have the form in which the package's own collector
+supplies them (shapes, dtypes, containers), and are made before the clock starts.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 
 
 def need(name: str) -> ModuleType:
-    """Imports a peer, or says why it is not there."""
+    """Imports a peer; raises Absent if that fails."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
@@ -26,7 +26,7 @@ def need(name: str) -> ModuleType:
 
 
 def exhaust(batches: Iterable[object]) -> None:
-    """What an epoch's clock sees: the minibatches are made and dropped, as by a learner that takes no time."""
+    """The timed part of an epoch: makes and drops the minibatches, like a learner that takes no time."""
     for _ in batches:
         pass
 
@@ -42,7 +42,7 @@ def epoch_run(batches: Callable[[], Iterable], fields: Callable[[object], dict[s
 
 
 class Lap:
-    """``with lap:`` appends the seconds that the block took; on CUDA, where it would have to wait, nothing."""
+    """``with lap:`` appends the block's seconds; nothing on CUDA, where it would have to wait for the device."""
 
     def __init__(self, device: str) -> None:
         self.seconds: list[float] = []

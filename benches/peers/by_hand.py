@@ -1,4 +1,4 @@
-"""What one writes without a package: torch loops, copies, ``index_select``; and a memcpy of the same bytes."""
+"""Code written without a package: torch loops, copies, ``index_select``; and a memcpy of the same bytes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def _gae_outputs(out: tuple[Tensor, Tensor], moments: list[Tensor]) -> dict[str,
 
 
 def gae_loop(rollout: Rollout) -> Run:
-    """A step's tensor operations T times, on [T, N]; then returns, mean and standard deviation."""
+    """A loop of tensor operations over T steps, on [T, N]; then returns, mean and standard deviation."""
     rewards, values, dones = rollout.rewards, rollout.values, rollout.dones
     advantages, returns = torch.empty_like(rewards), torch.empty_like(rewards)
     moments: list[Tensor] = []
@@ -37,8 +37,8 @@ def gae_loop(rollout: Rollout) -> Run:
     return Run(call, lambda: _gae_outputs((advantages, returns), moments))
 
 
-# Divides every T of the benchmarks. A loop over 100 steps compiles for half a minute, and on a CPU into code that
-# computes every step anew from the end: 100 times slower.
+# Divides every T of the benchmarks. A loop over 100 steps takes half a minute to compile, and on a CPU the code
+# recomputes every step from the end: 100 times slower.
 UNROLLED = 4
 
 
@@ -58,8 +58,8 @@ _compiled = torch.compile(_steps)
 def gae_compiled(rollout: Rollout) -> Run:
     """``torch.compile`` of 4 unrolled steps with the returns, called T / 4 times; then mean and standard deviation.
 
-    The views that it is called on are made beforehand, since the storage stays. Sizes after the first share a kernel of
-    dynamic shape, as torch.compile does by default.
+    Its input views are made beforehand, since the storage stays. Sizes after the first share a kernel of dynamic shape,
+    torch.compile's default.
     """
     rewards, values, dones = rollout.rewards, rollout.values, rollout.dones
     advantages, returns = torch.empty_like(rewards), torch.empty_like(rewards)
@@ -80,12 +80,12 @@ def gae_compiled(rollout: Rollout) -> Run:
         call()
     except Exception as error:
         raise Absent(f"torch.compile failed: {str(error).splitlines()[0]}") from None
-    # A call of a fused kernel each, and the two results.
+    # One fused kernel for each block, and the two moments.
     return Run(call, lambda: _gae_outputs((advantages, returns), moments), launches=lambda: len(slices) + 2)
 
 
 def append_copies(rollout: Rollout, policy: bool = True) -> Run:
-    """A ``copy_`` a field and step into preallocated [T, N, ...] tensors."""
+    """A ``copy_`` for each field and step into preallocated [T, N, ...] tensors."""
     steps = [rollout.step(t, policy) for t in range(rollout.num_steps)]
     storage = {name: torch.zeros(len(steps), *x.shape, dtype=x.dtype, device=x.device) for name, x in steps[0].items()}
 
@@ -98,7 +98,7 @@ def append_copies(rollout: Rollout, policy: bool = True) -> Run:
 
 
 def epoch_index_select(rollout: Rollout) -> Run:
-    """One ``randperm`` and an ``index_select(out=)`` a field into tensors that are used again."""
+    """One ``randperm``, and for each field and minibatch an ``index_select(out=)`` into reused tensors."""
     truth, total = Truth(rollout), rollout.size.samples
     names = ("obs", "actions", "values", "log_probs", "mu", "sigma")
     fields = {name: getattr(rollout, name).flatten(0, 1) for name in names}
@@ -118,7 +118,7 @@ def epoch_index_select(rollout: Rollout) -> Run:
 
 
 def iteration(rollout: Rollout) -> Run:
-    """``append_copies``, ``gae_loop`` on what they stored, one ``randperm`` for all epochs and an indexing a field."""
+    """``append_copies``, ``gae_loop`` on its storage, one ``randperm`` for all epochs, and indexing field by field."""
     stored, append = rollout.clone(), append_copies(rollout)
     storage = append.outputs()
     for name, x in storage.items():
@@ -142,9 +142,9 @@ def iteration(rollout: Rollout) -> Run:
 
 
 def memcpy(bytes_per_sample: int, times: int = 1, parts: Callable[[Size], int] | None = None) -> Callable:
-    """``copy_`` that reads and writes ``bytes_per_sample`` a sample altogether, in ``times`` of the same memory.
+    """``copy_`` that reads plus writes ``bytes_per_sample`` for each sample, in ``times`` passes over the same memory.
 
-    ``parts``: of how many pieces. Its kernels are their copies: one of them hot, and all in turn cold.
+    ``parts``: the number of pieces. Each is one kernel: one piece is timed hot, all in turn cold.
     """
 
     def prepare(rollout: Rollout) -> Run:

@@ -1,4 +1,4 @@
-"""GAE alone: PufferLib 3 and rl-triton, where they can be imported (neither is on the package index for a CPU)."""
+"""GAE alone: PufferLib 3 and rl-triton, if they can be imported (the package index has neither for a CPU)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from . import need
 def gae_pufferlib(rollout: Rollout) -> Run:
     """``torch.ops.pufferlib.compute_puff_advantage`` with importance weights of one: advantages.
 
-    Rewards and flags are shifted by one against ours and its last column is no output, so it gets T + 1 columns.
+    Its rewards and flags are shifted by one against ours, and its last column is not an output: it gets T + 1 columns.
     """
     need("pufferlib")
     need("pufferlib._C")
@@ -29,7 +29,7 @@ def gae_pufferlib(rollout: Rollout) -> Run:
 
 
 def gae_rl_triton(rollout: Rollout) -> Run:
-    """``rl_triton.compute_gae`` with ``last_value``, on [N, T] float32 flags as it wants them: advantages."""
+    """``rl_triton.compute_gae`` with ``last_value``, on [N, T] with float32 flags, as it requires: advantages."""
     if torch.device(rollout.device).type != "cuda":
         raise Absent("runs on CUDA only")
     compute_gae = need("rl_triton").compute_gae

@@ -16,7 +16,7 @@ from . import Lap, epoch_run, exhaust
 
 
 def buffer(rollout: Rollout, policy: bool = True, **options: Any) -> RolloutBuffer:
-    """With the old mean and std, as rsl_rl and rl_games have them, or without, as the others. ``options``: its own."""
+    """A buffer with the policy's mean and std, as in rsl_rl and rl_games, or without. ``options``: the buffer's."""
     fields = {"mu": NUM_ACTIONS, "sigma": NUM_ACTIONS} if policy else None
     return RolloutBuffer(
         rollout.num_envs,
@@ -84,7 +84,7 @@ def gae_rows(rollout: Rollout, backend: str | None = None) -> Run:
 
 
 def scan_buffer(rollout: Rollout, backend: str | None = None) -> RolloutBuffer:
-    """Filled with what GAE reads. Observations are one number wide: it reads none."""
+    """A buffer filled with what GAE reads. Observations have one number: GAE does not read them."""
     sizes = {"num_envs": rollout.num_envs, "num_steps": rollout.num_steps, "obs": 1, "actions": 1}
     buf = RolloutBuffer(**sizes, device=rollout.device, final_obs_rows=0, backend=backend)
     for t in range(rollout.num_steps):
@@ -108,7 +108,7 @@ def gae(rollout: Rollout, backend: str | None = None) -> Run:
 
 
 def scanned(buf: RolloutBuffer) -> dict[str, Tensor]:
-    """What ``compute_gae`` has given, for ``Truth.check``."""
+    """The results of ``compute_gae``, for ``Truth.check``."""
     return {"advantages": buf.advantages.t(), "returns": buf.returns.t(), **moments(buf.statistics)}
 
 
@@ -132,7 +132,7 @@ def stored(buf: RolloutBuffer, names: Iterable[str]) -> dict[str, Tensor]:
 
 
 def append_split(rollout: Rollout, **options: Any) -> Run:
-    """``clear`` and T times ``begin`` and ``end``, as around an environment that writes over its observations."""
+    """``clear`` and T times ``begin`` and ``end``, as for an environment that overwrites its observations."""
     buf = buffer(rollout, **options)
     ends = ("rewards", "dones")
     steps = [rollout.step(t) for t in range(rollout.num_steps)]
@@ -157,16 +157,16 @@ def policy_fields(mb) -> dict[str, Tensor]:  # type: ignore[no-untyped-def]
 
 
 def epoch(rollout: Rollout, policy: bool = True, reuse: bool = False, **options: Any) -> Run:
-    """One epoch of ``minibatches``: a permutation of its own, advantages normalised on the way.
+    """One epoch of ``minibatches``, with a permutation of its own; the gather normalises advantages.
 
-    ``reuse=False``: new tensors for every minibatch, as all peers give. ``reuse=True``: the same ones again.
+    ``reuse=False``: new tensors for every minibatch, as from all peers. ``reuse=True``: the same ones each time.
     """
     buf = filled(rollout, policy, **options)
     return epoch_run(lambda: buf.minibatches(NUM_MINIBATCHES, reuse=reuse), policy_fields if policy else _fields)
 
 
 def iteration(rollout: Rollout, policy: bool = True, **options: Any) -> Run:
-    """T times ``append``, ``compute_gae``, all epochs of ``minibatches(reuse=True)``, as ``pydrone train`` does it."""
+    """T times ``append``, ``compute_gae``, all epochs of ``minibatches(reuse=True)``, as in ``pydrone train``."""
     buf = buffer(rollout, policy, **options)
     steps, lap = [rollout.step(t, policy) for t in range(rollout.num_steps)], Lap(rollout.device)
     fields = policy_fields if policy else _fields

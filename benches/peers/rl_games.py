@@ -25,7 +25,7 @@ NAMES = {
 
 
 def _starts(rollout: Rollout) -> Tensor:
-    """Its convention: whether an episode starts with step t. [T + 1, N] uint8, the last row apart."""
+    """rl_games' flags: whether an episode starts with step t. [T + 1, N] uint8; the last row is passed separately."""
     return torch.cat((torch.zeros_like(rollout.dones[:1]), rollout.dones)).to(torch.uint8)
 
 
@@ -34,7 +34,7 @@ def _algorithm(rollout: Rollout) -> SimpleNamespace:
 
 
 def gae(rollout: Rollout) -> Run:
-    """``discount_values`` and, as around it, flags to float, returns, ``returns - values``, the normalisation."""
+    """``discount_values`` and the code around it: flags to float, returns, ``returns - values``, normalisation."""
     common, algorithm = need("rl_games.common.a2c_common"), _algorithm(rollout)
     starts, last_values = _starts(rollout), rollout.last_values.unsqueeze(1)
     rewards, values, out = rollout.rewards.unsqueeze(2), rollout.values.unsqueeze(2), {}
@@ -51,7 +51,7 @@ def gae(rollout: Rollout) -> Run:
 
 def _buffer(rollout: Rollout):  # type: ignore[no-untyped-def]
     box = need("gymnasium.spaces").Box
-    # Which of the two gyms it takes depends on its release; it only looks at names, shapes and dtypes.
+    # Its release decides between gym and gymnasium; it only looks at names, shapes and dtypes.
     return need("rl_games.common.experience").ExperienceBuffer(
         {
             "observation_space": box(-np.inf, np.inf, (NUM_OBS,), np.float32),
@@ -63,7 +63,7 @@ def _buffer(rollout: Rollout):  # type: ignore[no-untyped-def]
 
 
 def _steps(rollout: Rollout) -> list[dict[str, Tensor]]:
-    """What ``play_steps`` hands to ``update_data``, in its order. Its log-probabilities are negated before."""
+    """What ``play_steps`` passes to ``update_data``, in its order. Log-probabilities are negated beforehand."""
     starts = _starts(rollout)
     steps = []
     for t in range(rollout.num_steps):
@@ -91,7 +91,7 @@ def append(rollout: Rollout) -> Run:
 
 
 class _Learning:
-    """``play_steps`` after its loop and ``prepare_dataset``: GAE, the copies to [N * T, ...], the dataset."""
+    """The rest of ``play_steps`` after its loop, and ``prepare_dataset``: GAE, copies to [N * T, ...], the dataset."""
 
     def __init__(self, rollout: Rollout, buffer) -> None:  # type: ignore[no-untyped-def]
         self._common, self._buffer, self._algorithm = need("rl_games.common.a2c_common"), buffer, _algorithm(rollout)
@@ -146,7 +146,7 @@ def _fields(batch: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def epoch(rollout: Rollout) -> Run:
-    """``apply_permutation``, which copies the whole rollout, and four slices of it."""
+    """``apply_permutation``, which copies the whole rollout, and four slices of the copy."""
     buffer = _buffer(rollout)
     _add(buffer, _steps(rollout))
     learning = _Learning(rollout, buffer)

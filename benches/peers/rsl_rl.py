@@ -20,7 +20,7 @@ def _storage(rollout: Rollout, obs: Tensor, num_actions: int = NUM_ACTIONS):  # 
 
 
 def _transitions(rollout: Rollout) -> list:
-    """What its PPO hands to ``add_transition``, a step each."""
+    """What its PPO passes to ``add_transition``, step by step."""
     storage, tensordict = need("rsl_rl.storage"), need("tensordict")
     transitions = []
     for t in range(rollout.num_steps):
@@ -34,7 +34,7 @@ def _transitions(rollout: Rollout) -> list:
 
 
 def _algorithm(storage, rollout: Rollout) -> SimpleNamespace:  # type: ignore[no-untyped-def]
-    """As much of its PPO as ``PPO.compute_returns`` looks at, with a critic whose values are there already."""
+    """The part of its PPO that ``PPO.compute_returns`` reads, with a critic that returns stored values."""
 
     class Critic:
         last_values = rollout.last_values.unsqueeze(1)
@@ -88,7 +88,7 @@ def _fields(batch) -> dict[str, Tensor]:  # type: ignore[no-untyped-def]
 
 
 def epoch(rollout: Rollout) -> Run:
-    """``mini_batch_generator(4, 1)``. (In a training one permutation serves all epochs; here it is made for one.)"""
+    """``mini_batch_generator(4, 1)``. (In training, one permutation serves all epochs; here it serves one.)"""
     storage = _storage(rollout, rollout.obs)
     for transition in _transitions(rollout):
         storage.add_transition(transition)

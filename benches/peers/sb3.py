@@ -1,4 +1,4 @@
-"""Stable-Baselines3: its RolloutBuffer, which is numpy on the host (no mean and std, no statistics)."""
+"""Stable-Baselines3: its RolloutBuffer, in NumPy on the host (no mean and std, no statistics)."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ def _buffer(rollout: Rollout, obs: int = NUM_OBS, actions: int = NUM_ACTIONS):  
 
 
 def _starts(rollout: Rollout) -> tuple[np.ndarray, np.ndarray]:
-    """Its convention: whether an episode starts with step t, and apart whether one ended with the last."""
+    """SB3's flags: whether an episode starts with step t; and separately, whether one ended with the last step."""
     dones = rollout.dones.cpu().numpy()
     return np.concatenate((np.zeros_like(dones[:1]), dones[:-1])), dones[-1]
 
 
 def _steps(rollout: Rollout) -> list[tuple]:
-    """What ``collect_rollouts`` hands to ``add``: numpy from the environment, tensors from the policy."""
+    """What ``collect_rollouts`` passes to ``add``: NumPy from the environment, tensors from the policy."""
     obs, actions, rewards = (x.cpu().numpy() for x in (rollout.obs, rollout.actions, rollout.rewards))
     starts, _ = _starts(rollout)
     return [
@@ -41,7 +41,7 @@ def _steps(rollout: Rollout) -> list[tuple]:
 
 
 def gae(rollout: Rollout) -> Run:
-    """``compute_returns_and_advantage``. Nothing is normalised: SB3 does that a minibatch at a time."""
+    """``compute_returns_and_advantage``. Nothing is normalised here: SB3 does that for each minibatch."""
     buffer = _buffer(rollout, 1, 1)
     starts, last = _starts(rollout)
     buffer.rewards[:], buffer.values[:] = rollout.rewards.cpu(), rollout.values.cpu()
@@ -54,7 +54,7 @@ def gae(rollout: Rollout) -> Run:
 
 
 def append(rollout: Rollout) -> Run:
-    """``reset``, as before every rollout, which allocates anew, and T times ``add``."""
+    """``reset``, which SB3 calls before every rollout and which reallocates, and T times ``add``."""
     buffer, steps = _buffer(rollout), _steps(rollout)
 
     def call() -> None:
@@ -83,7 +83,7 @@ def _fill(buffer, steps: list[tuple], last_values: Tensor, last: np.ndarray) -> 
 
 
 def epoch(rollout: Rollout) -> Run:
-    """``get(N * T / 4)``, a permutation of its own. The flattening copies of a rollout's first epoch are not in it."""
+    """``get(N * T / 4)``, with its own permutation; without the flattening copies of a rollout's first epoch."""
     buffer = _buffer(rollout)
     _fill(buffer, _steps(rollout), rollout.last_values, _starts(rollout)[1])
     size = rollout.size.samples // NUM_MINIBATCHES

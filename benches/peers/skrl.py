@@ -8,7 +8,7 @@ from workload import GAMMA, LAM, NUM_ACTIONS, NUM_EPOCHS, NUM_MINIBATCHES, NUM_O
 
 from . import Lap, epoch_run, need
 
-# PPO.init: what it creates, and what its update samples.
+# The tensors that PPO.init creates, and those that its update samples.
 SIZES = {"observations": NUM_OBS, "actions": NUM_ACTIONS}
 SCALARS = ("rewards", "log_prob", "values", "returns", "advantages")
 SAMPLED = ["observations", "actions", "log_prob", "values", "returns", "advantages"]
@@ -34,7 +34,7 @@ def _gae(rewards: Tensor, terminated: Tensor, values: Tensor, last_values: Tenso
 
 
 def gae(rollout: Rollout) -> Run:
-    """``compute_gae`` on its memory's [T, N, 1] tensors: advantages normalised, and returns."""
+    """``compute_gae`` on its memory's [T, N, 1] tensors: normalised advantages, and returns."""
     _compute_gae()
     inputs = [getattr(rollout, name).unsqueeze(2) for name in ("rewards", "dones", "values")]
     last_values, out = rollout.last_values.unsqueeze(1), []
@@ -58,7 +58,7 @@ def _memory(rollout: Rollout):  # type: ignore[no-untyped-def]
 
 
 def _samples(rollout: Rollout) -> list[dict[str, Tensor]]:
-    """What ``record_transition`` hands to ``add_samples``."""
+    """What ``record_transition`` passes to ``add_samples``."""
     truncated = rollout.dones.new_zeros(rollout.num_envs, 1)
     return [
         {
@@ -104,7 +104,7 @@ def _batches(memory):  # type: ignore[no-untyped-def]
 
 
 def epoch(rollout: Rollout) -> Run:
-    """``sample(names, batch_size=N * T, mini_batches=4)``: all four minibatches at once, a randperm of its own."""
+    """``sample(names, batch_size=N * T, mini_batches=4)``: all four minibatches at once, with its own randperm."""
     memory = _memory(rollout)
     for sample in _samples(rollout):
         memory.add_samples(**sample)
@@ -113,7 +113,7 @@ def epoch(rollout: Rollout) -> Run:
 
 
 def iteration(rollout: Rollout) -> Run:
-    """T times ``add_samples``, ``compute_gae`` with its copies into the memory, all epochs of ``sample``."""
+    """T times ``add_samples``, ``compute_gae`` and its copies into the memory, all epochs of ``sample``."""
     memory, samples, lap = _memory(rollout), _samples(rollout), Lap(rollout.device)
     last_values = rollout.last_values.unsqueeze(1)
 

@@ -14,8 +14,8 @@ from . import Lap, epoch_run, exhaust, need
 
 
 def _inputs(rollout: Rollout) -> tuple[Tensor, ...]:
-    """[N, T, 1], contiguous, as its collector stacks them. The next values are there already: its module would have to
-    compute them with a second pass through the critic."""
+    """[N, T, 1], contiguous, as its collector stacks them. The next values are precomputed: its module would need a
+    second pass through the critic for them."""
     values, rewards, dones = (x.t().contiguous().unsqueeze(2) for x in (rollout.values, rollout.rewards, rollout.dones))
     return values, _next_values(values, rollout), rewards, dones
 
@@ -91,12 +91,12 @@ def _replay_buffer(rollout: Rollout):  # type: ignore[no-untyped-def]
     )
 
 
-# What a learner needs of a sample; the rest of the rollout is not put into the replay buffer.
+# What a learner needs of a sample; the replay buffer does not get the rest of the rollout.
 LEARNT = ("observation", "action", "state_value", "sample_log_prob", "advantage", "value_target")
 
 
 def _estimate(storage, following: Tensor) -> None:  # type: ignore[no-untyped-def]
-    """The loop, the faster of its two functions on a CPU."""
+    """GAE by the loop, on a CPU the faster of its two functions."""
     function = need("torchrl.objectives.value.functional").generalized_advantage_estimate
     values, dones = storage["state_value"], storage["done"]
     advantages, returns = function(GAMMA, LAM, values, following, storage["reward"], dones, dones)
@@ -116,7 +116,7 @@ def _batches(buffer) -> Iterator:  # type: ignore[no-untyped-def]
 
 
 def epoch(rollout: Rollout) -> Run:
-    """Four times ``ReplayBuffer.sample`` without replacement: a permutation of its own."""
+    """Four times ``ReplayBuffer.sample`` without replacement, with its own permutation."""
     storage, buffer = torch.stack(_steps(rollout), 1), _replay_buffer(rollout)
     _estimate(storage, _next_values(storage["state_value"], rollout))
     buffer.extend(storage.select(*LEARNT).reshape(-1))

@@ -1,6 +1,6 @@
-"""A whole training iteration on pydrone's quadrotor: pydrone's Trainer, and rsl_rl's OnPolicyRunner on the same drones.
+"""A whole training iteration on pydrone's quadrotor: pydrone's Trainer, and rsl_rl's OnPolicyRunner.
 
-The settings are the same: TrainConfig's defaults. Neither writes files.
+Both use TrainConfig's defaults. Neither writes files.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from . import Lap, need
 
 
 class Setting:
-    """What stands in for the Rollout: a size and a device, nothing to copy."""
+    """Stands in for the Rollout: a size and a device, nothing to copy."""
 
     nbytes, copied = 1, False
 
@@ -33,12 +33,12 @@ class Setting:
 
 
 class Sound:
-    """What stands in for the Truth: two trainings with other random numbers have no common result."""
+    """Stands in for the Truth: two trainings with different random numbers have no common result."""
 
     def check(self, outputs: dict[str, Any]) -> None:
-        """``figures``: finite numbers. ``parameters``: as many as the first contender's. ``returns``: ours, theirs.
+        """``figures`` are finite, ``parameters`` as many as the first contender's, ``returns`` (ours, theirs) equal.
 
-        A copy of bytes has neither.
+        A memcpy has neither parameters nor returns.
         """
         for name, x in outputs["figures"].items():
             assert math.isfinite(x), f"{name} is {x}"
@@ -69,7 +69,7 @@ def ours(setting: Setting, capture: bool = False) -> Run:
 
     def call() -> None:
         figures.update(trainer.iterate())
-        if "time/gae" in figures:  # not in a captured one
+        if "time/gae" in figures:  # a captured iteration has none
             laps.append(figures["time/gae"])
 
     def stages() -> dict[str, float]:
@@ -123,7 +123,7 @@ def _runner_config(setting: Setting) -> dict[str, Any]:
 
 
 def rsl_rl(setting: Setting) -> Run:
-    """``OnPolicyRunner.learn(1)``. GAE's share is that of ``PPO.compute_returns``."""
+    """``OnPolicyRunner.learn(1)``. GAE's share is the time of ``PPO.compute_returns``."""
     runners = need("rsl_rl.runners")
     env, lap = _vec_env(setting), Lap(setting.device)
     with contextlib.redirect_stdout(io.StringIO()):

@@ -1,6 +1,6 @@
 """PPO's update of one rollout: five epochs of four minibatches, both networks forward and back, Adam.
 
-The rollouts are collected once, on pydrone's quadrotor, and learnt from again and again.
+Each rollout is collected once, on pydrone's quadrotor, and every call learns from it again.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ def ours(setting: Setting, learner: str = "auto", autocast: bool = False) -> Run
 
 
 def rsl_rl(setting: Setting, compile_mode: str | None = None) -> Run:
-    """``PPO.update``, as it is or with its option ``torch_compile_mode``."""
+    """``PPO.update``, plain or with its option ``torch_compile_mode``."""
     runners = need("rsl_rl.runners")
     env, config = _vec_env(setting), _runner_config(setting) | {"torch_compile_mode": compile_mode}
     with contextlib.redirect_stdout(io.StringIO()):
         runner = runners.OnPolicyRunner(env, config, log_dir=None, device=setting.device)
         algorithm = runner.alg
         update, algorithm.update = algorithm.update, lambda: {}
-        runner.learn(1)  # the rollout, and nothing learnt from it
+        runner.learn(1)  # collects the rollout and learns nothing
     figures: dict[str, float] = {}
 
     def call() -> None:
