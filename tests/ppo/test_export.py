@@ -198,7 +198,7 @@ def check_variant(options: dict, format: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("kind", "cell"), [(nn.GRU, "gru"), (nn.LSTM, "lstm")])
-def test_cells_are_torchs_and_the_documents(kind, cell):
+def test_cells_equal_torchs_and_the_documented_ones(kind, cell):
     rnn = kind(3, 4)
     weights = [x.detach() for x in rnn.parameters()]
     names = {}
@@ -273,7 +273,7 @@ def test_a_full_disk_keeps_the_previous_file(format, tmp_path, monkeypatch):
         ({"path": "nowhere/policy"}, r"nowhere/policy: expected a file's name in a folder that is there"),
     ],
 )
-def test_what_cannot_be_is_said(change, message, tmp_path, monkeypatch):
+def test_impossible_exports_are_errors(change, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises((ValueError, OSError), match=message):
         export.save(policy(), **{"path": "policy", "format": "torchscript", "limits": LIMITS} | change)
@@ -345,7 +345,7 @@ def test_the_command(run_dir, format, capsys):
     torch.testing.assert_close(act(path, format, obs)[0], wanted, rtol=0, atol=1e-6)
 
 
-def test_a_checkpoint_a_file_and_limits_of_ones_own(run_dir, tmp_path, capsys):
+def test_options_for_checkpoint_file_and_limits(run_dir, tmp_path, capsys):
     out = tmp_path / "drone.ts"
     arguments = ["--format", "torchscript", "--out", str(out), "--clip", "-0.1", "0.05"]
     assert main(["export", str(run_dir / "model_9.pt"), *arguments]) == 0
@@ -363,7 +363,7 @@ def test_a_checkpoint_a_file_and_limits_of_ones_own(run_dir, tmp_path, capsys):
         ("other.pt", "other.pt: expected the weights of a policy, got others: KeyError 'actor.0.weight'"),
     ],
 )
-def test_what_is_no_run_is_one_sentence(run, message, tmp_path, monkeypatch, capsys):
+def test_an_invalid_run_is_one_sentence(run, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("notes.txt").write_text("notes")
     config = dataclasses.asdict(TrainConfig())
@@ -422,7 +422,7 @@ def test_the_documents_lines_run_the_file_without_pydrone(format, block, run_dir
     torch.testing.assert_close(found, act(done.path, format, obs)[0], rtol=0, atol=1e-6)
 
 
-def test_ten_lines_are_ten():
+def test_the_documented_code_has_at_most_ten_lines():
     (lines,) = [x for x in blocks("export.md") if "policy.safetensors" in x]
     assert len(lines.splitlines()) <= 10 and max(map(len, lines.splitlines())) <= 120
     assert isinstance(compile(lines, "lines", "exec"), types.CodeType)
