@@ -73,7 +73,7 @@ def test_by_hand(case):
 
 
 @pytest.mark.parametrize("steps, envs, columns", [(1, 1, 1), (7, 5, 1), (32, 6, 1), (9, 4, 3)])
-def test_beside_its_own(steps, envs, columns):
+def test_against_its_own(steps, envs, columns):
     agent = SimpleNamespace(horizon_length=steps, gamma=0.97, tau=0.9)
     begins = (torch.rand(steps + 1, envs) < 0.3).float()
     values, rewards = torch.randn(2, steps, envs, columns)

@@ -109,7 +109,7 @@ SPACES = [
 
 @pytest.mark.parametrize("obs_space, action_space", SPACES, ids=lambda space: type(space).__name__)
 @pytest.mark.parametrize("steps, envs", [(1, 1), (7, 5), (16, 4)])
-def test_beside_its_own_buffer(obs_space, action_space, steps, envs):
+def test_against_its_own_buffer(obs_space, action_space, steps, envs):
     """Two rollouts in the same memory: every array, and every minibatch under numpy's permutation."""
     kind = "DictRolloutBuffer" if obs_space is DICT else "RolloutBuffer"
     arguments = (steps, obs_space, action_space, "cpu", 0.9, 0.97, envs)

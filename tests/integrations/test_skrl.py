@@ -85,7 +85,7 @@ def test_by_hand(terminated, truncated, bootstrap, expected):
 
 @pytest.mark.parametrize("name", MODULES)
 @pytest.mark.parametrize("bootstrap", [False, True])
-def test_beside_its_own(name, bootstrap):
+def test_against_its_own(name, bootstrap):
     """The GAE function of every agent, with terminations, time-outs and both at once."""
     function, theirs = MODULES[name], THEIRS[name]
     assert inspect.signature(function).parameters.keys() == inspect.signature(theirs).parameters.keys()
@@ -225,7 +225,7 @@ def same_batches(expected, got):
 
 @pytest.mark.parametrize("steps, envs", [(1, 1), (6, 1), (5, 4), (16, 6)])
 @pytest.mark.parametrize("touch", [False, True], ids=["", "read first"])
-def test_memory_beside_its_own(steps, envs, touch):
+def test_memory_against_its_own(steps, envs, touch):
     """Adds whole steps, parts and many at once, one and a half times around; compares all reads, and writes by name."""
     expected, got = both(steps, envs)
     if touch:

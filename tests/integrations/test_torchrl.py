@@ -85,7 +85,7 @@ def signals(shape, dtype=torch.float32):
         ((1, 1), -2),
     ],
 )
-def test_beside_its_own_functions(name, shape, time_dim):
+def test_against_its_own_functions(name, shape, time_dim):
     given = signals(shape)
     for got, expected in zip(
         getattr(ours, name)(GAMMA, LAMBDA, *given, time_dim=time_dim),
@@ -192,7 +192,7 @@ def critic():
     ],
     ids=str,
 )
-def test_module_beside_its_own(arguments):
+def test_module_against_its_own(arguments):
     data = rollout()
     runs = [cls(gamma=GAMMA, lmbda=LAMBDA, value_network=critic(), **arguments) for cls in (TheirGAE, ours.GAE)]
     expected, got = (module(data.clone()) for module in runs)

@@ -169,7 +169,7 @@ def test_each_rollout_of_the_ring_on_its_own(capacity, backend):
         del pending[:T]
 
 
-def test_a_rollout_begun_anew_is_not_blamed(backend):
+def test_a_restarted_rollout_is_not_blamed(backend):
     buf = make(backend)
     steps = steps_of(buf)
     steps[0]["obs"]["a"][0, 0] = math.nan
