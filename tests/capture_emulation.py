@@ -1,7 +1,7 @@
-"""What torch.cuda.graph does, on a CPU: operations are recorded while Python runs, and run again on the same memory.
+"""Emulates torch.cuda.graph on a CPU: records operations while Python runs and replays them on the same memory.
 
-Nothing has happened after a capture: what was written is put back, and the generators are. What would make the host
-wait for the device is an error, as in a capture.
+A capture has no effect: written memory and the generators are restored. An operation that would make the host wait
+for the device is an error, as in a real capture.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-# By the packet's name. multinomial looks at the probabilities' sum.
+# Names of operator packets. multinomial reads the sum of the probabilities.
 WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "unique", "equal", "multinomial"}
 
 
 def refused(func: torch._ops.OpOverload, args: tuple) -> str | None:
-    """What a capture has against an operation: a wait for the device, or a copy from the host's memory."""
+    """Why a capture refuses the operation: a wait for the device or a copy from host memory; None if it does not."""
     name = func.overloadpacket.__name__
     if name in WAITS:
         return f"{name} waits for the device"
@@ -30,7 +30,7 @@ def refused(func: torch._ops.OpOverload, args: tuple) -> str | None:
 
 
 class Recorder(TorchDispatchMode):
-    """Keeps each operation with its arguments and results."""
+    """Records each operation with its arguments and results."""
 
     def __init__(self, generators: list[torch.Generator]) -> None:
         super().__init__()
@@ -85,7 +85,7 @@ def written(func: torch._ops.OpOverload, args: tuple, kwargs: dict) -> Iterator[
 
 
 def capture(run: Callable[[], None], generators: Sequence[torch.Generator], stream: None) -> Callable[[], None]:
-    """In place of pydrone.ppo.training.graphs.capture."""
+    """Replaces pydrone.ppo.training.graphs.capture."""
     recorder = Recorder(list(generators))
     with recorder:
         run()

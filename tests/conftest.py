@@ -1,4 +1,4 @@
-"""Shared fixtures. Plain models to compare with: rollout_model.py."""
+"""Shared fixtures. The reference models are in rollout_model.py."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import pydrone
 
 CPU_BACKENDS = ("reference", "cpu")
 
-# Of hypothesis: the same examples in every run, unless `--hypothesis-profile soak` asks for many new ones. The fixtures
-# are the backend's name and a seed that no example depends on.
+# Hypothesis draws the same examples in every run; `--hypothesis-profile soak` draws many new ones. Its health checks
+# are off because of the function-scoped fixtures: the backend's name, and a seed that no example depends on.
 _SETTINGS = {"deadline": None, "suppress_health_check": list(HealthCheck), "database": None}
 settings.register_profile("fixed", max_examples=15, derandomize=True, **_SETTINGS)
 settings.register_profile("few", max_examples=2, derandomize=True, **_SETTINGS)
@@ -23,7 +23,7 @@ settings.load_profile("fixed")
 
 @pytest.fixture(params=CPU_BACKENDS)
 def backend(request) -> str:
-    """Every backend that runs on CPU tensors without an interpreter; skipped, with the reason, where not built."""
+    """Every backend that runs on CPU tensors without an interpreter. Skipped, with the reason, if it is not built."""
     reason = pydrone.backends()[request.param]
     if reason is not None:
         pytest.skip(f"{request.param}: {reason}")
@@ -36,7 +36,7 @@ def _seeded():
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """PYDRONE_SHARD=3/8 keeps every eighth case from the fourth on: `make gpu` runs eight processes side by side."""
+    """PYDRONE_SHARD=3/8 keeps every eighth test, from the fourth on: `make gpu` runs eight processes in parallel."""
     if "PYDRONE_SHARD" in os.environ:
         shard, shards = map(int, os.environ["PYDRONE_SHARD"].split("/"))
         items[:] = items[shard::shards]

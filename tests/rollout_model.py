@@ -1,4 +1,5 @@
-"""What the tests compare with: GAE as a float64 loop and the ring as a list of dicts. Shares no code with pydrone."""
+"""Reference models for the tests: GAE as a float64 loop and the ring as a list of dicts. They share no code with
+pydrone."""
 
 from __future__ import annotations
 
@@ -25,7 +26,7 @@ def gae_loop(
     timeout_bootstrap: str | None = None,
     valid: Tensor | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Sample by sample in float64, the definition read aloud: [N, T] in, (advantages, returns) out."""
+    """GAE by its definition, one sample at a time in float64: [N, T] in, (advantages, returns) out."""
     r, v, last = array(rewards), array(values), array(last_values).reshape(-1)
     done, late, counts, final = array(dones), array(truncated), array(valid), array(final_values)
     num_envs, num_steps = r.shape
@@ -50,7 +51,7 @@ def gae_loop(
 
 
 def assert_close(actual: Tensor, expected: np.ndarray | Tensor, tolerance: float = 1e-5) -> None:
-    """|difference| <= tolerance * max|expected|: the scale of the rollout, not of each element."""
+    """|difference| <= tolerance * max|expected|: relative to the largest element, not to each one."""
     expected = expected.double().numpy() if isinstance(expected, Tensor) else expected
     assert tuple(actual.shape) == expected.shape
     actual = actual.detach().double().numpy()
@@ -61,7 +62,7 @@ def assert_close(actual: Tensor, expected: np.ndarray | Tensor, tolerance: float
 
 
 def rollout(num_envs: int, num_steps: int, ends: float = 0.15, seed: int = 0) -> dict[str, Tensor]:
-    """Random [N, T] arguments of pydrone.gae: a third of the ends are time-outs, one in twenty steps is invalid."""
+    """Random [N, T] arguments for pydrone.gae: a third of the ends are time-outs, one step in twenty is invalid."""
     g = torch.Generator().manual_seed(seed)
 
     def normal(*size: int) -> Tensor:
@@ -92,7 +93,7 @@ def random_like(shape: tuple[int, ...], dtype: torch.dtype, g: torch.Generator |
 
 
 def random_step(buf: RolloutBuffer, ends: bool = True, g: torch.Generator | None = None) -> dict[str, object]:
-    """Arguments of append for one step of ``buf``: every field random, one in five environments ends."""
+    """Arguments of append for one step of ``buf``: every field is random, one environment in five ends."""
     n, layout = buf.num_envs, buf.layout
     obs = {name: random_like((n, *shape), dtype, g) for name, (shape, dtype) in layout.obs.items()}
     step: dict[str, object] = {"obs": obs if layout.obs_is_mapping else obs["obs"]}
@@ -104,7 +105,7 @@ def random_step(buf: RolloutBuffer, ends: bool = True, g: torch.Generator | None
 
 
 def fill(buf: RolloutBuffer, steps: int | None = None, **options) -> list[dict[str, object]]:
-    """Appends so many random steps, a whole rollout if None; what was appended."""
+    """Appends ``steps`` random steps (None: a whole rollout) and returns them."""
     made = [random_step(buf, **options) for _ in range(buf.num_steps if steps is None else steps)]
     for step in made:
         buf.append(**step)
@@ -112,23 +113,23 @@ def fill(buf: RolloutBuffer, steps: int | None = None, **options) -> list[dict[s
 
 
 def stacked(steps: list[dict], name: str, group: str | None = None) -> Tensor:
-    """[N, T, ...] of a field of ``steps``."""
+    """One field of ``steps``, stacked to [N, T, ...]."""
     return torch.stack([step[name] if group is None else step[name][group] for step in steps], 1)
 
 
 def memory_bytes(buf: RolloutBuffer) -> dict[str, bytes]:
-    """Every byte that the buffer holds."""
+    """Every byte the buffer holds."""
     return {name: x.contiguous().view(torch.uint8).numpy().tobytes() for name, x in buf._storage.tensors.items()}
 
 
 class RingModel:
-    """The ring as a list: steps of the rollouts not discarded, oldest first."""
+    """The ring as a list: the steps of the rollouts not yet discarded, oldest first."""
 
     def __init__(self, num_steps: int, capacity: int) -> None:
         self.num_steps, self.capacity, self.steps, self.first = num_steps, capacity, [], 0
 
     def append(self, step: dict) -> bool:
-        """Whether there was room."""
+        """Returns whether there was room."""
         if len(self.steps) == self.capacity:
             return False
         self.steps.append(step)

@@ -1,4 +1,4 @@
-"""The cases that take a backend, for tests/gpu and tests/emulation to run on theirs."""
+"""The tests that take a backend; tests/gpu and tests/emulation run them on their own backends."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ MODULES = (
 
 
 def cases(*modules: ModuleType) -> dict[str, Callable]:
-    """By name, the module's and then the case's own."""
+    """Each test under the name MODULE_TEST."""
     return {
         f"{module.__name__}_{name.removeprefix('test_')}": case
         for module in modules

@@ -1,4 +1,4 @@
-"""What goes into a RolloutBuffer comes out of it: shapes, widths, dtypes, layouts; and what it refuses."""
+"""A RolloutBuffer returns what was put in, for all shapes, row widths, dtypes and memory layouts; and its errors."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_sizes(num_envs, width, backend):
 
 @pytest.mark.parametrize("widths", [(1,), (2, 1), (5, 7), (24, 13, 3), (33,), (16, 16)], ids=str)
 def test_odd_bytes(widths, backend):
-    """uint8, bool and int16 fields whose ends fall anywhere: copies in whole words must not spill."""
+    """uint8, bool and int16 fields that end at any byte: copies of whole words must not write beyond them."""
     fields = {f"b{i}": (w, torch.uint8) for i, w in enumerate(widths)}
     fields |= {"flag": ((), torch.bool), "short": (3, torch.int16), "mask": (widths[0], torch.bool)}
     buf = RolloutBuffer(
@@ -90,7 +90,7 @@ def test_groups_and_fields(actions, num_envs, backend):
 def test_half_precision_storage(dtype, backend):
     buf = RolloutBuffer(33, 4, obs={"a": 17, "b": (2, 3), "c": ((4,), torch.float32)}, actions=4, obs_dtype=dtype)
     assert buf.layout.fields["obs.a"].dtype == buf.layout.fields["obs.b"].dtype == dtype
-    assert buf.layout.fields["obs.c"].dtype == torch.float32  # a dtype of its own goes first
+    assert buf.layout.fields["obs.c"].dtype == torch.float32  # a field's own dtype takes precedence
     buf = RolloutBuffer(33, 4, obs=17, actions=4, obs_dtype=dtype, backend=backend)
     steps = [random_step(buf) for _ in range(4)]
     for step in steps:
@@ -102,7 +102,7 @@ def test_half_precision_storage(dtype, backend):
 
 @pytest.mark.parametrize("num_envs", [1, 3])
 def test_rows_longer_than_a_block(num_envs, backend):
-    """27,648 bytes of picture a row, stored as bytes, next to a float group and one in half precision."""
+    """Image rows of 27,648 uint8, next to a float group and one in half precision."""
     groups = {"camera": ((3, 96, 96), torch.uint8), "state": 3, "low": ((70, 70), torch.float16)}
     buf = RolloutBuffer(num_envs, 3, obs=groups, actions=1, capacity=4, backend=backend)
     assert buf.layout.row_bytes > 16384
@@ -157,7 +157,7 @@ def test_sources_of_any_strides(how, num_envs, backend):
 
 
 def test_conversion_of_floats(backend):
-    """float64 and half sources are rounded to what is stored as PyTorch rounds them."""
+    """float64 and half sources are rounded to the stored dtype as PyTorch rounds them."""
     for source in (torch.float64, torch.float16, torch.bfloat16):
         groups = {"a": 17, "h": (5, torch.float16), "b": (5, torch.bfloat16), "d": (3, torch.float64)}
         buf = RolloutBuffer(35, 2, obs=groups, actions=4, fields={"mu": 4}, backend=backend)
@@ -192,7 +192,7 @@ def test_scalars_as_columns_and_flags_of_any_dtype(backend):
 
 
 def test_inputs_that_require_grad_leave_no_graph(backend):
-    """Twice: a plane that had joined a graph would refuse, or keep, the second one."""
+    """Appended twice: a plane that had joined a graph would reject the second step, or keep its graph."""
     buf = RolloutBuffer(8, 2, obs=3, actions=2, backend=backend)
     for _ in range(2):
         step = random_step(buf)
@@ -250,11 +250,11 @@ def test_a_refused_step_leaves_everything_as_it_was(change, error, message, back
         buf.append(**STEP | change)
     assert memory_bytes(buf) == before and len(buf) == 1
     buf.append(**STEP)
-    buf.compute_gae(torch.zeros(4))  # no bootstrap wanted: a refused `truncated` has left no trace
+    buf.compute_gae(torch.zeros(4))  # needs no bootstrap: the refused `truncated` left no trace
 
 
 def test_pictures_turned_round():
-    """An operation knows how many elements a field has, and Python the order of its dimensions."""
+    """The operations check a field's number of elements; Python checks the order of its dimensions."""
     buf = RolloutBuffer(4, 2, obs=(2, 3), actions=1, max_episode_length=2)
     turned, right = torch.zeros(4, 3, 2), torch.zeros(4, 2, 3)
     step = {name: torch.zeros(4) for name in ("rewards", "dones", "values", "log_probs")}
@@ -268,7 +268,7 @@ def test_pictures_turned_round():
 
 @pytest.mark.parametrize("num_envs", [1, 64])
 def test_a_view_of_the_step_that_is_written_is_refused(num_envs, backend):
-    """Kept from an earlier rollout: read and written in turn, it would store what it had just overwritten."""
+    """With a view kept from an earlier rollout, the copy would read what it had just overwritten."""
     buf = RolloutBuffer(num_envs, 2, obs=24, actions=24, max_episode_length=2, backend=backend)
     step = {name: torch.rand(num_envs) for name in ("rewards", "dones", "values", "log_probs")}
     step |= {"obs": torch.rand(num_envs, 24), "actions": torch.rand(num_envs, 24)}
@@ -294,7 +294,7 @@ def test_a_view_of_the_step_that_is_written_is_refused(num_envs, backend):
 
 
 def test_a_view_over_a_step_of_which_no_row_is_written_is_taken(backend):
-    """end() after slot() writes no row: a final observation may lie in the ring, around the step."""
+    """end() after slot() writes no row, so a final observation may be a view of the ring that overlaps the step."""
     buf = RolloutBuffer(2, 2, obs=3, actions=1, max_episode_length=2, backend=backend)
     zeros, ones = torch.zeros(2), torch.ones(2)
     buf.append(
@@ -403,7 +403,7 @@ def test_every_public_name_works_as_an_item(backend):
         log_probs=ones,
         mu=torch.ones(2, 2),
     )
-    buf.compute_gae(ones.requires_grad_())  # a value with a graph is taken as the number that it is
+    buf.compute_gae(ones.requires_grad_())  # last values that require grad are detached
     for name in ("obs", "actions", "log_probs", "values", "rewards", "dones", "truncated", "advantages", "returns"):
         assert torch.equal(buf[name], getattr(buf, name))
     assert torch.equal(buf["mu"], torch.ones(2, 1, 2))
@@ -432,7 +432,7 @@ def test_more_constructor_errors(arguments, error, message):
 
 @pytest.mark.parametrize("column", ["none", "log_probs", "values", "both"])
 def test_scalars_as_columns_take_the_short_way(column, monkeypatch):
-    """rsl_rl has values [N, 1]: what an operation checks by itself is not looked at in Python as well."""
+    """rsl_rl has values [N, 1]: Python does not repeat the checks of the operation."""
     reason = pydrone.backends()["cpu"]
     if reason is not None:
         pytest.skip(f"cpu: {reason}")

@@ -1,4 +1,4 @@
-"""What a RolloutBuffer holds between calls: its memory, autograd versions, inference mode, state dicts, copies."""
+"""The state of a RolloutBuffer between calls: memory, autograd versions, inference mode, state dicts, copies."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def make(backend: str | None, **options) -> RolloutBuffer:
 
 
 def iteration(buf: RolloutBuffer, g: torch.Generator, epochs: int = 2, **options) -> list[torch.Tensor]:
-    """Collect, compute, read all minibatches, discard; everything that came out."""
+    """One iteration: collect, compute, read all minibatches, discard. Returns all outputs."""
     late = torch.zeros(buf.num_envs, dtype=torch.bool)
     late[0] = True
     while not buf.full:
@@ -96,7 +96,7 @@ def test_memory_is_constant_over_301_iterations():
     assert pointers(buf) == before and buf.nbytes == size
     assert buf._ring.appended == 301 * 3
     assert grown < 49152  # bytes of Python objects, mostly interpreter caches
-    # A rollout kept an iteration, of 768 samples in rows of 64 bytes, would be 10 MB.
+    # If each iteration leaked its rollout (768 samples in rows of 64 bytes), this would be 10 MB.
     unit = 1024 if sys.platform == "linux" else 1
     assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - resident) * unit < 4e6
 
@@ -124,7 +124,7 @@ def test_reused_minibatches_are_counted(backend):
     list(buf.minibatches(3))
     assert buf.nbytes == plan
     list(buf.minibatches(3, reuse=True))
-    # Eight samples of 3 + 2 + 2 + values, log_probs, advantages, returns = 11 floats and four bytes.
+    # Eight samples of 3 + 2 + 2 + (value, log-prob, advantage, return) = 11 floats, and four bytes.
     assert buf.nbytes == plan + 8 * (11 * 4 + 4)
     list(buf.minibatches(3, reuse=True))
     assert buf.nbytes == plan + 8 * (11 * 4 + 4)
@@ -143,7 +143,7 @@ SAVED = {
 
 
 def product(x: torch.Tensor) -> torch.Tensor:
-    """A scalar whose backward pass needs ``x`` as it is now."""
+    """A scalar whose backward pass needs the present contents of ``x``."""
     weight = torch.ones_like(x, requires_grad=True)
     return (weight * x).sum()
 
@@ -180,7 +180,7 @@ def test_overwriting_a_reused_minibatch_is_an_error(count, backend):
         mb = next(buf.minibatches(count))
         loss = product(mb.obs["a"] if name == "obs" else mb[name])
         list(buf.minibatches(count))
-        loss.backward()  # fresh ones are the caller's
+        loss.backward()  # fresh tensors belong to the caller
 
 
 def test_slot_views_and_their_version(backend):
@@ -238,7 +238,7 @@ def test_state_dict_goes_on_bit_for_bit(when, backend):
     if when == "between epochs":
         list(buf.minibatches(2, 3))
     other = make(backend, capacity=6, seed=3, rank=1)
-    fill(other)  # whatever it held
+    fill(other)  # previous contents do not matter
     state = {k: x.clone() if isinstance(x, torch.Tensor) else copy.copy(x) for k, x in buf.state_dict().items()}
     other.load_state_dict(state)
     assert len(other) == len(buf) and other.full == buf.full
@@ -294,7 +294,7 @@ def test_a_state_that_does_not_fit_changes_nothing(backend):
     ids=str,
 )
 def test_a_state_of_other_fields_is_refused_though_rows_are_as_long(options, backend):
-    """A row of 2 + 3 floats is as long as one of 3 + 2: the fields would silently change places."""
+    """A row of 2 + 3 floats is as long as one of 3 + 2: unchecked, the fields would be mixed up silently."""
     base = {"obs": 2, "actions": 3, "fields": {"mu": 2}, "final_obs_rows": 0}
     one, other = make(backend, **base), make(backend, **base | options)
     fill(one)
@@ -324,7 +324,7 @@ def test_a_copy_is_another_buffer(backend, duplicate):
 
 
 def test_two_buffers_do_not_meet(backend):
-    """Two in turn give what each gives on its own."""
+    """Two interleaved buffers give the same results as each on its own."""
 
     def run(numbers: tuple[int, ...]) -> dict[int, list[torch.Tensor]]:
         buffers = {i: make(backend, seed=i, capacity=5 + i) for i in numbers}

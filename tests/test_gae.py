@@ -1,4 +1,4 @@
-"""pydrone.gae: tables derived by hand, then a float64 loop, then properties that need no implementation at all."""
+"""pydrone.gae against tables derived by hand, a float64 loop, and properties that need no second implementation."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from pydrone import gae
 from pydrone.ops.dispatch import select
 
 # gamma = lam = 1/2, so gamma * lam = 1/4 and every number below is exact in float32.
-# rewards 1 2 3, values 2 4 6, last value 10, value of the true final observation 20 (where one is asked for).
+# rewards 1 2 3, values 2 4 6, last value 10, value of the true final observation 20 (where the bootstrap needs it).
 #
-# Temporal differences of steps that run on:  d0 = 1 + 4/2 - 2 = 1   d1 = 2 + 6/2 - 4 = 1   d2 = 3 + 10/2 - 6 = 2
+# TD errors of steps that do not end:  d0 = 1 + 4/2 - 2 = 1   d1 = 2 + 6/2 - 4 = 1   d2 = 3 + 10/2 - 6 = 2
 # Ended at 1: terminated d1 = 2 - 4 = -2; final value d1 = 2 + 20/2 - 4 = 8; stored value d1 = 2 + 4/2 - 4 = 0;
 #             next value d1 = 2 + 6/2 - 4 = 1.      A1 = d1, A0 = 1 + A1 / 4, A2 = 2.
 # Ended at 2: terminated d2 = 3 - 6 = -3; final value d2 = 3 + 20/2 - 6 = 7; stored value d2 = 3 + 6/2 - 6 = 0;
@@ -33,7 +33,7 @@ TABLE = {
     "truncated at the last step, final value": ([0, 0, 1], [0, 0, 1], FINAL, [27 / 16, 11 / 4, 7]),
     "truncated at the last step, stored value": ([0, 0, 1], [0, 0, 1], STORED, [5 / 4, 1, 0]),
     "truncated at the last step, next value": ([0, 0, 1], [0, 0, 1], NEXT, [11 / 8, 3 / 2, 2]),
-    # A2 = 7, then A1 = -2, then d0 = 1 + 20/2 - 2 = 9 whatever follows.
+    # A2 = 7, then A1 = -2, then d0 = 1 + 20/2 - 2 = 9, independent of what follows.
     "an end at every step": ([1, 1, 1], [1, 0, 1], FINAL, [9, -2, 7]),
 }
 
@@ -64,8 +64,8 @@ def test_table(case, backend):
 
 @pytest.mark.parametrize("flags", [(0, 0), (1, 0), (1, 1)], ids=["running", "done", "both"])
 def test_invalid_step_counts_for_nothing(flags, backend):
-    # NEXT_STEP: step 1 ends by a time limit, the observation of step 2 is the final one and its transition is none.
-    # d3 = 5 + 10/2 - 8 = 2;  A2 = 0 whatever its flags say;  d1 = 2 + 6/2 - 4 = 1, cut;  A0 = 1 + 1/4.
+    # NEXT_STEP: step 1 is truncated, step 2 has the final observation and is not a transition.
+    # d3 = 5 + 10/2 - 8 = 2;  A2 = 0 with any flags;  d1 = 2 + 6/2 - 4 = 1, trace cut;  A0 = 1 + 1/4.
     dones, truncated = tensor([[0, 1, flags[0], 0]]), tensor([[0, 1, flags[1], 0]])
     advantages, returns, stats = gae(
         tensor([[1.0, 2, math.nan, 5]]),
@@ -87,7 +87,7 @@ def test_invalid_step_counts_for_nothing(flags, backend):
 
 
 def test_invalid_step_cuts_the_trace_of_a_running_one(backend):
-    # Step 1 does not end: d1 = 2 + 6/2 - 4 = 1, and A1 = d1 though A3 = 2 lies behind the invalid step.
+    # Step 1 does not end: d1 = 2 + 6/2 - 4 = 1, and A1 = d1 although A3 = 2 follows the invalid step.
     zeros = torch.zeros(1, 4)
     valid = tensor([[True, True, False, True]])
     values, rewards = tensor([[2.0, 4, 6, 8]]), tensor([[1.0, 2, 9, 5]])
@@ -96,8 +96,8 @@ def test_invalid_step_cuts_the_trace_of_a_running_one(backend):
 
 
 def test_last_values_enter_once(backend):
-    # d1 grows by gamma * 4 = 2 with last_values 10 -> 14: A1 by 2, A0 by gamma * lam * 2 = 1/2. Were they to enter the
-    # carry too, A1 would grow by 2 + 4/4.
+    # last_values 10 -> 14 raise d1 by gamma * 4 = 2: A1 by 2, A0 by gamma * lam * 2 = 1/2. If they entered the carry
+    # too, A1 would rise by 2 + 4/4.
     def run(last: float) -> list[float]:
         one = torch.ones(1, 2)
         return gae(one, one, torch.zeros(1, 2), tensor([last]), 0.5, 0.5, backend=backend)[0][0].tolist()
@@ -114,7 +114,7 @@ BOOTSTRAPS = ["none", "final_values", "stored_value", "next_value"]
 
 
 def with_bootstrap(data: dict, bootstrap: str) -> dict:
-    """``data`` with what this bootstrap takes of it."""
+    """``data`` reduced to the arguments that this bootstrap takes."""
     data = dict(data)
     final = data.pop("final_values")
     if bootstrap == "none":
@@ -141,7 +141,7 @@ def test_matches_the_loop(shape, bootstrap, backend):
 @pytest.mark.parametrize("num_steps", [256, 257, 512])
 @pytest.mark.parametrize("columns", [False, True])
 def test_what_comes_hundreds_of_steps_later_reaches_the_first(columns, num_steps, backend):
-    """Without an end, over several of a kernel's tiles: rewards of zero but for the last one, known in closed form."""
+    """No ends, several kernel tiles; only the last reward is nonzero, so the result is known in closed form."""
     rewards = torch.zeros(num_steps, 3).t() if columns else torch.zeros(3, num_steps)
     rewards[:, -1] = tensor([1.0, 2.0, -4.0])
     zeros = torch.zeros_like(rewards)
@@ -152,7 +152,7 @@ def test_what_comes_hundreds_of_steps_later_reaches_the_first(columns, num_steps
 
 @pytest.mark.parametrize("start", [0, 3, 4, 8])
 def test_a_ring_of_odd_size_in_aligned_rows(start, backend):
-    """Ten slots of rows of twelve: four steps lie together where they begin, and not where the ring ends."""
+    """Ten slots in rows of twelve: four steps can begin aligned in a row and yet cross the end of the ring."""
     num_envs, num_steps, capacity = 5, 8, 10
     slots = (torch.arange(num_steps) + start) % capacity
     data = rollout(num_envs, num_steps, seed=start)
@@ -222,7 +222,7 @@ def test_any_layout(layout, shape, backend):
     assert all(torch.equal(x, data[name]) for name, x in before.items())
 
 
-# Nonzero, and for the wide integers with a low byte, half or word of zeros.
+# Nonzero; the wide integers have a low byte, half or word of zeros.
 NONZERO = {
     torch.bool: [True],
     torch.uint8: [1, 2, 255, 128],
@@ -263,7 +263,7 @@ def test_any_float_dtype(rewards, values, others, backend):
     wide = torch.float64 in dtypes.values()
     for x, y in zip(gae(backend=backend, **data), gae_loop(gamma=0.99, lam=0.95, **data), strict=True):
         assert x.dtype == (torch.float64 if wide else torch.float32)
-        assert_close(x, y, 1e-13 if wide else 1e-6)  # computed wide, whatever the inputs were rounded to
+        assert_close(x, y, 1e-13 if wide else 1e-6)  # computed in the wide dtype, from inputs of any precision
 
 
 @pytest.mark.parametrize("time_dim", [0, 1])
@@ -287,7 +287,7 @@ def test_out(layout, time_dim, backend):
         assert got is given
         assert_close(got, y if time_dim else y.T)
     written = 0 if layout == "dense" else 2 * 70 * 35
-    assert memory.isfinite().sum() == written  # nothing beside them
+    assert memory.isfinite().sum() == written  # nothing else was written
 
 
 # ---------------------------------------------------------------------------------------------- properties
@@ -312,7 +312,7 @@ def test_nothing_leaks_over_an_end(bad, bootstrap, backend):
         dirty["final_values"][:, :end] = bad
         dirty["final_values"][:, end + 1 :] = bad
     assert_close(gae(backend=backend, **dirty)[0][:, : end + 1], expected)
-    # And no neighbour is touched by an environment gone bad.
+    # An environment with bad numbers affects no other.
     dirty = {name: x.clone() if isinstance(x, torch.Tensor) else x for name, x in clean.items()}
     for name in ("rewards", "values", "last_values"):
         dirty[name][33] = bad
@@ -365,7 +365,7 @@ def test_two_rollouts_join(cut, backend):
     whole, _ = gae(last_values=last, gamma=gamma, lam=lam, backend=backend, **data)
     early, late = ({k: x[:, s] for k, x in data.items()} for s in (slice(None, cut), slice(cut, None)))
     tail, _ = gae(last_values=last, gamma=gamma, lam=lam, backend=backend, **late)
-    # An invalid step hands nothing over: lam * A of it is zero, and so is its trace.
+    # An invalid step carries nothing over: its lam * A is zero, and so is its trace.
     joint = late["values"][:, 0] + lam * tail[:, 0]
     head, _ = gae(last_values=joint, gamma=gamma, lam=lam, backend=backend, **early)
     assert_close(torch.cat([head, tail], 1), whole)
@@ -373,7 +373,7 @@ def test_two_rollouts_join(cut, backend):
 
 @pytest.mark.parametrize("num_envs", [5252, 5255])
 def test_outputs_that_bypass_the_cache(num_envs, backend):
-    """From 2 MiB on the CPU's kernel streams them: the last ones of a row, and rows not aligned."""
+    """From 2 MiB on, the CPU kernel uses streaming stores: also for the tail of a row and for unaligned rows."""
     data = with_bootstrap(rollout(num_envs, 100), "final_values")
     expected = gae(backend="reference", **{k: x.double() if x.is_floating_point() else x for k, x in data.items()})
     columns = {name: x if x.dim() == 1 else x.t().contiguous().t() for name, x in data.items()}
@@ -383,7 +383,7 @@ def test_outputs_that_bypass_the_cache(num_envs, backend):
 
 
 def test_bit_equal_from_run_to_run(backend):
-    """And, where pydrone does the sums, for any number of threads."""
+    """Where pydrone computes the sums, for any number of threads too."""
     data = with_bootstrap(rollout(1000, 80), "final_values")
     data["stats"] = True
     first = gae(backend=backend, **data)

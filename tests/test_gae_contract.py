@@ -1,4 +1,4 @@
-"""pydrone.gae: its statistics, what rsl_rl computes, and its errors."""
+"""pydrone.gae: its statistics, its agreement with rsl_rl, and its errors."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def two_passes(advantages: torch.Tensor, valid: torch.Tensor | None = None) -> t
 @pytest.mark.parametrize("columns", [False, True])
 def test_statistics(shape, masked, columns, backend):
     data = with_bootstrap(rollout(*shape), "final_values")
-    data["rewards"] = data["rewards"] + 300  # a mean far from zero: naive sums of squares would lose the variance
+    data["rewards"] = data["rewards"] + 300  # a mean far from zero: plain sums of squares would lose the variance
     if not masked:
         del data["valid"]
     if columns:
@@ -44,7 +44,7 @@ def test_statistics(shape, masked, columns, backend):
 @pytest.mark.parametrize("spread", [1e-3, 1.0])
 def test_statistics_of_a_mean_far_from_zero(spread, mean, backend):
     rewards = 1e3 + spread * torch.randn(20, 1000).t()
-    if mean == "alternating":  # from step to step: what was seen of one step tells nothing of the next
+    if mean == "alternating":  # from step to step: one step says nothing about the next
         rewards[:, ::2] *= -1
     zeros = torch.zeros(1000, 20)
     advantages, _, stats = gae(rewards, zeros, zeros, torch.zeros(1000), gamma=0, stats=True, backend=backend)
@@ -56,7 +56,7 @@ def test_statistics_of_a_mean_far_from_zero(spread, mean, backend):
 
 @pytest.mark.parametrize("num_envs", [2, 16, 48, 100, 1000])
 def test_constant_advantages_have_no_spread(num_envs, backend):
-    # A reward for staying alive and gamma 0, say. M2 below zero would make every normalised advantage a NaN.
+    # For example a survival reward with gamma 0. A negative M2 would make every normalised advantage NaN.
     zeros = torch.zeros(num_envs, 3)
     for reward in (0.1, 0.3, 0.7, -0.01, 1000.1, -10 / 3):
         rewards = torch.full((num_envs, 3), reward)
@@ -83,7 +83,7 @@ def test_statistics_of_hardly_any_samples(backend):
 
 @pytest.mark.parametrize("time_outs", [False, True])
 def test_equals_rsl_rl(time_outs, backend):
-    """rsl_rl's own storage, loop and time-out rule, called as its runner calls them."""
+    """Runs rsl_rl's own storage, loop and time-out rule, called as its runner calls them."""
     pytest.importorskip("rsl_rl")
     from rsl_rl.algorithms import PPO
     from rsl_rl.storage import RolloutStorage
@@ -127,7 +127,7 @@ def test_equals_rsl_rl(time_outs, backend):
     assert torch.equal(rewards, data["rewards"])
     assert_close(returns, storage.returns.squeeze(2).t())
     assert_close(advantages, storage.advantages.squeeze(2).t())
-    # Its storage as it lies, [T, N, 1]; its rewards have the bootstrap in them already.
+    # Its storage is [T, N, 1], used as it is; its rewards already include the bootstrap.
     columns = gae(
         storage.rewards, storage.values, storage.dones, data["last_values"], gamma, lam, time_dim=0, backend=backend
     )
@@ -241,7 +241,7 @@ def test_a_backend_that_cannot_serve_fails_with_the_reason(monkeypatch):
     monkeypatch.setenv("PYDRONE_BACKEND", "fast")
     with pytest.raises(ValueError, match=r"^PYDRONE_BACKEND: expected one of .*got 'fast'"):
         gae(X, X, X, ENVS)
-    gae(X, X, X, ENVS, backend="reference")  # an argument goes before the environment
+    gae(X, X, X, ENVS, backend="reference")  # the argument takes precedence over the environment variable
     assert pydrone.backends()["reference"] is None
 
 

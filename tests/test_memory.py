@@ -1,4 +1,4 @@
-"""The memory report, to the byte: the task's table, and that the plan is what the buffer takes."""
+"""The memory report, to the byte: the table of the reference task, and that the buffer takes what the plan says."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ def test_the_tasks_table():
     }
     assert made.rollout_nbytes == 75_366_400
     assert made.kept_nbytes == 22_685_286_400
-    # A row: 17 + 4 observations and actions, log-probability, value, row number of the pool: 24 words, 96 bytes.
+    # A row: 17 + 4 observations and actions, log-probability, value, pool row number: 24 words, 96 bytes.
     assert {x.name: x.nbytes for x in made.resident}["rows"] == 8192 * 100 * 96
-    # dones: 3 of 4 bytes; bfloat16: 96 bytes to 64 (34 + 7 words = 62); the pool's rows of 96 bytes and its counts, in
-    # whose absence the row number goes too, which the rounding to 32 swallows.
+    # dones: 3 of 4 bytes. bfloat16: 96 bytes to 64 (34 + 7 words = 62). The pool: rows of 96 bytes and counts; without
+    # it there is no row number either, but rounding up to 32 bytes hides that.
     assert dict(made.savings) == {
         "done flags as uint8 instead of int32 (always)": 8192 * 100 * 3,
         "bfloat16 observations (obs_dtype=torch.bfloat16)": 8192 * 100 * 32,

@@ -1,28 +1,28 @@
-"""Properties of GAE, the ring and the minibatches, over whatever hypothesis draws: sizes, strides, layouts, dtypes,
-gamma, lambda, ends, truncations, autoreset modes, heads and capacities. Each holds for every backend.
+"""Properties of GAE, the ring and the minibatches that hold for every backend. Hypothesis draws sizes, strides,
+layouts, dtypes, gamma, lambda, ends, truncations, autoreset modes, heads and capacities.
 
 The bound
 ---------
-Equality is up to rounding, and how much that may be is derived, not chosen. Let u = 2^-24 (float32; float64: 2^-53)
-be the unit roundoff, g = gamma and d = gamma * lambda, each rounded once. With the names of docs/conventions.md, a
-kernel computes
+Results are equal up to rounding; the tolerance is derived, not chosen. Let u = 2^-24 (float32; float64: 2^-53) be the
+unit roundoff, g = gamma and d = gamma * lambda, each rounded once. With the names of docs/conventions.md, a kernel
+computes
 
     delta_t = ((r_t + g * next_t) - V_t)        A_t = delta_t + d * A_{t+1}
 
-in which every operation, and the rounding of g and of d, multiplies by one factor 1 + e with |e| <= u. A number that
-enters at step s (r_s, g * next_s or V_s) meets at most c = 5 such factors on its way into A_s (the rounding of g, the
-product, three sums), and 3 more for each step on its way to A_t, t < s (the rounding of d, the product, the sum). A
-product of k such factors differs from 1 by at most k u / (1 - k u) (Higham, Accuracy and Stability of Numerical
-Algorithms, 2nd edition, lemma 3.1). So, with m_s = |r_s| + gamma |next_s| + |V_s|, and with the sum over s from t to
-the step that cuts the trace,
+Each operation, and the rounding of g and of d, contributes one factor 1 + e with |e| <= u. A number that enters at step
+s (r_s, g * next_s or V_s) collects at most c = 5 such factors on its way into A_s (the rounding of g, the product,
+three sums), and 3 more for each step on its way to A_t, t < s (the rounding of d, the product, the sum). A product of k
+such factors differs from 1 by at most k u / (1 - k u) (Higham, Accuracy and Stability of Numerical Algorithms, 2nd
+edition, lemma 3.1). So, with m_s = |r_s| + gamma |next_s| + |V_s| and the sum over s from t to the step that cuts the
+trace,
 
     |error of A_t|  <=  1.01 u * sum_s (c + 3 (s - t)) d^(s - t) m_s        and u |A_t + V_t| more for the return.
 
-Where all inputs are at most S in magnitude that is at most 3.1 u S (c T + 3 T (T - 1) / 2), or 3.1 u S (c / (1 - d) +
-3 d / (1 - d)^2) for any T. It is element by element: the magnitudes of what lies before t, or behind a cut, are not in
-it. A scan that goes by a tree (Triton, CUDA) needs no more products than that, but each level adds a sum: at most 4
-within a thread, 5 across a warp, and 3 to join the runs; so c = 20 covers every backend's order of operations. A
-rounding to zero is absolute: (c + 3 T) times the smallest normal number, times the largest m.
+If no input exceeds S in magnitude, that is at most 3.1 u S (c T + 3 T (T - 1) / 2), or 3.1 u S (c / (1 - d) +
+3 d / (1 - d)^2) for any T. The bound is per element: magnitudes before t or beyond a cut do not enter it. A tree scan
+(Triton, CUDA) needs no more products, but each level adds a sum: at most 4 within a thread, 5 across a warp, and 3 to
+join the runs; so c = 20 covers every backend's order of operations. Underflow to zero adds an absolute error: (c + 3 T)
+times the smallest normal number, times the largest m.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ ROUNDOFF = {torch.float32: 2.0**-24, torch.float64: 2.0**-53}
 
 
 def most_samples(backend: str) -> int:
-    """Of a rollout; the Triton kernels are interpreted where there is no GPU."""
+    """The most samples a rollout may have: without a GPU the Triton kernels are interpreted."""
     return 300 if backend == "triton" and not torch.cuda.is_available() else 3000
 
 
@@ -59,7 +59,7 @@ def most_samples(backend: str) -> int:
 UNIT = st.one_of(
     st.sampled_from([0.0, 1.0, 0.5, 0.95, 0.99, 0.999, 1e-3, 1e-6]), st.floats(0, 1, allow_subnormal=False)
 )
-# Around the widths of vectors, blocks and tiles, and anything.
+# Sizes near the widths of vectors, blocks and tiles, and any others.
 ENVS = st.one_of(st.sampled_from([1, 2, 7, 8, 15, 16, 17, 63, 64, 65, 128, 129]), st.integers(1, 300))
 STEPS = st.one_of(st.sampled_from([1, 2, 3, 15, 16, 17, 31, 32, 33, 127, 128, 129]), st.integers(1, 140))
 FLOAT32 = st.just(torch.float32)
@@ -68,7 +68,7 @@ MODES = ("running", "terminated", "final_values", "stored_value", "next_value", 
 
 
 class Case(NamedTuple):
-    """Arguments of gae, [N, T] and dense, with discounts; ``codes`` as the buffer has them."""
+    """Arguments of gae, [N, T] and dense, with discounts; ``codes`` as the buffer stores them."""
 
     data: dict
     codes: np.ndarray
@@ -80,7 +80,7 @@ class Case(NamedTuple):
 
 
 def flags_of(codes: np.ndarray, data: dict) -> dict:
-    """``data`` with the flags that make ``codes``."""
+    """``data`` with the flags that ``codes`` encode."""
     data["dones"] = torch.as_tensor((codes == 1) | (codes == 2))
     if (codes == 2).any() or "final_values" in data or "timeout_bootstrap" in data:
         data["truncated"] = torch.as_tensor(codes == 2)
@@ -91,7 +91,7 @@ def flags_of(codes: np.ndarray, data: dict) -> dict:
 
 @st.composite
 def rollouts(draw, backend: str, floats=FLOAT32, modes=MODES, whole: bool = False) -> Case:
-    """``whole``: numbers that are multiples of 1/8 and small, so that sums of a few of them are exact in float32."""
+    """``whole``: small multiples of 1/8, so that sums of a few of them are exact in float32."""
     num_steps = draw(STEPS, label="T")
     num_envs = min(draw(ENVS, label="N"), max(1, most_samples(backend) // num_steps))
     shape = (num_envs, num_steps)
@@ -130,7 +130,7 @@ def rollouts(draw, backend: str, floats=FLOAT32, modes=MODES, whole: bool = Fals
 
 
 def error_bound(case: Case, dtype: torch.dtype = torch.float32, c: int = TREE) -> np.ndarray:
-    """[N, T], of the advantages: the bound of the module's docstring, and the float64 loop's own error by the same."""
+    """[N, T], for the advantages: the module docstring's bound, plus the same bound on the float64 loop's own error."""
     r, v, last = (np.abs(array(case.data[name])) for name in ("rewards", "values", "last_values"))
     final = np.abs(array(case.data.get("final_values", case.data["values"])))
     decay = case.gamma * case.lam
@@ -179,7 +179,7 @@ def test_equals_the_float64_loop_within_the_bound(backend, draw):
                 )
             x = LAYOUTS[draw.draw(st.sampled_from(["rows", "columns", *LAYOUTS]), label=f"layout of {name}")](x)
         planes[name] = x
-    # A layout that expands changes the numbers: the case is what came of it.
+    # An expanded layout changes the numbers: the expected values are of the result.
     codes = np.where(array(planes["dones"]) != 0, 1, 0)
     codes = np.where(array(planes["truncated"]) != 0, 2, codes) if "truncated" in planes else codes
     codes = np.where(array(planes["valid"]) != 0, codes, 3) if "valid" in planes else codes
@@ -202,14 +202,14 @@ REALS = ("rewards", "values", "last_values", "final_values")
 
 @given(draw=st.data())
 def test_lambda_one_is_monte_carlo(backend, draw):
-    """No recurrence here: each return is a dot product of discounts and rewards, up to the cut, and what follows it."""
+    """Without a recurrence: each return is a dot product of discounts and rewards up to the cut, plus the bootstrap."""
     case = draw.draw(rollouts(backend))._replace(lam=1.0)
     r, v, last = (array(case.data[name]) for name in ("rewards", "values", "last_values"))
     (num_envs, num_steps), codes = r.shape, case.codes
     after = np.concatenate([v[:, 1:], last[:, None]], 1)
     ways = {"stored_value": v, "next_value": after, None: array(case.data.get("final_values", case.data["values"]))}
     bootstrap = np.where(codes == 1, 0, np.where(codes == 2, ways[case.data.get("timeout_bootstrap")], after))
-    # A trace ends at an end, at the rollout's last step, and before a step that is none.
+    # A trace ends at an end, at the rollout's last step, and before an invalid step.
     cut = codes != 0
     cut[:, :-1] |= codes[:, 1:] == 3
     cut[:, -1] = True
@@ -230,7 +230,7 @@ POISON = st.sampled_from([math.nan, math.inf, -math.inf, 3e38])
 
 @given(draw=st.data())
 def test_nothing_leaks_over_an_end(backend, draw):
-    """Each environment ends at a step of its own; all that lies after it, and all that is not read, is poison."""
+    """Each environment ends at its own step; everything after it, and everything not read, is poisoned."""
     case = draw.draw(rollouts(backend, modes=("terminated", "final_values", "stored_value", "next_value")))
     poison = draw.draw(POISON, label="poison")
     rng = np.random.default_rng(draw.draw(st.integers(0, 99), label="ends"))
@@ -240,7 +240,7 @@ def test_nothing_leaks_over_an_end(backend, draw):
     envs, end = np.arange(num_envs), rng.integers(0, num_steps, num_envs)
     codes[envs, end] = rng.choice(kinds, num_envs)
     late = torch.as_tensor(np.arange(num_steps) > end[:, None])
-    # The value after a time-out is read where that is the bootstrap; V of a step that is none, by the step before it.
+    # The value after a time-out is read if it is the bootstrap; V of an invalid step is read by the step before it.
     reads_next = (codes[envs, end] == 2) & (how == "next_value")
     late_values = torch.as_tensor(np.arange(num_steps) > (end + reads_next)[:, None])
     none = torch.as_tensor(codes == 3)
@@ -287,7 +287,7 @@ def test_environments_in_another_order_give_the_same_in_that_order(backend, draw
 
 @given(draw=st.data())
 def test_rollouts_that_are_joined_equal_the_whole(backend, draw):
-    """The bound's constant grows by 8 a joint: lambda's product, V's sum, and a rounding of each, on both sides."""
+    """Each joint adds 8 to the bound's constant: lambda's product, V's sum, and a rounding of each, on both sides."""
     case = draw.draw(rollouts(backend))
     num_steps = case.codes.shape[1]
     cuts = sorted(draw.draw(st.sets(st.integers(0, num_steps), max_size=2), label="cuts"))
@@ -299,7 +299,7 @@ def test_rollouts_that_are_joined_equal_the_whole(backend, draw):
         advantages, _ = run(backend, case._replace(data=data | {"last_values": last}))
         last = data["values"][:, 0] + case.lam * advantages[:, 0]
         if case.data.get("timeout_bootstrap") == "next_value" and first:
-            # A truncation there bootstraps with V alone, whose trace is cut.
+            # A truncation there bootstraps with V alone, as its trace is cut.
             last = torch.where(case.data["truncated"][:, first - 1], data["values"][:, 0], last)
         parts.insert(0, advantages)
     whole, joined = run(backend, case)[0], torch.cat(parts, 1)
@@ -309,7 +309,7 @@ def test_rollouts_that_are_joined_equal_the_whole(backend, draw):
 
 @given(draw=st.data())
 def test_a_large_prefix_does_not_drown_a_small_suffix(backend, draw):
-    """Within the suffix's own bound, in which the prefix does not count; and the other way round, behind an end."""
+    """The error stays within the suffix's own bound, which excludes the prefix; and vice versa, beyond an end."""
     case = draw.draw(rollouts(backend, whole=True))
     num_steps = case.codes.shape[1]
     cut = draw.draw(st.integers(0, num_steps - 1), label="cut")
@@ -328,7 +328,7 @@ def test_a_large_prefix_does_not_drown_a_small_suffix(backend, draw):
     ended = alone._replace(codes=codes, data=flags_of(codes, dict(alone.data)))
     loud = scaled(factor / scale)._replace(codes=codes)
     loud.data.update({name: ended.data[name] for name in ("dones", "truncated", "valid") if name in ended.data})
-    for name in ("rewards", "values", "final_values"):  # step ``cut`` itself is the prefix's last
+    for name in ("rewards", "values", "final_values"):  # step ``cut`` is the last of the prefix
         if name in loud.data:
             loud.data[name][:, cut] = ended.data[name][:, cut]
     quiet = slice(None, cut + 1)
@@ -338,10 +338,10 @@ def test_a_large_prefix_does_not_drown_a_small_suffix(backend, draw):
 
 # ---------------------------------------------------------------------------------------------- statistics
 
-# The sums of a row of at most 1024 samples run in 16 lanes of float32, so a number meets at most 64 + 4 roundings, and
-# the sum of squares about a pivot is trusted where it is at most 4 times M2: 2 * 4 * 68 roundings in all. A program of
-# Triton sums 128 samples by a tree. All that is merged is merged in float64, at most a sample at a time; by Triton's
-# programs in plain sums of squares, which float32 advantages lose nothing by, and float64 ones the digits of the mean.
+# Rows of at most 1024 samples are summed in 16 float32 lanes, so a number is rounded at most 64 + 4 times; the sum of
+# squares about a pivot is used if it is at most 4 times M2: 2 * 4 * 68 roundings in all. A Triton program sums 128
+# samples by a tree. All merging is in float64, at most once per sample. Triton's programs merge plain sums of squares,
+# which cost float32 advantages nothing and float64 ones the digits of the mean.
 STATISTICS_ROUNDINGS = 600
 
 
@@ -356,7 +356,7 @@ def close_statistics(backend: str, stats: Tensor, advantages: Tensor, counts: np
     slack = STATISTICS_ROUNDINGS * ROUNDOFF[advantages.dtype]
     merged = 3 * count * ROUNDOFF[torch.float64] * largest
     assert abs(mean - exact) <= slack * largest + merged
-    # Moved by at most x each, deviations of squares S change by at most 2 x sqrt(count S) + count x^2.
+    # If each deviation moves by at most x, the sum of squares S changes by at most 2 x sqrt(count S) + count x^2.
     moved = 2 * merged * math.sqrt(count * squares) + count * merged**2
     if order_of(backend) == TREE:
         moved += 2 * merged * largest
@@ -369,7 +369,7 @@ def test_statistics_equal_two_passes_in_float64(backend, draw):
     far = draw.draw(st.sampled_from([0.0, 1e3, -1e5]), label="mean")
     data = dict(case.data)
     none = torch.as_tensor(case.codes == 3)
-    data["rewards"] = (data["rewards"] + far).masked_fill(none, math.nan)  # what does not count may be anything
+    data["rewards"] = (data["rewards"] + far).masked_fill(none, math.nan)  # invalid samples may hold anything
     columns = draw.draw(st.booleans(), label="columns")
     if columns:
         data = {k: x.t().contiguous().t() if isinstance(x, Tensor) and x.dim() == 2 else x for k, x in data.items()}
@@ -382,7 +382,7 @@ def test_statistics_equal_two_passes_in_float64(backend, draw):
 
 @given(draw=st.data())
 def test_a_ring_at_any_head_equals_the_rollout_by_itself(backend, draw):
-    """[N, C] planes, the rollout from ``start`` on, around the end; the other slots hold NaN and invalid codes."""
+    """[N, C] planes; the rollout begins at ``start`` and wraps; the other slots hold NaN and invalid codes."""
     case = draw.draw(rollouts(backend))
     num_envs, num_steps = case.codes.shape
     capacity = num_steps + draw.draw(st.integers(0, num_steps + 3), label="room")
@@ -402,7 +402,7 @@ def test_a_ring_at_any_head_equals_the_rollout_by_itself(backend, draw):
     how = case.data.get("timeout_bootstrap") or (None if final is None else "final_values")
     pooled = final is not None and draw.draw(st.booleans(), label="pooled")
     rows = None
-    if pooled:  # the values of truncated steps alone, in another order; elsewhere an index that is none
+    if pooled:  # only the values of truncated steps, in another order; elsewhere the index is invalid
         truncated = torch.as_tensor(case.codes == 2)
         place = torch.full((num_envs, num_steps), -1, dtype=torch.int32)
         place[truncated] = torch.arange(int(truncated.sum()) - 1, -1, -1).int()
@@ -422,8 +422,7 @@ def test_a_ring_at_any_head_equals_the_rollout_by_itself(backend, draw):
 
 @given(draw=st.data())
 def test_a_buffer_of_any_capacity(backend, draw):
-    """Rollouts one after the other, the next one begun before the oldest is learnt from; rows, advantages and
-    minibatches of each."""
+    """Rows, advantages and minibatches of successive rollouts; the next one begins before the oldest is consumed."""
     small = backend == "triton"
     num_envs = draw.draw(st.integers(1, 5 if small else 40), label="N")
     num_steps = draw.draw(st.integers(1, 3 if small else 9), label="T")
@@ -470,7 +469,7 @@ def test_a_buffer_of_any_capacity(backend, draw):
 
 
 def check_minibatches(buf: RolloutBuffer, obs: Tensor, counts: np.ndarray, draw) -> None:
-    """Every sample that counts, once an epoch; rows, returns and normalised advantages are those of their samples."""
+    """Every valid sample appears once per epoch, with its own row, return and normalised advantage."""
     samples = int(counts.sum())
     if samples == 0:
         return
@@ -478,7 +477,7 @@ def check_minibatches(buf: RolloutBuffer, obs: Tensor, counts: np.ndarray, draw)
     count, mean, m2 = buf.statistics.tolist()
     std = math.sqrt(m2 / (count - 1)) if count > 1 else 0.0
     exact = (array(buf.advantages) - mean) / (std + 1e-8)
-    # A - mean: the mean's rounding, and the difference's; times 1 / std, rounded: three more, of the result.
+    # A - mean: one rounding of the mean, one of the difference; times the rounded 1 / std: three more, of the result.
     u = 1.01 * ROUNDOFF[torch.float32]
     bound = u * (abs(mean) + np.abs(array(buf.advantages))) / (std + 1e-8) + 4 * u * np.abs(exact)
     orders = []
@@ -499,7 +498,7 @@ def check_minibatches(buf: RolloutBuffer, obs: Tensor, counts: np.ndarray, draw)
 
 
 def permutation(backend: str, num_envs: int, num_steps: int, key: int, rollout: int, epoch: int, first=0, size=None):
-    """int64 [size]: positions from ``first`` on of the permutation of N * T samples, straight from the operation."""
+    """int64 [size]: the permutation of N * T samples from position ``first`` on, straight from the operation."""
     samples = num_envs * num_steps
     out = torch.empty(samples if size is None else size, dtype=torch.int64)
     rows = torch.empty(num_steps, num_envs, 0, dtype=torch.uint8)
@@ -536,8 +535,8 @@ def test_every_permutation_is_a_bijection_of_its_own(backend, draw):
 
 @given(draw=st.data())
 def test_permutations_are_uniform_in_position_and_neighbours(backend, draw):
-    """Chi-square of a few hundred draws that differ in epoch, rollout or key alone; at one step and one environment
-    too. The limit of 6 standard deviations: once in 1e9 by chance."""
+    """Chi-square of a few hundred draws that differ only in epoch, rollout or key; also with one step or one
+    environment. Chance exceeds the limit of 6 standard deviations once in 1e9."""
     samples = draw.draw(st.integers(2, 17), label="N * T")
     num_steps = draw.draw(st.sampled_from([x for x in range(1, samples + 1) if samples % x == 0]), label="T")
     key, rollout, epoch = (draw.draw(st.integers(0, 2**31 - 10**4), label=name) for name in ("key", "rollout", "epoch"))

@@ -1,6 +1,6 @@
-"""The native CPU kernels against a memcpy of the same bytes, in one process: what a slip (a copy, a lost vector loop, a
-page fault a page) would multiply. Two and a half to four times what was measured on a quiet machine is allowed; times
-are in docs/benchmarks.md.
+"""The native CPU kernels against a memcpy of the same bytes, in one process. A mistake (an extra copy, a lost vector
+loop, a page fault per page) would multiply this ratio. The limits are two and a half to four times what a quiet machine
+measured; times are in docs/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -52,11 +52,11 @@ def best(call: Callable[[], object]) -> float:
 
 
 def ratio(call: Callable[[], object], nbytes: int) -> float:
-    """Its time over that of a memcpy which reads and writes ``nbytes`` in all, the least of many, in turns."""
+    """The call's best time over that of a memcpy that reads and writes ``nbytes`` in total; runs alternate."""
     source, target = torch.ones(nbytes // 8), torch.ones(nbytes // 8)
     ours, copies = [], []
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # what other processes do to a second core is not the kernel's doing
+    torch.set_num_threads(1)  # other processes on a second core would distort the measurement
     try:
         for _ in range(25):
             ours.append(best(call))
@@ -67,7 +67,7 @@ def ratio(call: Callable[[], object], nbytes: int) -> float:
 
 
 def test_gae(buf):
-    # 9 bytes of a sample read, 8 written. Measured: 2.2.
+    # Per sample 9 bytes are read and 8 written. Measured: 2.2.
     assert ratio(lambda: buf.compute_gae(torch.zeros(N)), 17 * N * T) < 8
 
 
@@ -89,12 +89,12 @@ def test_append(steps):
 
 @pytest.mark.parametrize("reuse", [False, True])
 def test_minibatches(buf, reuse):
-    # With advantages and returns. Measured: 2.3.
+    # Includes advantages and returns. Measured: 2.3.
     assert ratio(lambda: [None for _ in buf.minibatches(4, reuse=reuse)], 2 * (ROW + 8) * N * T) < 8
 
 
 def test_the_call_of_a_small_step():
-    # Against a copy_ a field, of eight. Measured: 0.83.
+    # Against one copy_ for each of the eight fields. Measured: 0.83.
     shapes = {"obs": (OBS,), "actions": (ACTIONS,), "mu": (ACTIONS,), "sigma": (ACTIONS,)}
     step = {name: torch.randn(8, *shape) for name, shape in shapes.items()}
     step |= {name: torch.randn(8) for name in ("rewards", "values", "log_probs", "dones")}

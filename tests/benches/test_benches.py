@@ -1,6 +1,6 @@
-"""The benchmarks on a CPU, and with a CPU standing in for a GPU: what is checked, timed, counted and reported.
+"""The benchmarks on a CPU, and with a CPU standing in for a GPU: checks, timing, counts and reports.
 
-No figure is judged.
+The tests judge no timings.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def suite(device: str):
 
 
 def compared(device: str, monkeypatch, *contenders):
-    """Of "gae" at a small size, of these contenders."""
+    """Results of these contenders for "gae" at a small size."""
     import suite as suites
     from workload import Size
 
@@ -62,7 +62,7 @@ def test_the_program_on_a_cpu(tmp_path):
     done = bench("benches/bench_append.py", "benches/bench_iteration.py", *QUICK, *report)
     assert done.returncode == 0, done.stdout
     assert "append, 5 envs x 8 steps" in done.stdout and "benchmark 'append, 5x8, hot'" in done.stdout
-    (path,) = tmp_path.glob("*-append-iteration.json")  # not in the place of a whole session's
+    (path,) = tmp_path.glob("*-append-iteration.json")  # does not replace the report of a whole session
     found = json.loads(path.read_text())
     assert found["kind"] == "cpu" and "targets" not in found
     for comparison in found["comparisons"]:
@@ -98,7 +98,7 @@ def test_a_stand_ins_figures_are_not_kept(tmp_path):
 
 
 def test_the_device_that_is_there_is_measured(monkeypatch):
-    """conftest.py asks for a GPU where torch sees one."""
+    """conftest.py asks for a GPU if torch sees one."""
     import clock
     import conftest_of_benches as conftest
 
@@ -114,7 +114,7 @@ def test_the_device_that_is_there_is_measured(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def conftest_of_benches(monkeypatch, benches_on_path):
-    """benches/conftest.py under another name: tests has one too."""
+    """benches/conftest.py under another name, as tests has one too."""
     import importlib.util
 
     spec = importlib.util.spec_from_file_location("conftest_of_benches", BENCHES / "conftest.py")
@@ -171,7 +171,7 @@ def test_what_a_gpus_clock_measures(operation, per, most):
     assert any(line.startswith("  pydrone ") for line in lines)
 
 
-def test_of_gae_too(monkeypatch):
+def test_what_a_gpus_clock_measures_of_gae(monkeypatch):
     import cases
     from measurement import Contender
     from peers import by_hand, ours, rsl_rl
@@ -191,7 +191,7 @@ def test_of_gae_too(monkeypatch):
 
 
 @pytest.mark.parametrize("device", KINDS)
-def test_what_is_wrong_has_no_time(device, monkeypatch):
+def test_wrong_results_have_no_time(device, monkeypatch):
     from measurement import Contender
     from peers import ours as peer
 
@@ -267,7 +267,7 @@ def test_what_waits_is_not_captured(monkeypatch):
 def test_cold_launches_rotate_over_more_than_the_cache(capturable, monkeypatch):
     from cuda_device import StandIn
 
-    monkeypatch.setattr(StandIn, "cache_bytes", 2 * 17 * 40)  # of two rollouts
+    monkeypatch.setattr(StandIn, "cache_bytes", 2 * 17 * 40)  # two rollouts
     made, rotated = [], []
     contender = ours(capturable=capturable)
     prepare = contender.prepare
@@ -296,7 +296,7 @@ def test_times_are_of_a_whole_call(monkeypatch):
     monkeypatch.setattr(StandIn, "seconds", lambda self, call, before: 3.0)
     monkeypatch.setattr(StandIn, "in_a_graph", 16)
     found = suite("stand-in").comparison("append", Size(5, 8)).results["pydrone"]
-    # A replay has 16 launches: the first step's over and over, or all eight twice.
+    # A replay has 16 launches: the first step's 16 times, or all eight steps twice.
     assert found.median("hot") == found.median("cold") == pytest.approx(3.0 / 16 * 8)
 
 
@@ -375,11 +375,11 @@ def test_targets_are_reached_missed_or_not_measured():
     assert "0.725" in "\n".join(targets.table(verdicts))
     found[3]["contenders"][0]["device_time"] = "profiler"
     (verdict,) = [x for x in targets.judge(found) if x["key"] == "rsl_rl_over_graph" and x["contender"] == "pydrone"]
-    assert verdict["verdict"] == "not measured"  # the sum of kernels is no graph's time
+    assert verdict["verdict"] == "not measured"  # the sum of kernel times is not a graph's time
 
 
 def test_packages_that_were_built_come_before_the_source_tree():
-    """`make gpu-checks` and `make sanitize` put what they have built on PYTHONPATH."""
+    """`make gpu-checks` and `make sanitize` put their builds on PYTHONPATH."""
     text = (ROOT / "pyproject.toml").read_text()
     (line,) = [line for line in text.splitlines() if line.startswith("pythonpath")]
     assert '"."' not in line

@@ -1,4 +1,4 @@
-"""The sweep and the profile of the GPU's kernels, without a GPU: trials on the CPU, variants, what is read of ncu."""
+"""Sweep and profile of the GPU kernels, tested without a GPU: trials on the CPU, variants, parsing of ncu's output."""
 
 from __future__ import annotations
 

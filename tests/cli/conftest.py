@@ -1,4 +1,4 @@
-"""Runs of the command line, in a process of their own or in this one."""
+"""Fixtures that run the command line, in a new process or in this one."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pydrone.cli import main as cli
 
 @pytest.fixture
 def run() -> Callable[..., subprocess.CompletedProcess]:
-    """Runs ``pydrone ARGV`` in a process of its own, where the modules ``blocked`` cannot be imported."""
+    """Runs ``pydrone ARGV`` in a new process in which the modules ``blocked`` cannot be imported."""
 
     def in_a_process(*argv: str, blocked: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
         code = (
@@ -30,7 +30,7 @@ def run() -> Callable[..., subprocess.CompletedProcess]:
 
 @pytest.fixture
 def trained(monkeypatch, tmp_path):
-    """Runs ``pydrone train ARGV`` up to where an environment would be built, and returns its configuration."""
+    """Runs ``pydrone train ARGV`` until it would build the environment, and returns its configuration."""
     pytest.importorskip("tyro")
     import pydrone.envs
 
@@ -56,7 +56,7 @@ def trained(monkeypatch, tmp_path):
 
 @pytest.fixture
 def here(monkeypatch, tmp_path):
-    """Runs ``pydrone train`` with two quadrotors, in this process and an empty folder."""
+    """Runs ``pydrone train`` with two quadrotors, in this process and in an empty folder."""
     for name in ("tyro", "matplotlib"):
         pytest.importorskip(name)
     monkeypatch.chdir(tmp_path)
@@ -67,7 +67,7 @@ def here(monkeypatch, tmp_path):
 
 @pytest.fixture
 def making(monkeypatch):
-    """Has an environment's construction raise what it is called with."""
+    """Makes the construction of an environment raise the given error."""
     import pydrone.envs
 
     def set_error(error: BaseException) -> None:

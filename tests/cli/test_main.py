@@ -1,4 +1,4 @@
-"""``pydrone``: its commands, and how it ends."""
+"""``pydrone``: its commands and its exit."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_commands_and_version(capsys):
         assert said in captured.out + captured.err
 
 
-def test_help_imports_nothing_of_weight(run):
+def test_help_imports_nothing_heavy(run):
     blocked = ("tyro", "matplotlib", "tensorboard", "genesis", "gymnasium", "rich")
     result = run("memory-is-not-this", blocked=blocked)
     assert result.returncode == 2 and "invalid choice" in result.stderr

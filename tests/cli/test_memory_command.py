@@ -1,4 +1,4 @@
-"""``pydrone memory``: the plan of its arguments; tests/test_memory.py has the plan itself."""
+"""``pydrone memory``: its arguments reach the plan; tests/test_memory.py tests the plan itself."""
 
 from __future__ import annotations
 

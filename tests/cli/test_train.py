@@ -1,4 +1,4 @@
-"""``pydrone train``: its options, and a training from beginning to end."""
+"""``pydrone train``: its options, and a training from start to finish."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_number_of_environments_depends_on_the_device(trained):
 
 
 def test_options_of_the_task_reach_the_environment(trained, tmp_path):
-    """Only those that were changed: an environment of another package knows none of them."""
+    """Only options that were changed, as environments of other packages do not know them."""
     assert trained("--weight-near", "0").env.keys() == {"num_envs", "device", "seed"}
     env = trained("--config", str(ROOT / "examples" / "hover.toml"), "--near-decay", "5").env
     del env["num_envs"], env["device"], env["seed"]
@@ -117,7 +117,7 @@ def test_train_from_beginning_to_end(run, tmp_path):
 
 @pytest.mark.genesis
 def test_train_in_genesis(run, tmp_path):
-    """64 drones, a few iterations; in a process of its own, as the simulator knows one device and one start."""
+    """64 drones, a few iterations; in its own process, as Genesis is initialised once, for one device."""
     for module in ("tyro", "matplotlib", "genesis"):
         pytest.importorskip(module)
     argv = ("--device", "cpu", "--num-envs", "64", "--num-steps-per-env", "100", "--max-iterations", "4")
@@ -125,7 +125,7 @@ def test_train_in_genesis(run, tmp_path):
     assert result.returncode == 0, result.stderr[-2000:]
     assert "4/4  reward" in result.stdout and (tmp_path / "model_4.pt").exists()
     rows = [json.loads(line) for line in (tmp_path / "progress.jsonl").read_text().splitlines()]
-    # A policy that knows nothing falls for half a second, 45 steps and more, before it is 10 cm above the ground.
+    # An untrained policy lets the drone fall for half a second, at least 45 steps, until it is 10 cm above the ground.
     assert len(rows) == 4 and all(30 < row["episode_length"] < 200 and row["episodes"] > 0 for row in rows)
 
 

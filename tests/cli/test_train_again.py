@@ -1,4 +1,4 @@
-"""``pydrone train``: settings from a file, and runs that are resumed."""
+"""``pydrone train``: settings from a file, and resumed runs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pydrone.report import learning_curve
 
 
 def test_settings_from_a_file(trained, tmp_path, capsys):
-    """The file over the defaults, the command line over the file."""
+    """The file overrides the defaults; the command line overrides the file."""
     (tmp_path / "run.toml").write_text("num_envs = 5\nseed = 7\n[ppo]\nnum_mini_batches = 2\n")
     seen = trained("--config", "run.toml", "--seed", "-9")
     assert seen.env["num_envs"] == 5 and seen.env["seed"] == -9
@@ -37,7 +37,7 @@ def test_a_file_of_settings_that_cannot_be(text, message, here, making, tmp_path
 
 
 def test_the_file_of_a_run_repeats_it(here, tmp_path, capsys):
-    """Into a folder of its own, with equal figures; its settings are those of the first."""
+    """In a new folder, with equal figures and the settings of the first run."""
     assert here("--run-dir", "first", "--lr", "1e-3", "--seed", "6") == 0
     assert cli.main(["train", "--config", "first/config.toml", "--run-dir", "second"]) == 0
     first, second = (learning_curve.read(tmp_path / name)[-1] for name in ("first", "second"))
@@ -47,7 +47,7 @@ def test_the_file_of_a_run_repeats_it(here, tmp_path, capsys):
 
 
 def test_resuming(here, trained, tmp_path, capsys):
-    """Other targets than the first run had; at the end nothing is done, and nothing written."""
+    """The environment gets a new seed; a finished run has nothing to do, and nothing is written."""
     assert here("--run-dir", "first") == 0
     path = str(tmp_path / "first" / "model_2.pt")
     capsys.readouterr()
@@ -61,7 +61,7 @@ def test_resuming(here, trained, tmp_path, capsys):
 
 
 def test_resuming_a_run_by_its_folder(here, tmp_path, capsys):
-    """With the run's settings, in its folder, from the newest checkpoint that is whole, to the bit."""
+    """With the run's settings, in its folder, from the newest intact checkpoint, bit for bit."""
     assert here("--run-dir", "whole", "--iterations", "4", "--lr", "1e-3") == 0
     assert here("--run-dir", "parts", "--save-interval", "1", "--lr", "1e-3", "--iterations", "3") == 0
     newest = tmp_path / "parts" / "model_3.pt"

@@ -1,4 +1,4 @@
-"""``pydrone train``: what it says when something is missing, wrong or full."""
+"""``pydrone train``: its messages when something is missing, wrong or full."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_a_checkpoint_that_is_not_there(capsys):
     ],
 )
 def test_a_set_up_that_fails_is_one_sentence(argv, environ, message, here, making, monkeypatch, tmp_path, capsys):
-    """Said before an environment is built or a folder made."""
+    """The error comes before an environment is built or a folder made."""
     making(AssertionError("an environment was built"))
     (tmp_path / "file").write_bytes(b"no checkpoint")
     for name, value in environ.items():
@@ -74,7 +74,7 @@ def test_a_set_up_that_fails_is_one_sentence(argv, environ, message, here, makin
 
 
 def test_more_minibatches_than_samples_by_the_default_size(here, making, monkeypatch, capsys):
-    """How many environments there are by default is known only after the arguments were read."""
+    """The default number of environments is known only after the arguments are parsed."""
     from pydrone.ppo import config
 
     making(AssertionError("an environment was built"))

@@ -28,7 +28,7 @@ def test_a_second_ctrl_c_stops_at_once(here, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_one_signal_is_no_failure(number, here, monkeypatch, tmp_path, capsys):
+def test_one_signal_is_not_a_failure(number, here, monkeypatch, tmp_path, capsys):
     from pydrone.envs.quadrotor import Quadrotor
 
     step, steps = Quadrotor.step, []

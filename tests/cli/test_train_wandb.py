@@ -12,7 +12,7 @@ from pydrone.report import learning_curve
 
 
 class Wandb(types.ModuleType):
-    """Stands in for Weights & Biases: remembers what it is told."""
+    """Stands in for Weights & Biases and records the calls."""
 
     def __init__(self) -> None:
         super().__init__("wandb")
@@ -30,7 +30,7 @@ class Wandb(types.ModuleType):
 
 
 def test_weights_and_biases(here, monkeypatch, tmp_path):
-    """Imported only where asked for; told of every figure; a resumed run goes on in the same one."""
+    """Imported only on request; gets every figure; a resumed run continues the same W&B run."""
     stub = Wandb()
     monkeypatch.setitem(sys.modules, "wandb", stub)
     assert here("--run-dir", "without") == 0 and stub.runs == []

@@ -1,4 +1,4 @@
-"""A machine for the tests of the doctor."""
+"""A healthy machine for the tests of the doctor."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pydrone.ops import dispatch
 
 @pytest.fixture
 def healthy() -> dict:
-    """A machine with nothing to change."""
+    """A machine about which the doctor has no advice."""
     return {
         "pydrone": {"version": "1.0.0", "folder": "/x", "build": {}},
         "python": {"version": "3.12.1", "executable": "/python", "system": "Linux"},

@@ -1,4 +1,4 @@
-"""``pydrone doctor``: its report, and its status."""
+"""``pydrone doctor``: its report and exit status."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pydrone.doctor.text import text
 
 
 def test_the_report(tmp_path):
-    """In a folder and a process of its own; as JSON, and that report as text."""
+    """The command in its own folder and process prints JSON; the same report is rendered as text."""
     code = "from pydrone.cli.main import main; import sys; sys.exit(main(['doctor', '--json']))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""What the doctor advises."""
+"""The doctor's advice."""
 
 from __future__ import annotations
 
@@ -75,6 +75,6 @@ def test_which_versions_are_too_old():
     ]
     versions = {"torch": "2.9.1+cu130", "triton": "3.6.0", "tyro": None, "numpy": "1.0", "skrl": "2.0.5", "more": "0"}
     assert machine.too_old(versions, requirements) == {"torch": "2.10", "skrl": "2.1"}
-    # 2.10 is more than 2.9, and a zero more or less, or a release candidate, is the same version
+    # 2.10 is newer than 2.9; trailing zeros and release candidates make no difference
     for version in ("2.10", "2.10.0", "2.10.0rc1", "2.11.0.dev2"):
         assert machine.too_old({"torch": version}, ["torch>=2.10.0"]) == {}

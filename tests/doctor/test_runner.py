@@ -1,4 +1,4 @@
-"""Each backend's self-test in a process of its own: a crash there is a line of the report."""
+"""Each backend's self-test runs in its own process; a crash there is a line of the report."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pydrone.doctor import runner
 
 
 def child(tmp_path, monkeypatch, body: str) -> None:
-    """Has the self-test's process run ``body`` in place of the self-test."""
+    """Makes the self-test's process run ``body`` instead."""
     package = tmp_path / "pydrone" / "doctor"
     package.mkdir(parents=True)
     for folder in (package.parent, package):

@@ -1,4 +1,4 @@
-"""The self-test of the kernels notices mistakes in them."""
+"""The self-test detects mistakes in the kernels."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ def wrong_append(*args) -> None:
 
 def append_without_codes(*args) -> None:
     reference.append(*args)
-    args[0][1][:, args[6]] &= 1  # truncations become running steps
+    args[0][1][:, args[6]] &= 1  # truncations become steps that do not end
 
 
 def wrong_final_observation(*args) -> None:
     reference.append(*args)
     for pool in (x for x in args[0][1:] if x.dim() == 3):
-        pool[0, 0, 1] ^= 0x40  # in the exponent of the first final observation's first half
+        pool[0, 0, 1] ^= 0x40  # a bit in the exponent of the first half-precision number of the first final observation
 
 
 def other_permutation(*args) -> None:
@@ -80,7 +80,7 @@ def test_the_self_test_notices_a_mistake(kernel, mistake, message, monkeypatch):
     monkeypatch.setattr(dispatch, "_cache", {})
     errors = {result["kernel"]: result["error"] for result in selftest.run("cpu", "cpu")}
     assert errors[kernel] is not None and message in errors[kernel]
-    if kernel == "gather":  # the last of them: what it does is no other's fault
+    if kernel == "gather":  # the last kernel to run: its mistake affects no other
         assert errors["gae"] is None and errors["append"] is None
 
 
@@ -142,4 +142,4 @@ def test_the_speed_check_says_what_it_measured():
     assert torch.get_num_threads() == before
     assert found["threads"] == 1 and found["backend"] == "reference" and found["memcpy_gb_per_s"] > 0
     assert set(found["ratios"]) == {"append", "gae", "gather"}
-    assert all(ratio > 1 for ratio in found["ratios"].values())  # a memcpy of no more bytes than they need
+    assert all(ratio > 1 for ratio in found["ratios"].values())  # the memcpy moves no more bytes than the kernels must

@@ -6,7 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class NoSync(TorchDispatchMode):
-    """Refuses what would synchronise with a device's host, or have a shape that depends on data."""
+    """Refuses operations that would synchronise host and device, or whose output shape depends on data."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         assert (reason := refused(func, args)) is None, reason

@@ -15,7 +15,7 @@ Mode = vector.AutoresetMode
 
 
 class Counting(gym.Env):
-    """Observes (steps in this episode, 100 * episode + number); ends after ``length`` steps, as told by ``end``."""
+    """Observes (steps in this episode, 100 * episode + number); ends after ``length`` steps; ``end`` says how."""
 
     def __init__(self, number: int, length: int, end: str, as_dict: bool = False, action_space: Any = None) -> None:
         box = gym.spaces.Box(-np.inf, np.inf, (2,), np.float64)
@@ -103,9 +103,9 @@ def test_next_step() -> None:
         assert tuple(result.dones.int().tolist()) == dones
         assert tuple(result.truncated.int().tolist()) == truncated
         assert tuple(result.valid.int().tolist()) == valid
-    assert [value.item() for value in result.log.values()] == [1, 2, 3]  # the reset is no step of an episode
+    assert [value.item() for value in result.log.values()] == [1, 2, 3]  # the reset step belongs to no episode
     env.reset()
-    assert env.step(torch.zeros(3, 2)).valid.all()  # a reset forgets who was to be reset
+    assert env.step(torch.zeros(3, 2)).valid.all()  # reset() clears the pending resets
 
 
 def test_dict_observations() -> None:
@@ -122,7 +122,7 @@ def test_dict_observations() -> None:
 
 
 class Batched:
-    """A vector environment that hands out batched final observations, as simulators do."""
+    """A vector environment that returns batched final observations, as simulators do."""
 
     num_envs = 2
     metadata: dict = {"autoreset_mode": Mode.SAME_STEP}
@@ -167,7 +167,7 @@ def test_unstated_autoreset_is_refused() -> None:
         ("clip", (-3, 9), (-2, 4)),
         ("clip", (0.5, 3), (0.5, 3)),
         ("none", (-3, 9), (-3, 9)),
-        ("rescale", (0, 0), (0, 1)),  # the middles of [-2, 2] and [-2, 4]
+        ("rescale", (0, 0), (0, 1)),  # the centres of [-2, 2] and [-2, 4]
         ("rescale", (-1, 0.5), (-2, 2.5)),
         ("rescale", (5, -5), (2, -2)),
     ],

@@ -71,7 +71,7 @@ def test_log_meter_means() -> None:
     meter = LogMeter()
     reused = torch.tensor(1.0)
     meter.add({"x": reused, "episode/count": torch.tensor(1.0), "episode/return": torch.tensor(10.0)})
-    reused.fill_(3.0)  # an environment writes over its own tensors
+    reused.fill_(3.0)  # an environment overwrites its own tensors
     meter.add({"x": reused, "episode/count": torch.tensor(3.0), "episode/return": torch.tensor(2.0)})
     meter.add({"y": torch.tensor(7.0)})
     assert meter.means() == {"x": 2.0, "episode/count": 4.0, "episode/return": 3.0, "y": 7.0}

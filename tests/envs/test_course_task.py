@@ -39,7 +39,7 @@ def test_the_step_that_passes_is_judged_by_the_waypoint_passed() -> None:
     t = CourseTask(1, config=CourseConfig(waypoints=TRIANGLE, at_target=0.3, **EXACT))
     # 10 * dt * (1 - 0.2^2) + the yaw's 1e-4
     assert t.step(at((0.8, 0, 1)), torch.zeros(1, 4)).rewards.item() == pytest.approx(0.0961, rel=1e-5)
-    # now on to (0, 1, 1.5), from which (0.8, 0, 1) is as far before and after
+    # the next target is (0, 1, 1.5); the drone stays at (0.8, 0, 1), so its distance stays the same
     assert t.step(at((0.8, 0, 1)), torch.zeros(1, 4)).rewards.item() == pytest.approx(1e-4, rel=1e-4)
 
 
@@ -49,16 +49,16 @@ def test_an_episode_begins_at_the_first_waypoint_and_counts_those_passed() -> No
     t.step(at((1, 0, 1), (0, 0, 1)), still)
     t.step(at((0, 1, 1.5), (0, 0, 1)), still)
     assert t.leg.tolist() == [2, 0]
-    result = t.step(at((0, 1, 1.5), (0, 0, 0.05)), still)  # the second one crashes, without a waypoint
+    result = t.step(at((0, 1, 1.5), (0, 0, 0.05)), still)  # the second drone crashes without a waypoint
     assert result.dones.tolist() == [False, True]
     assert (result.log["episode/count"].item(), result.log["episode/targets"].item()) == (1, 0)
-    result = t.step(at((-1, 0, 1), (0, 0, 1)), still)  # a third waypoint with the time-out
+    result = t.step(at((-1, 0, 1), (0, 0, 1)), still)  # reaches a third waypoint in the step of the time-out
     assert result.truncated.tolist() == [True, False]
     assert result.log["episode/targets"].item() == 3
     assert t.leg.tolist() == [0, 0]
     assert t.target.tolist() == [[1, 0, 1]] * 2
     assert result.final_obs is not None
-    # the final observation shows the waypoint that would have come next, the first one
+    # the final observation shows the next waypoint, which is the first one again
     torch.testing.assert_close(result.final_obs[0, :3], torch.tensor([2.0, 0, 0]) / 3)
 
 
@@ -89,7 +89,7 @@ def test_waypoints_are_shifted_by_the_seed() -> None:
     [
         ({"waypoints": (TRIANGLE[0],)}, "waypoints: expected two or more of"),
         ({"waypoints": ((0.0, 1.0), (1.0, 0.0))}, "waypoints: expected two or more of"),
-        # from 0.3 + 0.1 m before the one to 0.1 m behind the other: 2.6 + 0.5 > 3
+        # from 0.3 + 0.1 m before one waypoint to 0.1 m behind the other: 2.6 + 0.5 > 3
         ({"waypoints": ((1.3, 0.0, 1.0), (-1.3, 0.0, 1.0))}, r"got \(1.3, 0.0, 1.0\) to \(-1.3, 0.0, 1.0\)"),
         ({"waypoints": ((2.95, 0.0, 1.0), (1.0, 0.0, 1.0))}, r"got \(0.0, 0.0, 1.0\) to \(2.95, 0.0, 1.0\)"),
         ({"waypoints": ((0.0, 0.0, 2.0), (0.0, 0.0, 0.4))}, "2.0 m along z, at_target and shifts included"),
@@ -102,12 +102,12 @@ def test_courses_that_nobody_can_fly(config: dict, text: str) -> None:
 
 
 def pilot(env: QuadrotorCourse) -> torch.Tensor:
-    """Actions [N, 4] of a controller by hand: position to attitude to propellers, with the state in full."""
+    """Actions [N, 4] of a hand-written controller: position to attitude to propellers, from the full state."""
     accel = 3.0 * (env.task.target - env.pos) - 2.5 * env.vel
     accel = accel.clamp(-5, 5) + torch.tensor([0, 0, GRAVITY])
     body = rotate_inverse(env.quat, accel)
     up = body / body.norm(dim=-1, keepdim=True)
-    # turn the body's z axis towards the wanted acceleration
+    # turn the body's z axis towards the desired acceleration
     turn = torch.stack((-up[:, 1], up[:, 0], torch.zeros(len(up))), dim=-1)
     torque = 150 * turn - 20 * env.ang_vel
     torque[:, 2] *= 0.1
@@ -125,7 +125,7 @@ def test_the_course_can_be_flown() -> None:
     result = env.step(pilot(env))
     assert result.truncated.all()
     assert result.log["episode/targets"].item() / 32 > 6  # more than a lap in 10 s
-    # whoever stays where it is passes none
+    # a drone that stays where it is passes none
     still = QuadrotorCourse(2, max_episode_length=50)
     for _ in range(50):
         result = still.step(torch.zeros(2, 4))
@@ -138,7 +138,7 @@ def test_a_short_training_improves_on_the_course() -> None:
     ppo = PPOConfig(learning_rate=1e-3, init_std=0.3, hidden_dims=(64, 64), gamma=0.98, entropy_coef=0.0)
     trainer = Trainer(env, TrainConfig(num_steps=64, ppo=ppo), echo=lambda line: None)
     figures = [trainer.iterate() for _ in range(40)]
-    # 0.39 with this seed, 0.23 with the next one
+    # measured: 0.39 with this seed, 0.23 with the next one
     passed = [x["env/episode/targets"] for x in figures]
     assert sum(passed[:5]) / 5 < 0.02
     assert sum(passed[-5:]) / 5 > 0.12

@@ -34,7 +34,7 @@ def test_hover_rpm_keeps_the_height(env: GenesisHover) -> None:
     for _ in range(LIMIT - 1):
         result = env.step(torch.zeros(N, 4))
         assert not result.dones.any()
-    # hover_rpm balances g = 9.8, so it sinks with 0.01 m/s^2
+    # hover_rpm balances g = 9.8, so the drone sinks at 0.01 m/s^2
     expected = torch.tensor([0, 0, 1 - 0.01 * (0.01 * (LIMIT - 1)) ** 2 / 2]).expand(N, 3)
     torch.testing.assert_close(env.state().pos, expected, atol=1e-4, rtol=0)
 
@@ -46,7 +46,7 @@ def test_time_out_returns_the_true_final_observation(env: GenesisHover) -> None:
         env.step(actions)
     target = env.task.target.clone()
     kick = torch.zeros(N, 6)
-    kick[1::2, 2] = -200.0  # every other drone is shot into the ground in the step of its time-out
+    kick[1::2, 2] = -200.0  # every other drone hits the ground in the step of its time-out
     env.drone.set_dofs_velocity(kick)
     height = env.state().pos[:, 2].clone()
     result = env.step(actions)
@@ -56,12 +56,12 @@ def test_time_out_returns_the_true_final_observation(env: GenesisHover) -> None:
     assert result.final_obs is not None
     final_z = target[:, 2] - 3 * result.final_obs[:, 2]
     accel = 9.8 * 1.04**2 - 9.81
-    # at rest half a step before: falls from its height by the semi-implicit integrator
+    # at rest half a step before: falls as the semi-implicit integrator computes
     fall = accel * 0.005**2 * 3
     torch.testing.assert_close(final_z[~crashed], (height + fall)[~crashed], atol=1e-4, rtol=0)
     assert (result.rewards[crashed] < -0.09).all()
     assert (result.rewards[~crashed].abs() < 0.01).all()
-    # every drone starts anew
+    # every drone is reset
     assert (result.obs[:, 2:] == torch.tensor([0.0, 1.0] + [0.0] * 13)).all()
     state = env.state()
     assert (state.pos == torch.tensor([0.0, 0.0, 1.0])).all()
@@ -74,7 +74,7 @@ def test_time_out_returns_the_true_final_observation(env: GenesisHover) -> None:
 def test_only_ended_drones_are_reset(env: GenesisHover) -> None:
     env.reset()
     env.step(torch.full((N, 4), 0.1))
-    env.task.target[5] = torch.tensor([9.0, 0.0, 1.0])  # out of reach: an end
+    env.task.target[5] = torch.tensor([9.0, 0.0, 1.0])  # out of range: ends the episode
     result = env.step(torch.full((N, 4), 0.1))
     assert result.dones.nonzero().flatten().tolist() == [5]
     moved = env.state().pos[:, 2] != 1
@@ -112,14 +112,14 @@ def test_the_quadrotor_without_simulator_agrees(env: GenesisHover) -> None:
         env.step(actions)
         twin.step(actions)
     state = env.state()
-    # over 0.2 s in which they tilt by up to 45 degrees; Genesis turns the thrust with the drone once a step only
+    # over 0.2 s with tilts of up to 45 degrees; Genesis turns the thrust with the drone only once per step
     torch.testing.assert_close(state.pos, twin.pos, atol=0.005, rtol=0)
     torch.testing.assert_close(state.quat, twin.quat, atol=0.01, rtol=0)
     torch.testing.assert_close(state.ang_vel, twin.ang_vel, atol=0.1, rtol=0)
     assert (state.quat[:, 1:3].norm(dim=-1) > 0.05).any()
 
 
-# for a second of the same actions, open loop: what the twin is off by at most, m, degrees, rad/s (docs/environments.md)
+# one second of the same open-loop actions: the twin's largest error in m, degrees and rad/s (docs/environments.md)
 ROLL, PITCH, YAW = (torch.tensor(signs) for signs in ([-1.0, -1, 1, 1], [-1.0, 1, 1, -1], [-1.0, 1, -1, 1]))
 SECOND = {
     "hover": (torch.zeros(4), 1e-4, 0.01, 1e-4),
@@ -155,7 +155,7 @@ def test_a_second_of_the_quadrotor_without_simulator(env: GenesisHover) -> None:
         way = (state.pos[row] - torch.tensor(env.config.init_pos)).norm()
         print(f"{name}: flew {way:.3f} m, off by {off[row, 0]:.5f} m, {off[row, 1]:.4f} deg, {off[row, 2]:.5f} rad/s")
         assert (off[row] <= torch.tensor(limits)).all(), name
-    # they did fly
+    # the drones did move
     assert state.pos[1, 2] > 1.7 and state.pos[5, 2] < 0 and state.ang_vel[5, 0] > 8 and state.ang_vel[6, 2] > 40
     assert state.pos[3, 1] < -0.5 and state.pos[4, 0] > 0.5
 
@@ -190,8 +190,8 @@ def test_randomization_and_the_course_are_those_of_the_quadrotor() -> None:
         state = env.state()
         torch.testing.assert_close(state.pos, twin.pos, atol=0.01, rtol=0)
         torch.testing.assert_close(state.quat, twin.quat, atol=0.02, rtol=0)
-        assert (state.pos - plain.pos).norm(dim=-1).mean() > 0.03  # it does matter
-        # one crash: it draws anew, and Genesis takes it over
+        assert (state.pos - plain.pos).norm(dim=-1).mean() > 0.03  # randomization has an effect
+        # after a crash the drone draws new values, and Genesis takes them over
         before = drawn.mass.clone()
         env.task.target[5] = torch.tensor([9.0, 0.0, 1.0])
         assert env.step(torch.zeros(N, 4)).dones.nonzero().flatten().tolist() == [5]

@@ -160,7 +160,7 @@ NAN = float("nan")
         (state(pos=(0, 0, 3.01)), (0, 0, 1), True),
         (state(pos=(0, 0, 0.11)), (0, 0, 1), False),
         (state(pos=(0, 0, 0.09)), (0, 0, 1), True),
-        (state(q=quat("x", 179)), (0, 0, 1), False),  # upside down is no end
+        (state(q=quat("x", 179)), (0, 0, 1), False),  # upside down does not end the episode
         (state(pos=(NAN, 0, 1)), (0, 0, 1), True),
         (state(q=(NAN, 0, 0, 0)), (0, 0, 1), True),
         (state(lin=(0, math.inf, -math.inf)), (0, 0, 1), True),
@@ -179,7 +179,7 @@ def test_tilt_limit(axis: str, angle: float, expected: bool) -> None:
 
 def task(n: int = 4, **config: float) -> HoverTask:
     t = HoverTask(n, seed=1, config=HoverConfig(**config))
-    t.target.copy_(torch.tensor([0.9, -0.6, 1.0]))  # a target that nobody reaches by standing still
+    t.target.copy_(torch.tensor([0.9, -0.6, 1.0]))  # not reached by standing still
     return t
 
 
@@ -206,7 +206,7 @@ def test_step_running() -> None:
     torch.testing.assert_close(result.obs, observe(s, row(0.9, -0.6, 1), actions, C))
     assert result.log["distance"].item() == pytest.approx(math.hypot(0.6, 0.6), rel=1e-5)
     assert result.log["reward/target"].item() == pytest.approx(0.045, rel=1e-5)
-    # the next step starts from here: standing still gains nothing
+    # the next step starts from here: standing still gives no reward
     assert t.step(s, actions).rewards.item() == pytest.approx(1e-4, rel=1e-4)
 
 
@@ -222,18 +222,18 @@ def test_end_is_judged_and_observed_before_the_reset() -> None:
     assert result.truncated.tolist() == [True, False]
     assert result.final_obs is not None
     torch.testing.assert_close(result.final_obs, observe(s, target, actions, C))
-    # rewards of where the drones were: |(0.9, -0.6)|^2 - |(0.4, 0, 0.5)|^2 and |(0.4, 0, 0.95)|^2
-    moved = torch.tensor([1.17 - 0.41, 1.17 - 1.0625 - 1.0])  # a crash is worth 10, a squared metre as well
+    # rewards for the positions before the reset: |(0.9, -0.6)|^2 - |(0.4, 0, 0.5)|^2 and |(0.4, 0, 0.95)|^2
+    moved = torch.tensor([1.17 - 0.41, 1.17 - 1.0625 - 1.0])  # a crash weighs 10, as does a squared metre
     other = 1e-4 * math.exp(-10 * math.radians(20)) - 1e-6 * 4 * 0.0625 - 2e-6 / math.pi
     torch.testing.assert_close(result.rewards, 0.1 * moved + other)
-    # what comes next is another episode
+    # the next observation belongs to a new episode
     assert (result.obs[:, 13:] == 0).all()
     assert (t.last_actions == 0).all()
     assert result.obs[:, 2:13].tolist() == [[0, 1] + [0] * 9] * 2
     torch.testing.assert_close(result.obs[:, :2], t.target[:, :2] / 3)
     assert (t.target != target).any()
     assert t.age.tolist() == [0, 0]
-    # and its first step is judged from the start position
+    # the reward of its first step is relative to the start position
     torch.testing.assert_close(t.step(state(n=2), torch.zeros(2, 4)).rewards, torch.full((2,), 1e-4))
 
 
@@ -266,7 +266,7 @@ def test_a_reached_target_moves_on() -> None:
     assert not result.dones.any()
     assert (t.target == before).all(dim=1).tolist() == [False, True]
     torch.testing.assert_close(result.obs, observe(s, t.target, torch.zeros(2, 4), C))
-    # the step itself was judged by the old target, the next one by the new: from rest, nothing gained by either
+    # this step's reward uses the old target, the next step's the new one; at rest neither has any progress
     torch.testing.assert_close(result.rewards, torch.full((2,), 1e-4))
     torch.testing.assert_close(t.step(s, torch.zeros(2, 4)).rewards, torch.full((2,), 1e-4))
 
@@ -346,7 +346,7 @@ def test_num_envs_error() -> None:
 
 
 def test_a_target_that_stays() -> None:
-    """Reached or not, it is there until the episode ends; the observation goes on showing it."""
+    """Reached or not, it stays until the episode ends, and observations keep showing it."""
     task = HoverTask(2, seed=3, config=HoverConfig(resample_targets=False, max_episode_length=3))
     first = task.target.clone()
     there = DroneState(first.clone(), *state(n=2)[1:])
@@ -355,7 +355,7 @@ def test_a_target_that_stays() -> None:
         assert torch.equal(task.target, first) and torch.equal(result.obs[:, :3], torch.zeros(2, 3))
     task.step(there, torch.zeros(2, 4))
     assert (task.target != first).any(dim=1).all()
-    # switched on, it moves on in the next step
+    # with resampling on, it moves in the next step
     task.resample_targets = True
     second = task.target.clone()
     task.step(DroneState(second.clone(), *state(n=2)[1:]), torch.zeros(2, 4))
@@ -363,7 +363,7 @@ def test_a_target_that_stays() -> None:
 
 
 def test_a_target_moves_on_once_it_was_held() -> None:
-    """Three steps in a row within 0.1 m; whoever leaves, or begins another episode, begins to count anew."""
+    """Three consecutive steps within 0.1 m; leaving, or a new episode, restarts the count."""
     t = task(3, hold=0.03)
     assert t.held is not None
     first = t.target.clone()
@@ -378,14 +378,14 @@ def test_a_target_moves_on_once_it_was_held() -> None:
     assert step(inside[0], inside[1], inside[2]) == [False] * 3
     assert step(inside[0], outside[1], inside[2]) == [False] * 3
     assert t.held.tolist() == [2, 0, 2]
-    assert step(inside[0], inside[1], floor) == [True, False, True]  # the third crashed: another episode
+    assert step(inside[0], inside[1], floor) == [True, False, True]  # the third crashed: a new episode
     assert t.held.tolist() == [0, 1, 0]
     assert step(t.target[0], inside[1], t.target[2]) == [False] * 3
     assert step(t.target[0], inside[1], t.target[2]) == [False, True, False]
     assert t.held.tolist() == [2, 0, 2]
     t.reset()
     assert t.held.tolist() == [0, 0, 0]
-    # a time-out at the target begins another episode as well
+    # a time-out at the target also begins a new episode
     t.age.fill_(t.config.max_episode_length - 1)
     step(*t.target.clone())
     assert t.held.tolist() == [0, 0, 0]

@@ -16,11 +16,11 @@ def test_wrench_table() -> None:
     left = torch.tensor([0.0, 0.0, 1.0, 1.0]) @ wrench_matrix()
     assert left[1] > 0
     assert left[2] == 0
-    # the back ones (-x): nose down, +y
+    # the back propellers (-x): nose down, +y
     back = torch.tensor([0.0, 1.0, 1.0, 0.0]) @ wrench_matrix()
     assert back[2] > 0
     assert back[1] == 0
-    # one diagonal spins against the other
+    # the two diagonals spin in opposite directions
     assert (torch.tensor([0.0, 1.0, 0.0, 1.0]) @ wrench_matrix())[3] > 0
     even = torch.full((4,), 1e8) @ wrench_matrix()
     torch.testing.assert_close(even, torch.tensor([4 * 1e8 * KF / MASS, 0, 0, 0]))
@@ -34,7 +34,7 @@ def test_hover_rpm_keeps_the_height() -> None:
     for _ in range(100):
         result = env.step(torch.zeros(2, 4))
         assert not result.dones.any()
-    # the task's hover_rpm was computed with g = 9.8: it sinks with 0.01 m/s^2, 5 mm in the first second
+    # the task's hover_rpm was computed with g = 9.8: the drone sinks at 0.01 m/s^2, 5 mm in the first second
     torch.testing.assert_close(env.pos, torch.tensor([[0, 0, 0.995]] * 2), atol=2e-4, rtol=0)
     torch.testing.assert_close(env.quat, torch.tensor([[1.0, 0, 0, 0]] * 2), atol=1e-4, rtol=0)
 
@@ -64,7 +64,7 @@ def test_spin_about_z_turns_by_rate_times_time() -> None:
     env.ang_vel[:, 2] = 2.0
     for _ in range(50):
         env.step(torch.zeros(1, 4))
-    # the damping takes exp(-2.7e-7 / 2.17e-5 * t) of the rate
+    # damping multiplies the rate by exp(-2.7e-7 / 2.17e-5 * t)
     rate = 2.7e-7 / 2.17e-5
     assert yaw(env.quat).item() == pytest.approx(2 * (1 - math.exp(-0.5 * rate)) / rate, abs=1e-4)
     assert env.ang_vel[0, 2].item() == pytest.approx(2 * math.exp(-0.5 * rate), rel=1e-4)
@@ -107,7 +107,7 @@ def test_final_observation_is_the_state_before_the_reset() -> None:
         assert result.final_obs is not None
         if t == 0:
             assert result.dones.tolist() == [False, True, False]
-            # the running ones observe what would be their final observation
+            # for drones that go on, the observation equals the final observation
             assert torch.equal(result.obs[::2], result.final_obs[::2])
     assert result.truncated.tolist() == [True, False, True]
     z = 1 - result.final_obs[:, 2] * 3

@@ -28,7 +28,7 @@ ALL = Randomization(
 
 
 def fixed(**values: float) -> Randomization:
-    """Nothing but these values, for every drone."""
+    """Exactly these values, for every drone."""
     return Randomization(**{name: (value, value) for name, value in values.items()})
 
 
@@ -61,7 +61,7 @@ def test_off_is_bit_for_bit_as_without() -> None:
 
 @pytest.mark.parametrize("name", ["mass", "inertia", "thrust"])
 def test_a_factor_of_one_changes_nothing(name: str) -> None:
-    # drawn from beside the default, then set to it
+    # drawn from a range around 1, then set to 1
     bare, env = (Quadrotor(4, seed=3, randomization=r) for r in (None, Randomization(**{name: (0.9, 1.1)})))
     env.task.randomizer._drawn[:, :6] = 1
     bare.ang_vel[:] = env.ang_vel[:] = torch.tensor([1.0, 2.0, 3.0])
@@ -83,8 +83,8 @@ def test_draws_cover_their_ranges_and_repeat_by_the_seed() -> None:
         assert x.std().item() == pytest.approx((high - low) / math.sqrt(12), rel=0.05)
     counts = torch.bincount(drawn.latency.long().flatten())
     assert len(counts) == 3 and (counts > 1200).all()
-    assert drawn.thrust.std(dim=1).min() > 0  # each propeller its own
-    # the wind blows horizontally, from everywhere
+    assert drawn.thrust.std(dim=1).min() > 0  # each propeller has its own
+    # the wind is horizontal, from all directions
     assert (drawn.wind[:, 2] == 0).all()
     assert drawn.wind.norm(dim=1).max().item() == pytest.approx(0.02, rel=0.01)
     quadrants = torch.bincount((drawn.wind[:, 0] > 0) * 2 + (drawn.wind[:, 1] > 0))
@@ -115,7 +115,7 @@ HALF_SECOND = 0.005**2 * 100 * 101 / 2
 @pytest.mark.parametrize(
     ("values", "accel"),
     [
-        # hover_rpm gives the nominal mass 9.8 m/s^2
+        # hover_rpm accelerates the nominal mass by 9.8 m/s^2
         ({"mass": 1.05}, 9.8 / 1.05),
         ({"thrust": 0.96}, 9.8 * 0.96),
         ({"mass": 1.25, "thrust": 1.25}, 9.8),
@@ -140,7 +140,7 @@ def test_inertia() -> None:
 
 @pytest.mark.parametrize("factor", [1.0, 1.25])
 def test_wind(factor: float) -> None:
-    """A heavier drone is moved less by the same wind; its stronger propellers keep its height."""
+    """The same wind moves a heavier drone less; stronger propellers keep its height."""
     env = fly(Quadrotor(3, seed=5, randomization=fixed(wind=0.01, mass=factor, thrust=factor)), 50)
     drift = env.task.randomizer.wind / (0.027 * factor) * HALF_SECOND
     torch.testing.assert_close(env.pos[:, :2], drift[:, :2], atol=2e-5, rtol=0)
@@ -148,7 +148,7 @@ def test_wind(factor: float) -> None:
 
 
 def test_latency() -> None:
-    """The first action arrives so many steps late; until then the drone hovers."""
+    """The first action arrives ``latency`` steps late; until then the drone hovers."""
     for late in (0, 1, 3):
         ranges = Randomization(latency=(late, late)) if late else Randomization(mass=(1.0, 1.0 + 1e-9))
         env = Quadrotor(1, randomization=ranges)
@@ -162,7 +162,7 @@ def test_latency() -> None:
     mixed.step(torch.full((200, 4), 0.5))
     kicked = mixed.vel[:, 2] > 0.01
     assert torch.equal(kicked, mixed.task.randomizer.latency[:, 0] == 0)
-    # the action under way does not outlive its episode
+    # a delayed action is dropped at the end of its episode
     mixed.pos[:, 2] = 0
     assert mixed.step(torch.full((200, 4), 0.5)).dones.all()
     mixed.step(torch.zeros(200, 4))
@@ -198,7 +198,7 @@ def test_sensor_noise() -> None:
         torch.testing.assert_close(error.std(0), torch.full((3,), std), rtol=0.03, atol=0)
         torch.testing.assert_close(error.mean(0), torch.zeros(3), rtol=0, atol=4 * std / math.sqrt(n))
     torch.testing.assert_close(sensed.quat.norm(dim=-1), torch.ones(n))
-    # the angle between the attitudes, from |q . p| = cos(angle / 2): rms sqrt(3) times that about an axis
+    # the angle between the attitudes, from |q . p| = cos(angle / 2): its rms is sqrt(3) times that about one axis
     angle = 2 * torch.acos((sensed.quat * state.quat).sum(-1).abs().clamp(max=1).double())
     assert angle.square().mean().sqrt().item() == pytest.approx(0.03 * math.sqrt(3), rel=0.03)
     assert not torch.equal(drawn.sense(state).pos, sensed.pos)
@@ -207,7 +207,7 @@ def test_sensor_noise() -> None:
 def test_noise_is_in_the_observations_and_nowhere_else() -> None:
     bare, env = (Quadrotor(64, seed=2, max_episode_length=4, randomization=r) for r in (None, fixed(pos_noise=0.03)))
     for t in range(8):
-        if t == 4:  # the other one drew other targets
+        if t == 4:  # after the reset the two have different targets
             break
         env.task.target.copy_(bare.task.target)
         a, b = bare.step(torch.zeros(64, 4)), env.step(torch.zeros(64, 4))
@@ -216,7 +216,7 @@ def test_noise_is_in_the_observations_and_nowhere_else() -> None:
         error = (a.final_obs - b.final_obs)[:, :3] if t == 3 else (a.obs - b.obs)[:, :3]
         assert error.std().item() == pytest.approx(0.01, rel=0.25)
         assert torch.equal(a.final_obs[:, 3:], b.final_obs[:, 3:])
-    # the first observation of an episode is sensed too
+    # the first observation of an episode has noise too
     error = b.obs[:, :3] - (env.task.target - env.pos) / 3
     assert error.std().item() == pytest.approx(0.01, rel=0.25)
     assert env.reset()[:, 2].std().item() == pytest.approx(0.01, rel=0.25)
@@ -250,4 +250,4 @@ def test_a_step_can_be_captured(no_sync: TorchDispatchMode) -> None:
 def test_ranges_that_cannot_be(ranges: dict, text: str) -> None:
     with pytest.raises(ValueError, match=text):
         Randomization(**ranges)
-    assert Randomization(mass=[0.9, 1.1]).mass == (0.9, 1.1)  # as JSON and TOML have it
+    assert Randomization(mass=[0.9, 1.1]).mass == (0.9, 1.1)  # a list, as read from JSON and TOML

@@ -1,4 +1,4 @@
-"""Environments that other packages offer, through the metadata of a distribution made here."""
+"""Environments from other packages, found through the metadata of a distribution that the test creates."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def fewer(num_envs, **kwargs):
 
 @pytest.fixture
 def distribution(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Installs a package of such a name with a module ``NAME_envs`` and these entry points, for the test's time."""
+    """Installs a package NAME with a module ``NAME_envs`` and the given entry points for the duration of the test."""
 
     def install(name: str = "acme", **points: str) -> None:
         site = tmp_path / name
@@ -69,7 +69,7 @@ def test_an_installed_package_adds_an_environment(distribution) -> None:
     assert "point" not in known()
     distribution(point="acme_envs:Point")
     assert "point" in known()
-    assert "acme_envs" not in sys.modules  # not before it is asked for
+    assert "acme_envs" not in sys.modules  # imported only on demand
     assert TrainConfig(env="point").env == "point"
     env = make("point", 3, gain=2.0)
     assert type(env).__module__ == "acme_envs"

@@ -1,4 +1,4 @@
-"""The documents: links lead somewhere, and the README's code runs as it stands, on a smaller size."""
+"""The documents: links have targets, and the README's code runs unchanged but for smaller sizes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_links_lead_somewhere(document):
 
 
 class Policy:
-    """Stands in for the reader's own: a network with gradients."""
+    """Stands in for the reader's policy: a network with gradients."""
 
     def __init__(self) -> None:
         self.critic = torch.nn.Linear(17, 1)
@@ -38,7 +38,7 @@ class Policy:
 
 
 class InPlace:
-    """Stands in for an environment that writes over its observation, and counts its steps in it."""
+    """Stands in for an environment that overwrites its observations; they count its steps."""
 
     def __init__(self, num_envs: int) -> None:
         self.obs = torch.zeros(num_envs, 17)
@@ -53,7 +53,7 @@ class InPlace:
 
 
 def test_the_korean_readme_says_the_same():
-    """The same code and the same links, but for the one to the other language."""
+    """The same code and the same links, except the one to the other language."""
     english, korean = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "README.ko.md"))
     python = r"```python\n.*?```"
     assert re.findall(python, english, flags=re.DOTALL) == re.findall(python, korean, flags=re.DOTALL)
@@ -65,7 +65,7 @@ def test_the_korean_readme_says_the_same():
 def test_the_readmes_code_runs():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
-    # Those that run an exported policy are run in ppo/test_export.py.
+    # ppo/test_export.py runs the blocks that use an exported policy.
     loop, estimator = (block for block in blocks if '"policy.' not in block)
     loop = loop.replace("8192", "6").replace('device="cuda"', 'device="cpu"')
     seen = []
@@ -122,7 +122,7 @@ def test_the_environment_in_the_documents_learns():
     config = TrainConfig(num_steps=50, ppo=PPOConfig(learning_rate=1e-3, hidden_dims=(32,)))
     trainer = Trainer(names["Points"](64, seed=1), config, echo=lambda line: None)
     returns = [trainer.iterate()["episode_return"] for _ in range(15)]
-    # standing still gives -50 * 0.77 on average, the mean distance from the middle of a square
+    # standing still gives -50 * 0.77 on average; 0.77 is the mean distance from the centre of the square
     assert returns[1] < -35
     assert returns[-1] > -20
 

@@ -13,7 +13,7 @@ from pydrone.doctor import machine
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("pydrone", "triton_kernels", "benches", "tests")
-# Read by torch's build commands alone, and worth a line.
+# Read only by torch's build commands, but documented.
 OTHERS = {"MAX_JOBS"}
 
 
@@ -34,9 +34,9 @@ def keys(node: ast.AST) -> Iterator[ast.expr]:
 
 
 def variables(source: str) -> set[str]:
-    """The environment variables that a module reads; a function's parameter stands for what it is called with."""
+    """The environment variables a module reads, including names passed to a function that looks up its parameter."""
     tree = ast.parse(source)
-    assert not re.search(r"from os import .*\b(environ|getenv)\b", source), "as os.environ, which this test looks for"
+    assert not re.search(r"from os import .*\b(environ|getenv)\b", source), "use os.environ, which this test looks for"
     found, functions = set(), set()
     for function in ast.walk(tree):
         if isinstance(function, ast.FunctionDef):
@@ -57,7 +57,7 @@ def variables(source: str) -> set[str]:
 
 
 def read_by_the_sources() -> dict[str, str]:
-    """Each variable, and a file that reads it."""
+    """Each variable and a file that reads it."""
     found = {}
     for path in [ROOT / "setup.py", *(path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py")))]:
         if path != Path(__file__):

@@ -1,4 +1,4 @@
-"""Imports run one way, from the command line down to the operations, and never in a circle."""
+"""Imports run one way, from the command line down to the operations, and never form a cycle."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import pydrone
 PACKAGE = Path(pydrone.__file__).resolve().parent
 KERNELS = Path(__file__).resolve().parents[2] / "triton_kernels"  # installed as pydrone._triton
 
-# The house from the top to the bottom: a room imports from the rooms below it. Rooms of one line are neighbours, which
-# do not import each other. A name stands for a module or for a package with all that is in it.
+# The house from top to bottom: a room imports only from rooms below it. Rooms on one line are neighbours and do not
+# import each other. A room is a module, or a package with all its contents.
 HOUSE = (
     "pydrone.__main__",
     "pydrone.cli",
@@ -33,9 +33,9 @@ HOUSE = (
     "pydrone.ops pydrone._triton",
     "pydrone._version",
 )
-# Names for users, imported when they are asked for (``pydrone.gae``, ``pydrone.ppo.fused_update``).
+# Packages with names for users that are imported on first use (``pydrone.gae``, ``pydrone.ppo.fused_update``).
 DOORS = {"pydrone", "pydrone.ppo"}
-# Two neighbours that need each other, in no circle: a launcher is loaded when it is called, and reads the schemas.
+# Two neighbours that need each other without a cycle: a launcher is loaded when it is called, and reads the schemas.
 ONE_ROOM = {"pydrone.ops", "pydrone._triton"}
 
 
@@ -54,7 +54,7 @@ def imported(module: str, source: str, known: set[str]) -> Iterator[str]:
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            kernels = module.startswith("pydrone._triton")  # which import each other wherever they are installed
+            kernels = module.startswith("pydrone._triton")  # whose package may have either name
             assert node.level == 0 or kernels, f"{module}: relative imports do not say in which room a name lives"
             base = f"pydrone._triton.{node.module}" if node.level else node.module
             names = [f"{base}.{alias.name}" for alias in node.names]
@@ -73,7 +73,7 @@ def graph() -> dict[str, set[str]]:
 
 
 def floor(module: str) -> int:
-    """How far down the house a module lies."""
+    """The line of HOUSE that holds a module."""
     for number, rooms in enumerate(HOUSE):
         if any(module == room or module.startswith(f"{room}.") for room in rooms.split()):
             return number
@@ -86,7 +86,7 @@ def room(module: str) -> str:
 
 
 def upwards(imports: dict[str, set[str]]) -> list[str]:
-    """The imports that run up the house, or to a neighbour."""
+    """The imports that run up the house or to a neighbour."""
     return [
         f"{module} imports {name}"
         for module, names in imports.items()
@@ -97,7 +97,7 @@ def upwards(imports: dict[str, set[str]]) -> list[str]:
 
 
 def circle(imports: dict[str, set[str]]) -> list[str] | None:
-    """The modules of one circle, or None."""
+    """The modules of one import cycle, or None."""
     done: set[str] = set()
 
     def walk(module: str, path: list[str]) -> list[str] | None:

@@ -1,4 +1,4 @@
-"""What is installed, under which names, and what the build says where it cannot build."""
+"""What is installed, under which names, and the messages of a build that fails."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ PACKAGE = Path(pydrone.__file__).resolve().parent
 
 
 def installed() -> metadata.Distribution:
-    """The installed distribution, not the egg-info that an editable build leaves beside the sources."""
+    """The installed distribution, not the egg-info that an editable build leaves next to the sources."""
     (found,) = [d for d in metadata.distributions(name="pydrone-rl") if d.read_text("RECORD")]
     return found
 
 
 def python(*arguments: str, cwd: Path, **environ: str | None) -> subprocess.CompletedProcess[str]:
-    """A fresh interpreter; an environment variable given as None is removed."""
+    """Runs a new interpreter; an environment variable given as None is removed."""
     env = dict(os.environ)
     for name in ("PYDRONE_NATIVE", "PYDRONE_CUDA", "CUDA_HOME", "CUDA_PATH", "CXX", "CC"):
         env.pop(name, None)
@@ -41,7 +41,7 @@ def python(*arguments: str, cwd: Path, **environ: str | None) -> subprocess.Comp
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
-    """A copy of the sources, without what was built in place."""
+    """A copy of the sources without in-place builds."""
     copy = tmp_path / "tree"
     ignore = shutil.ignore_patterns("*.so", "_build_info.json", "__pycache__")
     for name in ("csrc", "pydrone", "triton_kernels"):
@@ -71,7 +71,7 @@ def test_kernels_are_installed_as_pydrone_triton(tmp_path: Path) -> None:
     distribution = installed()
     assert (distribution.read_text("top_level.txt") or "").split() == ["pydrone"]
     assert not [file for file in distribution.files or [] if file.parts[0] == "triton_kernels"]
-    # Another distribution may own the name triton_kernels: only our folder must not answer to it.
+    # Another distribution may own the name triton_kernels; only our folder must not be importable as such.
     code = (
         "from importlib.util import find_spec as f; s = f('triton_kernels');"
         "print(f('pydrone._triton').origin); print(s.origin if s else None)"
@@ -124,7 +124,7 @@ def test_native_library_needs_only_torchs_c_functions() -> None:
     nm = subprocess.run(["nm", "-D", "--undefined-only", library], capture_output=True, text=True, check=True)
     symbols = [line.split()[-1] for line in nm.stdout.splitlines()]
     assert any(symbol.startswith(("aoti_torch_", "torch_")) for symbol in symbols)
-    # A mangled name of these namespaces belongs to one release of torch; the stable ABI has none.
+    # Mangled names in these namespaces change with torch releases; the stable ABI has none.
     assert not [symbol for symbol in symbols if re.match(r"_Z[NKTVIS]*(2at|3c10|5torch|6caffe2)", symbol)]
     assert not [symbol for symbol in symbols if symbol.startswith(("Py", "_Py"))]
 

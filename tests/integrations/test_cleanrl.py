@@ -1,5 +1,5 @@
-# ruff: noqa: E402 (what imports Gymnasium comes after the check that it is there)
-"""The single-file PPO of docs/integrations.md: without and with pydrone, the same advantages and losses."""
+# ruff: noqa: E402 (imports that need Gymnasium follow the check that it is installed)
+"""The single-file PPO of docs/integrations.md has the same advantages and losses with and without pydrone."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ARGS = {"num_envs": 4, "num_steps": 32, "num_iterations": 2, "num_minibatches": 
 
 
 class Quadrotors(gym.vector.VectorEnv):
-    """pydrone's quadrotor as Gymnasium's, with five actions: hover, or one propeller faster."""
+    """pydrone's quadrotor as a Gymnasium environment with five actions: hover, or one propeller faster."""
 
     def __init__(self) -> None:
         self.env = Quadrotor(4, seed=1, max_episode_length=7, max_tilt=15.0)
@@ -78,7 +78,7 @@ def test_before_and_after(name, monkeypatch):
     after = run(cleanrl_after, envs)
     assert min(envs.ends) > 2, envs.ends
 
-    # pydrone's permutations, n * T + t, as numbers of samples [T, N]
+    # pydrone's permutations, n * T + t, as indices into samples [T, N]
     samples = torch.cat(orders)
     epochs = iter((samples % 32 * 4 + samples // 32).view(-1, 128))
     monkeypatch.setattr(torch, "randperm", lambda size, device: next(epochs))
@@ -108,7 +108,7 @@ def test_it_learns_under_a_permutation_of_its_own():
 
 
 def changed_lines() -> list[str]:
-    """What changes from the one script to the other but for indentation, as a diff: - and + lines, ... for the rest."""
+    """The diff between the two scripts, ignoring indentation: - and + lines, ... for the rest."""
     before, after = (
         (HERE / f"cleanrl_{name}.py").read_text(encoding="utf-8").splitlines() for name in ("before", "after")
     )

@@ -1,4 +1,4 @@
-"""What the integrations share: supported versions, patches that can be taken back, and imports that wait."""
+"""Common parts of the integrations: supported versions, patches that can be removed, and deferred imports."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Heir(Agent):
 
 @pytest.fixture
 def made():
-    """(an attribute's owner, patches of it, those of a class); everything is put back."""
+    """(the owner of the attributes, the patches); afterwards they are removed, and the class must be as before."""
     module, patches = SimpleNamespace(function="theirs", other="theirs"), Patches()
     yield module, patches
     with warnings.catch_warnings():
@@ -67,7 +67,7 @@ def made():
 def test_a_patch_is_installed_once_and_taken_back_once(made):
     module, patches = made
     changes = [Change(module, "function", "ours"), Change(module, "other", "ours")]
-    patches.remove()  # nothing to take back
+    patches.remove()  # nothing to remove
     assert not patches.installed
     for _ in range(2):
         patches.install(changes)
@@ -106,7 +106,7 @@ def test_what_somebody_else_patched_on_top_is_left_to_them(made):
     assert not patches.installed
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        patches.remove()  # said once
+        patches.remove()  # warned only once
 
 
 WITHOUT_PEERS = """

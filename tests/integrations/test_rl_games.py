@@ -1,5 +1,5 @@
-# ruff: noqa: E402 (what imports the peer comes after the check that it is there)
-"""pydrone under rl_games: values by hand, beside its own functions, and in its real Runner."""
+# ruff: noqa: E402 (imports that need the peer follow the check that it is installed)
+"""pydrone under rl_games: against values by hand, against rl_games' own functions, and in its real Runner."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ THEIRS = {name: vars(A2CBase)[name] for name in ("discount_values", "discount_va
 
 @pytest.fixture(autouse=True)
 def _restored():
-    """Its Runner sets what PyTorch does with matrix products; patches are taken back where a test fails."""
+    """Restores the matmul precision, which the Runner sets, and removes patches even if a test fails."""
     precision = torch.get_float32_matmul_precision()
     yield
     torch.set_float32_matmul_precision(precision)
@@ -39,14 +39,14 @@ def _restored():
 
 
 def close(got, expected):
-    """To 1e-5 of the largest value."""
+    """Equal to 1e-5 of the largest value."""
     assert got.shape == expected.shape and got.dtype == expected.dtype
     assert (got - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
-# gamma = tau = 1/2, rewards 1 2 3, values 2 4 6, last value 10. Steps that run on: d0 = 1 + 4/2 - 2 = 1,
+# gamma = tau = 1/2, rewards 1 2 3, values 2 4 6, last value 10. Without an end: d0 = 1 + 4/2 - 2 = 1,
 # d1 = 2 + 6/2 - 4 = 1, d2 = 3 + 10/2 - 6 = 2; at an end d1 = 2 - 4 = -2 and d2 = 3 - 6 = -3. A_t = d_t + A_{t+1} / 4.
-# A flag stands where the next episode begins; the very first one says nothing about this rollout.
+# A flag marks the first step of the next episode; the very first flag does not concern this rollout.
 TABLE = {
     "running": ([0, 0, 0], 0, None, [11 / 8, 3 / 2, 2]),
     "begun with the rollout": ([1, 0, 0], 0, None, [11 / 8, 3 / 2, 2]),
@@ -73,7 +73,7 @@ def test_by_hand(case):
 
 
 @pytest.mark.parametrize("steps, envs, columns", [(1, 1, 1), (7, 5, 1), (32, 6, 1), (9, 4, 3)])
-def test_beside_its_own(steps, envs, columns):
+def test_against_its_own(steps, envs, columns):
     agent = SimpleNamespace(horizon_length=steps, gamma=0.97, tau=0.9)
     begins = (torch.rand(steps + 1, envs) < 0.3).float()
     values, rewards = torch.randn(2, steps, envs, columns)
@@ -126,7 +126,7 @@ def test_nothing_is_imported_before():
 
 
 class Vectorised(IVecEnv):
-    """Any of pydrone's environments as rl_games' own. Under NEXT_STEP the resetting steps are steps to it."""
+    """Any pydrone environment for rl_games, which takes the reset steps of NEXT_STEP as ordinary steps."""
 
     def __init__(self, env, obs_space, action_space, columns) -> None:
         self.env, self.columns = env, columns
@@ -167,7 +167,7 @@ def vectorised(name, columns=1):
 
 
 def train(name, directory, monkeypatch, rnn=False, columns=1):
-    """(rollouts' advantages and returns, losses of the updates, ends, agent) of a run of its Runner."""
+    """Runs its Runner; returns (advantages and returns by rollout, losses by update, ends, agent)."""
     made, rollouts, losses = [], [], []
 
     def create(config_name, num_actors, **kwargs):

@@ -1,4 +1,4 @@
-"""rsl_rl's real runner with and without pydrone, side by side; and the storage against hand-derived numbers."""
+"""rsl_rl's real runner with and without pydrone, and the storage against numbers derived by hand."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def _unpatched():
 
 
 class Drones(VecEnvWrapper):
-    """Quadrotors in a box that some targets are out of: they crash, others time out. Rewards of the order of 1."""
+    """Quadrotors in a box with some targets outside: those crash, others time out. Rewards are of order 1."""
 
     def __init__(self, two_groups: bool = False) -> None:
         self.two_groups, self.ends = two_groups, {"crashes": 0, "time_outs": 0}
@@ -51,12 +51,12 @@ class Drones(VecEnvWrapper):
         return obs, rewards * 100, dones, extras
 
     def _keep(self, obs) -> None:
-        # what the critic alone sees is another group
+        # the critic's own observations are another group
         super()._keep({"policy": obs, "height": obs[:, 2:3] - 1} if self.two_groups else obs)
 
 
 class Point(gymnasium.Env):
-    """Is pushed along a line, and terminates beyond 1."""
+    """A point pushed along a line; terminates beyond 1."""
 
     observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (2,), np.float32)
     action_space = gymnasium.spaces.Box(-1.0, 1.0, (1,), np.float32)
@@ -76,7 +76,7 @@ class Point(gymnasium.Env):
 
 
 class Points(VecEnv):
-    """A Gymnasium vector environment as one would hand it to rsl_rl, which takes a reset step as any other."""
+    """A Gymnasium vector environment as a user would wrap it for rsl_rl, which takes reset steps as ordinary steps."""
 
     def __init__(self, mode: AutoresetMode) -> None:
         make = [lambda: gymnasium.wrappers.TimeLimit(Point(), 7)] * NUM_ENVS
@@ -102,7 +102,7 @@ def count(ends: dict[str, int], dones, time_outs) -> None:
 
 
 def mirrored(env, obs, actions):
-    """Symmetry's function: every sample and its mirror image."""
+    """The symmetry function: every sample and its mirror image."""
     obs = None if obs is None else torch.cat([obs, obs.apply(torch.neg)])
     return obs, None if actions is None else torch.cat([actions, -actions])
 
@@ -140,7 +140,7 @@ def construct(env, cfg, runner=OnPolicyRunner):
 
 
 def learn(runner, iterations=ITERATIONS) -> list[dict]:
-    """What each iteration collected, what it made of that and its losses."""
+    """For each iteration: the rollout, its returns and advantages, and the losses."""
     seen, algorithm = [], runner.alg
     compute_returns, update = algorithm.compute_returns, algorithm.update
 
@@ -161,7 +161,7 @@ def learn(runner, iterations=ITERATIONS) -> list[dict]:
 
 
 def peer_returns(algorithm, obs) -> dict:
-    """rsl_rl's own loop over the same rollout."""
+    """The results of rsl_rl's own loop over the same rollout."""
     names = ("rewards", "dones", "values", "num_transitions_per_env")
     storage = SimpleNamespace(**{name: getattr(algorithm.storage, name) for name in names})
     storage.returns = torch.zeros_like(storage.rewards)
@@ -176,7 +176,7 @@ def assert_close(ours, theirs) -> None:
 
 
 def assert_same_training(ours: list[dict], theirs: list[dict]) -> None:
-    """The first rollout to the bit, what is computed of each to 1e-5, the losses of every update to 1e-4."""
+    """The first rollout agrees bit for bit, results computed from each to 1e-5, the losses of every update to 1e-4."""
     assert len(ours) == len(theirs)
     for name in ("rewards", "dones", "values", "actions", "actions_log_prob"):
         assert torch.equal(ours[0][name], theirs[0][name]), name
@@ -205,7 +205,7 @@ CASES = {
 
 
 def forbid_rsl_rls(monkeypatch) -> None:
-    """Its storage may not be fallen back to."""
+    """Makes a fallback to rsl_rl's storage an error."""
     for name in ("add_transition", "mini_batch_generator", "recurrent_mini_batch_generator"):
         monkeypatch.setattr(PeerStorage, name, None)
 
@@ -215,7 +215,7 @@ def test_the_runner_learns_the_same_with_and_without(case, monkeypatch):
     make, options = CASES[case]
     env = make()
     theirs = learn(construct(env, config(**options)))
-    assert min(env.ends.values()) > 0, env.ends  # or time-outs and crashes are not tried
+    assert min(env.ends.values()) > 0, env.ends  # else time-outs or crashes are not tested
     runner = construct(make(), config(CLASS_NAME, shuffle="rsl_rl", **options))
     forbid_rsl_rls(monkeypatch)
     assert type(runner.alg) is PPO and type(runner.alg.storage) is RolloutStorage
@@ -242,7 +242,7 @@ def test_an_unedited_script_learns_the_same_when_patched(rnn, monkeypatch):
 
 
 class Discounted(ppo.PPO):
-    """An algorithm with returns of its own: those without bootstrap or trace, as rsl_rl's loop would write them."""
+    """An algorithm with its own returns, without bootstrap or trace, written as rsl_rl's loop would."""
 
     def compute_returns(self, obs) -> None:
         storage, following = self.storage, 0.0
@@ -257,7 +257,7 @@ def test_an_algorithm_with_returns_of_its_own_keeps_them_when_patched(rnn):
     theirs = learn(construct(Drones(), config(Discounted, rnn=rnn)), 3)
     patch()
     runner = construct(Drones(), config(Discounted, rnn=rnn))
-    runner.alg.storage.shuffle = "rsl_rl"  # of whole environments, where there are trajectories
+    runner.alg.storage.shuffle = "rsl_rl"  # shuffles whole environments if there are trajectories
     for mine, other in zip(learn(runner, 3), theirs, strict=True):
         assert_close(mine["returns"], other["returns"])
         assert mine["losses"] == pytest.approx(other["losses"], rel=1e-5, abs=1e-6)
@@ -300,10 +300,10 @@ def test_what_is_patched_comes_back(monkeypatch):
     unpatch()
     unpatch()
     assert (ppo.RolloutStorage, ppo.PPO.compute_returns) == original
-    assert np.isfinite(list(learn(during, 2)[-1]["losses"].values())).all()  # on its storage, with rsl_rl's loop
+    assert np.isfinite(list(learn(during, 2)[-1]["losses"].values())).all()  # with pydrone's storage and rsl_rl's loop
     patch()
     forbid_rsl_rls(monkeypatch)
-    del during.alg.compute_returns, during.alg.update  # what learn() put around them
+    del during.alg.compute_returns, during.alg.update  # the wrappers that learn() installed
     with contextlib.redirect_stdout(io.StringIO()):
         during.learn(1)
     unpatch()
@@ -312,7 +312,7 @@ def test_what_is_patched_comes_back(monkeypatch):
 
 
 def transition(t: int, n: int, hidden=(None, None)) -> PeerStorage.Transition:
-    """Step t of n environments; every number says whose it is: 100 * t + environment."""
+    """Step t of n environments; every number identifies its sample: 100 * t + environment."""
     made, label = PeerStorage.Transition(), 100.0 * t + torch.arange(n)
     image = torch.full((n, 2, 2), t + 1, dtype=torch.uint8)
     made.observations = TensorDict({"policy": torch.stack([label, -label], 1), "image": image}, batch_size=[n])
@@ -331,7 +331,7 @@ def storages(num_steps: int, num_envs: int) -> tuple[RolloutStorage, PeerStorage
 def test_returns_and_advantages_of_a_table_by_hand():
     # gamma 0.5, lam 0.5, V(s_T) = 8, 2. Environment 0 ends with step 1:
     #   d2 = 3 + 4 - 4 = 3;  d1 = 2 - 2 = 0, cut;           d0 = 1 + 1 - 4 = -2, A0 = -2 + 0.25 * 0
-    # environment 1 goes on, rewards 0, values 2, 4, 8:
+    # Environment 1 does not end; rewards 0, values 2, 4, 8:
     #   d2 = 1 - 8 = -7;     d1 = 4 - 4 = 0, A1 = -1.75;    d0 = 2 - 2 = 0,      A0 = -0.4375
     ours, _ = storages(3, 2)
     rewards, values = [[1.0, 0.0], [2.0, 0.0], [3.0, 0.0]], [[4.0, 2.0], [2.0, 4.0], [4.0, 8.0]]
@@ -387,7 +387,7 @@ FIELDS = ("actions", "values", "advantages", "returns", "old_actions_log_prob")
 
 
 def filled(num_steps: int, num_envs: int, hidden=lambda t: (None, None)) -> tuple[RolloutStorage, PeerStorage]:
-    """Both storages with the same rollout, ours computed, theirs with the results copied."""
+    """Both storages with the same rollout; ours computes the results, theirs gets a copy of them."""
     ours, theirs = storages(num_steps, num_envs)
     for t in range(num_steps):
         for storage in (ours, theirs):
@@ -413,10 +413,10 @@ def test_rsl_rls_permutation_is_drawn_as_it_draws_it_and_served_by_views_of_one_
     monkeypatch.setattr(ours._buffer, "arranged", lambda *args: copies.append(arranged(*args)) or copies[-1])
     for storage in (ours, theirs, ours):
         torch.manual_seed(7)
-        batches.append(list(storage.mini_batch_generator(4, 2)))  # 15 samples: the permutation is of 12
+        batches.append(list(storage.mini_batch_generator(4, 2)))  # 15 samples, but 12 are permuted
     for mine, other in zip(*batches[:2], strict=True):
         assert_same_batch(mine, other)
-    assert len(copies) == 2  # one an update, both into the same memory
+    assert len(copies) == 2  # one per update, both in the same memory
     pointers = {batch.actions.untyped_storage().data_ptr() for batch in batches[0] + batches[2]}
     assert pointers == {copies[0].actions.data_ptr()}
 

@@ -1,5 +1,5 @@
-# ruff: noqa: E402 (what imports the peer comes after the check that it is there)
-"""pydrone's rollout buffers in Stable-Baselines3: by hand, beside its own buffers, and in its real trainers."""
+# ruff: noqa: E402 (imports that need the peer follow the check that it is installed)
+"""pydrone's rollout buffers for Stable-Baselines3: by hand, against its own buffers, and in its real trainers."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ ARRAYS = ("actions", "rewards", "values", "log_probs", "advantages", "returns", 
 
 
 def same_dtype(x, y, name):
-    """Before 2.7.1 Stable-Baselines3 kept observations and actions in float32, whatever their space."""
+    """Before 2.7.1 Stable-Baselines3 stored observations and actions in float32, for any space."""
     older = tuple(map(int, stable_baselines3.__version__.split(".")[:3])) < (2, 7, 1)
     return x.dtype == y.dtype or (older and name in ("observations", "actions"))
 
 
 def close(got, expected):
-    """To 1e-5 of the largest value."""
+    """Equal to 1e-5 of the largest value."""
     np.testing.assert_allclose(got, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 
@@ -51,7 +51,7 @@ def fill(buffer, steps, last_values, dones):
 
 
 def random_rollout(obs_space, action_space, steps, envs, seed=0):
-    """What ``collect_rollouts`` hands over; a third of the steps ends an episode."""
+    """Arguments as ``collect_rollouts`` passes them; a third of the steps end an episode."""
     rng = np.random.default_rng(seed)
     torch.manual_seed(seed)
     obs_space.seed(seed)
@@ -74,8 +74,8 @@ def random_rollout(obs_space, action_space, steps, envs, seed=0):
 
 
 def test_by_hand():
-    # gamma = lambda = 1/2; an episode starts with step 2 of environment 0, which is that step 1 has ended one; the
-    # last step of environment 1 has ended one, and its last value 100 counts for nothing.
+    # gamma = lambda = 1/2; in environment 0 an episode starts at step 2, so step 1 ended one; the last step of
+    # environment 1 ended one, so its last value 100 is not used.
     buffer = ours.RolloutBuffer(3, spaces.Discrete(9), spaces.Discrete(2), "cpu", gae_lambda=0.5, gamma=0.5, n_envs=2)
     steps = [
         (np.array([3, 6]), np.array([[1], [0]]), np.array([1.0, 2.0]), starts, torch.tensor([[1.0], [2.0]]), log_probs)
@@ -86,7 +86,7 @@ def test_by_hand():
         ]
     ]
     fill(buffer, steps, [[8.0], [100.0]], [False, True])
-    # environment 0: A2 = 1 + 8/2 - 1 = 4 (running on); A1 = 1 + 0 - 1 = 0 (an end); A0 = 1 + 1/2 - 1 + 0/4 = 1/2
+    # environment 0: A2 = 1 + 8/2 - 1 = 4 (no end); A1 = 1 + 0 - 1 = 0 (an end); A0 = 1 + 1/2 - 1 + 0/4 = 1/2
     # environment 1: A2 = 2 + 0 - 2 = 0 (an end); A1 = 2 + 2/2 - 2 + 0/4 = 1; A0 = 1 + 1/4 = 5/4
     assert buffer.advantages.tolist() == [[0.5, 1.25], [0.0, 1.0], [4.0, 0.0]]
     assert buffer.returns.tolist() == [[1.5, 3.25], [1.0, 3.0], [5.0, 2.0]]
@@ -109,8 +109,8 @@ SPACES = [
 
 @pytest.mark.parametrize("obs_space, action_space", SPACES, ids=lambda space: type(space).__name__)
 @pytest.mark.parametrize("steps, envs", [(1, 1), (7, 5), (16, 4)])
-def test_beside_its_own_buffer(obs_space, action_space, steps, envs):
-    """Two rollouts through the same memory; every array, and every minibatch under numpy's permutation."""
+def test_against_its_own_buffer(obs_space, action_space, steps, envs):
+    """Two rollouts in the same memory: every array, and every minibatch under numpy's permutation."""
     kind = "DictRolloutBuffer" if obs_space is DICT else "RolloutBuffer"
     arguments = (steps, obs_space, action_space, "cpu", 0.9, 0.97, envs)
     expected, got = getattr(theirs, kind)(*arguments), getattr(ours, kind)(*arguments, shuffle="sb3")
@@ -151,7 +151,7 @@ def same_samples(x, y):
 
 
 def test_what_the_collector_writes_over_is_kept():
-    """Environments may hand out the same arrays step after step."""
+    """Environments may return the same arrays in every step."""
     rollout, last_values, dones = random_rollout(BOX, spaces.Discrete(2), 5, 3)
     arguments = (5, BOX, spaces.Discrete(2), "cpu", 0.9, 0.97, 3)
     expected, got = theirs.RolloutBuffer(*arguments), ours.RolloutBuffer(*arguments)
@@ -177,7 +177,7 @@ def test_arrays_that_pytorch_does_not_take():
 
 
 def test_full_shuffle():
-    """Every sample once, another order each epoch and each rollout; numpy's seed gives it again."""
+    """Every sample once, in a different order each epoch and rollout; numpy's seed reproduces it."""
 
     def orders(seed):
         np.random.seed(seed)
@@ -273,7 +273,7 @@ def test_nothing_is_imported_before():
 
 
 class Vectorised(VecEnv):
-    """Any of pydrone's environments as Stable-Baselines3's. Under NEXT_STEP the resetting steps are steps to it."""
+    """Any pydrone environment for Stable-Baselines3, which takes the reset steps of NEXT_STEP as ordinary steps."""
 
     def __init__(self, env, obs_space, action_space) -> None:
         super().__init__(env.num_envs, obs_space, action_space)
@@ -326,7 +326,7 @@ def vectorised(name):
 
 
 class Recorder:
-    """What the trainer computes: advantages and returns of whole rollouts, the loss of each update."""
+    """Records what the trainer computes: advantages and returns of whole rollouts, the loss of each update."""
 
     def __init__(self, monkeypatch) -> None:
         self.rollouts, self.losses = [], []
@@ -383,7 +383,7 @@ def agree(expected, got):
 
 
 class Grouped(gym.Env):
-    """A Dict of observations, with both kinds of ends."""
+    """Dict observations, with terminations and truncations."""
 
     observation_space, action_space = DICT, spaces.Discrete(3)
 

@@ -1,5 +1,5 @@
-# ruff: noqa: E402 (what imports the peer comes after the check that it is there)
-"""pydrone under skrl: values by hand, beside its own functions and memory, and in its real trainer."""
+# ruff: noqa: E402 (imports that need the peer follow the check that it is installed)
+"""pydrone under skrl: against values by hand, against skrl's own functions and memory, and in its real trainer."""
 
 from __future__ import annotations
 
@@ -45,15 +45,15 @@ def _unpatched():
 
 
 def close(got, expected):
-    """To 1e-5 of the largest value."""
+    """Equal to 1e-5 of the largest value."""
     assert got.shape == expected.shape and got.dtype == expected.dtype
     assert torch.isfinite(expected).all()
     assert (got - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
-# gamma = lambda = 1/2, rewards 1 2 3, values 2 4 6, last value 10, one environment that ends at step 1. Going on,
-# d0 = 1 + 4/2 - 2 = 1, d1 = 2 + 6/2 - 4 = 1, d2 = 3 + 10/2 - 6 = 2 and A_t = d_t + A_{t+1} / 4; at the end A1 = d1 =
-# 2 - 4 = -2. Returns are A + V, advantages come normalised. The bootstrap stands in skrl's rewards by then.
+# gamma = lambda = 1/2, rewards 1 2 3, values 2 4 6, last value 10, one environment that ends at step 1. Without
+# an end d0 = 1 + 4/2 - 2 = 1, d1 = 2 + 6/2 - 4 = 1, d2 = 3 + 10/2 - 6 = 2 and A_t = d_t + A_{t+1} / 4; at the end A1 =
+# d1 = 2 - 4 = -2. Returns are A + V, advantages are normalised. skrl's rewards already include the bootstrap.
 @pytest.mark.parametrize(
     "terminated, truncated, bootstrap, expected",
     [
@@ -85,8 +85,8 @@ def test_by_hand(terminated, truncated, bootstrap, expected):
 
 @pytest.mark.parametrize("name", MODULES)
 @pytest.mark.parametrize("bootstrap", [False, True])
-def test_beside_its_own(name, bootstrap):
-    """Every agent's function, with terminations, time-outs and both at once."""
+def test_against_its_own(name, bootstrap):
+    """The GAE function of every agent, with terminations, time-outs and both at once."""
     function, theirs = MODULES[name], THEIRS[name]
     assert inspect.signature(function).parameters.keys() == inspect.signature(theirs).parameters.keys()
     for key, parameter in inspect.signature(function).parameters.items():
@@ -159,7 +159,7 @@ def test_nothing_is_imported_before():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-# Memory. Names to (size, dtype, keep_dimensions): what an on-policy agent creates, and what is rare.
+# Memory. Name: (size, dtype, keep_dimensions); the tensors of an on-policy agent, and rare kinds.
 TENSORS = {
     "observations": (5, torch.float32, False),
     "states": (None, torch.float32, False),
@@ -177,7 +177,7 @@ ADDED = [name for name in TENSORS if name not in ("returns", "states")]
 
 
 def both(steps, envs, **arguments):
-    """skrl's memory and pydrone's, in skrl's order."""
+    """skrl's memory and pydrone's with skrl's sample order."""
     made = (
         Original(memory_size=steps, num_envs=envs, device="cpu", **arguments),
         ours.RandomMemory(memory_size=steps, num_envs=envs, device="cpu", shuffle="skrl", **arguments),
@@ -225,8 +225,8 @@ def same_batches(expected, got):
 
 @pytest.mark.parametrize("steps, envs", [(1, 1), (6, 1), (5, 4), (16, 6)])
 @pytest.mark.parametrize("touch", [False, True], ids=["", "read first"])
-def test_memory_beside_its_own(steps, envs, touch):
-    """Steps, parts of steps and many at once, one and a half times around; all that reads, and writing by name."""
+def test_memory_against_its_own(steps, envs, touch):
+    """Adds whole steps, parts and many at once, one and a half times around; compares all reads, and writes by name."""
     expected, got = both(steps, envs)
     if touch:
         same_memory(expected, got)
@@ -238,15 +238,15 @@ def test_memory_beside_its_own(steps, envs, touch):
         same_memory(expected, got)
 
     for i in range(3 * steps // 2 + 1):
-        names = ADDED if i % 4 else ADDED[:3]  # some steps leave tensors as they are
+        names = ADDED if i % 4 else ADDED[:3]  # some steps do not write all tensors
         add(**random_samples(expected, envs, names))
     one = {name: x[0] for name, x in random_samples(expected, 1, ADDED[:3]).items()}  # [D]: one environment's sample
     add(**one)
     if envs > 1:
         for _ in range(envs - 1):
-            add(**random_samples(expected, 1, ADDED))  # fewer than all
+            add(**random_samples(expected, 1, ADDED))  # fewer than all environments
     elif steps > 1:
-        # More than one step, around the end. Skrl moves its index with every tensor here: of one alone it makes sense.
+        # More than one step, across the end. skrl advances its index with every tensor here, so only one tensor works.
         add(**random_samples(expected, steps, ADDED[:1]))
     add(**random_samples(expected, envs, ADDED))
     whole = torch.randn(steps, envs, 1, generator=g)
@@ -307,7 +307,7 @@ def numbered(steps, envs, filled, **arguments):
 
 
 def test_full_shuffle():
-    """Every sample once, another order each time, of those stored alone; torch's seed gives it again."""
+    """Every stored sample once, in a different order each time; torch's seed reproduces it."""
     for filled in (8, 5):
         memory, orders = numbered(8, 4, filled), []
         for seed in (1, 1, 2):
@@ -335,7 +335,7 @@ def test_full_shuffle_of_sequences_and_of_a_few():
 
 
 def test_launches(monkeypatch):
-    """A step in one, all minibatches in one for each row; nothing is left for skrl to copy."""
+    """One launch per step, and one per row for all minibatches; skrl copies nothing."""
     calls, left, select, add_samples = [], [], ours.select, Original.add_samples
 
     def counted(device):
@@ -418,7 +418,7 @@ def test_errors_name_the_argument():
 
 
 class Drone(Wrapper):
-    """pydrone's quadrotor as an environment of skrl, which takes next observations for those of the same episode."""
+    """pydrone's quadrotor for skrl, which assumes that next observations belong to the same episode."""
 
     observation_space = spaces.Box(-np.inf, np.inf, (17,), np.float32)
     action_space = spaces.Box(-1, 1, (4,), np.float32)
@@ -454,7 +454,7 @@ def vectorised(name):
 
 
 class Network(Model):
-    """A GRU, or a layer in its place, and a head. The states of a sequence are zeroed behind an episode's end."""
+    """A GRU (or a layer) and a head. Within a sequence, an episode's end zeroes the state."""
 
     def __init__(self, outputs, rnn, spaces_and_device, **mixin):
         Model.__init__(self, **spaces_and_device)
@@ -515,7 +515,7 @@ class Value(DeterministicMixin, Network):
 
 
 def train(agent_class, name, memory_class, directory, monkeypatch, bootstrap, rollouts=3, **memory_arguments):
-    """(rollouts' returns and advantages, losses of the updates, ends, memory) of a run of its trainer."""
+    """Runs its trainer; returns (returns and advantages by rollout, losses by update, ends, memory)."""
     set_seed(3)
     env, rnn = vectorised(name), agent_class.__name__.endswith("RNN")
     memory = memory_class(memory_size=16, num_envs=4, device="cpu", **memory_arguments)
@@ -595,7 +595,7 @@ def test_trainer_with_and_without(agent_class, name, bootstrap, tmp_path, monkey
 
 
 def test_trainer_with_its_own_order_of_samples(tmp_path, monkeypatch):
-    """By hand, without patches: the memory alone; the default permutation trains too."""
+    """Only the memory, passed explicitly without patches; the default permutation trains too."""
     losses = []
     for arguments in ({"shuffle": "skrl"}, {}, {}):
         with monkeypatch.context() as patch:

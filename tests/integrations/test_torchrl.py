@@ -1,5 +1,5 @@
-# ruff: noqa: E402 (what imports the peer comes after the check that it is there)
-"""pydrone's advantages in TorchRL: by hand, beside its own functions and module, and in its real trainer."""
+# ruff: noqa: E402 (imports that need the peer follow the check that it is installed)
+"""pydrone's advantages for TorchRL: by hand, against its own functions and module, and in its real trainer."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ NAMES = ("generalized_advantage_estimate", "vec_generalized_advantage_estimate")
 
 
 def close(got, expected, tolerance=1e-5):
-    """To 1e-5 of the largest value."""
+    """Equal to 1e-5 of the largest value."""
     assert got.shape == expected.shape
     torch.testing.assert_close(got, expected, rtol=0, atol=tolerance * float(expected.abs().max()), check_dtype=False)
 
 
 def test_by_hand():
     # gamma = lambda = 1/2, T = 4. Step 1 is a time-out, so its next value 8 counts and the trace is cut; step 2
-    # terminates, so its next value counts for nothing; step 0's next value is not the value of step 1.
+    # terminates, so its next value is not used; step 0's next value differs from the value of step 1.
     value = torch.tensor([1.0, 2.0, 3.0, 4.0])
     following = torch.tensor([6.0, 8.0, 100.0, 2.0])
     done, terminated = torch.tensor([0, 1, 1, 0]).bool(), torch.tensor([0, 0, 1, 0]).bool()
@@ -52,13 +52,13 @@ def test_by_hand():
         got = getattr(ours, name)(0.5, 0.5, value, following, torch.ones(4), done, terminated, time_dim=-1)
         assert got[0].tolist() == [3.75, 3.0, -2.0, -2.0]
         assert got[1].tolist() == [4.75, 5.0, 1.0, 2.0]
-    # without terminated, a time-out is an end like the other: A1 = 1 - 2 = -1, A0 = 3 - 1/4
+    # without terminated, a time-out counts as a termination: A1 = 1 - 2 = -1, A0 = 3 - 1/4
     got = ours.generalized_advantage_estimate(0.5, 0.5, value, following, torch.ones(4), done, time_dim=0)
     assert got[0].tolist() == [2.75, -1.0, -2.0, -2.0]
 
 
 def signals(shape, dtype=torch.float32):
-    """Every fifth step ends an episode, half of them by termination; next values that are nobody's value."""
+    """A fifth of the steps end an episode, half of them by termination; next values are independent of the values."""
     value, following, reward = torch.randn(3, *shape, dtype=dtype).unbind()
     done = torch.rand(shape) < 0.2
     return value, following, reward, done, done & (torch.rand(shape) < 0.5)
@@ -85,7 +85,7 @@ def signals(shape, dtype=torch.float32):
         ((1, 1), -2),
     ],
 )
-def test_beside_its_own_functions(name, shape, time_dim):
+def test_against_its_own_functions(name, shape, time_dim):
     given = signals(shape)
     for got, expected in zip(
         getattr(ours, name)(GAMMA, LAMBDA, *given, time_dim=time_dim),
@@ -97,7 +97,7 @@ def test_beside_its_own_functions(name, shape, time_dim):
 
 def test_scalar_tensors_float64_and_strides():
     given = signals((5, 40, 1), torch.float64)
-    # Of a plain number theirs makes float32.
+    # Theirs would convert a plain number to float32.
     gamma, lmbda = torch.tensor(GAMMA, dtype=torch.float64), torch.tensor([LAMBDA], dtype=torch.float64)
     expected = theirs.generalized_advantage_estimate(gamma, lmbda, *given)
     strided = [torch.stack((x, x), 2)[:, :, 0].transpose(0, 1) for x in given]
@@ -118,7 +118,7 @@ def test_flags_and_rewards_of_other_dtypes(dtype):
 
 
 def test_what_follows_a_termination_does_not_count():
-    """NaN in the next value of a termination, where TorchRL multiplies by zero and gets NaN."""
+    """Tests NaN as the next value of a termination; TorchRL would multiply it by zero and get NaN."""
     value, following, reward, done, terminated = signals((3, 20, 1))
     expected = ours.generalized_advantage_estimate(GAMMA, LAMBDA, value, following, reward, done, terminated)
     following = following.masked_fill(terminated, float("nan"))
@@ -155,7 +155,7 @@ def test_errors_name_the_argument():
 
 
 def rollout(envs=4, steps=12, value=False):
-    """[envs, steps], as a collector hands it out: the next observation is the following one where nothing ended."""
+    """[envs, steps], as from a collector: without an end, the next observation is that of the following step."""
     obs = torch.randn(envs, steps + 1, 3)
     _, _, reward, done, terminated = signals((envs, steps, 1))
     following = torch.where(done, torch.randn(envs, steps, 3), obs[:, 1:])
@@ -192,7 +192,7 @@ def critic():
     ],
     ids=str,
 )
-def test_module_beside_its_own(arguments):
+def test_module_against_its_own(arguments):
     data = rollout()
     runs = [cls(gamma=GAMMA, lmbda=LAMBDA, value_network=critic(), **arguments) for cls in (TheirGAE, ours.GAE)]
     expected, got = (module(data.clone()) for module in runs)
@@ -256,8 +256,8 @@ def test_nothing_is_imported_before():
 
 
 class Wrapped(EnvBase):
-    """Any of pydrone's environments as TorchRL's, which resets where it is told to: under SAME_STEP that has happened
-    already, under NEXT_STEP it happens in the next step, which is a step to TorchRL."""
+    """Any pydrone environment for TorchRL, which asks for resets: SAME_STEP has already done them, NEXT_STEP does them
+    in the next step, which TorchRL takes as an ordinary one."""
 
     def __init__(self, env, action_spec) -> None:
         super().__init__(batch_size=[env.num_envs])
@@ -297,7 +297,7 @@ def make(name):
     venv = gym.make_vec(
         "CartPole-v1", 4, vectorization_mode="sync", max_episode_steps=16, vector_kwargs={"autoreset_mode": mode}
     )
-    if name == "GymWrapper":  # TorchRL's own, which does not take NEXT_STEP
+    if name == "GymWrapper":  # TorchRL's own wrapper does not support NEXT_STEP
         env = GymWrapper(venv, categorical_action_encoding=True)
         env.set_seed(1)
         return env
@@ -327,7 +327,7 @@ def networks(env):
 
 
 def train(cls, name, inside):
-    """Three batches of 128 steps in TorchRL's PPOTrainer. ``inside``: it is the loss that computes the advantages."""
+    """Three batches of 128 steps in TorchRL's PPOTrainer. ``inside``: the loss computes the advantages."""
     env = make(name)
     actor, critic = networks(env)
     rollouts, losses, ends = [], [], torch.zeros(2)

@@ -1,6 +1,6 @@
-"""One of several processes that train together, started by test_distributed.py: runs its scenarios, saves what it saw.
+"""One rank of a distributed training. test_distributed.py starts it; it runs all scenarios and saves its results.
 
-The environments are functions of their number among all, and the noise is given: K processes and one see the same.
+Each environment depends only on its global number, and the noise is given, so K processes see what one process sees.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pydrone.ppo.trainer import NotFinite, Trainer
 
 N, T, ITERATIONS = 3, 8, 3  # of each process
 
-# Options of the learner, by the name of the scenario.
+# Scenario: options of the learner.
 CASES: dict[str, dict] = {
     "plain": {"desired_kl": 1e-3},  # the learning rate moves
     "normalized": {"normalize_obs": True, "normalize_values": True, "normalize_rewards": True},
@@ -30,7 +30,7 @@ CASES: dict[str, dict] = {
 
 
 class Points:
-    """Points that are pushed about; ends of episodes, and with NEXT_STEP the steps that are none, come by number."""
+    """Points moved by their actions. The environment's number decides episode ends and, with NEXT_STEP, reset steps."""
 
     obs, actions, max_episode_length, device = 3, 2, None, torch.device("cpu")
 
@@ -58,7 +58,7 @@ class Points:
         moved = self.x + 0.3 * actions.tanh()
         self.x = torch.where(self.resetting[:, None], start, moved)
         rewards = torch.where(self.resetting, 0.0, 1 - self.x.norm(dim=1))
-        # The further ones end more often: the ranks have different numbers of episodes and of valid samples.
+        # Higher numbers end more often, so that the ranks differ in episodes and valid samples.
         dones = (self.t % (6 - self.numbers.clamp_max(4)) == 0) & ~self.resetting
         truncated, final_obs = dones & (self.numbers % 2 == 1), self._obs()
         log = {"distance": self.x.norm(dim=1).mean(), "episode/count": dones.sum(), "episode/x": self.x[dones, 0].sum()}
@@ -85,14 +85,14 @@ def settings(**kwargs) -> TrainConfig:
 
 
 def with_noise(first: int, num_envs: int, total: int) -> None:
-    """Has policies draw the same noise for the same environment, whoever has it."""
+    """Makes policies draw the same noise for an environment on any rank."""
     noise = torch.randn(200, total, 2, generator=torch.Generator().manual_seed(5))
     rows = iter(noise[:, first : first + num_envs])
     torch.randn_like = lambda x: next(rows)
 
 
 def learn(case: str, rank: int, world_size: int) -> dict:
-    """What a process that has 1 / ``world_size`` of six environments ends with."""
+    """Trains on 1 / ``world_size`` of six environments; returns the figures and the final state."""
     num_envs = 2 * N // world_size
     with_noise(rank * num_envs, num_envs, 2 * N)
     env = Points(rank * num_envs, num_envs, "next_step" if case == "normalized" else "same_step")
@@ -108,11 +108,11 @@ def learn(case: str, rank: int, world_size: int) -> dict:
     }
 
 
-# ------------------------------------------------------------------------------------------- what else may happen
+# ------------------------------------------------------------------------------------------- other scenarios
 
 
 def collectives(ranks: Ranks) -> dict:
-    """The messages themselves; rank 1 has no samples in the second mean."""
+    """Each collective by itself; in the second mean rank 1 has no samples."""
     x = torch.nn.Parameter(torch.zeros(2, 2))
     frozen = torch.nn.Parameter(torch.zeros(1), requires_grad=False)
     mean = MeanGradients(ranks, [x, frozen], 1)
@@ -132,7 +132,7 @@ def collectives(ranks: Ranks) -> dict:
 
 
 def begun(ranks: Ranks) -> dict:
-    """What the ranks begin with, where they would draw different first weights."""
+    """The initial state of ranks that would draw different first weights."""
     seed = torch.manual_seed
     torch.manual_seed = lambda number: seed(number + ranks.rank)
     trainer = Trainer(Points(0, N), settings())
@@ -213,7 +213,7 @@ def drifted(ranks: Ranks) -> dict:
 
 
 def resumed(ranks: Ranks, folder: Path, ppo: dict) -> dict:
-    """Five iterations, and three and then two; and a checkpoint for one process to resume."""
+    """Five iterations against three and then two; and a checkpoint for one process to resume."""
 
     def train(name: str, iterations: int, resume: str | None = None) -> Trainer:
         config = settings(iterations=iterations, resume=resume, ppo=ppo)
@@ -227,7 +227,7 @@ def resumed(ranks: Ranks, folder: Path, ppo: dict) -> dict:
     torch.manual_seed(99)
     said.clear()
     last = train("parts", 5, str(folder / "parts" / "model_3.pt"))
-    # Of one process, by two.
+    # Two processes resume the checkpoint of one.
     alone = str(folder / "alone" / "model_2.pt")
     if ranks.rank == 0:
         Trainer(Points(0, N), settings(iterations=2, ppo=ppo), folder / "alone", lambda _: None, ranks=Ranks()).train()
@@ -239,7 +239,7 @@ def resumed(ranks: Ranks, folder: Path, ppo: dict) -> dict:
 
 
 def failing(ranks: Ranks, folder: Path) -> dict:
-    """Rank 1 fails in its third iteration; rank 0 is told, and keeps what was learnt."""
+    """Rank 1 fails in its third iteration; rank 0 is told and saves what was learnt."""
     env = Points(ranks.rank * N, N)
     step = env.step
 
@@ -273,7 +273,7 @@ def main() -> None:
     found["drifted"] = drifted(ranks)
     found["resumed"] = resumed(ranks, folder, CASES["normalized"] | CASES["gru"])
     torch.save(found, folder / f"rank{rank}.pt")
-    torch.save(failing(ranks, folder), folder / f"failing{rank}.pt")  # the last: it breaks the group
+    torch.save(failing(ranks, folder), folder / f"failing{rank}.pt")  # last, as it breaks the group
 
 
 if __name__ == "__main__":

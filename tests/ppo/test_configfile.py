@@ -1,4 +1,4 @@
-"""Settings in TOML: what a file may say, what is said of mistakes, and that a run's own file gives the run again."""
+"""Settings in TOML: what a file may contain, the error messages, and that a run's own file reproduces its settings."""
 
 from __future__ import annotations
 
@@ -86,11 +86,11 @@ def test_the_file_of_a_run_gives_its_settings(read, tmp_path):
     text = path.read_text(encoding="utf-8")
     assert path.name == "config.toml" and build(configfile.read(path)) == config
     for field in (*dataclasses.fields(TrainConfig), *dataclasses.fields(PPOConfig)):
-        assert field.metadata["help"] in text, "each below its help text"
+        assert field.metadata["help"] in text, "each setting follows its help text"
 
 
-def test_of_a_run_alone(read):
-    """The folder and the checkpoint do not go on to the next run."""
+def test_folder_and_checkpoint_belong_to_one_run(read):
+    """They are written as comments, so that the next run does not take them over."""
     text = configfile.dumps(TrainConfig(run_dir="runs/a", resume="runs/b"))
     assert '# run_dir = "runs/a"' in text and '# resume = "runs/b"' in text
     assert read(text).keys().isdisjoint({"run_dir", "resume"})

@@ -1,6 +1,6 @@
-"""Several processes that train one policy: two equal one with all their environments, and end together.
+"""Distributed training: two processes equal one with all their environments, and they end together.
 
-The pair of processes runs all of its scenarios once, ranks_worker.py; here its results are looked at.
+A pair of processes runs all scenarios of ranks_worker.py once; the tests check its results.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ pytestmark = pytest.mark.skipif(
     not (torch.distributed.is_available() and torch.distributed.is_gloo_available()), reason="this PyTorch lacks gloo"
 )
 
-LIMIT = 300  # seconds, of a machine that is busy
+LIMIT = 300  # seconds, for a busy machine
 
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory) -> dict:
-    """What the two ranks found: "rank0", "rank1", "failing0", and the folder."""
+    """The results of the two ranks: "rank0", "rank1", "failing0", and the folder."""
     folder = tmp_path_factory.mktemp("pair")
     command = [sys.executable, worker.__file__]
     processes = [
@@ -50,13 +50,13 @@ def pair(tmp_path_factory) -> dict:
         for process in processes:
             process.kill()
     assert (folder / "rank0.pt").exists() and (folder / "rank1.pt").exists(), "\n".join(said)
-    # This test's own files: sequences of figures and tensors, loaded as any.
+    # They hold only figures and tensors, so weights_only loads them.
     found = {name: torch.load(folder / f"{name}.pt", weights_only=True) for name in ("rank0", "rank1", "failing0")}
     return found | {"folder": folder, "said": said}
 
 
 def close(a: object, b: object, path: str = "") -> None:
-    """Nested containers of numbers, equal to rounding of float32 that a few steps of Adam have passed on."""
+    """Nested containers of numbers, equal up to float32 rounding amplified by a few Adam steps."""
     if isinstance(a, dict):
         assert a.keys() == b.keys(), path
         for key in a:
@@ -70,7 +70,7 @@ def close(a: object, b: object, path: str = "") -> None:
 
 
 def same(a: object, b: object) -> bool:
-    """Nested containers, equal to the bit."""
+    """Whether nested containers are equal bit for bit."""
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
     if isinstance(a, (list, tuple)):
@@ -80,12 +80,12 @@ def same(a: object, b: object) -> bool:
     return a == b or (a != a and b != b)
 
 
-# ----------------------------------------------------------------------------------------------- two are one
+# ----------------------------------------------------------------------------------------------- two equal one
 
 
 @pytest.mark.parametrize("case", worker.CASES)
 def test_two_processes_equal_one_with_all_the_environments(case, pair, monkeypatch):
-    """Figures, weights, statistics, Adam's state and the learning rate; the two ranks to the bit."""
+    """Figures, weights, statistics, Adam's state and the learning rate; the two ranks are equal bit for bit."""
     monkeypatch.setattr(torch, "randn_like", torch.randn_like)
     one = worker.learn(case, 0, 1)
     two, other = pair["rank0"][case], pair["rank1"][case]
@@ -100,8 +100,8 @@ def test_two_processes_equal_one_with_all_the_environments(case, pair, monkeypat
         assert one["moments"]["count"] < worker.ITERATIONS * 6 * worker.T, "all steps are valid"
 
 
-def test_alone_the_environments_of_one_rank_are_another_training(pair, monkeypatch):
-    """The comparison above would tell."""
+def test_training_on_one_ranks_environments_alone_differs(pair, monkeypatch):
+    """So the comparison above can fail."""
     monkeypatch.setattr(torch, "randn_like", torch.randn_like)
     monkeypatch.setattr(worker, "N", 1)
     with pytest.raises(AssertionError):
@@ -112,7 +112,7 @@ def test_alone_the_environments_of_one_rank_are_another_training(pair, monkeypat
 
 
 def test_moments_of_parts_merge_to_those_of_all():
-    """By hand: {1, 3} and {8}, {} between them: mean 4, M2 9 + 1 + 16; and two columns of them."""
+    """By hand: {1, 3}, {} and {8} have mean 4 and M2 9 + 1 + 16; and two such columns."""
     count = torch.tensor([2.0, 0.0, 1.0], dtype=torch.float64)
     mean = torch.tensor([2.0, math.nan, 8.0], dtype=torch.float64)
     m2 = torch.tensor([2.0, math.nan, 0.0], dtype=torch.float64)
@@ -173,7 +173,7 @@ def test_a_parameter_without_a_gradient_counts_as_zeros():
 
 
 class Counted(Ranks):
-    """Two ranks of which one stands for both; notes what is sent."""
+    """Two ranks simulated by one; records what is sent."""
 
     def __init__(self) -> None:
         self.group, self.rank, self.world_size, self.sent = None, 0, 2, []
@@ -194,7 +194,7 @@ class Counted(Ranks):
 
 
 def test_the_sizes_in_the_document():
-    """What the default training, and one with everything normalised, send in an iteration."""
+    """What an iteration sends with the default settings, and with everything normalised."""
     text = (Path(__file__).parents[2] / "docs" / "scaling.md").read_text(encoding="utf-8")
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
     table = [(row[1], int(row[2].replace(",", "")), int(row[3])) for row in rows if row[1].startswith("all-")]
@@ -275,7 +275,7 @@ def alone(path: Path, **kwargs) -> tuple[Trainer, list[str]]:
 
 
 def test_a_checkpoint_of_another_number_of_processes(pair):
-    """Networks and statistics are taken over; what begins anew is said."""
+    """Networks and statistics are restored; the log says what begins anew."""
     ppo = worker.CASES["normalized"] | worker.CASES["gru"]
     path = pair["folder"] / "parts" / "model_3.pt"
     trainer, lines = alone(path, iterations=4, ppo=ppo)
@@ -283,7 +283,7 @@ def test_a_checkpoint_of_another_number_of_processes(pair):
         "Resumed at iteration 3; its processes were 2, these are 1: all episodes begin anew, with other random numbers."
     )
     assert lines[0] == said and trainer.iteration == 4
-    begun, _ = alone(path, iterations=3, ppo=ppo)  # nothing is left to do
+    begun, _ = alone(path, iterations=3, ppo=ppo)  # nothing left to do
     assert same(dict(begun.policy.state_dict()), checkpoint.load(path)["policy"])
     (line,) = [line for line in pair["rank0"]["resumed"]["of one"] if line.startswith("Resumed")]
     assert "its processes were 1, these are 2" in line
@@ -314,7 +314,7 @@ def test_what_torchrun_sets(variables, message, monkeypatch):
         Launch()
 
 
-def test_one_process_is_none_of_several(monkeypatch):
+def test_a_single_process_is_not_distributed(monkeypatch):
     for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
         monkeypatch.setenv(name, "1" if name == "WORLD_SIZE" else "0")
     assert Launch().world_size == 1
@@ -399,7 +399,7 @@ def test_a_sigterm_to_one_process_ends_the_command(rank, tmp_path):
 
 
 def process_of(parent: int, rank: int) -> int:
-    """The number of the child of ``parent`` that has this rank."""
+    """The process id of the child of ``parent`` that has this rank."""
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
             if int(stat.read_text().rsplit(")", 1)[1].split()[1]) == parent:

@@ -1,4 +1,4 @@
-"""Exported policies: what is in the files, that they are checked, and that the documents' lines run them."""
+"""Exported policies: the contents of the files, the check before writing, and the documented code that runs them."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ def format(request) -> str:
     return request.param
 
 
-# The exporter takes a second for a policy.
+# The ONNX exporter takes a second per policy.
 WITHOUT_ONNX = [pytest.param("onnx", marks=pytest.mark.slow), "torchscript", "safetensors"]
 
 
 def policy(obs: object = 3, actions: int = 2, hidden: tuple[int, ...] = (5, 4), **options: object) -> ActorCritic:
-    """One whose actions are clipped for some observations and not for others."""
+    """A policy whose actions are clipped for some observations and not for others."""
     torch.manual_seed(3)
     made = ActorCritic(obs, actions, hidden, **options)
     with torch.no_grad():
@@ -48,7 +48,7 @@ def policy(obs: object = 3, actions: int = 2, hidden: tuple[int, ...] = (5, 4), 
 
 
 def act(path: Path, format: str, obs: torch.Tensor, *memory: torch.Tensor) -> list[torch.Tensor]:
-    """What the file says, read by its format's own library."""
+    """The file's contents, read with its format's own library."""
     if format == "torchscript":
         outputs = torch.jit.load(str(path))(obs, *memory)
         return [outputs] if isinstance(outputs, torch.Tensor) else list(outputs)
@@ -82,7 +82,7 @@ def metadata(path: Path, format: str) -> dict[str, str]:
 
 @pytest.fixture
 def by_hand() -> ActorCritic:
-    """actions = 2 tanh(obs[0] - obs[1]) and 0.25, of one hidden unit."""
+    """Actions 2 tanh(obs[0] - obs[1]) and 0.25, with one hidden unit."""
     made = ActorCritic(2, 2, (1,))
     with torch.no_grad():
         made.actor[0].weight.copy_(torch.tensor([[1.0, -1.0]]))
@@ -114,8 +114,8 @@ def test_the_files_actions_are_the_policys(hidden, format, tmp_path):
         torch.testing.assert_close(act(path, format, obs)[0], wanted, rtol=0, atol=1e-6)
         if batch == 33:
             clipped = (wanted.abs() == 1).float().mean()
-            assert 0.05 < clipped < 0.95, "neither all clipped nor none, or this tests nothing"
-    # The critic, which no one needs who flies, stays at home.
+            assert 0.05 < clipped < 0.95, "some actions are clipped and some are not, or this tests nothing"
+    # The critic is not exported.
     assert all(x.shape[-1] != 7 for x in export.describe(own)[1].values())
 
 
@@ -132,11 +132,11 @@ def test_what_is_written_down(by_hand, format, tmp_path):
     ]
 
 
-# --------------------------------------------------------------------------------------- what other policies there are
+# --------------------------------------------------------------------------------------------------- other policies
 
 
 def variant(**options: object) -> nn.Module:
-    """A policy with the given options, its normaliser fed, in the environment of three groups and two actions."""
+    """A policy with these options and an updated normaliser, for three observation groups and two actions."""
     policies = pytest.importorskip("pydrone.ppo.policy.actor_critic")
     if not hasattr(policies, "make_policy"):
         pytest.skip("policies are of one kind")
@@ -177,7 +177,7 @@ def test_a_recurrent_policy_with_a_normaliser_as_onnx(tmp_path):
 
 def check_variant(options: dict, format: str, tmp_path: Path) -> None:
     own = variant(**options)
-    # By way of a checkpoint, as the command does.
+    # Through a checkpoint, as the command does.
     config = TrainConfig(ppo=PPOConfig(**{name: x for name, x in options.items() if name != "discrete"}))
     state = {"policy": own.state_dict(), "config": dataclasses.asdict(config)}
     done = export.save(export.policy_of(state), tmp_path / "policy", format, LIMITS)
@@ -190,7 +190,7 @@ def check_variant(options: dict, format: str, tmp_path: Path) -> None:
         groups = {name: 2 + 3 * torch.randn(9, width) for name, width in own.obs.items()}
         obs = torch.cat([groups[name] for name in own.actor_obs], -1)
         got, *memory = act(done.path, format, obs, *memory)
-        wanted = own.mode(groups).detach()  # moves a recurrent policy's own memory on
+        wanted = own.mode(groups).detach()  # advances a recurrent policy's own memory
         wanted = wanted if discrete else wanted.clamp(-1, 1)
         torch.testing.assert_close(got, wanted, rtol=0, atol=0 if discrete else 2e-6)
         actions |= set(got.flatten().tolist())
@@ -198,7 +198,7 @@ def check_variant(options: dict, format: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("kind", "cell"), [(nn.GRU, "gru"), (nn.LSTM, "lstm")])
-def test_cells_are_torchs_and_the_documents(kind, cell):
+def test_cells_equal_torchs_and_the_documented_ones(kind, cell):
     rnn = kind(3, 4)
     weights = [x.detach() for x in rnn.parameters()]
     names = {}
@@ -213,9 +213,9 @@ def test_cells_are_torchs_and_the_documents(kind, cell):
         torch.testing.assert_close(other, memory)
 
 
-# ------------------------------------------------------------------------------------------------- checked, or nothing
+# ------------------------------------------------------------------------------------------ checked before writing
 
-# What a mistake in the exporter would do, by the operation it is made in.
+# Operation: what a mistake in its export would do.
 MISTAKES = {
     "linear": lambda x, weight, bias: nn.functional.linear(x, weight),
     "tanh": lambda x: x.clamp(-1, 1),
@@ -235,7 +235,7 @@ def test_a_file_that_differs_is_not_written(operation, format, tmp_path, monkeyp
 
 
 def test_differences_at_the_edges_are_seen(tmp_path, monkeypatch):
-    """A tanh that is right up to 8 and wrong beyond is none."""
+    """A tanh that is right only for small arguments is refused."""
     monkeypatch.setitem(export.OPERATIONS, "tanh", lambda x: torch.where(x.abs() > 50, -x.tanh(), x.tanh()))
     with pytest.raises(export.ExportError):
         export.save(policy(), tmp_path / "policy", "torchscript", LIMITS)
@@ -251,7 +251,7 @@ def test_weights_that_are_not_finite_are_not_written(format, tmp_path):
 
 
 @pytest.mark.parametrize("format", WITHOUT_ONNX, indirect=True)
-def test_a_full_disk_leaves_the_file_before(format, tmp_path, monkeypatch):
+def test_a_full_disk_keeps_the_previous_file(format, tmp_path, monkeypatch):
     path = export.save(policy(), tmp_path / "policy", format, LIMITS).path
     before = path.read_bytes()
 
@@ -273,7 +273,7 @@ def test_a_full_disk_leaves_the_file_before(format, tmp_path, monkeypatch):
         ({"path": "nowhere/policy"}, r"nowhere/policy: expected a file's name in a folder that is there"),
     ],
 )
-def test_what_cannot_be_is_said(change, message, tmp_path, monkeypatch):
+def test_impossible_exports_are_errors(change, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises((ValueError, OSError), match=message):
         export.save(policy(), **{"path": "policy", "format": "torchscript", "limits": LIMITS} | change)
@@ -307,12 +307,12 @@ def test_the_quadrotor_clips_to_what_it_says():
         observations.append(env.step(factor * actions).obs.clone())
     assert torch.equal(*observations)
     env.reset()
-    assert not torch.equal(env.step(0.9 * actions).obs, observations[0]), "no tighter than that"
+    assert not torch.equal(env.step(0.9 * actions).obs, observations[0]), "the limits are no tighter than they must be"
 
 
 @pytest.fixture
 def run_dir(tmp_path) -> Path:
-    """A run's folder with two checkpoints of the quadrotor's sizes; the later one's actions differ."""
+    """A run's folder with two checkpoints in the quadrotor's sizes; the later one has different actions."""
     folder = tmp_path / "run"
     for iteration in (9, 10):
         torch.manual_seed(iteration)
@@ -345,7 +345,7 @@ def test_the_command(run_dir, format, capsys):
     torch.testing.assert_close(act(path, format, obs)[0], wanted, rtol=0, atol=1e-6)
 
 
-def test_a_checkpoint_a_file_and_limits_of_ones_own(run_dir, tmp_path, capsys):
+def test_options_for_checkpoint_file_and_limits(run_dir, tmp_path, capsys):
     out = tmp_path / "drone.ts"
     arguments = ["--format", "torchscript", "--out", str(out), "--clip", "-0.1", "0.05"]
     assert main(["export", str(run_dir / "model_9.pt"), *arguments]) == 0
@@ -363,7 +363,7 @@ def test_a_checkpoint_a_file_and_limits_of_ones_own(run_dir, tmp_path, capsys):
         ("other.pt", "other.pt: expected the weights of a policy, got others: KeyError 'actor.0.weight'"),
     ],
 )
-def test_what_is_no_run_is_one_sentence(run, message, tmp_path, monkeypatch, capsys):
+def test_an_invalid_run_is_one_sentence(run, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("notes.txt").write_text("notes")
     config = dataclasses.asdict(TrainConfig())
@@ -422,7 +422,7 @@ def test_the_documents_lines_run_the_file_without_pydrone(format, block, run_dir
     torch.testing.assert_close(found, act(done.path, format, obs)[0], rtol=0, atol=1e-6)
 
 
-def test_ten_lines_are_ten():
+def test_the_documented_code_has_at_most_ten_lines():
     (lines,) = [x for x in blocks("export.md") if "policy.safetensors" in x]
     assert len(lines.splitlines()) <= 10 and max(map(len, lines.splitlines())) <= 120
     assert isinstance(compile(lines, "lines", "exec"), types.CodeType)

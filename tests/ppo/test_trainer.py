@@ -1,4 +1,4 @@
-"""The trainer: what it collects, what it reports, how it stops, and that it learns."""
+"""The trainer: the data it collects, the figures it reports, how it stops, and that it learns."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pydrone.ppo.training.meters import EpisodeMeter
 
 
 class PointMass:
-    """A point that an action pushes: obs (position, velocity), reward -position^2, 20 steps, then a time-out."""
+    """A point accelerated by the action: obs (position, velocity), reward -position^2, time-out after 20 steps."""
 
     obs, actions, max_episode_length, autoreset = 2, 1, 20, "same_step"
 
@@ -66,7 +66,7 @@ class Scripted:
     def __init__(self, ends, autoreset="same_step", final_obs=True) -> None:
         self.ends, self.autoreset, self.final = ends, autoreset, final_obs
         self.t = 0
-        self.held = torch.zeros(2, 3)  # written over in every step
+        self.held = torch.zeros(2, 3)  # overwritten in every step
 
     def reset(self):
         return self.held
@@ -101,10 +101,10 @@ def config(**kwargs) -> TrainConfig:
 def test_episode_meter_by_hand():
     meter = EpisodeMeter(num_envs=3, num_steps=4, device=torch.device("cpu"))
     rewards = torch.tensor([[1.0, 2, 3, 4], [10, 20, 30, 40], [5, 5, 5, 5]])
-    # env 0 ends at step 1 (length 2, reward 3); env 1 at 0 and 2 (1, 10) and (2, 50); env 2 goes on
+    # env 0 ends at step 1 (length 2, reward 3); env 1 at 0 and 2, (1, 10) and (2, 50); env 2 continues
     codes = torch.tensor([[0, 1, 0, 0], [1, 0, 2, 0], [0, 0, 0, 0]], dtype=torch.uint8)
     assert meter.update(rewards, codes).tolist() == [3, 5, 63]
-    # env 0 ends at step 0: two steps and 7 before, (3, 8); env 1 has 1 step and 40 before; env 2 four and 20
+    # env 0 ends at step 0 after two earlier steps with 7: (3, 8); earlier, env 1 has 1 step with 40, env 2 four with 20
     codes = torch.tensor([[2, 0, 0, 0], [0, 0, 0, 1], [0, 0, 1, 1]], dtype=torch.uint8)
     count, length, reward = meter.update(rewards, codes).tolist()
     assert count == 4 and length == 3 + 5 + 7 + 1 and reward == 8 + 140 + 35 + 5
@@ -112,7 +112,7 @@ def test_episode_meter_by_hand():
 
 def test_episode_meter_leaves_reset_steps_out():
     meter = EpisodeMeter(num_envs=1, num_steps=4, device=torch.device("cpu"))
-    # ends at step 1, resets in step 2 (whatever its reward), one step of the next episode
+    # ends at step 1, resets in step 2 (its reward is ignored), one step of the next episode
     codes = torch.tensor([[0, 2, 3, 0]], dtype=torch.uint8)
     assert meter.update(torch.tensor([[1.0, 2, math.nan, 8]]), codes).tolist() == [1, 2, 3]
     assert meter.update(torch.tensor([[1.0, 0, 0, 0]]), torch.tensor([[1, 3, 0, 0]], dtype=torch.uint8)).tolist() == [
@@ -123,7 +123,7 @@ def test_episode_meter_leaves_reset_steps_out():
 
 
 class Fresh(Scripted):
-    """Hands out a tensor of its own in every step."""
+    """Returns a new tensor in every step."""
 
     def reset(self):
         return self.held.clone()
@@ -137,7 +137,7 @@ def test_collect_stores_what_was_acted_on_and_not_what_came_of_it(env):
     trainer = Trainer(env([[0, 0]] * 4), config())
     trainer.start()
     last_values, _ = trainer.collect()
-    # The value of what comes after the last step, which nobody has acted on yet.
+    # The value of the observation after the last step, not acted on yet.
     assert torch.equal(last_values, trainer.policy.value(torch.full((2, 3), 4.0)))
     assert trainer.buffer.obs[:, :, 0].tolist() == [[0, 1, 2, 3]] * 2
     assert trainer.buffer.rewards.tolist() == [[1, 2, 3, 4]] * 2
@@ -152,7 +152,7 @@ ENDS = [[0, 0], [2, 0], [3, 1], [0, 0]]
 
 @pytest.mark.parametrize("kind", ["value_fn", "stored_value", "next_value"])
 def test_time_outs_bootstrap_as_the_environment_allows(kind):
-    """Advantages at a truncation, written out: r + gamma * V(...) - V, with V of the right observation."""
+    """The advantage at a truncation is r + gamma * V(...) - V, with V of the right observation."""
     if kind == "next_value":
         env = Scripted(ENDS, autoreset="next_step")
     else:
@@ -166,14 +166,14 @@ def test_time_outs_bootstrap_as_the_environment_allows(kind):
         with torch.no_grad():
             return trainer.policy.value(torch.full((1, 3), x)).item()
 
-    # The step that truncates is the second: it acts on obs 1, has reward 2, final observation 102 or next one 2.
+    # The second step is truncated: it acts on obs 1 and has reward 2, final observation 102 or next observation 2.
     after = {"value_fn": value(102.0), "stored_value": value(1.0), "next_value": value(2.0)}[kind]
     advantage = 2 + 0.9 * after - value(1.0)
     assert trainer.buffer.advantages[0, 1].item() == pytest.approx(advantage, rel=1e-5)
-    # and the one before it carries that on
+    # the step before it carries that back
     before = 1 + 0.9 * value(1.0) - value(0.0) + 0.9 * 0.8 * advantage
     assert trainer.buffer.advantages[0, 0].item() == pytest.approx(before, rel=1e-5)
-    # a termination bootstraps with nothing
+    # a termination has no bootstrap
     assert trainer.buffer.advantages[1, 2].item() == pytest.approx(3 - value(2.0), rel=1e-5)
 
 
@@ -372,7 +372,7 @@ def test_progress_line_before_the_first_episode_has_ended():
 
 
 def test_learns_to_drive_a_point_mass_to_the_origin():
-    """Without control the mean of -position^2 over an episode is about -1.5 a step; a good controller has -0.12."""
+    """Without control, -position^2 averages about -1.5 per step over an episode; a good controller has -0.12."""
     settings = config(
         num_steps=20, iterations=40, seed=1, ppo={"hidden_dims": (32, 32), "learning_rate": 3e-3, "gamma": 0.95}
     )
@@ -380,7 +380,7 @@ def test_learns_to_drive_a_point_mass_to_the_origin():
     first = trainer.iterate()["reward"]
     last = trainer.train().figures["reward"]
     assert first < -0.8 and last > -0.3, (first, last)
-    # The policy learnt a controller: it pushes back against position and velocity.
+    # The policy is a controller: it pushes against position and velocity.
     with torch.no_grad():
         push = trainer.policy.mean(torch.tensor([[0.8, 0.0], [-0.8, 0.0], [0.0, 0.8], [0.0, -0.8]])).squeeze(1)
     assert push[0] < 0 < push[1] and push[2] < 0 < push[3]
@@ -388,7 +388,7 @@ def test_learns_to_drive_a_point_mass_to_the_origin():
 
 @pytest.mark.slow
 def test_learns_to_hover():
-    """The quadrotor stays in the air: from 60 steps to hundreds within a hundred iterations."""
+    """The quadrotor learns to stay in the air: from 60 steps to hundreds within a hundred iterations."""
     settings = TrainConfig(env="quadrotor", iterations=120, seed=1, target_episode_length=1000.0, tensorboard=False)
     trainer = Trainer(make("quadrotor", num_envs=1024, seed=1), settings, echo=lambda _: None)
     outcome = trainer.train()

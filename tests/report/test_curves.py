@@ -1,4 +1,4 @@
-"""``pydrone plot``: which runs are one curve, where its points lie, how far it spreads."""
+"""``pydrone plot``: which runs form one curve, its points and its spread."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pydrone.report import curves
 
 
 def write(folder, rows, **settings):
-    """A run's folder with these figures, an iteration of one second and 80 steps each, and these settings."""
+    """A run's folder with these settings and figures; each iteration has 80 steps and takes one second."""
     folder.mkdir(parents=True)
     if settings:
         (folder / CONFIG).write_text(json.dumps(settings))
@@ -26,7 +26,7 @@ def write(folder, rows, **settings):
 
 @pytest.fixture
 def four(tmp_path):
-    """Two seeds of one setting, one run of another, and one whose settings are unknown."""
+    """Two seeds of one setting, one run with another setting, and one with unknown settings."""
     setting = {"env": "quadrotor", "num_envs": 4, "ppo": {"gamma": 0.99, "hidden_dims": [8, 8]}}
     other = setting | {"ppo": {"gamma": 0.9, "hidden_dims": [8, 8]}}
     runs = tmp_path / "runs"
@@ -47,20 +47,20 @@ def test_runs_that_differ_only_in_the_seed_are_a_group(four):
     assert [group.label for group in groups] == ["gamma 0.99 (2 seeds)", "gamma 0.9", str(four / "c")]
 
 
-def test_runs_of_the_same_seed_are_no_two_seeds(tmp_path):
+def test_runs_of_the_same_seed_are_counted_as_runs(tmp_path):
     for name in "ab":
         write(tmp_path / name, [(1, 1.0)], env="quadrotor", seed=3)
     assert [group.label for group in grouped(tmp_path)] == ["quadrotor (2 runs)"]
 
 
 def test_points(tmp_path):
-    """80 steps and a second an iteration; what was left out leaves no point, but its steps count."""
+    """80 steps and one second per iteration; a NaN gives no point, but its steps count."""
     curve = curves.read(write(tmp_path / "a", [(1, 10.0), (2, float("nan")), (3, 30.0)]))
     assert curves.points(curve, "episode_length", "iteration") == ([1, 3], [10.0, 30.0])
     assert curves.points(curve, "episode_length", "steps") == ([80, 240], [10.0, 30.0])
     xs, _ = curves.points(curve, "episode_length", "time")
     assert xs == pytest.approx([1 / 60, 3 / 60])
-    # of a run that goes on from iteration 4 the steps before are counted as those of its first iteration
+    # a run resumed after iteration 4: earlier iterations are assumed to have the steps of its first one
     resumed = curves.read(write(tmp_path / "b", [(5, 10.0), (6, 11.0)]))
     assert curves.points(resumed, "episode_length", "steps")[0] == [400, 480]
 
@@ -107,11 +107,11 @@ def test_a_group_is_drawn_as_its_mean_and_band(four, monkeypatch, tmp_path):
     lines = {line.get_label(): line for line in axis.lines}
     mean = lines["gamma 0.99 (2 seeds)"]
     assert mean.get_xdata().tolist() == [1, 2] and mean.get_ydata().tolist() == [15, 30]
-    assert len(axis.collections) == 1  # the band; a run alone has none
+    assert len(axis.collections) == 1  # the band; a single run has none
     band = axis.collections[0].get_paths()[0].get_extents()
     assert (band.x0, band.x1, band.y0, band.y1) == (1, 2, 10, 40)
     assert list(lines["gamma 0.9"].get_ydata()) == [5.0] and str(four / "c") in lines
-    assert len(axis.lines) == 5  # and each of the two runs
+    assert len(axis.lines) == 5  # the three curves and the two runs of the group
     assert [text.get_text() for text in figure.legends[0].get_texts()] == [
         "gamma 0.99 (2 seeds)",
         "gamma 0.9",
@@ -120,7 +120,7 @@ def test_a_group_is_drawn_as_its_mean_and_band(four, monkeypatch, tmp_path):
 
 
 def test_panels(four, monkeypatch, tmp_path):
-    """By default those of a run's own picture, as far as they are known; the lowest of each column is labelled."""
+    """By default the figures of a run's own plot that are known; the lowest panel of each column is labelled."""
     figure = drawn(monkeypatch, grouped(four), tmp_path / "x.png", x="steps")
     assert [axis.get_ylabel() for axis in figure.axes] == ["episode length [steps]", "reward of an episode"]
     assert [axis.get_xlabel() for axis in figure.axes] == ["environment steps"] * 2

@@ -1,4 +1,4 @@
-"""``pydrone eval``: figures derived by hand from scripted flights, then a run from its checkpoint to the picture."""
+"""``pydrone eval``: figures derived by hand from scripted flights, then a run from its checkpoint to the plot."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ NAN = math.nan
 
 
 class Scripted:
-    """Drones that are where a script [T, N, 3] says, under a hover task. Every target is (1, 0, 1) unless told."""
+    """A hover task with drone positions from a script [T, N, 3]. Every target is (1, 0, 1) by default."""
 
     autoreset, obs, actions = "same_step", 17, 4
 
@@ -46,16 +46,16 @@ class Scripted:
         still = torch.zeros(self.num_envs, 3)
         upright = torch.tensor([[1.0, 0, 0, 0]]).repeat(self.num_envs, 1)
         result = self.task.step(DroneState(self.pos, upright, still, still), actions)
-        self.pos.masked_fill_(result.dones[:, None], 0)  # a reset writes over the state
+        self.pos.masked_fill_(result.dones[:, None], 0)  # a reset overwrites the state
         return result
 
 
 def script() -> torch.Tensor:
-    """20 steps of half a second: the last ten count. Each drone flies along x towards (1, 0, 1)."""
+    """20 steps of half a second, of which the last ten count. Each drone flies along x towards (1, 0, 1)."""
     x = torch.zeros(20, 3)
-    x[:, 0] = torch.tensor([0.0] * 11 + [0.85] * 5 + [0.95] * 4)  # stays 1, then 0.15, then 0.05 m away
-    x[:, 1] = torch.tensor([0.5] * 4 + [0.95] * 16)  # crashes in its fourth step; what follows is another episode
-    x[:, 2] = torch.tensor([NAN] + [1.0] * 19)  # is nowhere at once
+    x[:, 0] = torch.tensor([0.0] * 11 + [0.85] * 5 + [0.95] * 4)  # 1, then 0.15, then 0.05 m away
+    x[:, 1] = torch.tensor([0.5] * 4 + [0.95] * 16)  # crashes in its fourth step; the rest is another episode
+    x[:, 2] = torch.tensor([NAN] + [1.0] * 19)  # invalid from the first step
     pos = torch.stack((x, torch.zeros_like(x), torch.ones_like(x)), dim=-1)
     pos[3, 1, 2] = 0.0
     return pos
@@ -69,7 +69,7 @@ def fly(env, **options) -> evaluation.Episodes:
 def test_figures_of_a_scripted_flight(resample):
     flown = fly(Scripted(script()), resample=resample)
     assert flown.length.tolist() == [20, 4, 1] and flown.crashed.tolist() == [False, True, True]
-    # drone 0, last ten steps: 1 once, 0.15 five times, 0.05 four times. Drone 1: 0.5 thrice, then beneath the target.
+    # drone 0, last ten: 1 once, 0.15 five times, 0.05 four times. Drone 1: 0.5 three times, then below the target.
     assert evaluation.final_distance(flown.paths, flown.length)[:2].tolist() == pytest.approx([0.15, 0.5])
     assert evaluation.targets_reached(flown).tolist() == [4 if resample else 1, 0, 0]
     figures = evaluation.summary(flown)
@@ -80,12 +80,12 @@ def test_figures_of_a_scripted_flight(resample):
     assert figures["crash_rate"] == pytest.approx(2 / 3)
     assert figures["episode_length"] == pytest.approx(25 / 3)
     assert figures["episode_seconds"] == pytest.approx(25 / 6)
-    assert flown.paths.pos[3, 1].tolist() == [0.5, 0.0, 0.0]  # the state that crashed, not the one after the reset
+    assert flown.paths.pos[3, 1].tolist() == [0.5, 0.0, 0.0]  # the state at the crash, not the one after the reset
     assert flown.paths.pos[4:, 1].isnan().all() and flown.paths.distance[4:, 1].isnan().all()
 
 
 def test_targets_that_have_to_be_held():
-    """Drone 0 is within 0.1 m for its last four steps, drone 1 from its fifth on, which another episode is."""
+    """Drone 0 is within 0.1 m for its last four steps, drone 1 from its fifth step on, in another episode."""
     moving, fixed = (fly(Scripted(script(), hold=1.0), resample=resample) for resample in (True, False))
     assert moving.paths.hold == 2
     assert evaluation.targets_reached(moving).tolist() == [2, 0, 0]
@@ -109,7 +109,7 @@ def test_success_is_staying_near_a_fixed_target_and_reaching_a_moving_one():
 
 
 def test_the_return_counts_the_first_episode_alone():
-    """Only the yaw's reward, 0.01 a second while it is 0, and -10 a second in the step of a crash."""
+    """Only the yaw reward (0.01 per second while yaw is 0) and -10 per second in the step of a crash."""
     flown = fly(Scripted(script(), weight_target=0.0))
     assert flown.returns.tolist() == pytest.approx([20 * 0.005, 4 * 0.005 - 5, 0.005 - 5])
 
@@ -131,10 +131,10 @@ def test_targets_move_on_or_stay_and_the_task_is_as_before():
 
 
 def test_drones_without_thrust_fall():
-    """At 0.2 of the speed that carries it the drone falls with 9.42 m/s^2: 0.9 m in 0.437 s."""
+    """At 0.2 of its hover speed the drone falls at 9.42 m/s^2: 0.9 m in 0.437 s."""
     flown = evaluation.fly(Quadrotor(4), lambda obs: -torch.ones(4, 4))
     assert flown.crashed.all() and ((flown.length - 44).abs() <= 1).all()
-    assert flown.paths.distance.shape == (int(flown.length.max()), 4)  # it did not wait for the time limit
+    assert flown.paths.distance.shape == (int(flown.length.max()), 4)  # it stopped before the time limit
     assert flown.paths.pos[-1, 0, 2] < 0.1 < flown.paths.pos[-2, 0, 2]
 
 
@@ -172,7 +172,7 @@ def test_table():
 
 
 def test_the_camera_stays_behind_the_drone():
-    """The target lies ahead along x, then to the left: the camera turns there; near the target it does not turn."""
+    """The target is ahead along x, then to the left: the camera turns to it; near the target it does not turn."""
     pos = torch.tensor([[0.0, 0.0, 1.0]]).repeat(300, 1)
     target = torch.tensor([[1.0, 0.0, 1.0]]).repeat(300, 1)
     target[100:] = torch.tensor([0.0, 1.0, 1.0])
@@ -182,7 +182,7 @@ def test_the_camera_stays_behind_the_drone():
         (x, y, z), look = shots[step]
         assert (x, y) == pytest.approx((-video.BEHIND * dx, -video.BEHIND * dy), abs=1e-3) and z > 1
         assert look[0] * dx + look[1] * dy > 0 and look[2] < 1
-    assert shots[100][0] != pytest.approx(shots[249][0], abs=0.1)  # it takes its time
+    assert shots[100][0] != pytest.approx(shots[249][0], abs=0.1)  # it turns slowly
 
 
 # ------------------------------------------------------------------------------------------------------ from a run
@@ -232,7 +232,7 @@ def test_eval_from_beginning_to_end(run_dir, tmp_path, capsys):
     written = json.loads((tmp_path / "a" / "eval_quadrotor.json").read_text())
     assert written["iteration"] == 2 and list(written["results"]) == ["fixed target", "moving targets"]
     assert all(result["episodes"] == 5 for result in written["results"].values())
-    # actions are not drawn: the same again, from the file itself and whatever torch's generator stands at
+    # actions are deterministic: the checkpoint file itself, with any torch seed, gives the same results
     torch.manual_seed(99)
     assert evaluate(run_dir / "model_2.pt", "--episodes", 5, "--out", tmp_path / "b") == 0
     assert json.loads((tmp_path / "b" / "eval_quadrotor.json").read_text()) == written
@@ -322,7 +322,7 @@ def test_the_newest_checkpoint_is_that_of_the_latest_iteration(tmp_path):
         runs.checkpoint_of(tmp_path)
     for name in ("model_9.pt", "model_100.pt", "model_20.pt"):
         checkpoint.save(tmp_path / name, {"iteration": 1})
-    for name in (".model_300.pt.7", "model_400.pt.bak", "best.pt", "model_500.pt"):  # the last one is no checkpoint
+    for name in (".model_300.pt.7", "model_400.pt.bak", "best.pt", "model_500.pt"):  # model_500.pt is not a checkpoint
         (tmp_path / name).touch()
     assert runs.checkpoint_of(tmp_path).name == "model_100.pt"
 
@@ -345,14 +345,14 @@ def test_a_machine_without_opengl(run_dir, monkeypatch, tmp_path, capsys):
     argv = ("--episodes", 1, "--steps", 3, "--out", tmp_path, "--video", tmp_path / "a.mp4")
     assert evaluate(run_dir, *argv) == 1
     captured = capsys.readouterr()
-    assert "crash rate" in captured.out  # what was measured is not lost
+    assert "crash rate" in captured.out  # the results are printed all the same
     assert "needs OpenGL by EGL" in captured.err and captured.err.count("\n") == 1
 
 
 @pytest.mark.slow
 @pytest.mark.genesis
 def test_a_video(run_dir, tmp_path, capfd):
-    """Half a second in real time; the drone and its target are to be seen, and they move."""
+    """Half a second in real time; the drone and its target are visible, and the picture moves."""
     for name in ("genesis", "av"):
         pytest.importorskip(name)
     import av
@@ -366,6 +366,6 @@ def test_a_video(run_dir, tmp_path, capfd):
         frames = [torch.from_numpy(frame.to_ndarray(format="rgb24")).float() for frame in container.decode(video=0)]
     assert len(frames) == 10 and frames[0].shape == (*video.RESOLUTION[::-1], 3)
     red, green, blue = frames[0].unbind(-1)
-    assert ((red > 120) & (green < 80) & (blue < 80)).sum() > 50  # the ball
+    assert ((red > 120) & (green < 80) & (blue < 80)).sum() > 50  # the target's ball
     assert (frames[0] - frames[-1]).abs().mean() > 1
     assert [entry.name for entry in out.parent.iterdir()] == [out.name]

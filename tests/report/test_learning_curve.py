@@ -1,4 +1,4 @@
-"""The learning curve of one run: what is read back of its log, and how it is drawn."""
+"""The learning curve of one run: reading its log and drawing it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pydrone.report import learning_curve
 
 
 def test_learning_curve(tmp_path, monkeypatch):
-    """Integer ticks, a title of the settings, marked points in a short run, the target as a line."""
+    """Integer ticks, the settings as title, markers in a short run, the target as a line."""
     pytest.importorskip("matplotlib")
     from matplotlib.figure import Figure
 
@@ -42,7 +42,7 @@ def test_learning_curve(tmp_path, monkeypatch):
 
 
 def test_figures_of_a_run_read_back(tmp_path):
-    """What is not finite is left out, a torn line skipped, an iteration done again counts as its later self."""
+    """Non-finite figures and truncated lines are left out; of a repeated iteration the last one counts."""
     log = RunLog(tmp_path, tensorboard=False)
     log.write({"iteration": 1, "episode_length": float("nan"), "kl": 0.5})
     log.write({"iteration": 2, "episode_length": 60.0, "kl": 0.25})
@@ -57,7 +57,7 @@ def test_figures_of_a_run_read_back(tmp_path):
     assert learning_curve.plot(tmp_path).read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_line_that_was_cut_does_not_take_the_next_one_along(tmp_path):
+def test_a_truncated_line_does_not_spoil_the_next_one(tmp_path):
     (tmp_path / PROGRESS).write_text('{"iteration": 1}\n{"iteration": 2, "epi')
     log = RunLog(tmp_path, tensorboard=False)
     log.write({"iteration": 2, "kl": 0.5})

@@ -1,4 +1,4 @@
-"""The live view: what it shows, and where it is not drawn."""
+"""The live view: its contents, and where it is not drawn."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def test_where_it_is_possible(monkeypatch):
 
 @pytest.mark.skipif(os.name != "posix", reason="terminals of POSIX")
 def test_a_training_in_a_terminal(tmp_path, monkeypatch):
-    """From beginning to end, on a pseudo-terminal: the view instead of the lines, and the same files."""
+    """A whole training on a pseudo-terminal: the view instead of the lines, and the same files."""
     import pty
 
     for module in ("tyro", "matplotlib"):
@@ -155,7 +155,7 @@ def test_a_training_in_a_terminal(tmp_path, monkeypatch):
     while True:
         try:
             part = os.read(terminal, 1 << 16)
-        except OSError:  # Linux' way of saying that the other end has gone
+        except OSError:  # on Linux the other end has closed
             break
         if not part:
             break

@@ -1,4 +1,4 @@
-"""The device's counter, as captured CUDA graphs use it, emulated: launches are recorded and launched again."""
+"""The device's counters as captured CUDA graphs use them, emulated: launches are recorded and replayed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ N, T = 7, 3
 
 
 class Graph:
-    """What torch.cuda.graph does, on a CPU: inside ``with``, launches are kept and not run; ``replay`` runs them."""
+    """Emulates torch.cuda.graph on a CPU: ``with`` records launches without running them; ``replay`` runs them."""
 
     def __init__(self, buf: RolloutBuffer, monkeypatch) -> None:
         self.buf, self.monkeypatch, self.launches = buf, monkeypatch, []
@@ -47,7 +47,7 @@ def static(buf: RolloutBuffer, late: bool = False) -> dict:
 
 
 def refill(inputs: dict, step: dict) -> dict:
-    """New numbers in a graph's input tensors; a copy of them."""
+    """Writes new numbers into a graph's input tensors and returns a copy of them."""
     for name, x in inputs.items():
         x.copy_(step[name])
     return {name: x.clone() for name, x in inputs.items()}
@@ -130,7 +130,7 @@ def test_a_captured_append_onto_a_full_ring_writes_nothing(late, backend, monkey
 
 
 def test_eager_steps_between_replays(backend, monkeypatch):
-    """advance() hands the host's counts over whenever the host has moved on its own."""
+    """advance() updates the device's counters whenever the host has moved on its own."""
     buf = make(backend, capacity=5)
     inputs = static(buf)
     with Graph(buf, monkeypatch) as graph:
@@ -150,7 +150,7 @@ def test_eager_steps_between_replays(backend, monkeypatch):
         buf.clear()
 
 
-def test_an_eager_append_does_not_wash_the_flag_away(backend, monkeypatch):
+def test_an_eager_append_does_not_clear_the_overflow_flag(backend, monkeypatch):
     buf = make(backend)
     inputs = static(buf)
     with Graph(buf, monkeypatch) as graph:
@@ -166,7 +166,7 @@ def test_an_eager_append_does_not_wash_the_flag_away(backend, monkeypatch):
 
 
 def test_gae_and_gather_follow_the_cursor(backend, monkeypatch):
-    """A graph of a whole rollout, computation and minibatches, replayed at every start of the ring."""
+    """A graph of a whole rollout, compute_gae and minibatches, replayed from every start position in the ring."""
     buf, eager = make(backend, capacity=5), make(backend)
     inputs, last = [static(buf) for _ in range(T)], torch.zeros(N)
     out = {}
@@ -199,13 +199,13 @@ def test_gae_and_gather_follow_the_cursor(backend, monkeypatch):
         eager.compute_gae(last)
         assert torch.equal(out["indices"], next(eager.minibatches(1)).indices)  # as without a graph
         eager.clear()
-    assert len(orders) == 6  # the rollout's number is read on the device: a permutation of its own each time
+    assert len(orders) == 6  # the rollout's number is read on the device, so each replay has its own permutation
 
 
 @pytest.mark.parametrize("capacity", [T, 2 * T])
 @pytest.mark.parametrize("flag", ["truncated", "valid"])
 def test_flags_given_to_a_captured_append_count_in_every_replay(capacity, flag, backend, monkeypatch):
-    """The host saw the flag once, at capture; clear() must not make it forget, nor another rollout not know."""
+    """The host saw the flag once, at capture; the buffer must remember it after clear() and for other rollouts."""
     buf = make(backend, capacity=capacity)
     inputs = static(buf, late=flag == "truncated") | ({"valid": torch.ones(N)} if flag == "valid" else {})
     with Graph(buf, monkeypatch) as graph:

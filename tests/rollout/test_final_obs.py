@@ -1,4 +1,4 @@
-"""The pool of final observations: value_fn sees every time-out's true final observation once, and nothing else."""
+"""The pool of final observations: value_fn gets the true final observation of each time-out once, and nothing else."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_by_hand(backend):
     """Two environments, two steps, gamma = lam = 1/2; V(x) = 10 x, so a final observation of 2 is worth 20.
 
     env 0: truncated at 0 with final observation 2: A0 = 1 + 20/2 - 2 = 9;  A1 = 3 + 8/2 - 4 = 3.
-    env 1: runs on at 0, truncated at 1 with 3: A1 = 1 + 30/2 - 6 = 10;  A0 = 2 + 6/2 - 4 + 10/4 = 7/2.
+    env 1: continues at 0, truncated at 1 with 3: A1 = 1 + 30/2 - 6 = 10;  A0 = 2 + 6/2 - 4 + 10/4 = 7/2.
     """
     buf = RolloutBuffer(2, 2, obs=1, actions=1, backend=backend)
     nan = math.nan
@@ -51,7 +51,7 @@ def test_by_hand(backend):
 
 
 def test_a_final_value_that_is_missing_is_no_number(backend):
-    """Straight from the operation, as with ``check=False`` on a GPU: indices that lead nowhere."""
+    """Calls the operation directly, as with ``check=False`` on a GPU, with indices outside the pool."""
     zeros, (stats, workspace) = torch.zeros(3, 2), torch.zeros(2, 8, dtype=torch.float64)
     codes, rows = torch.tensor([[2, 0]] * 3, dtype=torch.uint8), torch.tensor([[0, 0], [1, 0], [-1, 0]]).int()
     advantages, returns = torch.zeros(3, 2), torch.zeros(3, 2)
@@ -64,7 +64,7 @@ def test_a_final_value_that_is_missing_is_no_number(backend):
 
 
 def timed_out_step(buf: RolloutBuffer, rate: float = 0.3, **options) -> dict:
-    """A random step with time-outs, terminations, and both at once; final observations NaN where not to be read."""
+    """A random step with time-outs, terminations and both at once; NaN where final observations must not be read."""
     made = random_step(buf)
     kind = torch.rand(buf.num_envs)
     made["truncated"] = kind < rate
@@ -82,7 +82,7 @@ def timed_out_step(buf: RolloutBuffer, rate: float = 0.3, **options) -> dict:
 
 
 def value(obs) -> torch.Tensor:
-    """A value that tells observations apart."""
+    """A value that differs between observations."""
     if isinstance(obs, dict):
         return sum((k + 1) * x.float().flatten(1).mean(1) for k, x in enumerate(obs.values()))
     return obs.float().flatten(1).mean(1)
@@ -93,7 +93,7 @@ def rows_of(groups: dict[str, torch.Tensor]) -> list[list[float]]:
 
 
 def check(buf: RolloutBuffer, steps: list[dict]) -> None:
-    """compute_gae with value_fn against the loop with dense final values; what value_fn is shown, as a multiset."""
+    """Compares compute_gae with value_fn to the loop with dense final values, and value_fn's inputs as a multiset."""
     grouped = isinstance(steps[0]["obs"], dict)
     truncated = stacked(steps, "truncated")
     valid = stacked(steps, "valid") if "valid" in steps[0] else torch.ones_like(truncated)
@@ -140,7 +140,7 @@ def check(buf: RolloutBuffer, steps: list[dict]) -> None:
 @pytest.mark.parametrize("capacity", [6, 7, 9, 12, 17])
 @pytest.mark.parametrize("valid", [False, True])
 def test_against_dense_values(obs, capacity, valid, backend):
-    """Rollout after rollout, at every start in the ring, the next one partly collected before this one is computed."""
+    """Successive rollouts at every start position; the next is partly collected before the present one is computed."""
     buf = RolloutBuffer(33, 6, obs=obs, actions=1, capacity=capacity, final_obs_rows=33 * 6, backend=backend)
     steps = []
     for _ in range(5):
@@ -214,7 +214,7 @@ def make(backend: str, **options) -> RolloutBuffer:
     ids=str,
 )
 def test_room_and_overflow(options, room, backend):
-    """N * (1 + T // max_episode_length) rows by default; one more time-out than that is an error that says so."""
+    """N * (1 + T // max_episode_length) rows by default; one more time-out raises an error that says so."""
     buf = make(backend, **options)
     assert buf._storage.tensors["final_obs"].shape[:2] == (1, room)
     counts = [min(6, max(0, min(room, 24) - 6 * t)) for t in range(4)]
@@ -240,7 +240,7 @@ def test_room_and_overflow(options, room, backend):
     buf.append(**all_late(buf, 1))
     for _ in range(3):
         buf.append(**random_step(buf))
-    buf.compute_gae(torch.zeros(6), value_fn=value)  # an overflow is over when its rollout is
+    buf.compute_gae(torch.zeros(6), value_fn=value)  # the overflow is forgotten with its rollout
     assert buf.advantages.isfinite().all()
 
 
@@ -306,7 +306,7 @@ def test_rewinding_empties_the_pool(backend):
     check(buf, steps)
 
 
-def test_check_asks_of_the_pool_only_if_it_was_used(backend):
+def test_check_requires_final_observations_only_if_the_pool_was_used(backend):
     """Time-outs without final observations are fine with another bootstrap, then and later."""
     buf = RolloutBuffer(3, 2, obs=1, actions=1, backend=backend)
     ones, step = torch.ones(3), {"obs": torch.ones(3, 1), "actions": torch.ones(3, 1)}

@@ -1,4 +1,4 @@
-"""Minibatches: a bijection each epoch, all different, uniform, the same from every backend; sizes and normalisation."""
+"""Minibatches: each epoch a different, uniform permutation, the same on every backend; sizes and normalisation."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_every_epoch_is_a_bijection(shape, backend):
 
 
 def test_no_two_permutations_alike(backend):
-    """Epochs, calls, rollouts, seeds, ranks: each its own; the same seed again: the same."""
+    """Epochs, calls, rollouts, seeds and ranks each have their own permutations; the same seed repeats them."""
     made = {}
 
     def note(key, buf, epochs: int = 1) -> None:
@@ -67,7 +67,7 @@ def test_no_two_permutations_alike(backend):
 @pytest.mark.skipif(pydrone.backends()["cpu"] is not None, reason=str(pydrone.backends()["cpu"]))
 @pytest.mark.parametrize("shape", [(1, 1), (3, 1), (1, 5), (37, 29), (11, 49), (7, 107), (1024, 100)])
 def test_backends_agree_bit_for_bit(shape):
-    """49 and 107: T times the reciprocal of T is less than 1."""
+    """49 and 107: T times its rounded reciprocal is less than 1."""
     valid = torch.rand(shape) < 0.8
     valid[0, 0] = True
     for mask in (None, valid):
@@ -96,7 +96,7 @@ def indices_of(samples: int, num_steps: int, key: int, rollout: int, epoch: int 
 
 
 def surprise(counts: torch.Tensor, freedom: int) -> float:
-    """Of a chi-square statistic against equal counts: standard deviations (Wilson and Hilferty 1931)."""
+    """The chi-square statistic against equal counts, in standard deviations (Wilson and Hilferty 1931)."""
     expected = counts.double().mean()
     ratio = float(((counts - expected) ** 2 / expected).sum()) / freedom
     return (ratio ** (1 / 3) - (1 - 2 / (9 * freedom))) / math.sqrt(2 / (9 * freedom))
@@ -108,14 +108,14 @@ SMALL = [(2, 1), (1, 2), (3, 1), (1, 3), (2, 2), (5, 1), (1, 7), (4, 2), (3, 3),
 
 
 def position_and_neighbour(permutations: torch.Tensor) -> tuple[float, float]:
-    """[K, M]: how far from uniform (where a position goes) and (the pairs of two neighbours' places) are."""
+    """Of permutations [K, M]: how far from uniform are the images of a position, and of a pair of neighbours."""
     m = permutations.shape[1]
     cells = torch.arange(m) * m + permutations
     position = surprise(torch.bincount(cells.flatten(), minlength=m * m), (m - 1) ** 2)
     if m < 3:
         return position, 0.0
     gap = (permutations[:, 1:] - permutations[:, :-1]) % m
-    at = (m - 1) // 2  # one pair a permutation: the others depend on it
+    at = (m - 1) // 2  # one pair per permutation: the others depend on it
     pairs = torch.bincount(gap[:, 0], minlength=m)[1:] + torch.bincount(gap[:, at], minlength=m)[1:] * (at > 1)
     return position, surprise(pairs, m - 2)
 
@@ -129,7 +129,7 @@ def test_small_permutations_are_uniform(shape):
 
 
 def test_the_measure_finds_bad_permutations():
-    """Rotations, multiples and swaps of neighbours in pairs are bijections too."""
+    """Rotations, multiples and pairwise swaps of neighbours are bijections too."""
     m, i = 13, torch.arange(3000).unsqueeze(1)
     rotated = (torch.arange(m) + i) % m
     position, neighbour = position_and_neighbour(rotated)
@@ -142,7 +142,7 @@ def test_the_measure_finds_bad_permutations():
 
 @pytest.mark.parametrize("shape", [(8192, 1), (1, 8192), (4096, 2), (1000, 100), (8192, 100), (8191, 97)], ids=str)
 def test_large_permutations_mix(shape):
-    """Where a stretch of positions goes, and where neighbours go, over a grid of bins; the environments of a batch."""
+    """Images of a range of positions and of neighbours, on a grid of bins; the environments in a batch."""
     m, bins = shape[0] * shape[1], 16
     for epoch in range(2):
         x = indices_of(m, shape[1], key=7, rollout=3, epoch=epoch)
@@ -161,7 +161,7 @@ def test_large_permutations_mix(shape):
 
 
 def test_no_two_epochs_agree_more_than_chance():
-    """Rows: permutations by epoch, rollout and key, each of them counted up from zero."""
+    """Each row is a permutation; epoch, rollout and key count up from zero."""
     m = 1024
     draws = [indices_of(m, 4, 0, 0, epoch) for epoch in range(8)]
     draws += [indices_of(m, 4, 0, rollout) for rollout in range(1, 8)]
@@ -205,7 +205,7 @@ def test_tensors_are_fresh_unless_reused(backend):
 
 
 def test_indices_asked_for_late(backend):
-    """They belong to their minibatch, whatever has been drawn, cleared or overwritten since."""
+    """They stay those of their minibatch after other minibatches, clear() and overwriting."""
     buf = ready(9, 4, backend)
     kept = [(mb, mb.obs.clone()) for mb in buf.minibatches(3, num_epochs=2, reuse=False)]
     obs = buf.obs.clone()
@@ -259,7 +259,7 @@ def test_normalising_hardly_anything(backend):
 
 
 @pytest.mark.parametrize("num_envs", [48, 100])
-def test_equal_advantages_are_no_nans(num_envs, backend):
+def test_equal_advantages_give_no_nans(num_envs, backend):
     buf = RolloutBuffer(num_envs, 3, obs=1, actions=1, backend=backend)
     for _ in range(3):
         equal = {"rewards": torch.full((num_envs,), 0.1), "values": torch.zeros(num_envs)}
@@ -269,7 +269,7 @@ def test_equal_advantages_are_no_nans(num_envs, backend):
 
 
 def test_truthy_normalisation_normalises(backend):
-    """1 and numpy's True equal True: either they are refused, or they do what they say."""
+    """1 and numpy's True equal True: they must be refused or act as True."""
     buf = ready(50, 7, backend)
     try:
         made = next(buf.minibatches(1, normalize_advantages=1))
@@ -311,13 +311,13 @@ def test_an_older_lazy_minibatch_does_not_overwrite_the_last(gathered, backend):
         copy.deepcopy(first)
     assert equal(contents(last), plain[1]) and torch.equal(first.indices, numbers)
     assert len(first) == len(numbers) and repr(first) == f"Minibatch({len(first)} samples: {', '.join(NAMES)})"
-    # One that lies in the ring is learnt from all the same.
+    # place() points into the ring, so an overwritten minibatch can still be used.
     assert first.place().numbers[-2:] == [0, len(first)]
 
 
 @pytest.mark.parametrize("other", [{"lazy": True}, {}], ids=["lazy", "not lazy"])
 def test_two_iterators_over_the_same_tensors(other, backend):
-    """The last that was handed out has them, by whichever; with other sizes, or without reuse, there are others."""
+    """The most recent minibatch of either owns the tensors; other sizes, or no reuse, mean other tensors."""
     buf = ready(6, 3, backend)
     one, two = buf.minibatches(2, reuse=True, lazy=True), buf.minibatches(2, reuse=True, **other)
     first, second = next(one), next(two)
@@ -337,7 +337,7 @@ def test_two_iterators_over_the_same_tensors(other, backend):
 
 
 def again(buf: RolloutBuffer) -> None:
-    """Another rollout with the same number."""
+    """Collects another rollout with the same number."""
     fill(buf, ends=False)
     buf.compute_gae(torch.zeros(buf.num_envs))
 
@@ -371,7 +371,7 @@ def test_a_lazy_minibatch_of_another_rollout(discard, backend):
     for iterator in (reading, begun):
         with pytest.raises(RuntimeError, match=DISCARDED):
             next(iterator)
-    # What was gathered is its own; so is where the samples were.
+    # Gathered data belongs to the minibatch, and so do its indices.
     assert equal(contents(kept), before) and torch.equal(late.indices, numbers)
 
 
@@ -385,7 +385,7 @@ def test_a_lazy_minibatch_of_other_advantages(backend):
 
 
 def test_a_lazy_minibatch_while_the_next_rollout_is_collected(backend):
-    """By replays or not, its own is still there."""
+    """Eager or by replays, the minibatch's own rollout is still there."""
     buf = ready(5, 3, backend, capacity=6)
     expected = [contents(mb) for mb in copy.deepcopy(buf).minibatches(3)]
     found = []
@@ -409,12 +409,12 @@ def test_what_does_not_gather_a_lazy_minibatch(backend):
         mb["sigma"]
     assert mb._gathered is None
     buf.clear()
-    assert repr(mb) == repr(plain)  # as a debugger has it, at any time
+    assert repr(mb) == repr(plain)  # a debugger may call it at any time
 
 
 @pytest.mark.parametrize("lazy", [False, True])
 def test_copies(lazy, backend):
-    """A deep one has tensors of its own; a shallow one of a lazy one with reuse is overwritten where that is."""
+    """A deep copy has its own tensors; a shallow copy of a lazy, reused minibatch is overwritten together with it."""
     buf = ready(5, 3, backend)
     expected = contents(next(copy.deepcopy(buf).minibatches(2)))
     reading = buf.minibatches(2, reuse=True, lazy=lazy)
@@ -440,7 +440,7 @@ def test_indices_after_another_seed_was_loaded(backend):
 
 
 def test_what_is_captured_is_gathered_at_once():
-    """It follows the device's counters, which are behind the host's once advance() has told of a clear()."""
+    """It uses the device's counters, which lag behind the host's after advance() reports a clear()."""
     buf = ready(5, 3, capacity=6)
     buf.advance(3, rollouts=1)
     with buf.as_captured():
@@ -464,7 +464,7 @@ def test_only_valid_samples(backend):
     assert drawn[0] != drawn[1] and all(sorted(x) == numbers for x in drawn)
     assert order(buf, 3, shuffle="none") == numbers
     assert len(order(buf, 7, drop_last=True)) == len(numbers) // 7 * 7
-    # The next rollout has no reset steps: all of it counts again.
+    # The next rollout has no reset steps: all samples are valid again.
     buf.clear()
     steps = fill(buf, ends=False)
     buf.compute_gae(torch.zeros(20))

@@ -1,4 +1,4 @@
-"""Numbers that are NaN or infinite: found by the launches, named by field, environment and step, by the policy."""
+"""NaN and infinite numbers: the kernels find them; errors and warnings name field, environment and step."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def make(backend: str, **options) -> RolloutBuffer:
 
 
 def steps_of(buf: RolloutBuffer) -> list[dict]:
-    """Of integers and numbers that are finite, whatever the fields' bits."""
+    """Steps of integers and finite numbers; the integers include the bits of a NaN."""
     steps = [random_step(buf, ends=False) for _ in range(T)]
     for step in steps if buf.layout.obs_is_mapping else ():
         step["obs"] = step["obs"] | {"c": torch.full((N, 2, 2), 255, dtype=torch.uint8)}
@@ -62,7 +62,7 @@ def test_one_number_is_found_wherever_it_is(name, number, halves, backend):
         with pytest.raises(FloatingPointError):
             buf.check()
         buf.clear()
-        # The next one is finite, and so is what is said of it.
+        # The next rollout is finite, and reported as such.
         store(buf, steps_of(buf), halves)
         buf.compute_gae(torch.zeros(N))
         buf.check()
@@ -71,7 +71,7 @@ def test_one_number_is_found_wherever_it_is(name, number, halves, backend):
 
 
 def test_the_count_and_the_first(backend):
-    """The first step counts, then the environment; an observation of that step before its reward."""
+    """The first one is by step, then by environment; within a step observations come before the reward."""
     buf = make(backend)
     steps = steps_of(buf)
     steps[3]["obs"]["a"][2, 0] = steps[1]["obs"]["a"][30, 1] = steps[1]["obs"]["a"][30, 2] = math.nan
@@ -95,7 +95,7 @@ def test_the_count_and_the_first(backend):
 @pytest.mark.parametrize("width", [1, 2, 5, 17, 64, 1100])
 @pytest.mark.parametrize("how", ["dense", "strided envs", "strided", "converted", "float64"])
 def test_observations_of_every_size_and_layout(how, width, dtype, backend):
-    """Every way by which the kernel copies: straight, in pieces, put together, converted; and rows beyond its block."""
+    """Every copy path of the kernel: whole, split, merged and converted; and rows longer than its block."""
     buf = make(backend, obs=width, obs_dtype=dtype)
     # bfloat16 rounds the largest float32 up to infinity.
     largest = 3e38 if how == "converted" and dtype == torch.float32 else torch.finfo(dtype).max
@@ -145,7 +145,7 @@ def test_steps_that_are_none_do_not_count(backend):
 
 @pytest.mark.parametrize("capacity", [T, T + 2, 2 * T, 3 * T - 1])
 def test_each_rollout_of_the_ring_on_its_own(capacity, backend):
-    """Also where it wraps, and where the next one is collected while this one is learnt from."""
+    """Also where it wraps, and where the next rollout is collected while this one is consumed."""
     buf = make(backend, capacity=capacity)
     pending = []
     for k in range(40):
@@ -169,7 +169,7 @@ def test_each_rollout_of_the_ring_on_its_own(capacity, backend):
         del pending[:T]
 
 
-def test_a_rollout_begun_anew_is_not_blamed(backend):
+def test_a_restarted_rollout_is_not_blamed(backend):
     buf = make(backend)
     steps = steps_of(buf)
     steps[0]["obs"]["a"][0, 0] = math.nan
@@ -192,7 +192,7 @@ def test_last_values_and_overflow_are_told_apart(backend):
     buf.compute_gae(torch.zeros(N))
     buf.check()
     buf.clear()
-    # Advantages whose squares float32 does not hold are finite.
+    # Advantages whose squares overflow float32 are still finite.
     steps = steps_of(buf)
     for step in steps:
         step["rewards"] = torch.full((N,), 1e30)
@@ -209,7 +209,7 @@ def test_policies(backend):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             buf.compute_gae(torch.zeros(N))
-            buf.check()  # of this rollout it has been said
+            buf.check()  # already reported for this rollout
         assert [(x.category, str(x.message), x.filename) for x in caught] == [
             (RuntimeWarning, "rollout 0: " + str(NonFinite("obs['a']", 1, 5, 1)), __file__)
         ][: policy == "warn"]
@@ -248,7 +248,7 @@ def test_a_copy_looks_again(backend):
 @pytest.mark.parametrize("capacity", [T, 2 * T])
 @pytest.mark.parametrize("late", [False, True])
 def test_captured_launches(capacity, late, backend, monkeypatch):
-    """Replays find what the host never saw; the rollout comes from the cursor, with a pool and without."""
+    """Replays find numbers the host never saw; the cursor gives the rollout, with and without a pool."""
     buf = make(backend, capacity=capacity, obs=3, final_obs_rows=N if late else 0)
     inputs, last = random_step(buf, ends=False), torch.zeros(N)
     how = {"timeout_bootstrap": "stored_value"} if late else {}
@@ -271,7 +271,7 @@ def test_captured_launches(capacity, late, backend, monkeypatch):
 
 @pytest.mark.parametrize("check", [True, False])
 def test_what_was_found_ends_with_its_rollout(check, backend, monkeypatch):
-    """A state that was loaded is looked at once, whoever reads the flags, and so is a step that is none."""
+    """The rollout of a loaded state is scanned once, whoever reads the flags; so is one with NaN in an invalid step."""
     looked = []
     look = RolloutBuffer.non_finite
     monkeypatch.setattr(RolloutBuffer, "non_finite", lambda self: looked.append(self._ring.rollout) or look(self))

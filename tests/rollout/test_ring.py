@@ -1,4 +1,4 @@
-"""The ring against a list of dicts, after every operation, at every head position."""
+"""The ring compared with a list of dicts after every operation, at every head position."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def compare(buf: RolloutBuffer, model: RingModel) -> None:
     same(buf["values"], buf.values)
     same(buf.dones, stacked(steps, "code").byte())
     same(buf.truncated, stacked(steps, "code") == 2)
-    # A view where the rollout does not wrap, a copy where it does.
+    # A view if the rollout does not wrap, otherwise a copy.
     inside = {x.untyped_storage().data_ptr() for x in buf._storage.tensors.values()}
     for view in (buf.rewards, buf.values, buf.dones, buf["mu"], buf["cost"], buf.obs["camera"]):
         assert (view.untyped_storage().data_ptr() in inside) == (not model.wraps)
@@ -79,7 +79,7 @@ def write(buf: RolloutBuffer, step: dict, how: str) -> None:
     elif how == "begin":
         buf.begin(**step)
         for x in (*step["obs"].values(), step["values"]):
-            x.zero_()  # the environment writes over them in step()
+            x.zero_()  # an environment may overwrite them in step()
         buf.end(**late)
     else:
         slot = buf.slot()
@@ -96,7 +96,7 @@ def copied(step: dict) -> dict:
 
 
 def learn(buf: RolloutBuffer, model: RingModel, g: torch.Generator) -> None:
-    """GAE and an epoch of minibatches of the oldest rollout, by the loop and by the list."""
+    """GAE and an epoch of minibatches of the oldest rollout, compared with the loop and the list."""
     steps = model.oldest
     last = torch.randn(N, generator=g)
     buf.compute_gae(last, 0.9, 0.8, timeout_bootstrap="stored_value")
@@ -140,7 +140,7 @@ def test_random_operations(capacity, seed, backend):
     for _ in range(60 + 25 * capacity):
         operation = rng.choices(["append", "begin", "slot", "clear", "learn"], [5, 5, 5, 2, 1])[0]
         if operation == "clear":
-            # Seldom in the middle of a rollout, or the ring would never move.
+            # Rarely in the middle of a rollout, or the ring would never move.
             if len(model.steps) < T and rng.random() < 0.8:
                 continue
             buf.clear()
@@ -170,7 +170,7 @@ def test_random_operations(capacity, seed, backend):
 
 @pytest.mark.parametrize("capacity", CAPACITIES)
 def test_a_rollout_at_every_start(capacity, backend):
-    """Every position that a rollout can begin at, one after the other, while the next one is being collected."""
+    """Every position a rollout can begin at, in turn, while the next rollout is being collected."""
     g = torch.Generator().manual_seed(capacity)
     buf, model = make(capacity, backend), RingModel(T, capacity)
     starts = set()
@@ -198,7 +198,7 @@ def test_clear_in_the_middle_rewinds(backend):
     assert len(buf) == 0 and not buf.full
     steps = fill(buf)
     same(buf.rewards, stacked(steps, "rewards"))
-    # With a full rollout before it, the one being collected stays.
+    # clear() discards a full rollout and keeps the one being collected.
     more = fill(buf, 3)
     assert len(buf) == T + 3 and not buf.full
     buf.clear()

@@ -1,4 +1,4 @@
-"""Padded trajectories: hand-made ones, then that every step of a rollout is in just one of them."""
+"""Padded trajectories: examples by hand, and every step of a rollout is in exactly one trajectory."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_padding_masks_and_initial_states_by_hand():
     # Steps 0 1 2, then step 3 padded with itself.
     assert batch.obs.squeeze(-1).tolist() == [[0.0, 3.0], [1.0, 3.0], [2.0, 3.0]]
     assert batch.mask.tolist() == [[True, True], [True, False], [True, False]]
-    # The first trajectory goes on from an earlier rollout: its first two steps only renew the state.
+    # The first trajectory continues from an earlier rollout: its first two steps only refresh the state.
     assert batch.learn.tolist() == [[False, True], [False, False], [True, False]]
     assert batch.hidden["gru"].tolist() == [[0.0, 0.0], [3.0, 3.0]]
     assert batch.fields["values"].tolist() == [[-0.0, -3.0], [-1.0, -3.0], [-2.0, -3.0]]
@@ -81,8 +81,8 @@ def test_initial_states_are_those_of_their_own_environment_and_step():
         assert torch.equal(batch.hidden["field"], expected.unsqueeze(1).expand(-1, 2))
 
 
-def test_a_step_that_is_none_is_there_and_not_learnt_from():
-    # NEXT_STEP: the step after the end resets, and is a trajectory of its own.
+def test_an_invalid_step_is_included_but_masked_out():
+    # NEXT_STEP: the step after the end is a reset step and a trajectory of its own.
     buf = RolloutBuffer(1, 4, obs=1, actions=1)
     for t in range(4):
         one = torch.full((1,), float(t))
@@ -129,7 +129,7 @@ def test_errors():
 
 @pytest.mark.parametrize("discard", [lambda buf: buf.clear(), lambda buf: buf.load_state_dict(buf.state_dict())])
 def test_a_rollout_discarded_meanwhile_is_an_error(discard):
-    """By another with its number too."""
+    """Also if another rollout with the same number replaced it."""
     buf = filled(4, 3, [])
     batches = buf.sequences(num_minibatches=2)
     next(batches)
