@@ -6,6 +6,8 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -56,14 +58,27 @@ SPILLED = dict.fromkeys(
 WIDE = ["gae rows", "gae rows, no statistics", "gae rows, second rollout", "gae rows, few", "gae rows, pool"]
 
 
-@pytest.fixture(scope="module", params=ARCHITECTURES)
-def kernels(request, tmp_path_factory) -> dict[str, dict]:
+def compiled(architecture: int, cache: Path) -> dict[str, dict]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
-    command = [sys.executable, str(CUBINS), str(request.param)]
+    environment["TRITON_CACHE_DIR"] = str(cache)
+    command = [sys.executable, str(CUBINS), str(architecture)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return {line["name"]: line for line in map(json.loads, done.stdout.splitlines())}
+
+
+@pytest.fixture(scope="module")
+def compilations(request, tmp_path_factory) -> Iterator[dict[int, Future[dict[str, dict]]]]:
+    """The selected architectures', two at a time: each keeps one core busy."""
+    own = [item for item in request.session.items if item.path == request.path]
+    selected = dict.fromkeys(item.callspec.params["kernels"] for item in own)
+    with ThreadPoolExecutor(2) as pool:
+        yield {number: pool.submit(compiled, number, tmp_path_factory.mktemp("triton")) for number in selected}
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def kernels(request, compilations) -> dict[str, dict]:
+    return compilations[request.param].result()
 
 
 def count(kernel: dict, prefix: str) -> int:
