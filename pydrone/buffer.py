@@ -431,7 +431,7 @@ class RolloutBuffer(Rollout):
         Call it before each replay. Raises BufferFull, and changes nothing, if the appends would overwrite a rollout
         that has not been discarded.
         """
-        self._steps.require_none("advance")
+        self._steps.require_idle("advance")
         self._ring.advance(steps, rollouts)
         if rollouts:
             self._forget()
@@ -516,7 +516,7 @@ class RolloutBuffer(Rollout):
 
     def state_dict(self) -> dict[str, object]:
         """All that :meth:`load_state_dict` needs to continue from here, to the bit; tensors are not copied."""
-        self._steps.require_none("state_dict")
+        self._steps.require_idle("state_dict")
         ring, tensors = self._ring, self._storage.tensors
         state: dict[str, object] = {f"memory.{name}": x for name, x in tensors.items() if name not in states.TRANSIENT}
         state |= {"appended": ring.appended, "discarded": ring.discarded, "computed": self._scan.computed}

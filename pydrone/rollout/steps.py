@@ -57,10 +57,10 @@ class Steps:
     def require_start(self, call: str) -> None:
         """Raises, naming ``call``, if no step can begin: one is unfinished, or the ring is full (BufferFull)."""
         if self.begun is not None:
-            self.require_none(call)
+            self.require_idle(call)
         self._ring.require_room()
 
-    def require_none(self, call: str) -> None:
+    def require_idle(self, call: str) -> None:
         """Raises RuntimeError, naming ``call``, if a step is unfinished."""
         if self.begun is not None:
             raise RuntimeError(f"{call}: expected end() first, {self.begun}() has begun a step")
