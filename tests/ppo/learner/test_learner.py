@@ -70,10 +70,11 @@ def plain_gradients(policy: ActorCritic, batch: Batch, config: PPOConfig) -> lis
     return [p.grad.float() for p in policy.parameters()]
 
 
+@pytest.mark.parametrize("learner", ["auto", "torch"])  # where the native library is, auto has no chunks
 @pytest.mark.parametrize("chunk_size", [None, 1000, 50, 17, 1])
-def test_gradients_are_those_of_plain_ppo_whatever_the_chunks(chunk_size):
+def test_gradients_are_those_of_plain_ppo_whatever_the_chunks(chunk_size, learner):
     policy, batch = make_policy(), random_batch()
-    config = PPOConfig(chunk_size=chunk_size, value_loss_coef=0.7, entropy_coef=0.3)
+    config = PPOConfig(chunk_size=chunk_size, value_loss_coef=0.7, entropy_coef=0.3, learner=learner)
     metrics = Learner(policy, config).compute_gradients(batch)
     for parameter, expected in zip(policy.parameters(), plain_gradients(policy, batch, config)):
         torch.testing.assert_close(parameter.grad, expected, rtol=1e-4, atol=2e-6)

@@ -215,7 +215,7 @@ PYTHON = [
         LEARNER,
         "policy.normalize_values(minibatch.values[rows]),",
         "minibatch.values[rows],",
-        f"{OF_LEARNER} tests/ppo/policy/test_normalization.py",
+        f"{OF_LEARNER} tests/ppo/learner/test_fused.py",
     ),
     Fault(
         "a log-probability of the mean",
