@@ -386,7 +386,7 @@ class RolloutBuffer(Rollout):
     def _trajectories(
         self, states: dict[str, Tensor], burn_in: int, count: int, epochs: int, normalize: bool
     ) -> Iterator[Sequences]:
-        views = {field.name: self._field(field.name) for field in self._storage.fields}
+        views = {name: self._field(name) for name in self.layout.stored}
         views["advantages"], views["returns"] = self.advantages, self.returns
         if normalize:
             mean, scale = normalization(self.statistics)

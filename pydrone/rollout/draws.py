@@ -47,9 +47,10 @@ class Draws:
         self.reused: dict[int, dict[str, Tensor]] = {}
         self._turns: dict[int, int] = {}  # minibatches handed out so far, by the keys of ``reused``
         self._recycler = Recycler()
-        self._names = [field.name for field in storage.fields]
-        self._offsets = [field.offset for field in storage.fields]
-        self._dtypes = [SCALAR_TYPES[field.dtype] for field in storage.fields]
+        stored = storage.layout.stored
+        self._names = [*stored]
+        self._offsets = [field.offset for field in stored.values()]
+        self._dtypes = [SCALAR_TYPES[field.dtype] for field in stored.values()]
 
     def next_epoch(self) -> int:
         """Begins an epoch and returns its number."""

@@ -162,6 +162,8 @@ class Layout:
         if final_obs_rows:
             specs["final_row"] = ((), torch.int32)
         self.fields, self.row_bytes = pack(specs)
+        #: the fields that a caller stores: all but the number of a row in the pool
+        self.stored = {name: field for name, field in self.fields.items() if name != "final_row"}
         # The pool is evaluated as it is, never gathered: it has the precision of minibatches.
         pooled = {f"obs.{k}": (s, torch.float32 if d in HALVES else d) for k, (s, d) in self.obs.items()}
         self.pool_fields, self.pool_row_bytes = pack(pooled)
@@ -193,8 +195,7 @@ class Layout:
         """The tensors of one minibatch of ``size`` samples."""
         made = [
             Allocation(name, (size, *field.shape), field.output_dtype, "minibatch")
-            for name, field in self.fields.items()
-            if name != "final_row"
+            for name, field in self.stored.items()
         ]
         made += [Allocation(name, (size,), torch.float32, "minibatch") for name in ("advantages", "returns")]
         return made

@@ -34,9 +34,8 @@ class Sources:
 
     def __init__(self, layout: Layout, device: torch.device) -> None:
         self.layout, self.device, self.num_envs = layout, device, layout.num_envs
-        self.fields = [field for name, field in layout.fields.items() if name != "final_row"]
-        self._in_order = itemgetter(*(field.name for field in self.fields))
-        self._deep, self._final_deep = _deep(layout, self.fields), _deep(layout, layout.pool_fields.values())
+        self._in_order = itemgetter(*layout.stored)
+        self._deep, self._final_deep = (_deep(layout, x.values()) for x in (layout.stored, layout.pool_fields))
 
     def named(self, obs: object, actions: object, values: object, log_probs: object, fields: dict) -> dict[str, object]:
         """The arguments of a step's row, by the names of the layout's fields."""
@@ -81,13 +80,14 @@ class Sources:
 
     def row(self, named: Mapping[str, object]) -> tuple[Tensor, ...]:
         """As :meth:`quick_row`, with all checks."""
-        if named.keys() != self.layout.fields.keys() - {"final_row"}:
+        stored = self.layout.stored
+        if named.keys() != stored.keys():
             for name in self.layout.extra:
                 if name not in named:
                     raise TypeError(f"{name}: expected a tensor for this field, got none")
-            name = next(name for name in named if name not in self.layout.fields or name == "final_row")
+            name = next(name for name in named if name not in stored)
             raise TypeError(f"{name}: not a field of this buffer; it has {', '.join(self.layout.extra) or 'none'}")
-        return tuple(self.field(field, named[field.name], field.name) for field in self.fields)
+        return tuple(self.field(field, named[field.name], field.name) for field in stored.values())
 
     def ends(self, ends: Ends) -> tuple[Ends, list[Tensor]]:
         """(``ends`` as a kernel can read them, the final observations of the step)."""

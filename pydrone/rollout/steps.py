@@ -33,7 +33,7 @@ class Steps:
         """``look``: whether the launches look for NaN and infinite observations."""
         self._storage, self._ring, self.sources = storage, ring, sources
         self.begun: str | None = None
-        self._values_at = storage.fields.index(storage.layout.fields["values"])
+        self._values_at = [*storage.layout.stored].index("values")
         self.written = [storage.rows, storage.values, storage.rewards, storage.codes, *storage.pool[:2]]
         # For each kind of call: without truncations, with them, and with their final observations too.
         self._calls: dict[str, tuple[Call, Call, Call]] = {
@@ -45,7 +45,8 @@ class Steps:
 
     def _variants(self, row: bool, planes: list[Tensor], look: bool) -> tuple[Call, Call, Call]:
         storage = self._storage
-        fields, final = storage.fields if row else [], storage.layout.pool_fields.values()
+        fields = storage.layout.stored.values() if row else []
+        final = storage.layout.pool_fields.values()
         # Observations are the first fields; GAE's launch looks at rewards and values.
         looked_at = len(storage.layout.obs) if look else 0
         with torch.inference_mode(False):

@@ -20,7 +20,6 @@ class Storage:
         tensors: all of them, by the names of ``layout.allocations()``.
         rows: uint8 [C, N, row_bytes]. codes: uint8 [N, C], how each step ended. rewards, values: float32 [N, C].
         views: the fields of the rows by name, [C, N, ...], in the dtype they are stored in.
-        fields: the fields that a caller stores, in the order of the rows.
         pool: the memory of final observations, uint8 [R, P, bytes], int32 [R, 2] and int32 [N, C], as ``append`` takes
             it; empty if the buffer has none.
         final_rows: the last of these, or None.
@@ -42,7 +41,6 @@ class Storage:
         self.cursor, self.not_finite = tensors["cursor"], tensors["not_finite"]
         self.final_obs, self.pool_count = tensors.get("final_obs"), tensors.get("final_obs_count")
         self.pool = [] if self.final_obs is None else [self.final_obs, self.pool_count, self.final_rows]
-        self.fields = [field for name, field in layout.fields.items() if name != "final_row"]
 
     def groups(self, named: dict[str, Tensor]) -> Tensor | dict[str, Tensor]:
         """Observations as callers see them, one tensor or a dict of groups, from tensors by the layout's names."""

@@ -65,7 +65,7 @@ class FusedActing:
     @staticmethod
     def serves(policy: ActorCritic, buffer: RolloutBuffer) -> bool:
         """Whether the operation can store this buffer's fields."""
-        fields = [x for x in buffer.layout.fields if x != "final_row"][len(buffer.layout.obs) :]
+        fields = [*buffer.layout.stored][len(buffer.layout.obs) :]
         return buffer.backend == "cpu" and fields == ["actions", "log_probs", "values", "mu", "sigma"]
 
     def __init__(self, policy: ActorCritic, buffer: RolloutBuffer, lap: Callable[[str], None]) -> None:
