@@ -11,6 +11,8 @@ PYDRONE_NATIVE ?= 1
 GPU_PYTHON ?= python3
 
 PY := $(VENV)/bin/python
+# Tests that share an expensive fixture stay in one process (pytest.mark.xdist_group).
+TEST := $(PY) -m pytest -q --numprocesses auto --maxprocesses 8 --dist loadgroup
 PIP := $(PY) -m pip --disable-pip-version-check --quiet
 # The editable install skips the native code: NATIVE builds it, and compiles only what changed.
 # (PYTHONWARNINGS: setuptools warns at every editable install whose folders are not named as its packages.)
@@ -38,10 +40,10 @@ train: $(VENV)/.stamp-train $(VENV)/.stamp-native ## Train a drone to hover; ARG
 	$(VENV)/bin/pydrone train --target-episode-length 1000 $(ARGS)
 
 test: $(VENV)/.stamp-test $(VENV)/.stamp-native ## Run the tests
-	$(PY) -m pytest -q $(ARGS)
+	$(TEST) $(ARGS)
 
 test-slow: $(VENV)/.stamp-test $(VENV)/.stamp-native ## Run the slow tests
-	$(PY) -m pytest -q -m slow $(ARGS)
+	$(TEST) -m slow $(ARGS)
 
 # The CPU library with AddressSanitizer and UndefinedBehaviorSanitizer, in a folder of its own: other builds stay as they
 # are. Without the tests that measure memory: AddressSanitizer delays frees. No leak detection: torch itself leaks at exit.

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 
+# Before torch loads OpenMP. Threads that spin while they wait take the time of the tests beside them.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import pytest
 import torch
 from hypothesis import HealthCheck, settings

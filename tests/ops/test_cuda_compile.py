@@ -63,6 +63,7 @@ def find_cuobjdump() -> str | None:
 CUOBJDUMP = find_cuobjdump()
 
 pytestmark = [
+    pytest.mark.xdist_group("cuda's machine code"),
     pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc not found"),
     pytest.mark.skipif(CUOBJDUMP is None, reason="cuobjdump not found, neither on PATH nor in triton"),
     pytest.mark.skipif(not (ROOT / "csrc" / "cuda").is_dir(), reason="csrc/cuda is not in this source tree"),
@@ -121,7 +122,7 @@ def compiled(name: str, architectures: tuple[int, ...], folder: Path) -> list[Ke
     return [Kernel(symbol, number, usage[number, symbol], code[number, symbol]) for number, symbol in usage]
 
 
-@pytest.fixture(scope="module", params=[(80, 90), pytest.param((86, 89, 100, 120), marks=pytest.mark.slow)], ids=str)
+@pytest.fixture(scope="module", params=[(90,), pytest.param((80, 86, 89, 100, 120), marks=pytest.mark.slow)], ids=str)
 def kernels(request, tmp_path_factory) -> list[Kernel]:
     known = subprocess.run(["nvcc", "--list-gpu-code"], capture_output=True, text=True).stdout.split()
     architectures = tuple(number for number in request.param if f"sm_{number}" in known)

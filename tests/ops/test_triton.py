@@ -10,8 +10,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -33,32 +31,15 @@ def run(path: Path, *options: str, interpreted: bool = not torch.cuda.is_availab
     assert " passed" in done.stdout and "skipped" not in done.stdout, done.stdout
 
 
-OPERATIONS = ("gae", "append", "gather", "loss")
-RUNS = {f"test_cases[{x}]": lambda x=x: run(CASES, "-k", f"test_{x}", "-m", "not slow") for x in OPERATIONS} | {
-    "test_properties": lambda: run(
-        CASES.with_name("triton_properties.py"), "--hypothesis-profile", "few", interpreted=True
-    ),
-    "test_the_whole_size": lambda: run(CASES, "-k", "test_gae", "-m", "slow"),
-}
+@pytest.mark.parametrize("operation", ["gae", "append", "gather", "loss"])
+def test_cases(operation):
+    run(CASES, "-k", f"test_{operation}", "-m", "not slow")
 
 
-@pytest.fixture(scope="module")
-def runs(request) -> Iterator[dict[str, Future[None]]]:
-    """The selected tests' processes, two at a time: each keeps one core busy."""
-    selected = {item.name for item in request.session.items}
-    with ThreadPoolExecutor(2) as pool:
-        yield {name: pool.submit(job) for name, job in RUNS.items() if name in selected}
-
-
-@pytest.mark.parametrize("operation", OPERATIONS)
-def test_cases(operation, runs, request):
-    runs[request.node.name].result()
-
-
-def test_properties(runs, request):
-    runs[request.node.name].result()
+def test_properties():
+    run(CASES.with_name("triton_properties.py"), "--hypothesis-profile", "few", interpreted=True)
 
 
 @pytest.mark.slow
-def test_the_whole_size(runs, request):
-    runs[request.node.name].result()
+def test_the_whole_size():
+    run(CASES, "-k", "test_gae", "-m", "slow")

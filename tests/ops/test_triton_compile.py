@@ -6,8 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -15,7 +13,8 @@ import pytest
 pytest.importorskip("triton")
 
 CUBINS = Path(__file__).with_name("triton_cubins.py")
-ARCHITECTURES = [80, 90, *(pytest.param(number, marks=pytest.mark.slow) for number in (86, 89, 100, 120))]
+ARCHITECTURES = [90, *(pytest.param(number, marks=pytest.mark.slow) for number in (80, 86, 89, 100, 120))]
+pytestmark = pytest.mark.xdist_group("triton's machine code")
 
 # Kernel and case: registers per thread, bytes of shared memory. A multiprocessor has 65,536 registers. Programs of "gae
 # rows" have 256 threads: at 64 registers four fit, and 8192 environments, 16 per program, are one wave on 132
@@ -67,18 +66,9 @@ def compiled(architecture: int, cache: Path) -> dict[str, dict]:
     return {line["name"]: line for line in map(json.loads, done.stdout.splitlines())}
 
 
-@pytest.fixture(scope="module")
-def compilations(request, tmp_path_factory) -> Iterator[dict[int, Future[dict[str, dict]]]]:
-    """The selected architectures', two at a time: each keeps one core busy."""
-    own = [item for item in request.session.items if item.path == request.path]
-    selected = dict.fromkeys(item.callspec.params["kernels"] for item in own)
-    with ThreadPoolExecutor(2) as pool:
-        yield {number: pool.submit(compiled, number, tmp_path_factory.mktemp("triton")) for number in selected}
-
-
 @pytest.fixture(scope="module", params=ARCHITECTURES)
-def kernels(request, compilations) -> dict[str, dict]:
-    return compilations[request.param].result()
+def kernels(request, tmp_path_factory) -> dict[str, dict]:
+    return compiled(request.param, tmp_path_factory.mktemp("triton"))
 
 
 def count(kernel: dict, prefix: str) -> int:

@@ -10,6 +10,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/macros.h>
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -68,7 +69,9 @@ constexpr int kWarp = 32;
 constexpr size_t kStack = 128 << 10, kMostShared = 48 << 10;  // what a launch gets without asking for more
 
 struct Stack {
-  ucontext_t context;
+  ucontext_t context;  // where it begins
+  jmp_buf jump;        // where it waits: a jump, unlike swapcontext, makes no system call
+  bool begun = false;
   std::unique_ptr<char[]> memory{new char[kStack]};
 };
 
@@ -102,6 +105,7 @@ class Block {
       context.uc_stack.ss_sp = stacks_[i]->memory.get();
       context.uc_stack.ss_size = kStack;
       makecontext(&context, &Block::begin, 0);
+      stacks_[i]->begun = false;
       enter(*stacks_[i]);
     }
     while (released()) {
@@ -165,7 +169,11 @@ class Block {
     swapcontext(&host_, &stack.context);
     __sanitizer_finish_switch_fiber(fake, nullptr, nullptr);
 #else
-    swapcontext(&host_, &stack.context);
+    if (!_setjmp(jump_)) {
+      if (stack.begun) _longjmp(stack.jump, 1);
+      stack.begun = true;
+      setcontext(&stack.context);
+    }
 #endif
     if (error_) std::rethrow_exception(error_);
   }
@@ -179,7 +187,7 @@ class Block {
     swapcontext(&stack.context, &host_);
     __sanitizer_finish_switch_fiber(fake, &host_stack_, &host_size_);
 #else
-    swapcontext(&stack.context, &host_);
+    if (!_setjmp(stack.jump)) _longjmp(jump_, 1);
 #endif
   }
 
@@ -225,6 +233,7 @@ class Block {
   std::vector<std::unique_ptr<Stack>> stacks_;
   std::map<const void*, std::pair<std::unique_ptr<char[], Delete>, size_t>> shared_;
   ucontext_t host_;
+  jmp_buf jump_;
   Stack* running_ = nullptr;
   unsigned current_ = 0;
   size_t next_ = 0;  // index in order_ of the first thread that has not begun

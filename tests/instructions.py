@@ -1,0 +1,153 @@
+"""Counts the instructions that the CPU library's operations execute: a parent steps a child through them with ptrace.
+Unlike a time, a count does not depend on the machine's load. Linux on x86-64 only.
+
+Prints {call: instructions a sample} as JSON. Each call is counted at two sizes; the difference leaves out what a launch
+costs by itself. ``python tests/instructions.py``; ``PYDRONE_ISA`` as in docs/environment-variables.md.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import subprocess
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+LIBRARY = Path(find_spec("pydrone").origin).with_name("_native_cpu.so")
+OPERATIONS = ("append", "gae", "gather")
+SIZES, T, OBS, ACTIONS = (64, 128), 8, 17, 4
+
+# <sys/ptrace.h>, and <sys/user.h>: 8 times the register's position in user_regs_struct.
+TRACEME, PEEK_CODE, PEEK_REGISTER, POKE_CODE, POKE_REGISTER, CONTINUE, STEP = 0, 1, 3, 4, 6, 7, 9
+RIP, RSP = 8 * 16, 8 * 19
+LIBC = ctypes.CDLL(None, use_errno=True)
+LIBC.ptrace.argtypes = [ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p]
+LIBC.ptrace.restype = ctypes.c_long
+
+
+def ptrace(request: int, pid: int, address: int = 0, data: int = 0) -> int:
+    ctypes.set_errno(0)
+    result = LIBC.ptrace(request, pid, address, data)
+    if result == -1 and ctypes.get_errno():
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), "ptrace")
+    return result & (2**64 - 1)
+
+
+def calls(n: int) -> dict[str, Callable[[], object]]:
+    """Calls for ``n`` environments: one step of them, or T."""
+    import torch
+
+    import pydrone
+    from pydrone.buffer import RolloutBuffer
+
+    torch.manual_seed(0)
+    shapes = {"obs": (OBS,), "actions": (ACTIONS,), "mu": (ACTIONS,), "sigma": (ACTIONS,)}
+    scalars = dict.fromkeys(("rewards", "values", "log_probs"), ())
+    step = {name: torch.randn(n, *shape) for name, shape in (shapes | scalars).items()} | {"dones": torch.rand(n) < 0.1}
+    full, filling = (RolloutBuffer(n, T, OBS, ACTIONS, fields={"mu": ACTIONS, "sigma": ACTIONS}) for _ in range(2))
+    for _ in range(T):
+        full.append(**step)
+    last = torch.zeros(n)
+    full.compute_gae(last)
+
+    def gae_of(shape: tuple[int, int], time_dim: int) -> Callable[[], object]:
+        rewards, values, dones = torch.randn(shape), torch.randn(shape), torch.rand(shape) < 0.1
+        out = (torch.empty(shape), torch.empty(shape))
+        return lambda: pydrone.gae(rewards, values, dones, last, time_dim=time_dim, out=out)
+
+    return {
+        "append": lambda: filling.append(**step),
+        "gae of a buffer": lambda: full.compute_gae(last),
+        "gae of [T, N]": gae_of((T, n), 0),
+        "gae of [N, T]": gae_of((n, T), 1),
+        "minibatches": lambda: [None for _ in full.minibatches(1, reuse=True)],
+    }
+
+
+def child() -> None:
+    """Stops before the first call and after each."""
+    import torch
+
+    torch.set_num_threads(1)
+    prepared = [call for n in SIZES for call in calls(n).values()]
+    for _ in range(2):  # the first ones allocate
+        for call in prepared:
+            call()
+    ptrace(TRACEME, 0)
+    os.kill(os.getpid(), signal.SIGSTOP)
+    for call in prepared:
+        call()
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def wide() -> bool:
+    """Whether this processor runs the library's AVX-512 version, and the compiler made one."""
+    import torch
+
+    symbols = subprocess.run(["nm", str(LIBRARY)], capture_output=True, text=True, check=True).stdout
+    return torch.backends.cpu.get_cpu_capability() == "AVX512" and "arch_x86_64_v4" in symbols
+
+
+def entries(pid: int) -> list[int]:
+    """The operations' addresses in the child."""
+    maps = (line.split() for line in Path(f"/proc/{pid}/maps").read_text().splitlines())
+    base = min(int(line[0].split("-")[0], 16) for line in maps if line[-1] == str(LIBRARY))
+    symbols = subprocess.run(["nm", str(LIBRARY)], capture_output=True, text=True, check=True).stdout.splitlines()
+    found = [
+        base + int(address, 16)
+        for address, _, name in (line.split() for line in symbols if len(line.split()) == 3)
+        if any(name.startswith(f"_ZN7pydrone{len(x)}{x}E") for x in OPERATIONS) and "." not in name
+    ]
+    assert len(found) == len(OPERATIONS), f"{LIBRARY}: {len(found)} of {OPERATIONS} found by nm"
+    return found
+
+
+def stopped_by(pid: int) -> int | None:
+    status = os.waitpid(pid, 0)[1]
+    return os.WSTOPSIG(status) if os.WIFSTOPPED(status) else None
+
+
+def counts(pid: int) -> Iterator[int]:
+    """Instructions of the operations up to each of the child's stops after the first."""
+    assert stopped_by(pid) == signal.SIGSTOP, "the child failed before its first call"
+    words = {address: ptrace(PEEK_CODE, pid, address) for address in entries(pid)}
+    for address, word in words.items():
+        ptrace(POKE_CODE, pid, address, word & ~0xFF | 0xCC)  # int3
+    count = 0
+    ptrace(CONTINUE, pid)
+    while (by := stopped_by(pid)) is not None:
+        if by == signal.SIGSTOP:
+            yield count
+            count = 0
+        else:
+            assert by == signal.SIGTRAP, f"the child got signal {by}"
+            entry = ptrace(PEEK_REGISTER, pid, RIP) - 1
+            back = ptrace(PEEK_CODE, pid, ptrace(PEEK_REGISTER, pid, RSP))
+            ptrace(POKE_CODE, pid, entry, words[entry])
+            ptrace(POKE_REGISTER, pid, RIP, entry)
+            while ptrace(PEEK_REGISTER, pid, RIP) != back:
+                ptrace(STEP, pid)
+                assert stopped_by(pid) == signal.SIGTRAP
+                count += 1
+            ptrace(POKE_CODE, pid, entry, words[entry] & ~0xFF | 0xCC)
+        ptrace(CONTINUE, pid)
+
+
+def main() -> None:
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # on one core a switch between the two costs least
+    pid = os.fork()  # before torch starts a thread
+    if pid == 0:
+        child()
+        return
+    found = list(counts(pid))
+    names = list(calls(1))
+    small, large = found[: len(names)], found[len(names) :]
+    samples = {x: (SIZES[1] - SIZES[0]) * (1 if x == "append" else T) for x in names}
+    print(json.dumps({x: (b - a) / samples[x] for x, a, b in zip(names, small, large, strict=True)}))
+
+
+if __name__ == "__main__":
+    main()
