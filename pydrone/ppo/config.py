@@ -94,7 +94,7 @@ class PPOConfig:
         "multilayer perceptrons and continuous actions in float32. On CUDA only the loss, by a Triton kernel. torch: "
         "autograd. auto: fused where possible.",
     )
-    init_std: float = option(1.0, "Initial standard deviation of the actions.")
+    init_std: float = option(1.0, "Initial standard deviation of the actions, which is never below 1e-4.")
     chunk_size: int | None = option(
         None,
         "Samples that autograd processes at a time, accumulating gradients. None: 3200 per thread on the CPU, which "

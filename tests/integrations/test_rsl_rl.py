@@ -18,6 +18,7 @@ import gymnasium
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from rsl_rl.algorithms import ppo
 from rsl_rl.env import VecEnv
+from rsl_rl.modules.distribution import GaussianDistribution
 from rsl_rl.runners import DistillationRunner, OnPolicyRunner
 from rsl_rl.storage import RolloutStorage as PeerStorage
 from tensordict import TensorDict
@@ -537,3 +538,16 @@ def test_a_wrapped_environment_keeps_its_observations_and_reports_its_ends():
     env.env.task.age.fill_(-1)
     env.episode_length_buf = torch.zeros(4, dtype=torch.long)  # as the runner does
     assert ((env.env.task.age >= 0) & (env.env.task.age < 3)).all()
+
+
+@pytest.mark.parametrize(("kind", "below", "gradient"), [("scalar", -0.001, 0), ("log", -13.0, 1), ("log", -14.0, 0)])
+def test_a_standard_deviation_below_rsl_rls_floor_is_rsl_rls_own(kind, below, gradient):
+    runner = construct(VecEnvWrapper(Quadrotor(4)), config("pydrone.integrations.rsl_rl:PPO"))
+    found = runner.alg.actor.distribution
+    assert type(found) is GaussianDistribution
+    found = GaussianDistribution(1, std_type=kind)
+    (parameter,) = found.parameters()
+    parameter.data.fill_(below)
+    found.update(torch.zeros(3, 1))
+    found.entropy.mean().backward()  # d log(std) / d log(std)
+    assert parameter.grad.item() == pytest.approx(gradient) and found.std.min() > 0.99e-6

@@ -75,7 +75,7 @@ def fused_update(
 
     Args:
         actor, critic: ``nn.Sequential`` of ``nn.Linear`` with tanh, ELU, ReLU or SiLU between them.
-        std: [A], the standard deviation: a parameter, or a function of one (``log_std.exp()``).
+        std: [A], the standard deviation, above 0: a parameter, or a function of one (``log_std.exp()``).
         obs: [B, width], or several such, concatenated to the actor's input.
         actions: [B, A].
         log_probs: [B], of the policy that acted.
@@ -99,6 +99,8 @@ def fused_update(
         TypeError, ValueError, RuntimeError: an argument does not fit; nothing was written.
     """
     check_tensor("std", std.detach() if isinstance(std, Tensor) else std, CPU, True)
+    if (std <= 0).any():
+        raise ValueError(f"std: expected numbers above 0, got {std.min().item():g}")
     tensors = {"actions": actions, "log_probs": log_probs, "advantages": advantages, "returns": returns}
     tensors |= {"values": values, **({} if mu is None else {"mu": mu}), **({} if sigma is None else {"sigma": sigma})}
     for name, x in tensors.items():

@@ -80,6 +80,7 @@ CASES = {
     "normalised": {"ppo": {"normalize_obs": True, "normalize_values": True, "normalize_rewards": True}},
     "minibatches": {"ppo": {"schedule": "linear", "advantage_scope": "minibatch", "obs_dtype": "bfloat16"}},
     "randomised": {"env": {"randomization": VARIED}, "random_episode_starts": False, "ppo": {"reward_scale": 0.1}},
+    "standard deviations below their floor": {"ppo": {"schedule": "fixed", "learning_rate": 1e-2, "init_std": 0.01}},
     "course": {"kind": QuadrotorCourse, "ppo": {"schedule": "fixed", "activation": "elu"}},
 }
 
