@@ -184,6 +184,13 @@ PYTHON = [
         OF_SEQUENCES,
     ),
     Fault(
+        "an episode's first steps taken for those of an earlier policy",
+        "pydrone/ppo/policy/recurrent.py",
+        "config.burn_in * continued",
+        "config.burn_in",
+        "tests/ppo/policy/test_recurrent.py",
+    ),
+    Fault(
         "the memory of another environment",
         SEQUENCES,
         "state[env, start] for name",
