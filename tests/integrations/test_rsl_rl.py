@@ -551,3 +551,21 @@ def test_a_standard_deviation_below_rsl_rls_floor_is_rsl_rls_own(kind, below, gr
     found.update(torch.zeros(3, 1))
     found.entropy.mean().backward()  # d log(std) / d log(std)
     assert parameter.grad.item() == pytest.approx(gradient) and found.std.min() > 0.99e-6
+
+
+def test_an_environment_without_a_time_limit_that_logs_numbers_of_any_kind_trains(tmp_path):
+    class Endless(Quadrotor):
+        def step(self, actions):
+            result = super().step(actions)
+            given = {"number": 2.0, "each": torch.ones(self.num_envs), "numpy": np.float32(3), "episode/x": 1}
+            return result._replace(log={**result.log, **given})
+
+    quadrotor = Endless(4, seed=2)
+    quadrotor.max_episode_length = None
+    env = VecEnvWrapper(quadrotor)
+    log = env.step(torch.zeros(4, 4))[3]["log"]
+    assert (log["number"], log["each"], log["numpy"]) == (2, 1, 3) and "episode/x" not in log
+    with contextlib.redirect_stdout(io.StringIO()):
+        runner = OnPolicyRunner(env, config("pydrone.integrations.rsl_rl:PPO"), log_dir=str(tmp_path))
+        runner.learn(2, init_at_random_ep_len=True)
+    assert quadrotor.task.age.max() > 2 * NUM_STEPS, "the environment draws the ages"
