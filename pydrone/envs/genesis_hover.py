@@ -9,6 +9,7 @@ time.)
 
 from __future__ import annotations
 
+import math
 from importlib.util import find_spec
 from typing import Any, ClassVar
 
@@ -152,6 +153,7 @@ class GenesisHover:
     def reset(self) -> Tensor:
         """Starts new episodes and returns the observations [N, 17]."""
         self._open().drone.set_qpos(self._first_qpos, zero_velocity=True)
+        self.drone._prev_prop_t = None  # Genesis would refuse the next step after one that an exception left
         obs = self.task.reset()
         self._weigh()
         return obs
@@ -161,9 +163,8 @@ class GenesisHover:
         self._open()
         actions = clip_actions(check_actions(actions, self.num_envs, ACTION_DIM, self.device))
         drawn = self.task.randomizer
-        self.drone.set_propellers_rpm(
-            propeller_rpm(actions, self.config) if drawn is None else drawn.propeller_rpm(actions)
-        )
+        rpm = propeller_rpm(actions, self.config) if drawn is None else drawn.propeller_rpm(actions)
+        self.drone.set_propellers_rpm(rpm.nan_to_num(self.config.hover_rpm))  # the task ends these episodes
         if drawn is not None and drawn.blows:
             self.drone.apply_links_external_wrench(drawn.wind[:, None], links_idx_local=0)
         self.scene.step(update_visualizer=self._draws)
@@ -175,9 +176,11 @@ class GenesisHover:
         return result
 
     def state(self) -> DroneState:
-        """The state of the drones, read from the simulator."""
+        """The state of the drones, read from the simulator; NaN where it could not integrate a step."""
         # Genesis stores a row per coordinate, the task needs a row per drone
         row = torch.cat((self.drone.get_qpos(), self.drone.get_dofs_velocity()), dim=1)
+        # Genesis keeps the state before the step there, and raises at a later step unless the drone is reset
+        row.masked_fill_(self.scene.rigid_solver.get_error_envs_mask()[:, None], math.nan)
         # a free joint has its linear velocity in the world frame and its angular velocity in the body frame
         pos, quat, lin_vel, ang_vel = row.split((3, 4, 3, 3), dim=1)
         return DroneState(pos, quat, rotate_inverse(quat, lin_vel), ang_vel)

@@ -295,6 +295,13 @@ PYTHON = [
         "tests/envs/test_hover_task.py tests/envs/test_quadrotor.py",
     ),
     Fault(
+        "an infinite action taken for the largest one",
+        "pydrone/envs/drone.py",
+        "clamp(*ACTION_LIMITS).add_(actions, alpha=0)",
+        "clamp(*ACTION_LIMITS)",
+        "tests/envs/test_quadrotor.py",
+    ),
+    Fault(
         "a crash on the last step taken for a time-out",
         "pydrone/envs/hover_task.py",
         "truncated = timeout & ~crash",
