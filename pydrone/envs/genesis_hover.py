@@ -28,22 +28,21 @@ from pydrone.envs.drone import (
 )
 from pydrone.envs.hover_task import OBS_DIM, HoverTask
 from pydrone.envs.randomization import Randomization
+from pydrone.ops.packages import needed
 
 
 def init_genesis(device: torch.device, seed: int, performance_mode: bool = True, logging_level: str = "warning") -> Any:
     """Initialises Genesis for ``device`` unless it is initialised already, and returns its module.
 
     Raises:
-        ImportError: genesis-world is not installed.
+        ImportError: genesis-world is not installed, or one of its own imports fails.
         ValueError: Genesis was initialised for another device.
     """
     # Genesis and Triton each bring an LLVM, and the process crashes if Triton's is loaded second (Adam imports it).
     if find_spec("triton") is not None:
         import triton  # noqa: F401
-    try:
+    with needed("genesis", "genesis-hover", "genesis-world"):
         import genesis as gs
-    except ImportError as error:
-        raise ImportError("genesis-hover needs the simulator: pip install genesis-world") from error
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"device: expected 'cpu' or 'cuda', got {str(device)!r}")
     if not gs._initialized:

@@ -235,7 +235,9 @@ def test_actions_that_are_not_finite_are_named(env):
     trained.iterate()
     with torch.no_grad():
         next(iter(trained.policy.actor.parameters())).fill_(math.nan)
-    with pytest.raises(NotFinite, match=r"the actions of the policy are not finite: actions: \d+ values .* 0 at step 0"):
+    with pytest.raises(
+        NotFinite, match=r"the actions of the policy are not finite: actions: \d+ values .* 0 at step 0"
+    ):
         trained.iterate()
 
 

@@ -295,6 +295,13 @@ PYTHON = [
         "tests/envs/test_hover_task.py tests/envs/test_quadrotor.py",
     ),
     Fault(
+        "a broken package taken for a missing one",
+        "pydrone/ops/packages.py",
+        "isinstance(error, ModuleNotFoundError) and error.name == module",
+        "isinstance(error, ModuleNotFoundError)",
+        "tests/ops/test_packages.py",
+    ),
+    Fault(
         "an infinite action taken for the largest one",
         "pydrone/envs/drone.py",
         "clamp(*ACTION_LIMITS).add_(actions, alpha=0)",
