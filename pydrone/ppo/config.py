@@ -78,7 +78,11 @@ class PPOConfig:
     obs_dtype: Literal["float32", "float16", "bfloat16"] = option(
         "float32", "Type that observations are stored as; the policy sees them rounded to it, also when acting."
     )
-    autocast: bool = option(False, "The networks' matrix products in bfloat16; losses and parameters in float32.")
+    autocast: bool = option(
+        False,
+        "The networks' matrix products in bfloat16; losses and parameters in float32. Slow on a CPU without "
+        "AVX512_BF16.",
+    )
     recurrent: Literal["none", "gru", "lstm"] = option(
         "none", "A recurrent layer before the hidden ones, in actor and critic. Minibatches are whole environments."
     )

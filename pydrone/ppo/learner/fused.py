@@ -227,6 +227,12 @@ def _require_bf16() -> None:
         raise Unsupported("autocast is on, and the processor has no AVX512_BF16, or PYDRONE_ISA leaves it out")
 
 
+def lacks_bf16() -> bool:
+    """Whether this CPU has no AVX512_BF16, so that torch's autocast may emulate products in bfloat16."""
+    ours = native.CPU_MISSING is None and torch.ops.pydrone.has_bf16()  # PYDRONE_ISA may leave them out
+    return not (ours or getattr(torch.cpu, "_is_avx512_bf16_supported", bool)())
+
+
 def _moments(*normalizers: RunningMoments | None) -> list[Tensor | None]:
     return [x for y in normalizers for x in ((None, None) if y is None else (y.shift, y.std))]
 
