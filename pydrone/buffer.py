@@ -339,7 +339,7 @@ class RolloutBuffer(Rollout):
     def sequences(
         self,
         hidden: Mapping[str, str | Tensor] | None = None,
-        burn_in: int = 0,
+        burn_in: int | Tensor = 0,
         num_minibatches: int = 1,
         num_epochs: int = 1,
         normalize_advantages: bool = True,
@@ -349,8 +349,8 @@ class RolloutBuffer(Rollout):
         Args:
             hidden: the recurrent states *before* each step, by name: the name of one of the constructor's fields, or a
                 tensor [N, T, ...]. Each trajectory gets the state of its first step.
-            burn_in: where a trajectory continues from the previous rollout, its first ``burn_in`` steps renew the
-                hidden state and are left out of ``learn``.
+            burn_in: where a trajectory begins with the rollout, its first ``burn_in`` steps renew the hidden state and
+                are left out of ``learn``; one number, or [N]: 0 where an episode begins there.
             num_minibatches: per epoch; their numbers of environments differ by at most one.
             num_epochs: passes over the rollout; each has its own order of environments.
             normalize_advantages: as in :meth:`minibatches`.
@@ -360,7 +360,9 @@ class RolloutBuffer(Rollout):
             returns and the constructor's. Plain PyTorch, one host sync a minibatch.
         """
         count, epochs = positive("num_minibatches", num_minibatches), positive("num_epochs", num_epochs)
-        if isinstance(burn_in, bool) or not isinstance(burn_in, int) or burn_in < 0:
+        if isinstance(burn_in, Tensor):
+            burn_in = self._steps.sources.scalar("burn_in", burn_in, False).flatten()
+        elif isinstance(burn_in, bool) or not isinstance(burn_in, int) or burn_in < 0:
             raise ValueError(f"burn_in: expected an int of at least 0, got {burn_in!r}")
         if count > self.num_envs:
             raise ValueError(f"num_minibatches: expected at most one per environment, {self.num_envs}, got {count}")
@@ -384,7 +386,7 @@ class RolloutBuffer(Rollout):
         return self._trajectories(states, burn_in, count, epochs, normalize_advantages)
 
     def _trajectories(
-        self, states: dict[str, Tensor], burn_in: int, count: int, epochs: int, normalize: bool
+        self, states: dict[str, Tensor], burn_in: int | Tensor, count: int, epochs: int, normalize: bool
     ) -> Iterator[Sequences]:
         views = {name: self._field(name) for name in self.layout.stored}
         views["advantages"], views["returns"] = self.advantages, self.returns

@@ -27,7 +27,7 @@ def main(argv: list[str]) -> int:
         drawn = curves.draw(groups, out, args.x, args.figure)
     except BrokenPipeError:
         raise
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         return fail(error)
     print(table(curves.results(groups)))
     print(f"Learning curves: {drawn}")

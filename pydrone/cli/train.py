@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 from pydrone.cli.common import device_of, fail, not_installed
+from pydrone.ops.packages import needed
 
 if TYPE_CHECKING:
     import torch
@@ -31,8 +32,8 @@ def main(argv: list[str]) -> int:
             stack.enter_context(contextlib.redirect_stdout(nowhere))
         try:
             config = _parse(argv)
-        except ModuleNotFoundError as error:
-            return fail(not_installed(error.name or str(error)))
+        except ImportError as error:
+            return fail(error)
         except BrokenPipeError:
             raise
         except (ValueError, OSError) as error:
@@ -43,7 +44,8 @@ def main(argv: list[str]) -> int:
 
 def _parse(argv: list[str]) -> TrainConfig:
     """The configuration of the command line, of ``--config`` and of the checkpoint that is resumed."""
-    import tyro
+    with needed("tyro", "pydrone train", '"pydrone-rl[train]"'):
+        import tyro
 
     from pydrone.ppo.config import TrainConfig
 
@@ -126,7 +128,10 @@ def _train(config: TrainConfig) -> int:
         except (OSError, distributed.PeerLost) as error:
             return fail(error)
     if outcome.figures and ranks.rank == 0:
-        print(f"Learning curve: {learning_curve.plot(run_dir)}")
+        try:
+            print(f"Learning curve: {learning_curve.plot(run_dir)}")
+        except ImportError as error:
+            return fail(error)
     return 0
 
 

@@ -246,8 +246,10 @@ class RslRlEnv:
         truncated = torch.zeros_like(dones) if time_outs is None else (self._flat(time_outs, "time_outs") != 0) & dones
         log = {}
         for key, value in (extras.get("log") or {}).items():
-            if isinstance(value, (int, float, Tensor)):
-                log[key] = torch.as_tensor(value, dtype=torch.float32, device=self.device).mean()
+            if isinstance(value, (int, float, np.number, np.ndarray, Tensor)):
+                numbers = torch.as_tensor(value, dtype=torch.float32, device=self.device)
+                if numbers.numel():  # none where an environment logs its ended episodes, and none has ended
+                    log[key] = numbers.mean()
         log |= self._stats.update(rewards[None], dones)
         return StepResult(self._obs(obs), rewards, dones, truncated, None, None, log)
 

@@ -21,8 +21,9 @@ crashes in the step of its time-out has terminated.
 
 **Log.** ``StepResult.log`` holds 0-dimensional tensors on the environment's device, so that logging costs no
 host synchronisation: ``episode/count`` is the number of episodes that ended in this step, every other ``episode/...``
-the *sum* of a quantity over those episodes, and any other key a mean over the environments. :class:`LogMeter` adds
-them up over a rollout and reads them once.
+the *sum* of a quantity over those episodes, and any other key a mean over the environments. Python's and NumPy's
+numbers do too, and so does one number for each environment, [N], of which the sum or the mean is taken. Keys may come
+and go. :class:`LogMeter` adds them up over a rollout and reads them once.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ class StepResult(NamedTuple):
     valid: Tensor | None
     """[N] bool: False marks a ``"next_step"`` reset transition. None: all are valid."""
     log: dict[str, Tensor]
-    """0-dimensional device tensors, see the documentation of this module."""
+    """0-dimensional device tensors, or other numbers, see the documentation of this module."""
 
 
 @runtime_checkable
@@ -153,11 +154,14 @@ class LogMeter:
         self._sums: dict[str, Tensor] = {}
         self._steps: dict[str, int] = {}
 
-    def add(self, log: Mapping[str, Tensor]) -> None:
-        """Adds one step's ``StepResult.log``."""
-        for key, value in log.items():
+    def add(self, log: Mapping[str, Any]) -> None:
+        """Adds one step's ``StepResult.log``; a key that holds no number, [0], counts as absent.
+
+        Raises TypeError, with the key, where a value is no number and not one for each environment.
+        """
+        for key, value in log_scalars(log).items():
             # a new tensor each time: the environment may overwrite its own
-            self._sums[key] = self._sums.get(key, 0.0) + value.detach().to(torch.float32)
+            self._sums[key] = self._sums.get(key, 0.0) + value
             self._steps[key] = self._steps.get(key, 0) + 1
 
     def copy(self) -> LogMeter:
@@ -213,6 +217,29 @@ class LogMeter:
             self._sums.clear()
             self._steps.clear()
         return means
+
+
+def log_scalars(log: Mapping[str, Any]) -> dict[str, Tensor]:
+    """A ``StepResult.log`` as 0-dimensional float32 tensors, which may be the environment's own."""
+    if not isinstance(log, Mapping):
+        raise TypeError(f"log: expected a mapping of names to numbers, got {type(log).__name__}")
+    scalars = {}
+    for key, value in log.items():
+        if not isinstance(key, str):
+            raise TypeError(f"log: expected names as keys, got {key!r}")
+        expected = f"log[{key!r}]: expected a number, or one for each environment, got"
+        try:
+            x = value.detach() if isinstance(value, Tensor) else torch.as_tensor(value)
+        except (TypeError, ValueError, RuntimeError):
+            raise TypeError(f"{expected} {value!r:.80}") from None
+        if x.dim() > 1 or x.is_complex():
+            raise TypeError(f"{expected} {x.dtype if x.is_complex() else f'shape {list(x.shape)}'}")
+        x = x.to(torch.float32)
+        if x.dim() == 0:
+            scalars[key] = x
+        elif len(x):
+            scalars[key] = x.sum() if key.startswith("episode/") else x.mean()
+    return scalars
 
 
 def check_actions(actions: Any, num_envs: int, width: int, device: torch.device) -> Tensor:

@@ -41,8 +41,8 @@ class DroneConfig:
 
 
 def clip_actions(actions: Tensor) -> Tensor:
-    """Actions [N, 4] clipped to [-1, 1]."""
-    return actions.clamp(*ACTION_LIMITS)
+    """Actions [N, 4] clipped to [-1, 1]; NaN where they are NaN or infinite."""
+    return actions.clamp(*ACTION_LIMITS).add_(actions, alpha=0)  # 0 * inf is NaN
 
 
 def propeller_rpm(actions: Tensor, config: DroneConfig) -> Tensor:

@@ -9,6 +9,7 @@ time.)
 
 from __future__ import annotations
 
+import math
 from importlib.util import find_spec
 from typing import Any, ClassVar
 
@@ -27,22 +28,21 @@ from pydrone.envs.drone import (
 )
 from pydrone.envs.hover_task import OBS_DIM, HoverTask
 from pydrone.envs.randomization import Randomization
+from pydrone.ops.packages import needed
 
 
 def init_genesis(device: torch.device, seed: int, performance_mode: bool = True, logging_level: str = "warning") -> Any:
     """Initialises Genesis for ``device`` unless it is initialised already, and returns its module.
 
     Raises:
-        ImportError: genesis-world is not installed.
+        ImportError: genesis-world is not installed, or one of its own imports fails.
         ValueError: Genesis was initialised for another device.
     """
     # Genesis and Triton each bring an LLVM, and the process crashes if Triton's is loaded second (Adam imports it).
     if find_spec("triton") is not None:
         import triton  # noqa: F401
-    try:
+    with needed("genesis", "genesis-hover", "genesis-world"):
         import genesis as gs
-    except ImportError as error:
-        raise ImportError("genesis-hover needs the simulator: pip install genesis-world") from error
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"device: expected 'cpu' or 'cuda', got {str(device)!r}")
     if not gs._initialized:
@@ -152,6 +152,7 @@ class GenesisHover:
     def reset(self) -> Tensor:
         """Starts new episodes and returns the observations [N, 17]."""
         self._open().drone.set_qpos(self._first_qpos, zero_velocity=True)
+        self.drone._prev_prop_t = None  # Genesis would refuse the next step after one that an exception left
         obs = self.task.reset()
         self._weigh()
         return obs
@@ -161,9 +162,8 @@ class GenesisHover:
         self._open()
         actions = clip_actions(check_actions(actions, self.num_envs, ACTION_DIM, self.device))
         drawn = self.task.randomizer
-        self.drone.set_propellers_rpm(
-            propeller_rpm(actions, self.config) if drawn is None else drawn.propeller_rpm(actions)
-        )
+        rpm = propeller_rpm(actions, self.config) if drawn is None else drawn.propeller_rpm(actions)
+        self.drone.set_propellers_rpm(rpm.nan_to_num(self.config.hover_rpm))  # the task ends these episodes
         if drawn is not None and drawn.blows:
             self.drone.apply_links_external_wrench(drawn.wind[:, None], links_idx_local=0)
         self.scene.step(update_visualizer=self._draws)
@@ -175,9 +175,11 @@ class GenesisHover:
         return result
 
     def state(self) -> DroneState:
-        """The state of the drones, read from the simulator."""
+        """The state of the drones, read from the simulator; NaN where it could not integrate a step."""
         # Genesis stores a row per coordinate, the task needs a row per drone
         row = torch.cat((self.drone.get_qpos(), self.drone.get_dofs_velocity()), dim=1)
+        # Genesis keeps the state before the step there, and raises at a later step unless the drone is reset
+        row.masked_fill_(self.scene.rigid_solver.get_error_envs_mask()[:, None], math.nan)
         # a free joint has its linear velocity in the world frame and its angular velocity in the body frame
         pos, quat, lin_vel, ang_vel = row.split((3, 4, 3, 3), dim=1)
         return DroneState(pos, quat, rotate_inverse(quat, lin_vel), ang_vel)

@@ -7,7 +7,8 @@ the drone's state (:mod:`pydrone.envs.drone` has the frames) and a class :class:
 It differs from the example where the example has errors. Here, rewards and final observations are computed before the
 reset; a time-out is no truncation if the drone crashed in the same step; an episode has ``max_episode_length`` steps,
 not one more; the last action in the first observation of an episode is zero; an observation holds the action that led
-to it and the target of the next step. A state that is not finite counts as a crash.
+to it and the target of the next step. A state or an action that is not finite counts as a crash; the log's
+``non_finite`` is the share of the drones that it happens to.
 """
 
 from __future__ import annotations
@@ -130,11 +131,16 @@ def observe(state: DroneState, target: Tensor, last_actions: Tensor, c: Constant
     return torch.clamp(row.mul_(c.scale), c.lowest, c.limit, out=row)
 
 
-def crashed(state: DroneState, target: Tensor, c: Constants) -> Tensor:
-    """[N] bool: too far from the target, too low, tilted too far, or not finite (comparisons with NaN are False)."""
+def is_finite(state: DroneState, actions: Tensor | float = 0.0) -> Tensor:
+    """[N] bool: whether all numbers of a drone's state, and of its action [N, 4], are finite."""
+    # a sum is finite only if its terms are
+    return ((state.pos + state.lin_vel + state.ang_vel).sum(-1) + (state.quat + actions).sum(-1)).abs() < math.inf
+
+
+def crashed(state: DroneState, target: Tensor, c: Constants, finite: Tensor | None = None) -> Tensor:
+    """[N] bool: too far from the target, too low, tilted too far, or not ``finite`` [N], by default the state's."""
     flying = ((target - state.pos).abs() <= c.max_rel).all(dim=-1) & (state.pos[:, 2] >= c.config.min_height)
-    # positions are checked above; this checks attitude and velocities: a sum is finite only if its terms are
-    flying &= (state.quat.sum(-1) + (state.lin_vel + state.ang_vel).sum(-1)).abs() < math.inf
+    flying &= is_finite(state) if finite is None else finite
     if c.config.max_tilt < 180.0:
         roll, pitch = roll_pitch(state.quat)
         limit = math.radians(c.config.max_tilt)
@@ -276,7 +282,8 @@ class HoverTask:
         """
         c = self.constants
         self.age.add_(1)
-        crash = crashed(state, self.target, c)
+        finite = is_finite(state, actions)
+        crash = crashed(state, self.target, c, finite)
         timeout = self.age >= c.config.max_episode_length
         dones = crash | timeout
         truncated = timeout & ~crash
@@ -286,7 +293,7 @@ class HoverTask:
         torch.sum(terms, dim=0, keepdim=True, out=self._rewards)
         distance = torch.linalg.vector_norm(self.target - state.pos, dim=-1)
         log = {f"reward/{name}": mean for name, mean in zip(self.rewards, terms.mean(dim=1).unbind(), strict=True)}
-        log["distance"] = distance.mean()
+        log |= {"distance": distance.nan_to_num(0.0, 0.0).mean(), "non_finite": (~finite).mean(dtype=torch.float32)}
         reached = distance < c.config.at_target
         if self.held is not None:
             self.held.add_(1).mul_(reached)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pydrone.envs.base import Env
+from pydrone.envs.base import Env, log_scalars
 from pydrone.integrations.rsl_rl import TensorDict, VecEnv  # checks the version
 
 __all__ = ["VecEnvWrapper"]
@@ -20,6 +20,9 @@ class VecEnvWrapper(VecEnv):
     Args:
         env: with "same_step" autoreset, the only kind that rsl_rl supports, and continuous actions.
         step_dt: seconds per step, by which rsl_rl scales the weight of RND; None: ``env.config.dt``, or 1.
+
+    Attributes:
+        max_episode_length: the environment's, or the largest int64 where it has none: the runner draws ages below it.
 
     Raises:
         ValueError, TypeError: rsl_rl cannot train on this environment.
@@ -34,7 +37,8 @@ class VecEnvWrapper(VecEnv):
             raise TypeError(f"env: expected a number of continuous actions, got {env.actions!r}")
         self.env, self.cfg = env, getattr(env, "config", {})
         self.num_envs, self.num_actions, self.device = env.num_envs, env.actions, env.device
-        self.max_episode_length = env.max_episode_length
+        limit = env.max_episode_length
+        self.max_episode_length = torch.iinfo(torch.int64).max if limit is None else limit
         self.step_dt = getattr(self.cfg, "dt", 1.0) if step_dt is None else step_dt
         self._lengths = torch.zeros(env.num_envs, dtype=torch.long, device=env.device)
         self._keep(env.reset())
@@ -61,7 +65,7 @@ class VecEnvWrapper(VecEnv):
         self._lengths.add_(1).masked_fill_(result.dones, 0)
         self._keep(result.obs)
         # Sums over ended episodes are left out: rsl_rl averages the log, and counts episodes itself.
-        log = {key: x.clone() for key, x in result.log.items() if not key.startswith("episode/")}
+        log = {key: x.clone() for key, x in log_scalars(result.log).items() if not key.startswith("episode/")}
         return self._obs, result.rewards, result.dones, {"time_outs": result.truncated, "log": log}
 
     def _keep(self, obs: Tensor | dict[str, Tensor]) -> None:

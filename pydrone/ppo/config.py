@@ -78,7 +78,11 @@ class PPOConfig:
     obs_dtype: Literal["float32", "float16", "bfloat16"] = option(
         "float32", "Type that observations are stored as; the policy sees them rounded to it, also when acting."
     )
-    autocast: bool = option(False, "The networks' matrix products in bfloat16; losses and parameters in float32.")
+    autocast: bool = option(
+        False,
+        "The networks' matrix products in bfloat16; losses and parameters in float32. Slow on a CPU without "
+        "AVX512_BF16.",
+    )
     recurrent: Literal["none", "gru", "lstm"] = option(
         "none", "A recurrent layer before the hidden ones, in actor and critic. Minibatches are whole environments."
     )
@@ -94,7 +98,7 @@ class PPOConfig:
         "multilayer perceptrons and continuous actions in float32. On CUDA only the loss, by a Triton kernel. torch: "
         "autograd. auto: fused where possible.",
     )
-    init_std: float = option(1.0, "Initial standard deviation of the actions.")
+    init_std: float = option(1.0, "Initial standard deviation of the actions, which is never below 1e-4.")
     chunk_size: int | None = option(
         None,
         "Samples that autograd processes at a time, accumulating gradients. None: 3200 per thread on the CPU, which "

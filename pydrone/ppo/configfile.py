@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from pydrone.ops.packages import needed
 from pydrone.ppo.config import TrainConfig
 
 CONFIG_TOML = "config.toml"
@@ -29,12 +30,13 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         OSError: it cannot be read.
         ValueError: it is not TOML; a key is unknown; a value is not of its field's type.
-        ModuleNotFoundError: before Python 3.11, without tomli.
+        ImportError: before Python 3.11, without tomli.
     """
     try:
         import tomllib
     except ModuleNotFoundError:
-        import tomli as tomllib
+        with needed("tomli", "a configuration file", "tomli"):
+            import tomli as tomllib
 
     with open(path, "rb") as file:
         try:

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from pydrone._version import __version__
+from pydrone.ops.packages import needed
 from pydrone.ppo.config import PPOConfig
 from pydrone.ppo.policy.make import make_policy
 
@@ -267,7 +268,8 @@ def _read_torchscript(path: Path) -> tuple[Runner, str]:
 
 
 def _write_onnx(path: Path, layers: Layers, tensors: Any, sizes: tuple[int, int], metadata: dict) -> None:
-    import onnx
+    with needed("onnx", "the export", '"pydrone-rl[export]"'):
+        import onnx
 
     names = ["obs", "memory"] if sizes[1] else ["obs"]
     outputs = ["actions", "next_memory"] if sizes[1] else ["actions"]

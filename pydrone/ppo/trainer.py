@@ -16,6 +16,7 @@ from pydrone.envs.base import Env
 from pydrone.ops import native
 from pydrone.ppo.config import TrainConfig
 from pydrone.ppo.distributed import Ranks
+from pydrone.ppo.learner import fused
 from pydrone.ppo.training import checkpoint
 from pydrone.ppo.training.figures import WINDOW
 from pydrone.ppo.training.graphs import Graph
@@ -112,6 +113,11 @@ class Trainer(Iteration):
         by_autograd = self.learner.not_fused is not None and self.learner.fused_loss is None
         if self.config.ppo.learner == "auto" and by_autograd and native.CPU_MISSING is None:
             self.echo(f"Gradients by autograd: {self.learner.not_fused}.")
+        if self.config.ppo.autocast and self.device.type == "cpu" and fused.lacks_bf16():
+            self.echo(
+                "autocast: this processor has no AVX512_BF16. Where products in bfloat16 are emulated, an update takes "
+                "many times as long as without autocast."
+            )
         try:
             with Interrupt(self.echo) as interrupt:
                 self._interrupt = interrupt

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pydrone.ops.packages import needed
 from pydrone.ppo.training.run_log import PROGRESS
 from pydrone.report import learning_curve
 
@@ -131,8 +132,9 @@ def draw(
         ValueError: no run has such a figure, or ``x`` needs the time of iterations and it is missing.
     """
     # Not through pyplot, which would look for a display.
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
+    with needed("matplotlib", "a learning curve", "matplotlib"):
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
 
     panels = _panels(groups, figures)
     if x != "iteration":

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pydrone.ops.packages import needed
 from pydrone.ppo.training.run_log import CONFIG, PROGRESS
 
 CURVE = "learning_curve.png"
@@ -53,8 +54,9 @@ def settings_of(run_dir: str | os.PathLike[str]) -> dict[str, Any]:
 def plot(run_dir: str | os.PathLike[str]) -> Path:
     """Draws the learning curve of a run into its folder and returns the picture's path. Needs matplotlib."""
     # Not through pyplot, which would look for a display.
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
+    with needed("matplotlib", "a learning curve", "matplotlib"):
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
 
     rows, settings = read(run_dir), settings_of(run_dir)
     figure = Figure(figsize=(10, 9), layout="constrained")

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, TextIO
 
+from pydrone.ops.packages import needed
 from pydrone.ppo.training.meters import stages_of
 
 if TYPE_CHECKING:
@@ -48,8 +49,9 @@ class LiveView:
     """
 
     def __init__(self, title: str, console: Console | None = None) -> None:
-        from rich.console import Console
-        from rich.live import Live
+        with needed("rich", "the live view", "rich"):
+            from rich.console import Console
+            from rich.live import Live
 
         self.title = title
         self.console = console or Console()

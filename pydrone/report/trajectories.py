@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from pydrone.ops.packages import needed
 from pydrone.report.evaluation import Episodes, Paths
 
 # Number of paths drawn with a fixed target, and with moving targets, where paths are longer and overlap.
@@ -18,7 +19,8 @@ PATHS, TANGLED = 6, 2
 def draw(title: str, evaluated: Sequence[Episodes], path: str | os.PathLike[str]) -> Path:
     """Writes the picture, with a column for each of ``evaluated``, which must have ``paths``. Needs matplotlib."""
     # Not through pyplot, which would look for a display.
-    from matplotlib.figure import Figure
+    with needed("matplotlib", "a picture of flights", "matplotlib"):
+        from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7 * len(evaluated), 9.5), layout="constrained")
     grid = figure.add_gridspec(2, len(evaluated), height_ratios=(2.2, 1))

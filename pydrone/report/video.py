@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pydrone.ops.packages import needed
 from pydrone.report.evaluation import Paths
 
 FPS = 25
@@ -50,13 +51,14 @@ def render(
 
     Raises:
         ValueError: ``out`` has another suffix.
-        ImportError: genesis-world is missing.
+        ImportError: genesis-world or av is missing or broken.
         RuntimeError: OpenGL is not available for rendering.
     """
     out = Path(out)
     if out.suffix.lower() != ".mp4":
         raise ValueError(f"video: expected a file name that ends in .mp4, got {str(out)!r}")
-    import av
+    with needed("av", "a video", "av"):
+        import av
 
     from pydrone.envs.genesis_hover import init_genesis
 

@@ -50,15 +50,16 @@ def pad(
     codes: Tensor,
     hidden: Mapping[str, Tensor],
     envs: Tensor,
-    burn_in: int,
+    burn_in: int | Tensor,
 ) -> Sequences:
-    """The trajectories of ``envs`` from views [N, T, ...]; codes: uint8 [N, T]. One host sync, for the sizes."""
+    """The trajectories of ``envs`` from views [N, T, ...]; codes: uint8 [N, T]; burn_in: or [N]. One host sync."""
     env, start, length = trajectories(codes != 0, envs)
     offset = torch.arange(int(length.max()), device=codes.device).unsqueeze(1)
     mask = offset < length
     step = start + torch.minimum(offset, length - 1)
     taken = {name: view[env, step] for name, view in views.items()}
     # A trajectory that begins with the rollout may start from an older policy's hidden state: the burn-in renews it.
+    burn_in = burn_in[env] if isinstance(burn_in, Tensor) else burn_in
     learn = mask & ((start > 0) | (offset >= burn_in)) & (codes[env, step] != 3)
     obs = {name: taken.pop(f"obs.{name}") for name in groups}
     return Sequences(

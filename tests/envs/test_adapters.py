@@ -244,6 +244,7 @@ def make_rsl_rl() -> Any:
             dones = time_outs | (actions[:, 0] > 0)
             self.episode_length_buf[dones] = 0
             extras = {"time_outs": time_outs, "log": {"/speed": torch.tensor([1.0, 3.0]), "/n": 2, "text": "x"}}
+            extras["log"] |= {"numpy": np.float64(3), "table": np.ones((2, 3)), "none ended": torch.zeros(0)}
             return self.get_observations(), torch.ones(3, 1), dones.long(), extras
 
     return Counter()
@@ -270,6 +271,7 @@ def test_rsl_rl() -> None:
     assert result.final_obs is None
     assert result.valid is None
     log = {key: value.item() for key, value in result.log.items()}
+    assert (log.pop("numpy"), log.pop("table")) == (3, 1)
     assert log == {"/speed": 2, "/n": 2, "episode/count": 2, "episode/length": 8, "episode/return": 8}
 
 

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -76,6 +78,50 @@ def test_log_meter_means() -> None:
     meter.add({"y": torch.tensor(7.0)})
     assert meter.means() == {"x": 2.0, "episode/count": 4.0, "episode/return": 3.0, "y": 7.0}
     assert meter.means() == {}
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        *(2.0, 2, np.float32(2), np.int64(2), np.array(2.0), torch.tensor(2), torch.tensor(2.0, requires_grad=True)),
+        *(torch.tensor([1.0, 3.0]), torch.tensor([1, 3]), np.array([1.0, 3.0]), np.array([1, 3], np.uint16)),
+    ],
+    ids=repr,
+)
+def test_a_log_may_hold_numbers_of_any_kind(value: object) -> None:
+    meter = LogMeter()
+    meter.add({"x": value, "episode/count": value, "episode/x": value})
+    meter.add({"x": torch.tensor(5.0), "empty": torch.zeros(0)})  # as of the episodes that ended, where none did
+    per_env = getattr(value, "shape", ()) != ()
+    # one number for each environment: its mean, and for what is a sum over episodes its sum
+    assert meter.means() == {"x": 3.5, "episode/count": 4.0 if per_env else 2.0, "episode/x": 1.0}
+
+
+def test_a_log_may_hold_what_is_not_a_number_and_keys_that_come_and_go() -> None:
+    meter = LogMeter()
+    meter.add({"x": math.nan, "y": 1.0, "z": True})
+    meter.add({"y": np.array([2.0, 4.0])})
+    meter.add({"x": 1.0, "y": torch.tensor(math.inf), "z": False})
+    means = meter.means()
+    assert math.isnan(means.pop("x")) and means == {"y": math.inf, "z": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("log", "text"),
+    [
+        ({"a/b": "x"}, r"log\['a/b'\]: expected a number, or one for each environment, got 'x'"),
+        ({"a": None}, r"log\['a'\]: expected a number, or one for each environment, got None"),
+        ({"a": {"b": 1.0}}, r"log\['a'\]: expected a number, or one for each environment, got \{'b': 1.0\}"),
+        ({"a": [[1.0]]}, r"log\['a'\]: expected a number, or one for each environment, got shape \[1, 1\]"),
+        ({"a": torch.zeros(2, 3)}, r"log\['a'\]: expected a number, or one for each environment, got shape \[2, 3\]"),
+        ({"a": torch.tensor(1j)}, r"log\['a'\]: expected a number, or one for each environment, got torch.complex64"),
+        ({3: 1.0}, r"log: expected names as keys, got 3"),
+        ([1.0], r"log: expected a mapping of names to numbers, got list"),
+    ],
+)
+def test_what_a_log_cannot_hold_is_named(log: object, text: str) -> None:
+    with pytest.raises(TypeError, match=text):
+        LogMeter().add(log)
 
 
 def test_log_meter_without_ended_episodes() -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import pytest
@@ -212,6 +213,34 @@ def test_runs_repeat(env: GenesisHover) -> None:
     first = run()
     torch.rand(5)
     assert torch.equal(first, run())
+
+
+def test_what_is_not_finite_ends_its_own_episode_alone(env: GenesisHover) -> None:
+    def run(broken: bool) -> torch.Tensor:
+        env.task.generator.manual_seed(5)
+        env.reset()
+        seen = []
+        for t in range(LIMIT + 5):
+            actions = torch.full((N, 4), 0.02)
+            if broken and t in (3, LIMIT - 1, LIMIT):
+                actions[1, 2], actions[2, 0], actions[3, 3] = math.nan, math.inf, -math.inf
+                velocity = env.drone.get_dofs_velocity()
+                velocity[4, 1] = math.nan
+                velocity[5, 3] = 1e38  # finite, until Genesis multiplies it
+                env.drone.set_dofs_velocity(velocity)
+            result = env.step(actions)
+            ended = (result.dones & ~result.truncated).nonzero().flatten().tolist()
+            assert ended == ([1, 2, 3, 4, 5] if broken and t in (3, LIMIT - 1, LIMIT) else [])
+            assert result.log["non_finite"] == len(ended) / N
+            assert result.obs.isfinite().all() and result.rewards.isfinite().all()
+            seen.append(result.obs.clone())
+        return torch.stack(seen)
+
+    expected = run(False)
+    others = [0, *range(6, N)]
+    assert torch.equal(run(True)[:, others], expected[:, others])
+    env.drone.set_propellers_rpm(torch.zeros(N, 4))  # a step that an exception leaves
+    assert env.reset().isfinite().all() and torch.equal(run(False), expected)
 
 
 def test_another_device_than_genesis_has_is_refused(env: GenesisHover) -> None:

@@ -181,6 +181,30 @@ def test_actions_are_clipped_and_checked() -> None:
         a.step(torch.zeros(2, 3))
 
 
+LATE = Randomization(latency=(1, 2), motor_lag=(0.01, 0.05))
+
+
+@pytest.mark.parametrize("ranges", [None, LATE], ids=["plain", "late"])
+@pytest.mark.parametrize("env_type", [Quadrotor, QuadrotorCourse])
+def test_what_is_not_finite_ends_its_own_episode_alone(env_type: type[Quadrotor], ranges: Randomization | None) -> None:
+    env, twin = (env_type(5, seed=0, max_episode_length=4, randomization=ranges) for _ in range(2))
+    for t in range(9):
+        actions = torch.linspace(-0.2, 0.2, 20).view(5, 4)
+        expected = twin.step(actions)
+        if t in (1, 3, 7):  # at 3 and 7 also the time limit
+            actions[1, 2], actions[2, 0], actions[3, 3] = math.nan, math.inf, -math.inf
+            env.vel[4, 1] = math.nan
+        result = env.step(actions)
+        broken = torch.arange(5) > 0 if t in (1, 3, 7) else torch.zeros(5, dtype=torch.bool)
+        limit = env.task.config.max_episode_length
+        assert result.log["non_finite"] == broken.float().mean() and result.log["distance"].isfinite()
+        assert (result.dones & ~result.truncated)[broken].all() and not (result.dones & ~result.truncated)[0]
+        assert torch.equal(result.obs[0], expected.obs[0]) and result.rewards[0] == expected.rewards[0]
+        assert result.obs.isfinite().all() and result.rewards.isfinite().all()
+        assert (result.rewards[broken] < -0.09).all() and result.dones[0] == ((t + 1) % limit == 0)
+    assert all(x.isfinite().all() for x in env.state_dict().values() if x.is_floating_point())
+
+
 def test_substeps_error() -> None:
     with pytest.raises(ValueError, match="substeps: expected at least 1, got 0"):
         Quadrotor(1, substeps=0)

@@ -18,6 +18,7 @@ import gymnasium
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from rsl_rl.algorithms import ppo
 from rsl_rl.env import VecEnv
+from rsl_rl.modules.distribution import GaussianDistribution
 from rsl_rl.runners import DistillationRunner, OnPolicyRunner
 from rsl_rl.storage import RolloutStorage as PeerStorage
 from tensordict import TensorDict
@@ -537,3 +538,34 @@ def test_a_wrapped_environment_keeps_its_observations_and_reports_its_ends():
     env.env.task.age.fill_(-1)
     env.episode_length_buf = torch.zeros(4, dtype=torch.long)  # as the runner does
     assert ((env.env.task.age >= 0) & (env.env.task.age < 3)).all()
+
+
+@pytest.mark.parametrize(("kind", "below", "gradient"), [("scalar", -0.001, 0), ("log", -13.0, 1), ("log", -14.0, 0)])
+def test_a_standard_deviation_below_rsl_rls_floor_is_rsl_rls_own(kind, below, gradient):
+    runner = construct(VecEnvWrapper(Quadrotor(4)), config("pydrone.integrations.rsl_rl:PPO"))
+    found = runner.alg.actor.distribution
+    assert type(found) is GaussianDistribution
+    found = GaussianDistribution(1, std_type=kind)
+    (parameter,) = found.parameters()
+    parameter.data.fill_(below)
+    found.update(torch.zeros(3, 1))
+    found.entropy.mean().backward()  # d log(std) / d log(std)
+    assert parameter.grad.item() == pytest.approx(gradient) and found.std.min() > 0.99e-6
+
+
+def test_an_environment_without_a_time_limit_that_logs_numbers_of_any_kind_trains(tmp_path):
+    class Endless(Quadrotor):
+        def step(self, actions):
+            result = super().step(actions)
+            given = {"number": 2.0, "each": torch.ones(self.num_envs), "numpy": np.float32(3), "episode/x": 1}
+            return result._replace(log={**result.log, **given})
+
+    quadrotor = Endless(4, seed=2)
+    quadrotor.max_episode_length = None
+    env = VecEnvWrapper(quadrotor)
+    log = env.step(torch.zeros(4, 4))[3]["log"]
+    assert (log["number"], log["each"], log["numpy"]) == (2, 1, 3) and "episode/x" not in log
+    with contextlib.redirect_stdout(io.StringIO()):
+        runner = OnPolicyRunner(env, config("pydrone.integrations.rsl_rl:PPO"), log_dir=str(tmp_path))
+        runner.learn(2, init_at_random_ep_len=True)
+    assert quadrotor.task.age.max() > 2 * NUM_STEPS, "the environment draws the ages"

@@ -52,6 +52,14 @@ def test_padding_masks_and_initial_states_by_hand():
     assert batch.fields["actions"].dtype == torch.int64
 
 
+def test_a_burn_in_for_each_environment():
+    buf = filled(3, 4, [(2, 1)])
+    for batch in buf.sequences(burn_in=torch.tensor([3, 0, 1]), num_minibatches=2):
+        for env, start, learn in zip(batch.envs.tolist(), batch.starts.tolist(), batch.learn.t().tolist()):
+            expected = {(0, 0): [0, 0, 0, 1], (1, 0): [1, 1, 1, 1], (2, 0): [0, 1, 0, 0], (2, 2): [1, 1, 0, 0]}
+            assert learn == [bool(x) for x in expected[env, start]][: len(learn)]
+
+
 @pytest.mark.parametrize("num_minibatches", [1, 3, 7])
 def test_every_step_is_in_one_trajectory(num_minibatches):
     ends = [(0, 0), (1, 3), (1, 4), (2, 8), (4, 5), (6, 1), (6, 2), (6, 3)]
@@ -118,6 +126,8 @@ def test_errors():
     buf = filled(2, 3, [])
     with pytest.raises(ValueError, match=r"burn_in: expected an int of at least 0, got -1"):
         buf.sequences(burn_in=-1)
+    with pytest.raises(ValueError, match=r"burn_in: expected shape \[2\] or \[2, 1\], got \[3\]"):
+        buf.sequences(burn_in=torch.ones(3))
     with pytest.raises(ValueError, match=r"num_minibatches: expected at most one per environment, 2, got 3"):
         buf.sequences(num_minibatches=3)
     with pytest.raises(ValueError, match=r"hidden\['h'\]: expected shape \[2, 3, ...\], got \[3, 2\]"):

@@ -75,7 +75,7 @@ def fused_update(
 
     Args:
         actor, critic: ``nn.Sequential`` of ``nn.Linear`` with tanh, ELU, ReLU or SiLU between them.
-        std: [A], the standard deviation: a parameter, or a function of one (``log_std.exp()``).
+        std: [A], the standard deviation, above 0: a parameter, or a function of one (``log_std.exp()``).
         obs: [B, width], or several such, concatenated to the actor's input.
         actions: [B, A].
         log_probs: [B], of the policy that acted.
@@ -99,6 +99,8 @@ def fused_update(
         TypeError, ValueError, RuntimeError: an argument does not fit; nothing was written.
     """
     check_tensor("std", std.detach() if isinstance(std, Tensor) else std, CPU, True)
+    if (std <= 0).any():
+        raise ValueError(f"std: expected numbers above 0, got {std.min().item():g}")
     tensors = {"actions": actions, "log_probs": log_probs, "advantages": advantages, "returns": returns}
     tensors |= {"values": values, **({} if mu is None else {"mu": mu}), **({} if sigma is None else {"sigma": sigma})}
     for name, x in tensors.items():
@@ -223,6 +225,12 @@ def _require_bf16() -> None:
     """Raises Unsupported where the library, which must be there, has no products in bfloat16."""
     if not torch.ops.pydrone.has_bf16():
         raise Unsupported("autocast is on, and the processor has no AVX512_BF16, or PYDRONE_ISA leaves it out")
+
+
+def lacks_bf16() -> bool:
+    """Whether this CPU has no AVX512_BF16, so that torch's autocast may emulate products in bfloat16."""
+    ours = native.CPU_MISSING is None and torch.ops.pydrone.has_bf16()  # PYDRONE_ISA may leave them out
+    return not (ours or getattr(torch.cpu, "_is_avx512_bf16_supported", bool)())
 
 
 def _moments(*normalizers: RunningMoments | None) -> list[Tensor | None]:

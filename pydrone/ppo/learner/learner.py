@@ -155,6 +155,7 @@ class Learner:
         config, policy = self.config, self.policy
         size = _size(minibatch)
         self.optimizer.zero_grad(set_to_none=True)
+        policy.bound_std()
         if self.not_fused is None and size > 0:
             return fused.of_policy(policy, minibatch, config)
         chunks = -(-size // self.chunk_size) if self.chunk_size else 1

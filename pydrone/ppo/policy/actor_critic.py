@@ -18,8 +18,9 @@ from pydrone.ppo.policy.distributions import gaussian_entropy, gaussian_kl, gaus
 from pydrone.ppo.policy.normalization import RunningMoments
 from pydrone.rollout.layout import Spec, parse_obs
 
-# rsl_rl's lower bound: the standard deviation is a plain parameter, and a gradient step could take it below zero.
-MIN_STD = 1e-6
+# The standard deviation is a plain parameter, and a gradient step could take it below zero. With less than this, the
+# rounding of an action of size 1 in float32 would show in its probability.
+MIN_STD = 1e-4
 
 
 class PolicyStep(NamedTuple):
@@ -71,7 +72,7 @@ class ActorCritic(nn.Module):
         actions: action dimensions A.
         hidden_dims: widths of the hidden layers.
         activation: of the hidden layers, tanh, elu, relu or silu.
-        init_std: initial standard deviation of every dimension.
+        init_std: initial standard deviation of every dimension; below MIN_STD it is MIN_STD.
         actor_obs, critic_obs: names of the groups that each sees, concatenated in this order. Empty: the actor sees
             "policy" and the critic "critic", or the actor's groups where there is no such group.
         normalize_obs: normalise observations by running statistics, which :meth:`observe` updates, and clip them to
@@ -129,8 +130,16 @@ class ActorCritic(nn.Module):
 
     @property
     def std(self) -> Tensor:
-        """[A], the standard deviation; NaN for discrete actions."""
+        """[A], the standard deviation, at least MIN_STD; NaN for discrete actions."""
         return self.std_param.clamp_min(MIN_STD)
+
+    @torch.no_grad()
+    def bound_std(self) -> None:
+        """Sets ``std_param`` to MIN_STD where it is below: there :attr:`std` has no gradient, and would never rise.
+
+        The learner calls it before each gradient; a loop of your own should, too.
+        """
+        self.std_param.clamp_(min=MIN_STD)
 
     def fields(self) -> dict[str, int]:
         """The rollout buffer's fields that the policy's distribution is stored in."""

@@ -31,6 +31,9 @@ class CategoricalActorCritic(ActorCritic):
     def std(self) -> Tensor:
         return self.actor[-1].bias.new_full((), math.nan)
 
+    def bound_std(self) -> None:
+        """Does nothing: there is none."""
+
     def fields(self) -> dict[str, int]:
         return {"logs": self.actor[-1].out_features}
 

@@ -167,9 +167,11 @@ def sequence_batches(
     hidden = {
         name: state.unsqueeze(1).expand(-1, buffer.num_steps, -1) for name, state in policy.rollout_memory.items()
     }
+    # An episode that begins with the rollout has an empty memory: there is nothing of an earlier policy to renew.
+    continued = torch.stack([state.any(1) for state in policy.rollout_memory.values()]).any(0)
     over_rollout = config.normalize_advantages and config.advantage_scope != "minibatch"
     for sequences in buffer.sequences(
-        hidden, config.burn_in, config.num_minibatches, config.num_epochs, normalize_advantages=over_rollout
+        hidden, config.burn_in * continued, config.num_minibatches, config.num_epochs, normalize_advantages=over_rollout
     ):
         new = (sequences.starts > 0).unsqueeze(1)
         begun = {name: torch.where(new, 0, state) for name, state in sequences.hidden.items()}

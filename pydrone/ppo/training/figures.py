@@ -103,14 +103,15 @@ class Figures:
         figures |= {f"env/{name}": value for name, value in log.items()}
         self.episode_lengths.append(figures["episode_length"])
         culprit, details = None, ""
-        if not all(itertools.chain(good_obs, good_rewards, good_values, good_advantages)):
+        finite_loss = math.isfinite(figures["surrogate_loss"] + figures["value_loss"])
+        if not (finite_loss and all(itertools.chain(good_obs, good_rewards, good_values, good_advantages))):
             culprit, details = self.find_culprit()
         if culprit is not None:
             pass
         elif not all(good_advantages):
             culprit = "the advantages are not finite"
-        elif not math.isfinite(figures["surrogate_loss"] + figures["value_loss"]):
-            culprit = "rewards, values and advantages are; the update diverged"
+        elif not finite_loss:
+            culprit = "what was collected is; the update diverged"
         if self.ranks.several:
             finite = zip(good_obs, good_rewards, good_values, good_advantages)
             bad = [str(rank) for rank, good in enumerate(finite) if not all(good)]

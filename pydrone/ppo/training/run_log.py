@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pydrone.ops.packages import needed
 from pydrone.ppo import configfile
 from pydrone.ppo.config import TrainConfig
 from pydrone.ppo.training import checkpoint
@@ -42,7 +43,8 @@ class RunLog:
         self.run_dir.mkdir(parents=True, exist_ok=True)
         self._events: Any = None
         if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
+            with needed("tensorboard", "a run's log", "tensorboard"):
+                from torch.utils.tensorboard import SummaryWriter
 
             # Iterations that a killed run logged after its last checkpoint are done again.
             self._events = SummaryWriter(str(self.run_dir), purge_step=after + 1 if after else None)
@@ -85,7 +87,8 @@ def open_run(run_dir: Path, config: TrainConfig, after: int) -> RunLog:
 
 def _wandb_run(run_dir: Path, project: str, settings: Mapping[str, Any] | None) -> Any:
     """This folder's run at Weights & Biases: the one it had before, or a new one."""
-    import wandb
+    with needed("wandb", "a run's log", "wandb"):
+        import wandb
 
     known = run_dir / WANDB_ID
     number = known.read_text(encoding="utf-8").strip() if known.exists() else None

@@ -136,7 +136,7 @@ def test_other_instructions(isa):
 
 def test_an_unknown_version_is_an_error():
     code = "import torch, pydrone.ppo.learner.fused as f; n = torch.nn.Linear(1, 1); x = torch.zeros(1)\n"
-    code += "f.fused_update(n, n, x, obs=x[None], actions=x[None], log_probs=x, advantages=x, returns=x, values=x)"
+    code += "f.fused_update(n, n, x + 1, obs=x[None], actions=x[None], log_probs=x, advantages=x, returns=x, values=x)"
     done = subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYDRONE_ISA": "z80"}, capture_output=True)
     assert b"PYDRONE_ISA: expected baseline, x86-64-v3 or x86-64-v4" in done.stderr and b"got z80" in done.stderr
 
@@ -318,6 +318,8 @@ BAD = [
         "advantages: requires grad, which the policy",
     ),
     ({"std": None}, "std: expected a tensor, got NoneType"),
+    ({"std": torch.tensor([-0.001])}, "std: expected numbers above 0, got -0.001"),
+    ({"std": torch.tensor([-200.0]).exp()}, "std: expected numbers above 0, got 0"),
     ({"obs": 3.0}, "obs: expected a tensor or several, got float"),
     ({"obs_clip": math.nan}, "obs_clip: expected a finite number of at least 0, got nan"),
     ({"obs_clip": -1.0}, "obs_clip: expected a finite number of at least 0, got -1"),

@@ -278,6 +278,33 @@ def test_without_the_instructions_torch_does_it_and_says_why(monkeypatch):
     assert sum(f"Gradients by autograd: {REASON}." in x for x in lines) == 1
 
 
+@pytest.mark.parametrize("settings", [{}, {"learner": "torch"}, {"recurrent": "gru", "rnn_dim": 4}], ids=str)
+@pytest.mark.parametrize(("ours", "torchs"), [(False, False), (True, False), (False, True)])
+def test_autocast_on_a_processor_that_emulates_it_is_said_to_be_slow_before_it_starts(
+    ours, torchs, settings, monkeypatch
+):
+    if not ours:
+        monkeypatch.setattr(torch.ops.pydrone, "has_bf16", lambda: False)
+    elif not torch.ops.pydrone.has_bf16():
+        pytest.skip("this processor has no AVX512_BF16")
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: torchs, raising=False)
+    for autocast in (False, True):
+        lines: list[str] = []
+
+        def compute(*_, lines=lines):
+            lines.append("started")
+            raise ZeroDivisionError
+
+        ppo = PPOConfig(autocast=autocast, hidden_dims=(8,), num_minibatches=1, **settings)
+        config = TrainConfig(env="quadrotor", num_steps=4, iterations=1, ppo=ppo, tensorboard=False)
+        trainer = Trainer(Quadrotor(8), config, echo=lines.append)
+        monkeypatch.setattr(trainer, "compute", compute)
+        with pytest.raises(ZeroDivisionError):
+            trainer.train()
+        said = [x for x in lines[: lines.index("started")] if "autocast: this processor has no AVX512_BF16" in x]
+        assert len(said) == (autocast and not ours and not torchs)
+
+
 def test_lesser_instructions_have_none():
     code = "import torch, pydrone.ops.native; q = torch.ops.pydrone; assert not q.has_bf16(); x = torch.zeros(1, 1)\n"
     code += "y = x[0]; q.ppo_act([x], [], x, [x, y], [x, y], y, 0, True, *[None] * 4, 1.0, *[None] * 3, x, y, y, x)"

@@ -16,7 +16,7 @@ import pydrone
 from pydrone.buffer import RolloutBuffer
 from pydrone.ppo.config import PPOConfig
 from pydrone.ppo.learner.learner import Learner
-from pydrone.ppo.policy.actor_critic import ActorCritic
+from pydrone.ppo.policy.actor_critic import MIN_STD, ActorCritic
 
 N, T, OBS, ACTIONS = 16, 8, 5, 2
 
@@ -212,6 +212,60 @@ def test_update_is_repeatable():
         Learner(policy).update(buffer)
         policies.append(policy.state_dict())
     assert all(torch.equal(x, policies[1][name]) for name, x in policies[0].items())
+
+
+@pytest.mark.parametrize("learner", ["auto", "torch"])
+@pytest.mark.parametrize("below", [-0.001, -5.0, 0.0, MIN_STD])
+def test_below_its_floor_a_standard_deviation_has_the_gradient_of_the_floor(below, learner):
+    # Every action is the mean, so log p = -log s + const, and the ratio is 1: d loss / ds = (A - entropy_coef) / s.
+    policy, batch = make_policy(), random_batch()
+    torch.nn.init.constant_(policy.std_param, below)
+    with torch.no_grad():
+        new = policy.evaluate(batch.obs, policy.mean(batch.obs))
+    batch.actions, batch.log_probs, batch.advantages = new.mean, new.log_probs, torch.full((50,), 0.25)
+    Learner(policy, PPOConfig(learner=learner, entropy_coef=1.0, chunk_size=17)).compute_gradients(batch)
+    assert policy.std_param.grad.tolist() == pytest.approx([-0.75 / MIN_STD] * ACTIONS, rel=1e-4)
+
+
+def punish_noise(policy: ActorCritic, learner: Learner) -> None:
+    """An update that pays for actions near the mean, and for nothing else."""
+    buffer = make_buffer()
+    for _ in range(T):
+        obs = torch.randn(N, OBS)
+        step = learner.act(obs)
+        noise = (step.actions - step.mean) / step.std
+        ends = {"rewards": -noise.square().sum(1), "dones": torch.ones(N, dtype=torch.bool)}
+        given = {"values": step.values, "log_probs": step.log_probs, **policy.stored(step)}
+        buffer.append(obs=obs, actions=step.actions, **given, **ends)
+    buffer.compute_gae(torch.zeros(N))
+    learner.update(buffer)
+
+
+@pytest.mark.parametrize("learner", ["auto", "torch"])
+@pytest.mark.parametrize("schedule", ["adaptive", "fixed"])
+def test_a_standard_deviation_below_its_floor_comes_back(schedule, learner):
+    policy, config = make_policy(), PPOConfig(learner=learner, schedule=schedule, entropy_coef=1.0)
+    policy.std_param.data.copy_(torch.tensor([-0.001, 0.5]))
+    learning, buffer = Learner(policy, config), make_buffer()
+    for seed in range(10):
+        buffer.compute_gae(fill(buffer, policy, seed))
+        learning.update(buffer)
+        buffer.clear()
+    assert policy.std[0] > 10 * MIN_STD
+
+
+@pytest.mark.parametrize("learner", ["auto", "torch"])
+def test_a_standard_deviation_that_fell_through_its_floor_by_itself_comes_back(learner):
+    torch.manual_seed(0)
+    policy = ActorCritic(OBS, ACTIONS, hidden_dims=(32, 32), init_std=0.05)
+    learning = Learner(policy, PPOConfig(learner=learner, schedule="fixed", learning_rate=1e-2, entropy_coef=0.0))
+    for _ in range(3):
+        punish_noise(policy, learning)
+    assert policy.std.tolist() == pytest.approx([MIN_STD] * ACTIONS)
+    learning.config.entropy_coef = 1.0
+    for _ in range(3):
+        punish_noise(policy, learning)
+    assert policy.std.min() > 100 * MIN_STD
 
 
 class Record(TorchDispatchMode):

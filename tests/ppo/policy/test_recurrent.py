@@ -107,6 +107,25 @@ def test_gradients_reach_back_through_time_and_not_over_an_end():
 
 
 @pytest.mark.parametrize("cell", ["gru", "lstm"])
+def test_only_a_memory_of_an_earlier_policy_is_burnt_in(cell):
+    policy, learnt = make(cell), []
+    ppo = PPOConfig(num_epochs=1, num_minibatches=2, burn_in=3, recurrent=cell)
+    for last in ([1, 0], [0, 0], [1, 1], [0, 0]):  # whether the episodes end with the rollout
+        buffer = RolloutBuffer(2, 8, obs=OBS, actions=2, fields=policy.fields())
+        policy.begin_rollout(2)
+        for t in range(8):
+            step, dones = policy.act(torch.randn(2, OBS)), torch.tensor(last if t == 7 else [0, 0])
+            given = {"values": step.values, "log_probs": step.log_probs, **policy.stored(step)}
+            buffer.append(obs=torch.randn(2, OBS), actions=step.actions, rewards=torch.zeros(2), dones=dones, **given)
+            policy.reset(dones)
+        buffer.compute_gae(torch.zeros(2))
+        batches = sequence_batches(policy, buffer, ppo)
+        learnt.append(sum(len(batch) for batch in batches))
+    # Both episodes begin with the first and the last rollout; one or none begins with those between.
+    assert learnt == [16, 16 - 3, 16 - 6, 16]
+
+
+@pytest.mark.parametrize("cell", ["gru", "lstm"])
 def test_reset_mode_value_and_forward(cell):
     policy, obs = make(cell), torch.randn(2, 3, OBS)
     policy.act(obs[0])

@@ -80,6 +80,7 @@ CASES = {
     "normalised": {"ppo": {"normalize_obs": True, "normalize_values": True, "normalize_rewards": True}},
     "minibatches": {"ppo": {"schedule": "linear", "advantage_scope": "minibatch", "obs_dtype": "bfloat16"}},
     "randomised": {"env": {"randomization": VARIED}, "random_episode_starts": False, "ppo": {"reward_scale": 0.1}},
+    "standard deviations below their floor": {"ppo": {"schedule": "fixed", "entropy_coef": 1.0, "init_std": 1e-9}},
     "course": {"kind": QuadrotorCourse, "ppo": {"schedule": "fixed", "activation": "elu"}},
 }
 
@@ -97,6 +98,7 @@ def test_a_captured_training_is_the_uncaptured_one(case, on_the_cpu):
         same_figures(ours, theirs)
     assert len({figures["surrogate_loss"] for figures in found}) == ITERATIONS
     assert sum(figures["episodes"] for figures in found) > 0
+    assert replayed.policy.std_param.min() > 1e-4  # it rose
     same_tensors(replayed.policy.state_dict(), eager.policy.state_dict())
     same_tensors(adams(replayed), adams(eager))
     same_tensors(replayed.env.state_dict(), eager.env.state_dict())

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import pydrone
 from pydrone.envs.adapters import GymnasiumEnv, RslRlEnv
 from pydrone.envs.base import StepResult
+from pydrone.envs.quadrotor import Quadrotor
 from pydrone.ppo.config import PPOConfig, TrainConfig
 from pydrone.ppo.trainer import NotFinite, Trainer
 from pydrone.ppo.training import checkpoint
@@ -225,6 +226,18 @@ def test_a_policy_that_diverged_is_not_a_crash():
     with torch.no_grad():
         next(iter(trained.policy.critic.parameters())).fill_(math.nan)
     with pytest.raises(NotFinite, match=r"the values of the critic are not finite: values: \d+ values .* 0 at step 0"):
+        trained.iterate()
+
+
+@pytest.mark.parametrize("env", [Clock, lambda: Quadrotor(N)], ids=["any", "one that ends such an episode"])
+def test_actions_that_are_not_finite_are_named(env):
+    trained = trainer(env())
+    trained.iterate()
+    with torch.no_grad():
+        next(iter(trained.policy.actor.parameters())).fill_(math.nan)
+    with pytest.raises(
+        NotFinite, match=r"the actions of the policy are not finite: actions: \d+ values .* 0 at step 0"
+    ):
         trained.iterate()
 
 

@@ -19,6 +19,13 @@ OF_DRAWN = "tests/ppo/learner/test_fused_ring.py"
 
 LEARNER = [
     Fault(
+        "a standard deviation below its floor that stays there",
+        "pydrone/ppo/policy/actor_critic.py",
+        "self.std_param.clamp_(min=MIN_STD)",
+        "self.std_param.clamp(min=MIN_STD)",
+        "tests/ppo/learner/test_learner.py",
+    ),
+    Fault(
         "a gradient through a clipped ratio",
         TILE,
         "const Vec grad = plain <= clipped ? plain :",

@@ -184,6 +184,13 @@ PYTHON = [
         OF_SEQUENCES,
     ),
     Fault(
+        "an episode's first steps taken for those of an earlier policy",
+        "pydrone/ppo/policy/recurrent.py",
+        "config.burn_in * continued",
+        "config.burn_in",
+        "tests/ppo/policy/test_recurrent.py",
+    ),
+    Fault(
         "the memory of another environment",
         SEQUENCES,
         "state[env, start] for name",
@@ -286,6 +293,20 @@ PYTHON = [
         "dones, truncated, final_obs, None, log)",
         "dones, truncated, self._obs, None, log)",
         "tests/envs/test_hover_task.py tests/envs/test_quadrotor.py",
+    ),
+    Fault(
+        "a broken package taken for a missing one",
+        "pydrone/ops/packages.py",
+        "isinstance(error, ModuleNotFoundError) and error.name == module",
+        "isinstance(error, ModuleNotFoundError)",
+        "tests/ops/test_packages.py",
+    ),
+    Fault(
+        "an infinite action taken for the largest one",
+        "pydrone/envs/drone.py",
+        "clamp(*ACTION_LIMITS).add_(actions, alpha=0)",
+        "clamp(*ACTION_LIMITS)",
+        "tests/envs/test_quadrotor.py",
     ),
     Fault(
         "a crash on the last step taken for a time-out",
