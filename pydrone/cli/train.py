@@ -73,6 +73,7 @@ def _train(config: TrainConfig) -> int:
     from pydrone.ppo import distributed
     from pydrone.ppo.config import default_num_envs
     from pydrone.ppo.trainer import Trainer, nothing_to_do, read_checkpoint
+    from pydrone.ppo.training import checkpoint
     from pydrone.report import learning_curve, live
 
     with contextlib.ExitStack() as stack:
@@ -123,7 +124,7 @@ def _train(config: TrainConfig) -> int:
             raise
         except FloatingPointError as error:
             return fail(error) if ranks.rank == 0 else 1  # every rank raises it
-        except (OSError, distributed.PeerLost) as error:
+        except (OSError, distributed.PeerLost, checkpoint.NotStorable) as error:
             return fail(error)
     if outcome.figures and ranks.rank == 0:
         print(f"Learning curve: {learning_curve.plot(run_dir)}")

@@ -6,9 +6,11 @@ of None depends on the device or the environment; the help text says how.
 
 from __future__ import annotations
 
+import enum
 import math
+import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, Literal
 
 from pydrone.envs import Randomization, TaskOptions, check_name
@@ -102,6 +104,7 @@ class PPOConfig:
     )
 
     def __post_init__(self) -> None:
+        _make_plain(self)
         for name in ("num_epochs", "num_minibatches", "rnn_dim"):
             _count(name, getattr(self, name))
         if self.chunk_size is not None:
@@ -181,6 +184,8 @@ class TrainConfig:
     )
 
     def __post_init__(self) -> None:
+        _make_plain(self)
+        self.device = None if self.device is None else str(self.device)
         for name in ("num_steps", "iterations", "save_interval"):
             _count(name, getattr(self, name))
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
@@ -206,6 +211,31 @@ def check_minibatches(num_minibatches: int, samples: int) -> None:
         raise ValueError(
             f"num_minibatches: expected at most num_envs * num_steps, {samples} samples, got {num_minibatches}"
         )
+
+
+def _make_plain(config: Any) -> None:
+    for f in fields(config):
+        setattr(config, f.name, _plain(getattr(config, f.name)))
+
+
+def _plain(x: Any) -> Any:
+    """``x``, a value of a setting, as Python's own bool, int, float, str, tuple or list, which every file can hold.
+
+    Taken too: NumPy's and torch's scalars, enums, paths.
+    """
+    if is_dataclass(x):
+        changed = {f.name: _plain(getattr(x, f.name)) for f in fields(x)}
+        return x if all(getattr(x, name) is part for name, part in changed.items()) else replace(x, **changed)
+    if type(x) in (tuple, list):
+        parts = type(x)(map(_plain, x))
+        return x if all(a is b for a, b in zip(x, parts)) else parts
+    if isinstance(x, enum.Enum):
+        return _plain(x.value)
+    if isinstance(x, os.PathLike):
+        return os.fspath(x)
+    if hasattr(x, "dtype") and getattr(x, "ndim", None) == 0:
+        x = x.item()
+    return next((kind(x) for kind in (bool, int, float, str) if isinstance(x, kind)), x)
 
 
 def _count(name: str, x: Any) -> None:

@@ -98,6 +98,10 @@ class Trainer(Iteration):
 
         Where an iteration fails, the state after the last complete one is saved before the error is raised; not where
         the loss is not finite. With no iteration left to do, nothing is written.
+
+        Raises:
+            NotStorable: a checkpoint cannot hold the environment's ``state_dict()``. A TypeError; before the first
+                iteration.
         """
         config = self.config
         done = f"all {config.iterations} iterations are done"
@@ -168,6 +172,11 @@ class Trainer(Iteration):
         """Why it ended before the last iteration, or None, and the last figures."""
         config, times = self.config, deque(maxlen=WINDOW)
         figures: dict[str, float] = {}
+        if self.run_dir is not None or self.ranks.rank:
+            # What no checkpoint can hold is an error now, not after hours.
+            if self.observations is None:
+                self.start()
+            checkpoint.check({**self.learnt(), "progress": progress_of(self)})
         while self.iteration < config.iterations:
             try:
                 figures = self.iterate()
@@ -220,7 +229,18 @@ class Trainer(Iteration):
             self.ranks.gather_objects(None)  # no rank goes on before the file is written, or the disk is full
 
     def _save(self, state: dict[str, Any]) -> Path | None:
-        return None if self.run_dir is None else checkpoint.save(self.run_dir / f"model_{state['iteration']}.pt", state)
+        if self.run_dir is None:
+            return None
+        path = self.run_dir / f"model_{state['iteration']}.pt"
+        try:
+            return checkpoint.save(path, state)
+        except checkpoint.NotStorable as error:
+            # Looked at before the first iteration, but the environment's state may have changed since.
+            learnt = {name: x for name, x in state.items() if name not in ("progress", "others")}
+            if len(learnt) == len(state):
+                raise
+            self.echo(f"Checkpoint of iteration {state['iteration']} without the environment's state: {error}")
+            return checkpoint.save(path, learnt)
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint holds, between iterations: plain containers and tensors, not copied.

@@ -78,7 +78,10 @@ def _restore_progress(training: Iteration, state: dict[str, Any]) -> str | None:
     progress, before = state.get("progress"), state["config"]
     buffer, figures, ranks = training.buffer, training.figures, training.ranks
     if progress is None:
-        return "its checkpoint was saved after a failure: all episodes begin anew, with other random numbers"
+        return (
+            "its checkpoint was saved after a failure, or without the environment's state: all episodes begin anew, "
+            "with other random numbers"
+        )
     try:
         figures.last_episodes |= progress["episode_figures"]
         figures.episode_lengths.extend(progress["episode_lengths"])
