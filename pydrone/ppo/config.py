@@ -25,6 +25,28 @@ CHOICES = {
     "learner": ("auto", "torch", "fused"),
 }
 
+# What a resumed training makes of a setting that is not its checkpoint's; each is in one of the three, and task and
+# randomization as a whole. docs/training.md lists them.
+ON_RESUME = {
+    # Refused by name: it is in the weights or the running statistics, or was read before the first iteration alone.
+    "kept": (
+        *("hidden_dims", "activation", "recurrent", "rnn_dim", "actor_obs", "critic_obs"),
+        *("normalize_obs", "normalize_values", "init_std"),
+    ),
+    # Holds from the next iteration, and is said.
+    "new": (
+        *("env", "num_envs", "num_steps", "seed", "random_episode_starts", "task", "randomization"),
+        *("learning_rate", "schedule", "desired_kl", "max_kl", "num_epochs", "num_minibatches", "clip", "entropy_coef"),
+        *("value_loss_coef", "clipped_value_loss", "max_grad_norm", "gamma", "lam", "normalize_advantages"),
+        *("advantage_scope", "obs_clip", "normalize_rewards", "reward_scale", "obs_dtype", "autocast", "burn_in"),
+    ),
+    # Says how long and where it trains, or what is written.
+    "of the process": (
+        *("iterations", "target_episode_length", "device", "run_dir", "resume", "save_interval", "tensorboard"),
+        *("wandb", "wandb_project", "capture", "live", "learner", "chunk_size"),
+    ),
+}
+
 
 def option(default: Any, help: str, *aliases: str) -> Any:
     """A dataclass field with its help text and the further names it has on the command line."""
@@ -163,7 +185,8 @@ class TrainConfig:
     resume: str | None = option(
         None,
         "A run's folder, to continue it from its newest checkpoint, or a checkpoint, to continue in a new folder. "
-        "Settings are the checkpoint's unless --config or the command line changes them.",
+        "Settings are the checkpoint's unless --config or the command line changes them; not "
+        f"{', '.join(ON_RESUME['kept'])}.",
     )
     save_interval: int = option(50, "Iterations between checkpoints.")
     tensorboard: bool = option(True, "Write TensorBoard event files.")

@@ -52,7 +52,7 @@ class Trainer(Iteration):
     Args:
         env: has a continuous action of so many dimensions (``env.actions`` an int), or a discrete one
             (``((), torch.int64)``) and ``num_discrete_actions``.
-        config: its ``env``, ``num_envs`` and ``device`` are not read; ``env`` decides them.
+        config: its ``env``, ``num_envs`` and ``device`` are not read: ``env`` decides them, and what is recorded of it.
         run_dir: where checkpoints, figures and the learning curve go. None: nowhere.
         echo: takes the lines that report progress.
         show: takes each iteration's figures, the number of iterations in all and the seconds left, instead of a line.
@@ -90,8 +90,8 @@ class Trainer(Iteration):
         # The signals of the run, and whether any rank had been asked to stop when the last figures were read.
         self._interrupt: Interrupt | None = None
         self._asked_to_stop = False
-        # What a resumed run could not take over, in words.
-        self._not_restored = None if state is None else restore(self, state)
+        # What a resumed run could not take over, and what it changes.
+        self._of_resuming = [] if state is None else restore(self, state)
 
     def train(self) -> Outcome:
         """Iterates until the last iteration, the target, or a SIGINT or SIGTERM; a signal lets the iteration finish.
@@ -109,9 +109,9 @@ class Trainer(Iteration):
             self.echo(nothing_to_do(self.iteration, config.iterations))
             return Outcome(done, self.iteration, {}, None)
         if self.run_dir is not None:
-            self._log = open_run(self.run_dir, config, self.iteration)
-        if self._not_restored is not None:
-            self.echo(f"Resumed at iteration {self.iteration}; {self._not_restored}.")
+            self._log = open_run(self.run_dir, self.recorded, self.iteration)
+        for line in self._of_resuming:
+            self.echo(line)
         # A missing library is reported with the buffer already.
         by_autograd = self.learner.not_fused is not None and self.learner.fused_loss is None
         if self.config.ppo.learner == "auto" and by_autograd and native.CPU_MISSING is None:
