@@ -143,6 +143,7 @@ def _base(argv: list[str]) -> dict[str, Any]:
 
     Removes ``--config FILE`` from ``argv`` and replaces the folder in ``--resume FOLDER`` by its newest checkpoint.
     """
+    from pydrone.envs import check_name
     from pydrone.ppo import configfile
     from pydrone.ppo.config import TrainConfig
 
@@ -157,6 +158,8 @@ def _base(argv: list[str]) -> dict[str, Any]:
         raise OSError(f"--config {given.config}: cannot be read: {error.strerror}") from error
     if given.env is not None:
         argv += ["--env", given.env]
+    elif "env" in base:
+        check_name(base["env"], f"--config {given.config}: env")
     resume = given.resume or base.get("resume")
     if resume in (None, "None"):
         return base

@@ -118,7 +118,7 @@ def describe(policy: nn.Module, limits: Limits = None) -> tuple[Layers, dict[str
         (low, high), (first, last) = (torch.tensor(x, dtype=torch.float64) for x in (actions.limits, actions.onto))
         slope = (last - first) / (high - low)
         slope, bias = torch.broadcast_tensors(slope, first - low * slope)
-        size = policy.std_param.numel()
+        size = policy.actor[-1].out_features
         add("linear", weight=torch.diag(slope.expand(size)), bias=bias.expand(size))
         clip(actions.onto)
     if actions.integers:
@@ -480,7 +480,7 @@ def actions_of(state: Mapping[str, Any], policy: nn.Module) -> Actions:
     if record.actions is not None:
         return record.actions
     limits, found = action_limits(record.name), _class_of(record.name)
-    trained = policy.obs["policy"], None if _discrete(policy) else policy.std_param.numel()
+    trained = policy.obs["policy"], None if _discrete(policy) else policy.actor[-1].out_features
     sizes = tuple(getattr(found, name, None) for name in ("obs", "actions"))
     if all(isinstance(x, int) for x in sizes) and sizes != trained:
         raise ValueError(
