@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -48,6 +49,8 @@ class Actions(NamedTuple):
         )
         if onto is not None and (limits is None or not _finite(limits) or not _finite(onto)):
             raise ValueError(f"env.action_range: expected finite action_limits, and finite bounds, got {onto}")
+        if limits is not None and all(map(math.isinf, (*limits[0], *limits[1]))):
+            limits = None
         return cls(limits, onto, bool(own.get("integers", False)), int(own.get("start", 0)), bool(own))
 
     @classmethod
@@ -165,7 +168,7 @@ def _has(env: Any, name: str) -> bool:
 
 
 def _finite(limits: Bounds) -> bool:
-    return all(abs(x) < float("inf") for bound in limits for x in bound)
+    return all(map(math.isfinite, (*limits[0], *limits[1])))
 
 
 def _text(limits: Bounds) -> str:

@@ -91,6 +91,7 @@ SAID = {
     "tensors": ({"action_limits": (torch.tensor([-2.0, -1.0]), torch.tensor([1.5, 1.0]))}, [1.5, -1]),
     "arrays": ({"action_limits": (np.array([-2.0, -1.0]), np.array([1.5, 1.0]))}, [1.5, -1]),
     "one-sided": ({"action_limits": ([-INF, 0], [INF, INF])}, [1.555, 0]),
+    "no bounds": ({"action_limits": ([-INF, -INF], [INF, INF])}, [1.555, -3]),
     "no room": ({"action_limits": ([0.5, -4], [0.5, INF])}, [0.5, -3]),
     "mapped": ({"action_limits": (-2, 2), "action_range": ([0, -8], [10, 8])}, [8.8875, -8]),
     "integers": ({"action_integers": True}, [1, -3]),
