@@ -88,6 +88,8 @@ def _evaluate(args: argparse.Namespace) -> Any:
     import importlib.util
 
     from pydrone import envs
+    from pydrone.envs.record import Record
+    from pydrone.ppo.training.progress import in_words
     from pydrone.report import runs, video
 
     # Check what can be checked before a simulator is built, which takes its time.
@@ -105,6 +107,9 @@ def _evaluate(args: argparse.Namespace) -> Any:
     yield f"{run.checkpoint}: iteration {run.iteration}, trained in {run.environment.label}"
     env = envs.make(name, num_envs=args.episodes, device=device, seed=args.seed, **options)
     try:
+        changed = run.environment.changed(Record.of(env))
+        if changed:
+            yield in_words(changed)
         flown = _fly(args, run, env)
     finally:
         env.close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import math
+import operator
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -42,16 +43,19 @@ class Actions(NamedTuple):
         """
         # Without __getattr__: a wrapper that passes on the attributes of what it wraps may change the actions.
         own = {name: getattr(env, f"action_{name}") for name in _ATTRIBUTES if _has(env, f"action_{name}")}
-        size = env.actions if isinstance(env.actions, int) else 1
+        size = env.actions if isinstance(env.actions, int) else 0
         limits, onto = (
             None if own.get(name) is None else bounds(own[name], f"env.action_{name}", size)
             for name in ("limits", "range")
         )
-        if onto is not None and (limits is None or not _finite(limits) or not _finite(onto)):
-            raise ValueError(f"env.action_range: expected finite action_limits, and finite bounds, got {onto}")
+        if onto is not None and (limits is None or not _finite(limits, onto) or any(map(operator.eq, *limits))):
+            raise ValueError(
+                "env.action_range: expected finite bounds, and finite action_limits with room between them, got "
+                f"{onto} and {limits}"
+            )
         if limits is not None and all(map(math.isinf, (*limits[0], *limits[1]))):
             limits = None
-        return cls(limits, onto, bool(own.get("integers", False)), int(own.get("start", 0)), bool(own))
+        return cls(limits, onto, bool(own.get("integers", False)), int(own.get("start", 0)), bool(own) or size == 0)
 
     @classmethod
     def read(cls, stored: Mapping[str, Any]) -> Actions:
@@ -121,6 +125,13 @@ class Record(NamedTuple):
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"environment: expected the record of one, got something else: {error}") from error
 
+    def changed(self, now: Record) -> dict[str, tuple[Any, Any]]:
+        """What differs in ``now`` besides the name, where both know it: the old and the new value."""
+        found = {name: (x, now.constants[name]) for name, x in self.constants.items() if name in now.constants}
+        if self.actions is not None and now.actions is not None:
+            found["actions"] = self.actions, now.actions
+        return {name: (old, new) for name, (old, new) in found.items() if old != new}
+
     def stored(self) -> dict[str, Any]:
         """The inverse of :meth:`read`, of plain values."""
         return {**self._asdict(), "actions": self.actions._asdict(), "constants": dict(self.constants)}
@@ -167,8 +178,8 @@ def _has(env: Any, name: str) -> bool:
     return True
 
 
-def _finite(limits: Bounds) -> bool:
-    return all(map(math.isfinite, (*limits[0], *limits[1])))
+def _finite(*limits: Bounds) -> bool:
+    return all(math.isfinite(x) for pair in limits for bound in pair for x in bound)
 
 
 def _text(limits: Bounds) -> str:

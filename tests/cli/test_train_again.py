@@ -119,7 +119,7 @@ def test_a_run_of_an_environment_object_is_resumed_from_python_alone(here, makin
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)
     assert here("--resume", "own/model_1.pt", "--run-dir", "named") == 0
-    assert f"Changed since the checkpoint: env {label} to quadrotor" in capsys.readouterr().out
+    assert f"Changed since the checkpoint: env {label}, now quadrotor." in capsys.readouterr().out
 
 
 def test_a_run_from_python_is_resumed_with_what_its_environment_was(here, tmp_path, capsys):
@@ -132,7 +132,7 @@ def test_a_run_from_python_is_resumed_with_what_its_environment_was(here, tmp_pa
     said = capsys.readouterr().out
     assert "quadrotor: 3 environments on cpu" in said and "anew" not in said
     # What the command line cannot set is said.
-    assert "Changed since the checkpoint: max_episode_length 70 to 1500." in said
+    assert "Changed since the checkpoint: max_episode_length 70, now 1500." in said
     settings = json.loads((tmp_path / "run" / "config.json").read_text())
     assert settings["task"]["hold"] == 0.5 and settings["randomization"]["wind"] == [0.01, 0.02]
 
@@ -152,7 +152,7 @@ def test_what_a_resumed_run_keeps_is_refused_before_a_simulator_is_built(here, m
 def test_resuming_with_another_learning_rate_takes_it(here, tmp_path, capsys):
     assert here("--run-dir", "run", "--desired-kl", "100") == 0
     assert here("--resume", "run", "--iterations", "3", "--lr", "1e-3", "--desired-kl", "1e9") == 0
-    assert "learning_rate 0.0003 to 0.001, desired_kl 100.0 to 1000000000.0." in capsys.readouterr().out
+    assert "learning_rate 0.0003, now 0.001; desired_kl 100.0, now 1000000000.0." in capsys.readouterr().out
     rows = learning_curve.read(tmp_path / "run")
     # The least KL of a step multiplies it by 1.5, at most once in each of 10 minibatches, up to the bound.
     assert rows[1]["learning_rate"] > 3e-4 and 1e-3 <= rows[2]["learning_rate"] <= 1e-2

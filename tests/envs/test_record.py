@@ -119,8 +119,9 @@ def test_what_becomes_of_actions_is_recorded_and_read_again(kind, tmp_path):
         ({"action_limits": ([0, 0, 0], [1, 1, 1])}, r"env\.action_limits: expected"),
         ({"action_limits": (float("nan"), 1)}, r"env\.action_limits: expected"),
         ({"action_limits": ("low", "high")}, r"env\.action_limits: expected"),
-        ({"action_range": (0, 1)}, r"env\.action_range: expected finite action_limits, and finite bounds"),
-        ({"action_range": (0, 1), "action_limits": (0, INF)}, r"env\.action_range: expected finite action_limits"),
+        ({"action_range": (0, 1)}, r"env\.action_range: expected finite bounds, .* got .* and None"),
+        ({"action_range": (0, 1), "action_limits": (0, INF)}, r"env\.action_range: expected finite bounds"),
+        ({"action_range": (0, 1), "action_limits": ([0, 0], [1, 0])}, r"env\.action_range: .* with room between them"),
     ],
 )
 def test_bounds_that_are_none_are_named(said, message):

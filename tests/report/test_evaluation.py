@@ -259,6 +259,18 @@ def test_with_the_randomisation_of_the_run(run_dir, tmp_path, monkeypatch, capsy
     assert plain is None and random.ranges == ranges
 
 
+def test_another_task_than_that_of_the_training_is_said(run_dir, tmp_path, capsys):
+    assert evaluate(run_dir, "--episodes", 1, "--steps", 3) == 0
+    assert "Changed" not in capsys.readouterr().out
+    config = TrainConfig(num_steps=4, iterations=1, tensorboard=False, ppo=PPOConfig(num_minibatches=2))
+    Trainer(Quadrotor(2, dt=0.02, hold=0.5), config, tmp_path, echo=lambda line: None).train()
+    capsys.readouterr()
+    assert evaluate(tmp_path, "--episodes", 1, "--steps", 3) == 0
+    said = capsys.readouterr().out
+    line = next(line for line in said.splitlines() if line.startswith("Changed since the checkpoint: "))
+    assert "hold 0.5, now 0.0" in line and "dt 0.02, now 0.01" in line
+
+
 def test_a_run_of_an_environment_object_is_flown_from_python(tmp_path, monkeypatch, capsys):
     """It has no name to build it by, whatever the settings' default is."""
 

@@ -74,8 +74,7 @@ def restore(training: Iteration, state: dict[str, Any]) -> list[str]:
     others. Raises ValueError where networks, optimiser or progress are those of another training.
     """
     changed = changes(state["config"], training.recorded, training.config.resume)
-    before, now = Record.read(state).constants, training.environment.constants
-    changed |= {name: (before[name], x) for name, x in now.items() if name in before and before[name] != x}
+    changed |= Record.read(state).changed(training.environment)
     _restore_learnt(training, state)
     if "learning_rate" in changed:
         # The adaptive schedule begins anew from the given rate.
@@ -84,9 +83,13 @@ def restore(training: Iteration, state: dict[str, Any]) -> list[str]:
     if lost is not None:
         said.append(f"Resumed at iteration {training.iteration}; {lost}.")
     if changed:
-        each = ", ".join(f"{name} {old} to {new}" for name, (old, new) in changed.items())
-        said.append(f"Changed since the checkpoint: {each}.")
+        said.append(in_words(changed))
     return said
+
+
+def in_words(changed: Mapping[str, tuple[Any, Any]]) -> str:
+    """A line that names what differs from the checkpoint, with the old and the new values."""
+    return f"Changed since the checkpoint: {'; '.join(f'{k} {old}, now {new}' for k, (old, new) in changed.items())}."
 
 
 def _restore_learnt(training: Iteration, state: dict[str, Any]) -> None:

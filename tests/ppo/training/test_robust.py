@@ -404,7 +404,7 @@ def test_resuming_goes_on_with_the_adapted_rate_unless_another_is_given(schedule
     assert other.learner.learning_rate.item() == pytest.approx(1e-3)
     assert other.learner.optimizer.param_groups[0]["lr"] is other.learner.learning_rate
     other.train()
-    assert "Changed since the checkpoint: learning_rate 0.002 to 0.001." in lines
+    assert "Changed since the checkpoint: learning_rate 0.002, now 0.001." in lines
 
 
 def test_another_schedule_begins_at_the_rate_that_was_reached(tmp_path):
