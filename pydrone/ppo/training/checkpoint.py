@@ -187,11 +187,12 @@ def _unreadable(x: Any, path: str = "") -> tuple[str, str] | None:
     """Path and type of the first part of ``x`` that cannot be read again; None: there is none."""
     if _can_be_read(x):
         return None
+    for part in x if isinstance(x, (dict, set)) else ():
+        if not _can_be_read({part: None}):
+            return f"{path}, {'a key' if isinstance(x, dict) else 'an element'}", _kind(part)
     named = x.items() if isinstance(x, dict) else enumerate(x) if isinstance(x, (list, tuple)) else ()
     for name, part in named:
         where = f"{path}.{name}" if path else f"{name}"
-        if not _can_be_read({name: None}):
-            return f"{where}, a key", _kind(name)
         found = _unreadable(part, where)
         if found is not None:
             return found

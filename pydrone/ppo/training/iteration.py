@@ -42,11 +42,6 @@ class Iteration:
     def __init__(self, env: Env, config: TrainConfig, ranks: Ranks, iteration: int = 0) -> None:
         self.env, self.config, self.ranks, self.iteration = env, config, ranks, iteration
         self.device = torch.device(env.device)
-        self.environment = Record.of(env)
-        #: the settings as the run's files have them: where the environment decides, its own
-        self.recorded = copy.copy(config)
-        device = self.device.type if ranks.several else str(self.device)
-        vars(self.recorded).update(settings_of(env, self.environment), device=device)
         samples = env.num_envs * config.num_steps
         check_minibatches(config.ppo.num_minibatches, samples)
         if config.ppo.recurrent != "none" and config.ppo.num_minibatches > env.num_envs:
@@ -54,6 +49,11 @@ class Iteration:
                 f"num_minibatches: expected at most one per environment, {env.num_envs}, for a recurrent policy, got "
                 f"{config.ppo.num_minibatches}"
             )
+        self.environment = Record.of(env)
+        #: the settings as the run's files have them: where the environment decides, its own
+        self.recorded = copy.copy(config)
+        device = self.device.type if ranks.several else str(self.device)
+        vars(self.recorded).update(settings_of(env, self.environment), device=device)
         ranks.check_same(_settings(env, config) | {"iteration": iteration})
         # A resumed run whose generators cannot be restored then draws other numbers than the first run did.
         torch.manual_seed(config.seed + iteration)
