@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 
 # For each value of --targets: whether a target moves once it is reached.
 TARGETS = {"fixed": (False,), "moving": (True,), "both": (False, True)}
+FROM_PYTHON = (
+    "fly it from Python by pydrone.report.evaluation.fly(env, policy.mode), with the policy of "
+    "pydrone.report.runs.load_policy(runs.load(RUN), env)"
+)
 COLUMNS = {False: "fixed target", True: "moving targets"}
 
 
@@ -84,6 +88,8 @@ def _evaluate(args: argparse.Namespace) -> Any:
     import importlib.util
 
     from pydrone import envs
+    from pydrone.envs.record import Record
+    from pydrone.ppo.training.progress import in_words
     from pydrone.report import runs, video
 
     # Check what can be checked before a simulator is built, which takes its time.
@@ -96,11 +102,14 @@ def _evaluate(args: argparse.Namespace) -> Any:
         raise ImportError(not_installed("matplotlib"))
     device = device_of(args.device)
     run = runs.load(args.run, device)
-    name = args.env or run.settings["env"]
+    name = args.env or run.environment.buildable(run.checkpoint, FROM_PYTHON)
     options = {"randomization": _randomization(run)} if args.randomize else {}
-    yield f"{run.checkpoint}: iteration {run.iteration}, trained in {run.settings['env']}"
+    yield f"{run.checkpoint}: iteration {run.iteration}, trained in {run.environment.label}"
     env = envs.make(name, num_envs=args.episodes, device=device, seed=args.seed, **options)
     try:
+        changed = run.environment.changed(Record.of(env))
+        if changed:
+            yield in_words(changed)
         flown = _fly(args, run, env)
     finally:
         env.close()

@@ -30,7 +30,7 @@ def main(argv: list[str]) -> int:
         nargs=2,
         type=float,
         metavar=("LOW", "HIGH"),
-        help="clip actions to this range (default: the limits of the environment that the policy was trained in)",
+        help="clip actions to this range (default: what the environment made of them that the policy was trained in)",
     )
     options = parser.parse_args(argv)
     lacking = export.missing(options.format)
@@ -45,6 +45,7 @@ def main(argv: list[str]) -> int:
 
 def _export(options: argparse.Namespace) -> str:
     """Writes the file and returns the lines to print."""
+    from pydrone.envs.record import Record
     from pydrone.ppo import export
     from pydrone.ppo.trainer import read_checkpoint
     from pydrone.report.runs import checkpoint_of
@@ -53,14 +54,14 @@ def _export(options: argparse.Namespace) -> str:
     state = read_checkpoint(path)
     try:
         policy = export.policy_of(state)
+        label = Record.read(state).label
+        actions = None if options.clip else export.actions_of(state, policy)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    env = state["config"].get("env")
-    limits = tuple(options.clip) if options.clip else export.action_limits(env)
     out = Path(options.out) if options.out else path.parent / f"policy{export.FORMATS[options.format]}"
-    metadata = {"env": env, "iteration": state["iteration"]}
-    done = export.save(policy, out, options.format, limits, metadata)
-    clipped = "not clipped" if limits is None else f"clipped to [{limits[0]:g}, {limits[1]:g}]"
+    metadata = {"env": label, "iteration": state["iteration"]}
+    done = export.save(policy, out, options.format, actions or tuple(options.clip), metadata)
+    clipped = actions or "clipped to [{:g}, {:g}]".format(*options.clip)
     remembered = f", with a memory of {done.memory}" if done.memory else ""
     return (
         f"{done.path}: {done.num_obs} observations to {done.num_actions} actions, {clipped}{remembered}; from "

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from pydrone.ppo.config import TrainConfig
 
 
+FROM_PYTHON = "resume it from Python by pydrone.ppo.trainer.Trainer(env, TrainConfig(resume=...)).train()"
+
+
 def main(argv: list[str]) -> int:
     """Runs ``pydrone train ARGV`` and returns the exit status."""
     with contextlib.ExitStack() as stack:
@@ -75,6 +78,7 @@ def _train(config: TrainConfig) -> int:
     from pydrone.ppo import distributed
     from pydrone.ppo.config import default_num_envs
     from pydrone.ppo.trainer import Trainer, nothing_to_do, read_checkpoint
+    from pydrone.ppo.training import checkpoint, progress
     from pydrone.report import learning_curve, live
 
     with contextlib.ExitStack() as stack:
@@ -91,10 +95,14 @@ def _train(config: TrainConfig) -> int:
                 num_envs=config.num_envs or default_num_envs(device.type),
                 run_dir=config.run_dir or str(Path("runs", config.env, time.strftime("%Y-%m-%d_%H-%M-%S"))),
             )
-            iteration = 0 if config.resume is None else read_checkpoint(config.resume)["iteration"]
-            if iteration >= config.iterations:
-                print(nothing_to_do(iteration, config.iterations))
-                return 0
+            iteration = 0
+            if config.resume is not None:
+                state = read_checkpoint(config.resume)
+                iteration = state["iteration"]
+                if iteration >= config.iterations:
+                    print(nothing_to_do(iteration, config.iterations))
+                    return 0
+                progress.changes(state["config"], config, config.resume)
             ranks = distributed.join(launch, device)
             run_dir = _make_run_dir(config.run_dir) if ranks.rank == 0 else None
             where = f"{config.num_envs} environments on {device}"
@@ -125,7 +133,7 @@ def _train(config: TrainConfig) -> int:
             raise
         except FloatingPointError as error:
             return fail(error) if ranks.rank == 0 else 1  # every rank raises it
-        except (OSError, distributed.PeerLost) as error:
+        except (OSError, distributed.PeerLost, checkpoint.NotStorable) as error:
             return fail(error)
     if outcome.figures and ranks.rank == 0:
         try:
@@ -140,25 +148,38 @@ def _base(argv: list[str]) -> dict[str, Any]:
 
     Removes ``--config FILE`` from ``argv`` and replaces the folder in ``--resume FOLDER`` by its newest checkpoint.
     """
+    from pydrone.envs import check_name
     from pydrone.ppo import configfile
     from pydrone.ppo.config import TrainConfig
 
     options = argparse.ArgumentParser(prog="pydrone train", add_help=False, allow_abbrev=False)
     options.add_argument("--config")
     options.add_argument("--resume")
+    options.add_argument("--env")
     given, argv[:] = options.parse_known_args(argv)
     try:
         base = {} if given.config is None else configfile.read(given.config)
     except OSError as error:
         raise OSError(f"--config {given.config}: cannot be read: {error.strerror}") from error
+    if given.env is not None:
+        argv += ["--env", given.env]
+    elif "env" in base:
+        check_name(base["env"], f"--config {given.config}: env")
     resume = given.resume or base.get("resume")
     if resume in (None, "None"):
         return base
+    from pydrone.envs.record import Record
     from pydrone.ppo.trainer import read_checkpoint
 
     path = _checkpoint(Path(resume))
     argv += ["--resume", str(path)]
-    saved = read_checkpoint(path)["config"]
+    state = read_checkpoint(path)
+    saved = state["config"]
+    try:
+        if given.env is None and "env" not in base:
+            Record.read(state).buildable(path, FROM_PYTHON)
+    except ValueError as error:
+        raise ValueError(f"--resume {resume}: {error}") from None
     try:
         saved = configfile.checked(TrainConfig, saved, known_only=True)
     except ValueError as error:

@@ -29,6 +29,8 @@ class GymnasiumEnv:
         num_discrete_actions: the number of choices of a ``Discrete`` action space, None for a ``Box``. Discrete actions
             are int64 [N] and start at 0 whatever the ``start`` of the space, and ``actions`` is ``((), torch.int64)``.
         action_low, action_high: [A] float32 bounds of a ``Box``, infinite where there are none; None for ``Discrete``.
+        action_limits, action_range, action_integers, action_start: what becomes of actions, see
+            :class:`pydrone.envs.base.Env`.
 
     Args:
         venv: the vector environment.
@@ -113,12 +115,14 @@ class GymnasiumEnv:
         self.action_low: Tensor | None = None
         self.action_high: Tensor | None = None
         self._bounded = bounded
-        self._action_start = 0
+        self.action_limits: Any = None
+        self.action_range: Any = None
+        self.action_integers, self.action_start = False, 0
         self._action_shape: tuple[int, ...] = ()
         if isinstance(space, spaces.Discrete):
             self.actions = ((), torch.int64)
             self.num_discrete_actions = int(space.n)
-            self._action_start = int(space.start)
+            self.action_start = int(space.start)
             return
         if not isinstance(space, spaces.Box):
             raise TypeError(f"venv: expected a Box or Discrete action space, got {space}")
@@ -130,6 +134,11 @@ class GymnasiumEnv:
         self._action_dtype = space.dtype
         self._action_bounds = low, high
         self.action_low, self.action_high = self._tensor(low, torch.float32), self._tensor(high, torch.float32)
+        self.action_integers = not np.issubdtype(space.dtype, np.floating)
+        if bounded == "clip":
+            self.action_limits = low.tolist(), high.tolist()
+        elif bounded == "rescale":
+            self.action_limits, self.action_range = (-1.0, 1.0), (low.tolist(), high.tolist())
 
     def _actions(self, actions: Tensor) -> np.ndarray:
         if self.num_discrete_actions is not None:
@@ -142,7 +151,7 @@ class GymnasiumEnv:
             raise ValueError(f"actions: expected shape {expected}, got {list(actions.shape)}")
         array = actions.detach().cpu().numpy()
         if self.num_discrete_actions is not None:
-            return array.astype(np.int64) + self._action_start
+            return array.astype(np.int64) + self.action_start
         low, high = self._action_bounds
         if self._bounded == "clip":
             array = np.clip(array, low, high)

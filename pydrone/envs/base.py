@@ -75,6 +75,11 @@ class Env(Protocol):
 
     If it also has ``state_dict()`` and ``load_state_dict(state)`` (:mod:`pydrone.envs.state`), a resumed training
     continues it bit for bit; otherwise all episodes start anew.
+
+    It may also say what becomes of a policy's actions, which an export then does to them. ``action_limits = (low,
+    high)``: they are clipped to these bounds, numbers or one for each dimension; None: they are not. ``action_range =
+    (low, high)``: what the limits are mapped onto. ``action_integers``: whether fractions are dropped.
+    ``action_start``: the first of discrete actions. Without any of them an exported policy's actions are left alone.
     """
 
     num_envs: int

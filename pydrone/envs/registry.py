@@ -11,6 +11,7 @@ the names imports none of them.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import inspect
 from importlib.metadata import EntryPoint, entry_points
@@ -78,7 +79,23 @@ def make(name: str, num_envs: int, device: torch.device | str = "cpu", seed: int
         ) from error
     env = factory(**kwargs)
     _check_env(env, name, point, num_envs)
+    with contextlib.suppress(AttributeError):  # it has slots
+        env.registered_name = name
     return env
+
+
+def name_of(env: Any) -> str | None:
+    """The name that :func:`make` builds such an environment by; None: there is none, as for a class derived from one.
+
+    Options that it was built with are not in the name.
+    """
+    # Not by getattr: a wrapper may pass on the attributes of what it wraps.
+    name = getattr(env, "__dict__", {}).get("registered_name")
+    if name is not None:
+        return name
+    home = f"{type(env).__module__}:{type(env).__qualname__}"
+    offered = {point.name: point.value for point in entry_points(group=GROUP)} | ENVIRONMENTS
+    return next((name for name, value in offered.items() if value == home), None)
 
 
 def _entry_point(name: str) -> EntryPoint:

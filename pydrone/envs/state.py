@@ -8,6 +8,10 @@ An environment with ``state_dict()`` and ``load_state_dict(state)`` is continued
 
     def load_state_dict(self, state):
         restore(self, state)
+
+A ``state_dict()`` may hold tensors, NumPy arrays, numbers, text, bytes, None, and plain dicts, lists, tuples and sets
+of them: ``load_state_dict`` then gets an equal one. Anything else is refused before the first iteration: a path, an
+enum, a generator (hold its state instead).
 """
 
 from __future__ import annotations

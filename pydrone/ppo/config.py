@@ -6,9 +6,11 @@ of None depends on the device or the environment; the help text says how.
 
 from __future__ import annotations
 
+import enum
 import math
+import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, Literal
 
 from pydrone.envs import Randomization, TaskOptions, check_name
@@ -21,6 +23,28 @@ CHOICES = {
     "recurrent": ("none", "gru", "lstm"),
     "activation": ("tanh", "elu", "relu", "silu"),
     "learner": ("auto", "torch", "fused"),
+}
+
+# What a resumed training makes of a setting that is not its checkpoint's; each is in one of the three, and task and
+# randomization as a whole. docs/training.md lists them.
+ON_RESUME = {
+    # Refused by name: it is in the weights or the running statistics, or was read before the first iteration alone.
+    "kept": (
+        *("hidden_dims", "activation", "recurrent", "rnn_dim", "actor_obs", "critic_obs"),
+        *("normalize_obs", "normalize_values", "init_std"),
+    ),
+    # Holds from the next iteration, and is said.
+    "new": (
+        *("env", "num_envs", "num_steps", "seed", "random_episode_starts", "task", "randomization"),
+        *("learning_rate", "schedule", "desired_kl", "max_kl", "num_epochs", "num_minibatches", "clip", "entropy_coef"),
+        *("value_loss_coef", "clipped_value_loss", "max_grad_norm", "gamma", "lam", "normalize_advantages"),
+        *("advantage_scope", "obs_clip", "normalize_rewards", "reward_scale", "obs_dtype", "autocast", "burn_in"),
+    ),
+    # Says how long and where it trains, or what is written.
+    "of the process": (
+        *("iterations", "target_episode_length", "device", "run_dir", "resume", "save_interval", "tensorboard"),
+        *("wandb", "wandb_project", "capture", "live", "learner", "chunk_size"),
+    ),
 }
 
 
@@ -106,6 +130,7 @@ class PPOConfig:
     )
 
     def __post_init__(self) -> None:
+        _make_plain(self)
         for name in ("num_epochs", "num_minibatches", "rnn_dim"):
             _count(name, getattr(self, name))
         if self.chunk_size is not None:
@@ -164,7 +189,8 @@ class TrainConfig:
     resume: str | None = option(
         None,
         "A run's folder, to continue it from its newest checkpoint, or a checkpoint, to continue in a new folder. "
-        "Settings are the checkpoint's unless --config or the command line changes them.",
+        "Settings are the checkpoint's unless --config or the command line changes them; not "
+        f"{', '.join(ON_RESUME['kept'])}.",
     )
     save_interval: int = option(50, "Iterations between checkpoints.")
     tensorboard: bool = option(True, "Write TensorBoard event files.")
@@ -185,6 +211,8 @@ class TrainConfig:
     )
 
     def __post_init__(self) -> None:
+        _make_plain(self)
+        self.device = None if self.device is None else str(self.device)
         for name in ("num_steps", "iterations", "save_interval"):
             _count(name, getattr(self, name))
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
@@ -210,6 +238,31 @@ def check_minibatches(num_minibatches: int, samples: int) -> None:
         raise ValueError(
             f"num_minibatches: expected at most num_envs * num_steps, {samples} samples, got {num_minibatches}"
         )
+
+
+def _make_plain(config: Any) -> None:
+    for f in fields(config):
+        setattr(config, f.name, _plain(getattr(config, f.name)))
+
+
+def _plain(x: Any) -> Any:
+    """``x``, a value of a setting, as Python's own bool, int, float, str, tuple or list, which every file can hold.
+
+    Taken too: NumPy's and torch's scalars, enums, paths.
+    """
+    if is_dataclass(x):
+        changed = {f.name: _plain(getattr(x, f.name)) for f in fields(x)}
+        return x if all(getattr(x, name) is part for name, part in changed.items()) else replace(x, **changed)
+    if type(x) in (tuple, list):
+        parts = type(x)(map(_plain, x))
+        return x if all(a is b for a, b in zip(x, parts)) else parts
+    if isinstance(x, enum.Enum):
+        return _plain(x.value)
+    if isinstance(x, os.PathLike):
+        return os.fspath(x)
+    if hasattr(x, "dtype") and getattr(x, "ndim", None) == 0:
+        x = x.item()
+    return next((kind(x) for kind in (bool, int, float, str) if isinstance(x, kind)), x)
 
 
 def _count(name: str, x: Any) -> None:

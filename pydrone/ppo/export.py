@@ -1,6 +1,6 @@
 """A trained policy as a file that runs without pydrone: ONNX, TorchScript, or safetensors with a description.
 
-The file contains the deterministic policy: observation normaliser, actor, and the environment's clipping of actions. It
+The file contains the deterministic policy: observation normaliser, actor, and what the environment makes of actions. It
 maps ``obs`` [B, O] float32 to ``actions`` [B, A] float32 (discrete: int64 [B]); a recurrent one also takes and returns
 ``memory`` [B, S] float32, zeros at the start of an episode. The file computes in float32: observations rounded for
 storage and bfloat16 products are for training only. docs/export.md says how to run it.
@@ -20,12 +20,14 @@ import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import NoneType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from pydrone._version import __version__
+from pydrone.envs.record import Actions, Bounds, Record, bounds
 from pydrone.ops.packages import needed
 from pydrone.ppo.config import PPOConfig
 from pydrone.ppo.policy.make import make_policy
@@ -43,6 +45,7 @@ TOLERANCE = 1e-5
 STEPS = 5
 
 Layers = list[list[Any]]
+Limits = tuple[float, float] | Actions | None
 Runner = Callable[[Tensor, "Tensor | None"], "tuple[Tensor, Tensor | None]"]
 
 
@@ -67,20 +70,27 @@ class Exported(NamedTuple):
 # ------------------------------------------------------------------------------------------------------------- layers
 
 
-def describe(policy: nn.Module, limits: tuple[float, float] | None = None) -> tuple[Layers, dict[str, Tensor]]:
+def describe(policy: nn.Module, limits: Limits = None) -> tuple[Layers, dict[str, Tensor]]:
     """The layers of the deterministic policy and their tensors.
 
     Args:
         policy: a :class:`pydrone.ppo.policy.actor_critic.ActorCritic`.
-        limits: range that actions are clipped to; None: no clipping.
+        limits: range that actions are clipped to, or what the environment makes of them; None: nothing.
     """
-    layers: Layers = []
+    actions, layers = _actions(limits), []
     tensors: dict[str, Tensor] = {}
 
     def add(operation: str, *arguments: float, **named: Tensor) -> None:
         names = [f"{name}_{len(layers)}" for name in named]
         tensors.update((name, x.detach().cpu().float().contiguous()) for name, x in zip(names, named.values()))
         layers.append([operation, *names, *arguments])
+
+    def clip(limits: Bounds) -> None:
+        low, high = (torch.tensor(bound) for bound in limits)
+        if len({*zip(*limits)}) == 1 and (low.isfinite() & high.isfinite()).all():
+            add("clip", limits[0][0], limits[1][0])
+        elif low.isfinite().any() or high.isfinite().any():
+            add("clip", low=low, high=high)  # infinity is no number in JSON
 
     normalizer = getattr(policy, "actor_normalizer", None)
     if normalizer is not None:
@@ -100,9 +110,25 @@ def describe(policy: nn.Module, limits: tuple[float, float] | None = None) -> tu
         add(activation)
     if _discrete(policy):
         add("argmax")
-    elif limits is not None:
-        add("clip", float(limits[0]), float(limits[1]))
+        if actions.start:
+            add("shift", actions.start)
+        return layers, tensors
+    if actions.limits is not None:
+        clip(actions.limits)
+    if actions.onto is not None:
+        (low, high), (first, last) = (torch.tensor(x, dtype=torch.float64) for x in (actions.limits, actions.onto))
+        slope = (last - first) / (high - low)
+        slope, bias = torch.broadcast_tensors(slope, first - low * slope)
+        size = policy.actor[-1].out_features
+        add("linear", weight=torch.diag(slope.expand(size)), bias=bias.expand(size))
+        clip(actions.onto)
+    if actions.integers:
+        add("trunc")
     return layers, tensors
+
+
+def _actions(limits: Limits) -> Actions:
+    return limits if isinstance(limits, Actions) else Actions(None if limits is None else bounds(limits, "limits"))
 
 
 def _discrete(policy: nn.Module) -> bool:
@@ -135,7 +161,9 @@ OPERATIONS: dict[str, Callable[..., Tensor]] = {
     "relu": torch.relu,
     "silu": nn.functional.silu,
     "clip": torch.clamp,
+    "trunc": torch.trunc,
     "argmax": lambda x: x.argmax(-1),
+    "shift": lambda x, start: x + start,
 }
 CELLS = {"gru": _gru, "lstm": _lstm}
 
@@ -184,7 +212,7 @@ def save(
     policy: nn.Module,
     path: str | os.PathLike[str],
     format: str,
-    limits: tuple[float, float] | None = None,
+    limits: Limits = None,
     metadata: Mapping[str, object] | None = None,
 ) -> Exported:
     """Writes ``policy`` to ``path``, after a check against its own actions, completely or not at all.
@@ -193,7 +221,7 @@ def save(
         policy: a :class:`pydrone.ppo.policy.actor_critic.ActorCritic`.
         path: replaced where it exists.
         format: one of FORMATS.
-        limits: range that the environment clips actions to; None: no clipping.
+        limits: range that the environment clips actions to, or all that it makes of them; None: nothing.
         metadata: stored in the file, as strings.
 
     Raises:
@@ -202,7 +230,7 @@ def save(
     """
     if format not in FORMATS:
         raise ValueError(f"format: expected one of {', '.join(FORMATS)}, got {format!r}")
-    if limits is not None and not (len(limits) == 2 and limits[0] < limits[1]):
+    if not isinstance(limits, (Actions, NoneType)) and not (len(limits) == 2 and limits[0] < limits[1]):
         raise ValueError(f"limits: expected a lower and a higher number, got {limits!r}")
     policy = _plain(policy)
     layers, tensors = describe(policy, limits)
@@ -229,7 +257,7 @@ def save(
     try:
         _WRITERS[format](beside, layers, tensors, (num_obs, memory), described)
         runner, checked_with = _READERS[format](beside)
-        num_inputs, difference = _check(policy, limits, runner, num_obs, memory, path)
+        num_inputs, difference = _check(policy, _actions(limits), runner, num_obs, memory, path)
         with open(beside, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(beside, path)
@@ -362,7 +390,7 @@ def inputs(width: int) -> Tensor:
 
 
 def _check(
-    policy: nn.Module, limits: tuple[float, float] | None, runner: Runner, num_obs: int, memory: int, path: Path
+    policy: nn.Module, actions: Actions, runner: Runner, num_obs: int, memory: int, path: Path
 ) -> tuple[int, float]:
     """Compares with the policy's own actions; returns how many inputs, and the largest difference."""
     obs = inputs(num_obs)
@@ -376,7 +404,7 @@ def _check(
             # The policy's own float32 rounding is not the file's fault.
             precise, precise_state = _own(exact, batch.double(), None if state is None else state.double())
             got, got_state = runner(batch, state)
-            difference = _difference(policy, limits, own, precise, got, path)
+            difference = _difference(policy, actions, own, precise, got, path)
             if state is not None:
                 _near("memory", path, own_state, precise_state, got_state)
             largest, count, state = max(largest, difference), count + len(batch), own_state
@@ -389,17 +417,16 @@ def _own(policy: nn.Module, obs: Tensor, memory: Tensor | None) -> tuple[Tensor,
     return (policy.mean(obs), None) if memory is None else policy(obs, memory)
 
 
-def _difference(
-    policy: nn.Module, limits: tuple[float, float] | None, own: Tensor, precise: Tensor, got: Tensor, path: Path
-) -> float:
+def _difference(policy: nn.Module, actions: Actions, own: Tensor, precise: Tensor, got: Tensor, path: Path) -> float:
     if not _discrete(policy):
-        if limits is not None:
-            own, precise = own.clamp(*limits), precise.clamp(*limits)
-        return _near("actions", path, own, precise, got)
+        return _near("actions", path, actions.applied(own), actions.applied(precise), got)
     if got.dtype != torch.int64 or got.shape != own.shape[:1]:
         raise ExportError(f"{path}: not written: expected actions int64 [B], got {got.dtype} {list(got.shape)}")
     # The chosen action must be the likeliest one, up to rounding.
-    chosen, likeliest = precise.gather(1, got.unsqueeze(1)).squeeze(1), precise.amax(1)
+    index = got.unsqueeze(1) - actions.start
+    if not 0 <= index.min() <= index.max() < own.shape[1]:
+        raise ExportError(f"{path}: not written: expected actions from {actions.start}, got {got.min()} to {got.max()}")
+    chosen, likeliest = precise.gather(1, index).squeeze(1), precise.amax(1)
     return _near("likelihood of the actions", path, likeliest, likeliest, chosen.to(likeliest.dtype))
 
 
@@ -445,24 +472,46 @@ def _width(weights: Mapping[str, Tensor], network: str) -> int:
     return (weights[f"{network}.0.weight"] if first is None else first).shape[1]
 
 
+def actions_of(state: Mapping[str, Any], policy: nn.Module) -> Actions:
+    """What the environment that a checkpoint was trained in makes of the actions of its ``policy``.
+
+    Raises ValueError where that is unknown: a checkpoint of before runs knew their environment, whose policy does not
+    fit the one that it names.
+    """
+    record = Record.read(state)
+    if record.actions is not None:
+        return record.actions
+    limits, found = action_limits(record.name), _class_of(record.name)
+    trained = policy.obs["policy"], None if _discrete(policy) else policy.actor[-1].out_features
+    sizes = tuple(getattr(found, name, None) for name in ("obs", "actions"))
+    if all(isinstance(x, int) for x in sizes) and sizes != trained:
+        raise ValueError(
+            f"trained in another environment than {record.name}, which has {sizes[0]} observations and {sizes[1]} "
+            "actions, and the checkpoint does not say in which: give the range that it clips actions to by --clip"
+        )
+    return Actions(said=False) if limits is None else Actions(bounds(limits, "action_limits"))
+
+
 def action_limits(env: Any) -> tuple[float, float] | None:
     """The range that the environment named ``env`` clips actions to, its class's ``action_limits``. None: unknown."""
+    return getattr(_class_of(env), "action_limits", None)
+
+
+def _class_of(env: Any) -> Any:
+    """What builds the environment named ``env``; None: unknown."""
     from importlib import import_module
     from importlib.metadata import entry_points
 
     from pydrone.envs import ENVIRONMENTS
 
     if env in ENVIRONMENTS:
-        home = ENVIRONMENTS[env]
-        module, name = home.split(":") if isinstance(home, str) else home
-        found = getattr(import_module(module), name)
-    else:
-        points = list(entry_points(group="pydrone.envs", name=str(env)))
-        try:
-            found = points[0].load() if points else None
-        except (ImportError, AttributeError):
-            return None
-    return getattr(found, "action_limits", None)
+        module, name = ENVIRONMENTS[env].split(":")
+        return getattr(import_module(module), name)
+    points = list(entry_points(group="pydrone.envs", name=str(env)))
+    try:
+        return points[0].load() if points else None
+    except (ImportError, AttributeError):
+        return None
 
 
 def missing(format: str) -> Sequence[str]:

@@ -53,7 +53,7 @@ class Trainer(Iteration):
     Args:
         env: has a continuous action of so many dimensions (``env.actions`` an int), or a discrete one
             (``((), torch.int64)``) and ``num_discrete_actions``.
-        config: its ``env``, ``num_envs`` and ``device`` are not read; ``env`` decides them.
+        config: its ``env``, ``num_envs`` and ``device`` are not read: ``env`` decides them, and what is recorded of it.
         run_dir: where checkpoints, figures and the learning curve go. None: nowhere.
         echo: takes the lines that report progress.
         show: takes each iteration's figures, the number of iterations in all and the seconds left, instead of a line.
@@ -91,14 +91,18 @@ class Trainer(Iteration):
         # The signals of the run, and whether any rank had been asked to stop when the last figures were read.
         self._interrupt: Interrupt | None = None
         self._asked_to_stop = False
-        # What a resumed run could not take over, in words.
-        self._not_restored = None if state is None else restore(self, state)
+        # What a resumed run could not take over, and what it changes.
+        self._of_resuming = [] if state is None else restore(self, state)
 
     def train(self) -> Outcome:
         """Iterates until the last iteration, the target, or a SIGINT or SIGTERM; a signal lets the iteration finish.
 
         Where an iteration fails, the state after the last complete one is saved before the error is raised; not where
         the loss is not finite. With no iteration left to do, nothing is written.
+
+        Raises:
+            NotStorable: a checkpoint cannot hold the environment's ``state_dict()``. A TypeError; before the first
+                iteration.
         """
         config = self.config
         done = f"all {config.iterations} iterations are done"
@@ -106,9 +110,9 @@ class Trainer(Iteration):
             self.echo(nothing_to_do(self.iteration, config.iterations))
             return Outcome(done, self.iteration, {}, None)
         if self.run_dir is not None:
-            self._log = open_run(self.run_dir, config, self.iteration)
-        if self._not_restored is not None:
-            self.echo(f"Resumed at iteration {self.iteration}; {self._not_restored}.")
+            self._log = open_run(self.run_dir, self.recorded, self.iteration)
+        for line in self._of_resuming:
+            self.echo(line)
         # A missing library is reported with the buffer already.
         by_autograd = self.learner.not_fused is not None and self.learner.fused_loss is None
         if self.config.ppo.learner == "auto" and by_autograd and native.CPU_MISSING is None:
@@ -174,6 +178,11 @@ class Trainer(Iteration):
         """Why it ended before the last iteration, or None, and the last figures."""
         config, times = self.config, deque(maxlen=WINDOW)
         figures: dict[str, float] = {}
+        if self.run_dir is not None or self.ranks.rank:
+            # What no checkpoint can hold is an error now, not after hours.
+            if self.observations is None:
+                self.start()
+            checkpoint.check({**self.learnt(), "progress": progress_of(self)})
         while self.iteration < config.iterations:
             try:
                 figures = self.iterate()
@@ -226,7 +235,18 @@ class Trainer(Iteration):
             self.ranks.gather_objects(None)  # no rank goes on before the file is written, or the disk is full
 
     def _save(self, state: dict[str, Any]) -> Path | None:
-        return None if self.run_dir is None else checkpoint.save(self.run_dir / f"model_{state['iteration']}.pt", state)
+        if self.run_dir is None:
+            return None
+        path = self.run_dir / f"model_{state['iteration']}.pt"
+        try:
+            return checkpoint.save(path, state)
+        except checkpoint.NotStorable as error:
+            # Looked at before the first iteration, but the environment's state may have changed since.
+            learnt = {name: x for name, x in state.items() if name not in ("progress", "others")}
+            if len(learnt) == len(state):
+                raise
+            self.echo(f"Checkpoint of iteration {state['iteration']} without the environment's state: {error}")
+            return checkpoint.save(path, learnt)
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint holds, between iterations: plain containers and tensors, not copied.

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from pydrone.envs import Env
+from pydrone.envs.record import Record
 from pydrone.ppo.config import PPOConfig
 from pydrone.ppo.policy.actor_critic import ActorCritic
 from pydrone.ppo.policy.make import make_policy
@@ -27,6 +28,14 @@ class Run(NamedTuple):
     """The configuration of the training: nested mappings of plain values."""
     state: Mapping[str, Any]
     """The checkpoint, see :meth:`pydrone.ppo.trainer.Trainer.state_dict`."""
+
+    @property
+    def environment(self) -> Record:
+        """What the run knows of its environment; ValueError where the checkpoint has something else in its place."""
+        try:
+            return Record.read(self.state)
+        except ValueError as error:
+            raise ValueError(f"{self.checkpoint}: {error}") from error
 
 
 def checkpoint_of(run: str | os.PathLike[str]) -> Path:
@@ -75,7 +84,7 @@ def load_policy(run: Run, env: Env) -> ActorCritic:
         policy.load_state_dict(run.state["policy"])
     except (AttributeError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(
-            f"{run.checkpoint}: a policy trained in {run.settings['env']} does not fit an environment with "
+            f"{run.checkpoint}: a policy trained in {run.environment.label} does not fit an environment with "
             f"observations {env.obs} and {env.actions} actions: {error}"
         ) from error
     return policy.eval()

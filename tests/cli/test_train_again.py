@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
 from pydrone.cli import main as cli
+from pydrone.envs import Randomization
+from pydrone.envs.quadrotor import Quadrotor
+from pydrone.ppo.config import PPOConfig, TrainConfig
+from pydrone.ppo.trainer import Trainer
 from pydrone.report import learning_curve
 
 
@@ -80,6 +85,77 @@ def test_resuming_a_run_by_its_folder(here, tmp_path, capsys):
     assert [entry.name for entry in tmp_path.iterdir() if entry.name.startswith("runs")] == []
     assert cli.main(["train", "--resume", "parts"]) == 0
     assert capsys.readouterr().out.endswith("Nothing to do: the checkpoint stands at iteration 4 of 4.\n")
+
+
+def test_a_run_of_an_environment_object_is_resumed_from_python_alone(here, making, tmp_path, monkeypatch, capsys):
+    """It has no name to build it by: not that of the settings' default, nor that of the class it derives from."""
+    monkeypatch.chdir(tmp_path)
+
+    class Own(Quadrotor):
+        pass
+
+    ppo = PPOConfig(hidden_dims=(8,), num_minibatches=2)
+    config = TrainConfig(num_steps=4, iterations=1, tensorboard=False, ppo=ppo)
+    Trainer(Own(2), config, "own", echo=lambda _: None).train()
+    label = f"{__name__}:{Own.__qualname__}"
+    assert json.loads(Path("own/config.json").read_text())["env"] == label
+    making(AssertionError("an environment was built"))
+    capsys.readouterr()
+    for run in ("own", "own/model_1.pt"):
+        assert cli.main(["train", "--resume", run, "--iterations", "2"]) == 1
+        assert capsys.readouterr().err == (
+            f"pydrone: --resume {run}: {Path('own', 'model_1.pt')}: trained in an environment object, {label}, which "
+            "no registered name builds: resume it from Python by pydrone.ppo.trainer.Trainer(env, "
+            "TrainConfig(resume=...)).train(), or name an environment that fits by --env\n"
+        )
+    assert cli.main(["train", "--config", "own/config.toml"]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("pydrone: --config own/config.toml: env: expected one of genesis-course, ") and label in said
+    # From Python, and in an environment that is named.
+    lines = []
+    config = TrainConfig(num_steps=4, iterations=2, tensorboard=False, ppo=ppo, resume="own/model_1.pt")
+    assert Trainer(Own(2), config, "own", echo=lines.append).train().iterations == 2
+    assert not [line for line in lines if "anew" in line or "Changed" in line]
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    assert here("--resume", "own/model_1.pt", "--run-dir", "named") == 0
+    assert f"Changed since the checkpoint: env {label}, now quadrotor." in capsys.readouterr().out
+
+
+def test_a_run_from_python_is_resumed_with_what_its_environment_was(here, tmp_path, capsys):
+    """Its size, device and task, although the settings that the Trainer was given do not say so."""
+    ranges = Randomization(wind=(0.01, 0.02))
+    env = Quadrotor(3, hold=0.5, randomization=ranges, max_episode_length=70)
+    config = TrainConfig(num_steps=4, iterations=1, tensorboard=False, ppo=PPOConfig(num_minibatches=2))
+    Trainer(env, config, tmp_path / "run", echo=lambda _: None).train()
+    assert cli.main(["train", "--resume", "run", "--iterations", "2"]) == 0
+    said = capsys.readouterr().out
+    assert "quadrotor: 3 environments on cpu" in said and "anew" not in said
+    # What the command line cannot set is said.
+    assert "Changed since the checkpoint: max_episode_length 70, now 1500." in said
+    settings = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert settings["task"]["hold"] == 0.5 and settings["randomization"]["wind"] == [0.01, 0.02]
+
+
+def test_what_a_resumed_run_keeps_is_refused_before_a_simulator_is_built(here, making, capsys):
+    assert here("--run-dir", "run") == 0
+    making(AssertionError("an environment was built"))
+    capsys.readouterr()
+    assert here("--resume", "run", "--iterations", "3", "--activation", "relu") == 1
+    said = capsys.readouterr().err
+    assert said == (
+        f"pydrone: activation: expected 'tanh', that of the checkpoint {Path('run', 'model_2.pt')}, got 'relu': a "
+        "resumed training keeps it\n"
+    )
+
+
+def test_resuming_with_another_learning_rate_takes_it(here, tmp_path, capsys):
+    assert here("--run-dir", "run", "--desired-kl", "100") == 0
+    assert here("--resume", "run", "--iterations", "3", "--lr", "1e-3", "--desired-kl", "1e9") == 0
+    assert "learning_rate 0.0003, now 0.001; desired_kl 100.0, now 1000000000.0." in capsys.readouterr().out
+    rows = learning_curve.read(tmp_path / "run")
+    # The least KL of a step multiplies it by 1.5, at most once in each of 10 minibatches, up to the bound.
+    assert rows[1]["learning_rate"] > 3e-4 and 1e-3 <= rows[2]["learning_rate"] <= 1e-2
 
 
 def test_resuming_a_folder_without_a_checkpoint(here, making, tmp_path, capsys):

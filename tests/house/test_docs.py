@@ -107,18 +107,23 @@ def test_the_learners_options_are_all_there():
     assert len(options) == 19 and all(hasattr(PPOConfig(), name) for name in options), options
 
 
-def test_the_environment_in_the_documents_learns():
+def test_the_environment_in_the_documents_learns(tmp_path, monkeypatch, capsys):
     from pydrone.ppo.config import PPOConfig, TrainConfig
     from pydrone.ppo.trainer import Trainer
 
     text = (ROOT / "docs" / "environments.md").read_text(encoding="utf-8")
-    environment, training = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    environment, training, again = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
     names = {}
     exec(environment, names)
     code = [line for line in environment.splitlines() if line.strip() and not line.startswith(("import", "from"))]
     assert len(code) <= 20
     assert isinstance(names["Points"](3), pydrone.envs.Env)
-    exec(training.replace("iterations=20", "iterations=1").replace("256", "8"), names)
+    monkeypatch.chdir(tmp_path)
+    for code, iterations, smaller in ((training, 20, 1), (again, 40, 2)):
+        code = code.replace(f"iterations={iterations}", f"iterations={smaller}, tensorboard=False")
+        exec(code.replace("256", "8").replace("model_20", "model_1"), names)
+    assert "'episode_length': 50.0" in capsys.readouterr().out and (tmp_path / "run" / "model_2.pt").exists()
+    assert names["runs"].load("run").environment.actions.limits == ((-1.0,), (1.0,))
     config = TrainConfig(num_steps=50, ppo=PPOConfig(learning_rate=1e-3, hidden_dims=(32,)))
     trainer = Trainer(names["Points"](64, seed=1), config, echo=lambda line: None)
     returns = [trainer.iterate()["episode_return"] for _ in range(15)]

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import enum
+import json
 import sys
+from pathlib import Path
 
 import pytest
+import torch
 
 from pydrone.envs import Randomization, TaskOptions
 from pydrone.ppo import configfile
 from pydrone.ppo.config import PPOConfig, TrainConfig
+from pydrone.ppo.training import checkpoint
 
 if sys.version_info < (3, 11):
     pytest.importorskip("tomli")
@@ -74,6 +79,30 @@ def test_mistakes_are_named(text, message, read, tmp_path):
     with pytest.raises(ValueError) as raised:
         read(text)
     assert str(raised.value).startswith(f"{tmp_path / 'run.toml'}: {message}")
+
+
+class Schedule(str, enum.Enum):
+    FIXED = "fixed"
+
+
+def test_values_that_only_behave_like_plain_ones_are_written_as_those(read, tmp_path):
+    """NumPy's and torch's scalars, enums, paths and devices, as a sweep hands them over."""
+    np = pytest.importorskip("numpy")
+    odd = {"learning_rate": np.float64(1e-3), "schedule": Schedule.FIXED, "num_epochs": np.int64(3)}
+    odd |= {"hidden_dims": (np.int64(8), torch.tensor(4)), "normalize_obs": np.bool_(True)}
+    plain = {"learning_rate": 1e-3, "schedule": "fixed", "num_epochs": 3, "hidden_dims": (8, 4), "normalize_obs": True}
+    randomization = Randomization(mass=(np.float64(0.5), 2.0))
+    config = TrainConfig(
+        run_dir=Path("a"), device=torch.device("cpu"), ppo=PPOConfig(**odd), randomization=randomization
+    )
+    expected = TrainConfig(
+        run_dir="a", device="cpu", ppo=PPOConfig(**plain), randomization=Randomization(mass=(0.5, 2.0))
+    )
+    assert repr(config) == repr(expected)
+    settings = dataclasses.asdict(config)
+    assert json.loads(json.dumps(settings))["ppo"]["learning_rate"] == 1e-3
+    assert checkpoint.load(checkpoint.save(tmp_path / "model.pt", settings)) == settings
+    assert read(configfile.dumps(config))["ppo"]["hidden_dims"] == (8, 4)
 
 
 def test_the_file_of_a_run_gives_its_settings(read, tmp_path):

@@ -16,9 +16,12 @@ import torch
 from torch import nn
 
 from pydrone.cli.main import main
+from pydrone.envs import make
+from pydrone.envs.record import Actions, Record
 from pydrone.ppo import export
 from pydrone.ppo.config import PPOConfig, TrainConfig
 from pydrone.ppo.policy.actor_critic import ActorCritic
+from pydrone.ppo.trainer import Trainer
 from pydrone.ppo.training import checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -284,6 +287,118 @@ def test_without_onnxruntime_onnx_itself_checks(tmp_path, monkeypatch):
         pytest.importorskip(name)
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     assert export.save(policy(), tmp_path / "policy", "onnx", LIMITS).checked_with == "onnx's reference evaluator"
+
+
+# -------------------------------------------------------------------------------- what the environment makes of actions
+
+INF = float("inf")
+# Kind of environment: its action space, how it bounds actions, what the actor says, what the environment then gets.
+OWN = {
+    "clip": (([-2, -2, 0, -INF], [2, 2, INF, 3]), "clip", [1.555, -3, -1, 7], [1.555, -2, 0, 3]),
+    # -1 to 1 onto -2 to 2, 0 to 10, -4 to -2 and 100 to 101: a step of 0.5 is 1, 2.5, 0.5 and 0.25.
+    "rescale": (([-2, 0, -4, 100], [2, 10, -2, 101]), "rescale", [1.0, 0.5, -7, -0.5], [2, 7.5, -4, 100.25]),
+    "none": (([-1, -1], [1, 1]), "none", [1.555, -3], [1.555, -3]),
+    "unbounded": (([-INF], [INF]), "clip", [1.555], [1.555]),
+    "integers": (([-5, 0], [5, 9], "int32"), "clip", [-1.555, 12.3], [-1, 9]),
+    "rescaled integers": (([0, -9], [255, 9], "int16"), "rescale", [0.0, -0.5], [127, -4]),  # 127.5, -4.5
+    "discrete": (5, "clip", [0.0, 2.0, 1.0], 6),  # the second of three that begin at 5
+}
+
+
+def own_environment(space: object, bounded: str):
+    gym = pytest.importorskip("gymnasium")
+    vector = pytest.importorskip("gymnasium.vector")
+    from pydrone.envs.adapters import GymnasiumEnv
+
+    class Single(gym.Env):
+        observation_space = gym.spaces.Box(-1, 1, (2,), np.float32)
+        action_space = gym.spaces.Discrete(3, start=space) if isinstance(space, int) else None
+
+        def reset(self, *, seed=None, options=None):
+            return np.zeros(2, np.float32), {}
+
+        def step(self, action):
+            return np.zeros(2, np.float32), 1.0, False, False, {}
+
+    if not isinstance(space, int):
+        low, high, dtype = (*space, "float32")[:3]
+        Single.action_space = gym.spaces.Box(np.array(low, dtype), np.array(high, dtype), dtype=dtype)
+    return GymnasiumEnv(vector.SyncVectorEnv([Single] * 2), bounded_actions=bounded)
+
+
+# The ONNX exporter takes a second or two.
+QUICK = [(format, kind) for format in FORMATS for kind in OWN if format != "onnx" or kind in ("clip", "rescale")]
+SLOW = [pytest.param("onnx", kind, marks=pytest.mark.slow) for kind in OWN if ("onnx", kind) not in QUICK]
+
+
+@pytest.mark.parametrize(("format", "kind"), QUICK + SLOW, indirect=["format"])
+def test_the_exported_actions_are_those_that_the_environment_gets(kind, format, tmp_path, capsys):
+    """Worked out by hand, and by the environment itself; the run is recorded, exported and checked by the command."""
+    space, bounded, said, expected = OWN[kind]
+    env = own_environment(space, bounded)
+    config = TrainConfig(num_steps=2, ppo=PPOConfig(hidden_dims=(3,), num_minibatches=1))
+    trainer = Trainer(env, config, tmp_path, echo=lambda _: None)
+    with torch.no_grad():
+        trainer.policy.actor[2].weight.zero_()
+        trainer.policy.actor[2].bias.copy_(torch.tensor(said))
+    trainer.save()
+    assert main(["export", str(tmp_path), "--format", format]) == 0
+    path = tmp_path / f"policy{export.FORMATS[format]}"
+    (actions,) = act(path, format, torch.randn(2, 2))
+    np.testing.assert_allclose(actions.numpy(), [expected] * 2, rtol=1e-6)
+    taken = env._actions(trainer.policy.mode(torch.zeros(2, 2)).detach())
+    np.testing.assert_allclose(actions.numpy(), taken, rtol=1e-6)
+    found = metadata(path, format)
+    assert "genesis" not in str(found) and found["env"].endswith("GymnasiumEnv")
+    json.loads(found["layers"], parse_constant=lambda x: pytest.fail(f"{x} is not JSON"))
+    assert str(Actions.of(env)) in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("mistake", ["limits", "onto"])
+def test_the_check_sees_bounds_that_the_file_has_not(mistake, tmp_path, monkeypatch):
+    """The layers and the check compute the environment's bounds in two ways."""
+    actions = Actions(((-1.0,), (1.0,)), ((-2.0, -1.0), (2.0, 1.0)))
+    real = export.describe
+    monkeypatch.setattr(export, "describe", lambda own, given: real(own, given._replace(**{mistake: None})))
+    if mistake == "limits":
+        actions = actions._replace(onto=None)
+    with pytest.raises(export.ExportError, match="its actions differ from the policy's own"):
+        export.save(policy(), tmp_path / "policy", "torchscript", actions)
+
+
+def test_a_wrapper_does_not_borrow_the_bounds_of_what_it_wraps(tmp_path, capsys):
+    """It halves the actions, and passes every attribute on."""
+
+    class Halved:
+        def __init__(self, env):
+            self.env = env
+
+        def __getattr__(self, name):
+            return getattr(self.env, name)
+
+        def step(self, actions):
+            return self.env.step(actions / 2)
+
+    config = TrainConfig(env="quadrotor", num_steps=2, ppo=PPOConfig(hidden_dims=(3,)))
+    Trainer(Halved(make("quadrotor", num_envs=2)), config, tmp_path, echo=lambda _: None).save()
+    assert main(["export", str(tmp_path), "--format", "torchscript"]) == 0
+    assert "not clipped (the environment has no action_limits" in capsys.readouterr().out
+    assert Record.read(checkpoint.load(tmp_path / "model_0.pt")).name is None
+
+
+def test_a_run_of_before_exports_as_its_environment_clips_where_it_fits_that_one(run_dir, tmp_path, capsys):
+    """Then it said genesis-hover of every environment object."""
+    state = checkpoint.load(run_dir / "model_10.pt")
+    assert "environment" not in state
+    assert main(["export", str(run_dir), "--format", "torchscript"]) == 0
+    assert "actions, clipped to [-1, 1]; from" in capsys.readouterr().out
+    state["policy"] = ActorCritic(3, 1, (8, 6)).state_dict()
+    path = checkpoint.save(tmp_path / "model_1.pt", state)
+    assert main(["export", str(path), "--format", "torchscript"]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith(f"pydrone: {path}: trained in another environment than quadrotor, which has 17 observations")
+    assert main(["export", str(path), "--format", "torchscript", "--clip", "-2", "2"]) == 0
+    assert "clipped to [-2, 2]" in capsys.readouterr().out
 
 
 # --------------------------------------------------------------------------------------------- limits, the command line

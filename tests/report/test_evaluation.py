@@ -259,6 +259,44 @@ def test_with_the_randomisation_of_the_run(run_dir, tmp_path, monkeypatch, capsy
     assert plain is None and random.ranges == ranges
 
 
+def test_another_task_than_that_of_the_training_is_said(run_dir, tmp_path, capsys):
+    assert evaluate(run_dir, "--episodes", 1, "--steps", 3) == 0
+    assert "Changed" not in capsys.readouterr().out
+    config = TrainConfig(num_steps=4, iterations=1, tensorboard=False, ppo=PPOConfig(num_minibatches=2))
+    Trainer(Quadrotor(2, dt=0.02, hold=0.5), config, tmp_path, echo=lambda line: None).train()
+    capsys.readouterr()
+    assert evaluate(tmp_path, "--episodes", 1, "--steps", 3) == 0
+    said = capsys.readouterr().out
+    line = next(line for line in said.splitlines() if line.startswith("Changed since the checkpoint: "))
+    assert "hold 0.5, now 0.0" in line and "dt 0.02, now 0.01" in line
+
+
+def test_a_run_of_an_environment_object_is_flown_from_python(tmp_path, monkeypatch, capsys):
+    """It has no name to build it by, whatever the settings' default is."""
+
+    class Own(Quadrotor):
+        pass
+
+    ppo = PPOConfig(num_minibatches=2, hidden_dims=(8,))
+    config = TrainConfig(num_steps=4, iterations=1, tensorboard=False, ppo=ppo)
+    Trainer(Own(2), config, tmp_path, echo=lambda line: None).train()
+    capsys.readouterr()
+    with monkeypatch.context() as context:
+        context.setattr("pydrone.envs.make", lambda *_, **__: pytest.fail("an environment was built"))
+        assert evaluate(tmp_path, "--episodes", 1) == 1
+    path, label = tmp_path / "model_1.pt", f"{__name__}:{Own.__qualname__}"
+    assert capsys.readouterr().err == (
+        f"pydrone: {path}: trained in an environment object, {label}, which no registered name builds: fly it from "
+        "Python by pydrone.report.evaluation.fly(env, policy.mode), with the policy of "
+        "pydrone.report.runs.load_policy(runs.load(RUN), env), or name an environment that fits by --env\n"
+    )
+    env = Own(3)
+    flown = evaluation.fly(env, runs.load_policy(runs.load(tmp_path), env).mode, max_steps=5)
+    assert flown.length.tolist() == [5, 5, 5]
+    assert evaluate(tmp_path, "--episodes", 1, "--steps", 3, "--env", "quadrotor") == 0
+    assert f"trained in {label}" in capsys.readouterr().out
+
+
 def test_beside_the_checkpoint_by_default(run_dir):
     assert evaluate(run_dir, "--episodes", 1, "--steps", 3) == 0
     assert (run_dir / "eval_quadrotor.json").is_file() and (run_dir / "eval_quadrotor.png").is_file()

@@ -191,15 +191,20 @@ class Learner:
     def adapt_learning_rate(self, kl: Tensor) -> None:
         """rsl_rl's schedule: divided by 1.5 above twice the desired KL, multiplied by 1.5 below half of it.
 
-        A KL of zero up to rounding, as before a rollout's first step, leaves the rate unchanged; so does NaN.
+        A rate outside the bounds is never moved against that direction to reach them, as rsl_rl's own is. A KL of zero
+        up to rounding, as before a rollout's first step, leaves the rate unchanged; so does NaN.
         """
         least, most = LEARNING_RATE_BOUNDS
         rate, desired = self.learning_rate, self.config.desired_kl
         rate.copy_(
             torch.where(
                 kl > 2 * desired,
-                (rate / LEARNING_RATE_FACTOR).clamp_min(least),
-                torch.where((kl > ZERO_KL) & (kl < desired / 2), (rate * LEARNING_RATE_FACTOR).clamp_max(most), rate),
+                torch.minimum(rate, (rate / LEARNING_RATE_FACTOR).clamp_min(least)),
+                torch.where(
+                    (kl > ZERO_KL) & (kl < desired / 2),
+                    torch.maximum(rate, (rate * LEARNING_RATE_FACTOR).clamp_max(most)),
+                    rate,
+                ),
             )
         )
 

@@ -142,3 +142,5 @@ class RewardScaler(nn.Module):
         if state["running"].shape != self.running.shape:
             state = {**state, "running": torch.zeros_like(self.running)}
         self.load_state_dict(state)
+        if not self.normalize:
+            self.factor.fill_(self.scale)  # which may not be the one that was saved

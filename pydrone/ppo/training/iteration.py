@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from pydrone.buffer import RolloutBuffer
 from pydrone.envs.base import Env, LogMeter, ObsSpec
+from pydrone.envs.record import Record, settings_of
 from pydrone.memory import plan
 from pydrone.ops.schema import INVALID
 from pydrone.ppo.config import TrainConfig, check_minibatches
@@ -47,6 +49,11 @@ class Iteration:
                 f"num_minibatches: expected at most one per environment, {env.num_envs}, for a recurrent policy, got "
                 f"{config.ppo.num_minibatches}"
             )
+        self.environment = Record.of(env)
+        #: the settings as the run's files have them: where the environment decides, its own
+        self.recorded = copy.copy(config)
+        device = self.device.type if ranks.several else str(self.device)
+        vars(self.recorded).update(settings_of(env, self.environment), device=device)
         ranks.check_same(_settings(env, config) | {"iteration": iteration})
         # A resumed run whose generators cannot be restored then draws other numbers than the first run did.
         torch.manual_seed(config.seed + iteration)
@@ -187,7 +194,8 @@ class Iteration:
             "iteration": self.iteration,
             "policy": self.policy.state_dict(),
             "learner": self.learner.state_dict(),
-            "config": dataclasses.asdict(self.config),
+            "config": dataclasses.asdict(self.recorded),
+            "environment": self.environment.stored(),
             **({} if self.reward_scaler is None else {"rewards": self.reward_scaler.state_dict()}),
             **({"memory": self.policy.memory} if self.policy.recurrent else {}),
         }

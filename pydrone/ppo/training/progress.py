@@ -5,11 +5,43 @@ Each rank has its own progress. All are in the checkpoint that the first rank wr
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 
+from pydrone.envs.record import Record
+from pydrone.ppo.config import ON_RESUME, TrainConfig
 from pydrone.ppo.training.iteration import Iteration
+
+
+def changes(before: Mapping[str, Any], config: TrainConfig, path: Any) -> dict[str, tuple[Any, Any]]:
+    """The settings that differ from ``before``, those of the checkpoint ``path``: by name, the old and the new value.
+
+    Those of the process are left out, see ``ON_RESUME``. Raises ValueError for one that a resumed training keeps.
+    """
+    found = {}
+    for group, name, old, new in _differing(before, dataclasses.asdict(config)):
+        if name in ON_RESUME["kept"]:
+            raise ValueError(
+                f"{name}: expected {old!r}, that of the checkpoint {path}, got {new!r}: a resumed training keeps it"
+            )
+        if name in ON_RESUME["new"] or group in ON_RESUME["new"]:
+            found[name] = old, new
+    return found
+
+
+def _differing(before: Any, after: Mapping[str, Any], group: str = "") -> Iterator[tuple[str, str, Any, Any]]:
+    """Group, name, old and new value; settings that ``before`` does not know are left out."""
+    for name, new in after.items():
+        if not isinstance(before, Mapping) or name not in before:
+            continue
+        old = tuple(before[name]) if isinstance(before[name], list) else before[name]
+        if isinstance(new, Mapping):
+            yield from _differing(old, new, name)
+        elif old != new:
+            yield group, name, old, new
 
 
 def progress_of(training: Iteration) -> dict[str, Any]:
@@ -35,14 +67,29 @@ def progress_of(training: Iteration) -> dict[str, Any]:
     }
 
 
-def restore(training: Iteration, state: dict[str, Any]) -> str | None:
+def restore(training: Iteration, state: dict[str, Any]) -> list[str]:
     """Takes over a checkpoint, see :meth:`pydrone.ppo.trainer.Trainer.state_dict`.
 
-    Returns in words what could not be restored, such as an environment without a state, or None. Raises ValueError
-    where networks, optimiser or progress are those of another training.
+    Returns lines that say what could not be restored, such as an environment without a state, and which settings are
+    others. Raises ValueError where networks, optimiser or progress are those of another training.
     """
+    changed = changes(state["config"], training.recorded, training.config.resume)
+    changed |= Record.read(state).changed(training.environment)
     _restore_learnt(training, state)
-    return _restore_progress(training, state)
+    if "learning_rate" in changed:
+        # The adaptive schedule begins anew from the given rate.
+        training.learner.learning_rate.fill_(training.config.ppo.learning_rate)
+    said, lost = [], _restore_progress(training, state)
+    if lost is not None:
+        said.append(f"Resumed at iteration {training.iteration}; {lost}.")
+    if changed:
+        said.append(in_words(changed))
+    return said
+
+
+def in_words(changed: Mapping[str, tuple[Any, Any]]) -> str:
+    """A line that names what differs from the checkpoint, with the old and the new values."""
+    return f"Changed since the checkpoint: {'; '.join(f'{k} {old}, now {new}' for k, (old, new) in changed.items())}."
 
 
 def _restore_learnt(training: Iteration, state: dict[str, Any]) -> None:
@@ -53,9 +100,6 @@ def _restore_learnt(training: Iteration, state: dict[str, Any]) -> None:
         theirs = {name: tuple(x.shape) for name, x in state["policy"].items()}
     except AttributeError:
         raise ValueError(f"{path}: expected the weights of a policy, got something else") from None
-    hidden, given = _hidden_dims(theirs), tuple(training.config.ppo.hidden_dims)
-    if hidden and hidden != given:
-        raise ValueError(f"hidden_dims: expected {hidden}, those of the checkpoint {path}, got {given}")
     for name in sorted(own.keys() | theirs.keys()):
         if own.get(name) != theirs.get(name):
             raise ValueError(
@@ -78,7 +122,10 @@ def _restore_progress(training: Iteration, state: dict[str, Any]) -> str | None:
     progress, before = state.get("progress"), state["config"]
     buffer, figures, ranks = training.buffer, training.figures, training.ranks
     if progress is None:
-        return "its checkpoint was saved after a failure: all episodes begin anew, with other random numbers"
+        return (
+            "its checkpoint was saved after a failure, or without the environment's state: all episodes begin anew, "
+            "with other random numbers"
+        )
     try:
         figures.last_episodes |= progress["episode_figures"]
         figures.episode_lengths.extend(progress["episode_lengths"])
@@ -113,9 +160,3 @@ def _restore_progress(training: Iteration, state: dict[str, Any]) -> str | None:
         path = training.config.resume
         raise ValueError(f"{path}: expected the progress of a training, got something else: {error}") from error
     return None
-
-
-def _hidden_dims(shapes: dict[str, tuple[int, ...]]) -> tuple[int, ...]:
-    """Widths of the hidden layers of a policy whose ``state_dict`` has these shapes."""
-    weights = [shape for name, shape in shapes.items() if name.startswith("actor.") and name.endswith(".weight")]
-    return tuple(shape[0] for shape in weights[:-1])

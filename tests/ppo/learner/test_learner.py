@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -110,6 +111,14 @@ def test_a_step_clips_actor_and_critic_apart_from_each_other():
         (float("nan"), 3e-4, 3e-4),
         (1.0, 1.2e-5, 1e-5),  # the bounds
         (0.001, 9e-3, 1e-2),
+        (1.0, 1e-6, 1e-6),  # outside of them: never against the direction
+        (1.0, 0.05, 0.05 / 1.5),
+        (1.0, 1e-5, 1e-5),
+        (1e-4, 0.05, 0.05),
+        (1e-4, 1e-6, 1.5e-6),
+        (1e-4, 1e-2, 1e-2),
+        (math.inf, 1e-6, 1e-6),
+        (0.01, 1e-6, 1e-6),
     ],
 )
 def test_adaptive_learning_rate(kl, before, after):

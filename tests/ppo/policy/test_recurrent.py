@@ -242,7 +242,7 @@ def test_a_checkpoint_goes_on(tmp_path):
         assert torch.equal(x, second.policy.state_dict()[name])
     assert all(torch.equal(x, second.policy.memory[name]) for name, x in first.policy.memory.items())
     assert second.train().iterations == 4
-    with pytest.raises(ValueError, match=r"rnn.*: expected shape"):
+    with pytest.raises(ValueError, match=r"recurrent: expected 'lstm', .*model_2\.pt, got 'gru'"):
         changed = {**ppo, "recurrent": "gru"}
         Trainer(Recall(8), config(iterations=4, resume=str(path), ppo=changed), echo=lambda _: None)
 

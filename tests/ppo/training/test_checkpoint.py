@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import enum
 import errno
 import io
 import os
 import pickle
+import random
 import zipfile
+from collections import OrderedDict, defaultdict
+from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 
@@ -82,11 +88,98 @@ class Evil:
 
 
 def test_no_code_runs_from_a_checkpoint(tmp_path):
-    path = checkpoint.save(tmp_path / "model.pt", {"policy": Evil()})
+    path, content = tmp_path / "model.pt", io.BytesIO()
+    torch.save({"policy": Evil()}, content)
+    path.write_bytes(checkpoint._sealed(content.getvalue()))
     with pytest.raises(SystemExit, match="code ran"):
         torch.load(path, weights_only=False)
     with pytest.raises(ValueError, match="expected a checkpoint, got a file that PyTorch cannot read"):
         checkpoint.load(path)
+
+
+class Pair(NamedTuple):
+    a: int
+
+
+class Level(enum.IntEnum):
+    LOW = 1
+
+
+# What may be in the state of an environment, all of which comes back equal and of the same type.
+STORABLE = {
+    "array": np.arange(6.0).reshape(2, 3)[:, ::-1],
+    "0-d array": np.array(2.5),
+    "empty array": np.zeros((0, 3), np.int16),
+    "half": np.float16([1, np.nan]),
+    "uint16": np.uint16([65535]),
+    "uint64": np.array([2**64 - 1], np.uint64),
+    "bool array": np.array([True]),
+    "complex": np.complex64([1j]),
+    "float scalar": np.float64(0.1),
+    "int scalar": np.int8(-3),
+    "bool scalar": np.bool_(True),
+    "state of MT19937": np.random.MT19937(3).state,
+    "state of Philox": np.random.Philox(3).state,
+    "legacy state": np.random.RandomState(3).get_state(),
+    "state of PCG64": np.random.default_rng(3).bit_generator.state,
+    "state of random": random.Random(3).getstate(),
+    "state of torch": torch.Generator().manual_seed(3).get_state(),
+    "nested": OrderedDict(a=[(np.float32(1), {"b": np.ones(1)})]),
+    "plain": [None, True, 1 << 100, 1.5, 1j, "x", b"x", bytearray(b"x"), {1, 2}, (), {None: 1, (1, "a"): 2}],
+    "tensors": [torch.ones(2, dtype=torch.uint16), torch.ones(1).expand(3), torch.nn.Parameter(torch.ones(1))],
+}
+READ_ONLY = np.ones(3)
+READ_ONLY.flags.writeable = False
+STORABLE |= {"read-only array": READ_ONLY, "foreign byte order": np.arange(3, dtype=">f4")}
+
+
+def equal(a: object, b: object) -> bool:
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, dict):
+        return list(a) == list(b) and all(equal(a[name], b[name]) for name in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(equal, a, b))
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, (np.ndarray, np.generic)):
+        return a.dtype == b.dtype.newbyteorder(a.dtype.byteorder) and bool(np.array_equal(a, b, equal_nan=True))
+    return a == b
+
+
+@pytest.mark.parametrize("kind", STORABLE)
+def test_what_is_saved_is_read_again_equal(kind, tmp_path):
+    state = {"env": {"x": STORABLE[kind]}}
+    assert equal(state, checkpoint.load(checkpoint.save(tmp_path / "model.pt", state)))
+
+
+NOT_STORABLE = {
+    "path": (Path("x"), r"env\.x: .*, got pathlib\.\w+"),
+    "generator of numpy": (np.random.default_rng(0), r"env\.x: .*, got numpy\.random\S*Generator"),
+    "generator of torch": (torch.Generator(), r"env\.x: .*, got torch\.\S*Generator"),
+    "array of objects": ({"y": [np.array([None])]}, r"env\.x\.y\.0: .*, got numpy\.ndarray of object"),
+    "dates": (np.datetime64("2026-01-01"), r"env\.x: .*, got numpy\.datetime64 of datetime64\[D\]"),
+    "text of numpy": (np.str_("a"), r"env\.x: .*, got numpy\.str_"),
+    "masked array": (np.ma.array([1.0], mask=[True]), r"env\.x: .*, got numpy\.ma\S*MaskedArray"),
+    "key of numpy": ({np.int64(1): 2}, r"env\.x, a key: .*, got numpy\.int64"),
+    "element of numpy": ({np.int64(1)}, r"env\.x, an element: .*, got numpy\.int64"),
+    "enum": (Level.LOW, r"env\.x: .*, got \S*Level"),
+    "named tuple": (Pair(1), r"env\.x: .*, got \S*Pair"),
+    "defaultdict": (defaultdict(list, a=[1]), r"env\.x: .*, got collections\.defaultdict"),
+    "frozenset": (frozenset({1}), r"env\.x: .*, got frozenset"),
+    "function": (lambda: 0, r"env\.x: .*, got function"),
+    "module": (random, r"env\.x: .*, got module"),
+    "class": ([Evil()], r"env\.x\.0: .*, got \S*Evil"),
+}
+
+
+@pytest.mark.parametrize("kind", NOT_STORABLE)
+def test_what_could_not_be_read_again_is_refused_by_its_key(kind, tmp_path):
+    value, message = NOT_STORABLE[kind]
+    path = checkpoint.save(tmp_path / "model.pt", {"iteration": 1})
+    with pytest.raises(checkpoint.NotStorable, match=f"^{message}"):
+        checkpoint.save(path, {"policy": {"w": torch.ones(1)}, "env": {"a": np.ones(1), "x": value}})
+    assert checkpoint.load(path) == {"iteration": 1} and len(list(tmp_path.iterdir())) == 1
 
 
 def test_other_tools_read_a_checkpoint(tmp_path):

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 
@@ -229,6 +230,62 @@ def test_a_progress_that_is_none(progress, tmp_path):
     checkpoint.save(path, {**checkpoint.load(path), "progress": progress})
     with pytest.raises(ValueError, match=r"model_2\.pt: expected the progress of a training, got something else"):
         train(tmp_path, resume=str(path))
+
+
+class OfNumPy(Quadrotor):
+    """Keeps a number, an array and a generator's state outside of tensors; they decide the rewards."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.total, self.seen = np.float64(0), np.zeros(self.num_envs)
+        self.rng = np.random.Generator(np.random.MT19937(5))
+
+    def step(self, actions):
+        result = super().step(actions)
+        self.seen = self.seen.astype(np.float64) + self.rng.random(self.num_envs)
+        self.total = self.total + self.seen.mean()
+        return result._replace(rewards=torch.from_numpy(self.seen + self.total).float())
+
+    def state_dict(self):
+        own = {"total": self.total, "seen": self.seen, "rng": self.rng.bit_generator.state}
+        return {**super().state_dict(), "own": own}
+
+    def load_state_dict(self, state):
+        own = state["own"]
+        super().load_state_dict({name: x for name, x in state.items() if name != "own"})
+        self.total, self.seen, self.rng.bit_generator.state = own["total"], own["seen"], own["rng"]
+
+
+def test_an_environment_of_numpy_goes_on_to_the_bit(tmp_path):
+    train(tmp_path / "whole", OfNumPy(N), iterations=4)
+    train(tmp_path / "parts", OfNumPy(N), iterations=2)
+    train(tmp_path / "parts", OfNumPy(N), iterations=4, resume=str(tmp_path / "parts" / "model_2.pt"))
+    assert figures(tmp_path / "whole") == figures(tmp_path / "parts")
+
+
+def test_a_state_that_no_checkpoint_can_hold_is_refused_before_the_first_iteration(tmp_path):
+    class WithPath(Quadrotor):
+        def state_dict(self):
+            return {**super().state_dict(), "where": {"log": tmp_path}}
+
+    lines = []
+    with pytest.raises(checkpoint.NotStorable, match=r"^progress\.env\.where\.log: expected .*, got pathlib\."):
+        train(tmp_path, WithPath(N), lines.append)
+    assert lines == [] and not list(tmp_path.glob("model*"))
+    train(None, WithPath(N), iterations=1)  # nothing is saved
+
+
+def test_a_state_that_can_be_held_no_longer_costs_the_episodes_alone(tmp_path):
+    env, lines = Quadrotor(N), []
+    state, calls = env.state_dict, []
+    env.state_dict = lambda: {**state(), "odd": calls.append(1) or (object() if len(calls) > 2 else 1)}
+    assert train(tmp_path, env, lines.append, iterations=3, save_interval=1).iteration == 3
+    assert sorted(x.name for x in tmp_path.glob("model*")) == ["model_1.pt", "model_2.pt", "model_3.pt"]
+    said = [line for line in lines if "without the environment's state" in line]
+    assert len(said) == 2 and "Checkpoint of iteration 2" in said[0] and "progress.env.odd: expected" in said[0]
+    lines.clear()
+    assert train(tmp_path, Quadrotor(N), lines.append, resume=str(tmp_path / "model_3.pt")).iteration == 9
+    assert "or without the environment's state: all episodes begin anew" in lines[0]
 
 
 def test_a_full_disk_does_not_end_a_training(tmp_path, monkeypatch):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ import pydrone
 from pydrone.envs.adapters import GymnasiumEnv, RslRlEnv
 from pydrone.envs.base import StepResult
 from pydrone.envs.quadrotor import Quadrotor
-from pydrone.ppo.config import PPOConfig, TrainConfig
+from pydrone.ppo.config import ON_RESUME, PPOConfig, TrainConfig
 from pydrone.ppo.trainer import NotFinite, Trainer
 from pydrone.ppo.training import checkpoint
 
@@ -403,11 +405,89 @@ def test_resuming_at_the_end_writes_nothing(tmp_path):
     assert not (tmp_path / "second").exists()
 
 
-def test_resuming_takes_the_learning_rate_with_the_adaptive_schedule_alone(tmp_path):
+@pytest.mark.parametrize("schedule", ["fixed", "adaptive"])
+def test_resuming_goes_on_with_the_adapted_rate_unless_another_is_given(schedule, tmp_path):
+    first = trainer(Clock(), tmp_path, ppo={"learning_rate": 2e-3, "schedule": schedule})
+    first.learner.learning_rate.fill_(5e-4)
+    path, lines = first.save(), []
+    again = trainer(Clock(), iterations=5, resume=str(path), ppo={"learning_rate": 2e-3, "schedule": schedule})
+    assert again.learner.learning_rate.item() == pytest.approx(5e-4 if schedule == "adaptive" else 2e-3)
+    ppo = {"learning_rate": 1e-3, "schedule": schedule}
+    other = trainer(Clock(), echo=lines.append, iterations=1, resume=str(path), ppo=ppo)
+    assert other.learner.learning_rate.item() == pytest.approx(1e-3)
+    assert other.learner.optimizer.param_groups[0]["lr"] is other.learner.learning_rate
+    other.train()
+    assert "Changed since the checkpoint: learning_rate 0.002, now 0.001." in lines
+
+
+def test_another_schedule_begins_at_the_rate_that_was_reached(tmp_path):
     path = saved(tmp_path, ppo={"learning_rate": 2e-3, "schedule": "fixed"})
-    for schedule, rate in (("fixed", 1e-3), ("adaptive", 2e-3)):
-        second = trainer(Clock(), iterations=5, resume=str(path), ppo={"learning_rate": 1e-3, "schedule": schedule})
-        assert second.learner.learning_rate.item() == pytest.approx(rate), schedule
+    second = trainer(Clock(), iterations=5, resume=str(path), ppo={"learning_rate": 2e-3, "schedule": "adaptive"})
+    assert second.learner.learning_rate.item() == pytest.approx(2e-3)
+
+
+# Another value of each setting that a resumed training keeps, of a feedforward policy of groups.
+KEPT = {
+    "hidden_dims": ((16, 16), (32,)),
+    "activation": ("tanh", "relu"),
+    "recurrent": ("none", "lstm"),
+    "rnn_dim": (64, 8),
+    "actor_obs": (("policy",), ("same",)),
+    "critic_obs": (("critic",), ("policy",)),
+    "normalize_obs": (False, True),
+    "normalize_values": (False, True),
+    "init_std": (1.0, 0.5),
+}
+
+
+class Twins(Clock):
+    """With two groups of one size, which weights cannot tell apart."""
+
+    obs = dict.fromkeys(("policy", "same", "critic"), ((3,), torch.float32))
+
+    def _obs(self):
+        return {name: torch.full((N, 3), float(i + self.t % 3)) for i, name in enumerate(self.obs)}
+
+
+@pytest.mark.parametrize("name", ON_RESUME["kept"])
+def test_what_a_resumed_training_keeps_is_refused_by_name(name, tmp_path):
+    first = trainer(Twins(), tmp_path, ppo={"actor_obs": ("policy",), "critic_obs": ("critic",)})
+    path, (old, new) = first.save(), KEPT[name]
+    for given in ({name: new}, {name: old}):
+        ppo = {"actor_obs": ("policy",), "critic_obs": ("critic",), **given}
+        if given[name] == old:
+            assert trainer(Twins(), resume=str(path), ppo=ppo).iteration == 0
+            continue
+        with pytest.raises(ValueError) as raised:
+            trainer(Twins(), resume=str(path), ppo=ppo)
+        assert str(raised.value) == (
+            f"{name}: expected {old!r}, that of the checkpoint {path}, got {new!r}: a resumed training keeps it"
+        )
+
+
+def test_every_setting_says_what_a_resume_makes_of_it():
+    """A new one has to be put into the table, and into the document."""
+    names = [f.name for cls in (TrainConfig, PPOConfig) for f in dataclasses.fields(cls) if f.name != "ppo"]
+    assert sorted(names) == sorted(name for kind in ON_RESUME.values() for name in kind)
+    text = (Path(__file__).parents[3] / "docs" / "training.md").read_text(encoding="utf-8")
+    for name in (*ON_RESUME["kept"], *ON_RESUME["new"]):
+        assert f"`{name}`" in text, f"{name}: docs/training.md lists what a resume changes and keeps"
+
+
+@pytest.mark.parametrize(("normalize", "scale"), [(False, 0.25), (False, 1.0), (True, 0.5)])
+def test_a_resumed_training_takes_the_given_reward_scale(normalize, scale, tmp_path):
+    path = saved(tmp_path, ppo={"reward_scale": 0.5})
+    ppo = {"reward_scale": scale, "normalize_rewards": normalize}
+    second = trainer(Clock(), iterations=4, resume=str(path), ppo=ppo)
+    second.iterate()
+    scaler, rewards = second.reward_scaler, torch.ones(N, T)
+    if scaler is None:
+        assert scale == 1
+        return
+    codes = torch.zeros(N, T, dtype=torch.uint8)
+    scaler.apply_to(rewards, codes)
+    expected = scale / scaler.moments.std if normalize else torch.tensor(scale)
+    torch.testing.assert_close(rewards, expected.float().expand(N, T))
 
 
 @pytest.mark.parametrize(
