@@ -63,8 +63,8 @@ TRITON = [
     Fault(
         "a biased standard deviation, in Triton",
         TRITON_GATHER,
-        "tl.load(stats + 2) / tl.maximum(count - 1, 1.0)",
-        "tl.load(stats + 2) / tl.maximum(count, 1.0)",
+        "tl.load(stats + 2) / tl.where(count > 1, count - 1, 1.0)",
+        "tl.load(stats + 2) / tl.where(count > 1, count, 1.0)",
         OF_GATHER,
     ),
     Fault(
