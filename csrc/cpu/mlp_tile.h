@@ -19,8 +19,9 @@ typedef float Loose __attribute__((vector_size(V * 4), aligned(4), may_alias));
 PYDRONE_IN Vec load(const float* x) { return *reinterpret_cast<const Loose*>(x); }
 PYDRONE_IN void store(float* to, Vec x) { *reinterpret_cast<Loose*>(to) = x; }
 PYDRONE_IN Vec all(float x) { return x - Vec{}; }  // one broadcast; 0 + x is not x for x = -0
-PYDRONE_IN Vec larger(Vec a, Vec b) { return a > b ? a : b; }
-PYDRONE_IN Vec smaller(Vec a, Vec b) { return a < b ? a : b; }
+// NaN if either operand is.
+PYDRONE_IN Vec larger(Vec a, Vec b) { return (a > b) | (a != a) ? a : b; }
+PYDRONE_IN Vec smaller(Vec a, Vec b) { return (a < b) | (a != a) ? a : b; }
 PYDRONE_IN float total(Vec x) {
   float sum = 0;
   for (int i = 0; i < V; ++i) sum += x[i];
@@ -432,7 +433,7 @@ static void critic_loss(const PpoLoss& loss, const PpoTile& tile, float* outputs
       const Vec held = larger(smaller(moved, all(loss.value_clip)), all(-loss.value_clip));
       const Vec other = held + (old - target), squared = other * other;
       grad = squared > square ? (moved == held ? 2.0f * other : Vec{}) : grad;
-      square = squared > square ? squared : square;
+      square = larger(square, squared);
     }
     sum += samples(n, tile.count) ? square : Vec{};
     store(grads + n, grad * (loss.share * loss.value_coef));

@@ -116,13 +116,27 @@ def test_build_info_tells_what_is_there() -> None:
         assert (PACKAGE / f"_{library}.so").exists() == (reason is None), reason
 
 
-@pytest.mark.skipif(shutil.which("nm") is None, reason="nm is not installed")
-def test_native_library_needs_only_torchs_c_functions() -> None:
+def symbols_of_the_native_library(*options: str) -> list[str]:
     library = PACKAGE / "_native_cpu.so"
     if not library.exists():
         pytest.skip(json.loads((PACKAGE / "_build_info.json").read_text())["native_cpu"])
-    nm = subprocess.run(["nm", "-D", "--undefined-only", library], capture_output=True, text=True, check=True)
-    symbols = [line.split()[-1] for line in nm.stdout.splitlines()]
+    nm = subprocess.run(["nm", "-D", *options, library], capture_output=True, text=True, check=True)
+    return nm.stdout.splitlines()
+
+
+@pytest.mark.skipif(shutil.which("nm") is None, reason="nm is not installed")
+def test_errors_are_built_without_streams() -> None:
+    """Streams fail where libstdc++ is linked statically (csrc/errors.h), and then every message is cut off. <iostream>,
+    which torch's headers include, constructs the standard streams; nothing of ours may use them."""
+    names = symbols_of_the_native_library("--demangle")
+    if not any("U std::runtime_error" in name for name in names):
+        pytest.skip("libstdc++ is linked statically: its own streams are among the symbols")
+    assert [x for x in names if re.search("stream|locale|basic_ios|ios_base(?!::Init)", x)] == []
+
+
+@pytest.mark.skipif(shutil.which("nm") is None, reason="nm is not installed")
+def test_native_library_needs_only_torchs_c_functions() -> None:
+    symbols = [line.split()[-1] for line in symbols_of_the_native_library("--undefined-only")]
     assert any(symbol.startswith(("aoti_torch_", "torch_")) for symbol in symbols)
     # Mangled names in these namespaces change with torch releases; the stable ABI has none.
     assert not [symbol for symbol in symbols if re.match(r"_Z[NKTVIS]*(2at|3c10|5torch|6caffe2)", symbol)]
