@@ -44,7 +44,9 @@ def test_a_ratio_that_overflows_is_clipped_like_any_other(log_ratio, advantage, 
     assert result.item() == pytest.approx(expected) and new.grad.item() == 0
 
 
-@pytest.mark.parametrize(("log_ratio", "advantage"), [(math.nan, 0.0), (math.nan, -1.0), (0.0, math.nan), (1e3, math.nan)])
+@pytest.mark.parametrize(
+    ("log_ratio", "advantage"), [(math.nan, 0.0), (math.nan, -1.0), (0.0, math.nan), (1e3, math.nan)]
+)
 def test_surrogate_shows_what_is_not_a_number(log_ratio, advantage):
     result = loss.surrogate_loss(torch.tensor([log_ratio]), torch.zeros(1), torch.tensor([advantage]), 0.2)
     assert result.isnan()

@@ -25,7 +25,9 @@ LEARNER = [
         "const Vec grad = plain <= plain ? plain :",
         OF_FUSED,
     ),
-    Fault("the smaller value error, not the larger", TILE, "larger(square, squared)", "smaller(square, squared)", OF_FUSED),
+    Fault(
+        "the smaller value error, not the larger", TILE, "larger(square, squared)", "smaller(square, squared)", OF_FUSED
+    ),
     Fault(
         "a gradient through a clipped value",
         TILE,
