@@ -101,8 +101,8 @@ def test_registers_and_shared_memory_are_within_budget(kernels):
 
 
 def test_no_minimum_or_maximum_drops_a_nan(kernels):
-    """PTX's min and max return the other operand, unless they are marked .NaN. The interpreter computes with numpy, which
-    returns the NaN: without a GPU no test of results shows this."""
+    """PTX's min and max return the other operand, unless they are marked .NaN. The interpreter computes with numpy,
+    which returns the NaN: without a GPU no test of results shows this."""
     for name, kernel in kernels.items():
         assert [x for x in kernel["minima and maxima"] if ".NaN." not in x] == [], name
 
