@@ -269,7 +269,7 @@ def test_what_is_not_a_number_shows():
     assert actor[0].weight.grad.isnan().any() and not critic[0].weight.grad.isnan().any()
     given["obs"][7, 1], given["returns"][3] = 0.0, math.inf
     assert fused_update(actor, critic, std, **given)[1].isinf()
-    for name, figure in (("values", 1), ("returns", 1), ("log_probs", 0), ("advantages", 0)):
+    for name, figure in (("critic_obs", 1), ("values", 1), ("returns", 1), ("log_probs", 0), ("advantages", 0)):
         given = batch(40, (3, 3), 2)
         given[name][3] = math.nan
         metrics = fused_update(actor, critic, std, **given, value_clip=0.2)

@@ -29,6 +29,13 @@ LEARNER = [
         "the smaller value error, not the larger", TILE, "larger(square, squared)", "smaller(square, squared)", OF_FUSED
     ),
     Fault(
+        "a NaN that a maximum drops",
+        TILE,
+        "larger(Vec a, Vec b) { return (a > b) | (a != a) ? a : b; }",
+        "larger(Vec a, Vec b) { return a > b ? a : b; }",
+        OF_FUSED,
+    ),
+    Fault(
         "a gradient through a clipped value",
         TILE,
         "moved == held ? 2.0f * other : Vec{}",

@@ -191,6 +191,7 @@ PYTHON = [
         OF_SEQUENCES,
     ),
     Fault("resets learnt from", SEQUENCES, " & (codes[env, step] != 3)", "", OF_SEQUENCES),
+    Fault("a ratio that overflows", LOSS, "(advantages >= 0) & (log_ratio > most)", "log_ratio != log_ratio", OF_LOSS),
     Fault("the surrogate's maximum", LOSS, "return -torch.minimum(ratio", "return -torch.maximum(ratio", OF_LOSS),
     Fault(
         "the surrogate clipped on one side",
