@@ -231,6 +231,7 @@ BAD_STEPS = [
     ({"dones": FLOAT8[:, 0]}, TypeError, r"^dones: expected one of torch.uint8, .*, got torch.float8_e5m2$"),
     ({"rewards": FLOAT8[:, 0]}, TypeError, r"^rewards: expected one of torch.float16, .*, got torch.float8_e5m2$"),
     ({"obs": FLOAT8}, TypeError, r"^obs: expected dtype torch.float32, got torch.float8_e5m2$"),
+    ({"values": torch.zeros(4, 1, 1)}, ValueError, r"^values: expected shape \[4\], got \[4, 1, 1\]$"),
     ({"values": torch.zeros(4, 2)}, ValueError, r"^values: expected shape \[4\], got \[4, 2\]$"),
     ({"values": torch.zeros(4, dtype=torch.int64)}, TypeError, r"^values: expected dtype torch.float32"),
     ({"log_probs": torch.zeros(())}, ValueError, r"^log_probs: expected shape \[4\], got \[\]$"),

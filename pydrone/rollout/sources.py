@@ -121,7 +121,7 @@ class Sources:
         name = name.removesuffix(".obs") if not self.layout.obs_is_mapping else name
         self.check(name, x)
         if field.shape == ():
-            fits = x.shape[:1] == (self.num_envs,) and x.numel() == self.num_envs
+            fits = x.shape in ((self.num_envs,), (self.num_envs, 1))
         else:
             fits = x.shape == (self.num_envs, *field.shape)
         if not fits:
