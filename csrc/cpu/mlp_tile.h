@@ -71,7 +71,7 @@ PYDRONE_IN Vec expm1_below_0(Vec x) {
   return part * power + (power - 1.0f);
 }
 
-// log x for normal x > 0: x = 2^n m with m in [sqrt(1/2), sqrt 2), log m = 2 atanh((m - 1) / (m + 1)).
+// log x: for normal x = 2^n m with m in [sqrt(1/2), sqrt 2), log m = 2 atanh((m - 1) / (m + 1)).
 PYDRONE_IN Vec logarithm(Vec x) {
   const Ints bits = reinterpret_cast<Ints>(x), shifted = bits - 0x3F3504F3;
   const Ints n = shifted >> 23;
@@ -82,7 +82,9 @@ PYDRONE_IN Vec logarithm(Vec x) {
   p = p * z + 2.0f / 5;
   p = p * z + 2.0f / 3;
   p = p * z + 2.0f;
-  return __builtin_convertvector(n, Vec) * 0.69314718f + s * p;
+  const Vec result = __builtin_convertvector(n, Vec) * 0.69314718f + s * p;
+  const Vec special = x == 0.0f ? all(-__builtin_inff()) : (x < 0.0f ? all(__builtin_nanf("")) : x);  // inf, NaN: x
+  return (x > 0.0f) & (x < __builtin_inff()) ? result : special;
 }
 
 // The activation. `slope` receives its derivative if the result does not determine it (SiLU).
