@@ -2,16 +2,16 @@
 // what it was. The Python layer checks for its own users; these checks keep direct calls of torch.ops safe.
 #pragma once
 
+#include "errors.h"
+
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include <cstdint>
 #include <initializer_list>
 #include <limits>
 #include <optional>
-#include <sstream>
 #include <string>
 #include <vector>
 
@@ -21,24 +21,16 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Optional = std::optional<Tensor>;
 
-inline std::string shape_of(const Tensor& x) {
-  std::ostringstream out;
-  out << '[';
-  for (int64_t i = 0; i < x.dim(); ++i) out << (i ? ", " : "") << x.size(i);
-  out << ']';
-  return out.str();
+inline std::string shape_of(std::initializer_list<int64_t> sizes) {
+  std::string text;
+  for (int64_t size : sizes) text += (text.empty() ? "" : ", ") + std::to_string(size);
+  return '[' + text + ']';
 }
 
-inline std::string shape_of(std::initializer_list<int64_t> sizes) {
-  std::ostringstream out;
-  out << '[';
-  bool first = true;
-  for (int64_t size : sizes) {
-    out << (first ? "" : ", ") << size;
-    first = false;
-  }
-  out << ']';
-  return out.str();
+inline std::string shape_of(const Tensor& x) {
+  std::string text;
+  for (int64_t i = 0; i < x.dim(); ++i) text += (i ? ", " : "") + std::to_string(x.size(i));
+  return '[' + text + ']';
 }
 
 // Exactly these sizes; -1 matches any.

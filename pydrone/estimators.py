@@ -41,11 +41,11 @@ def gae(
     No value after an episode's end, NaN and infinity included, reaches an advantage before it.
 
     Args:
-        rewards: [N, T], floating. With ``time_dim=0``: [T, N]. A trailing dimension of 1 is accepted everywhere, and
-            neither layout is copied into the other.
+        rewards: [N, T], floating of 16, 32 or 64 bits, as all floating arguments. With ``time_dim=0``: [T, N]. A
+            trailing dimension of 1 is accepted everywhere, and neither layout is copied into the other.
         values: V(s_t), shaped as rewards, floating.
-        dones: shaped as rewards, any bool, integer or floating dtype; nonzero: the episode ended with transition t,
-            for whatever reason.
+        dones: shaped as rewards, bool, an integer of 8 to 64 bits or floating; nonzero: the episode ended with
+            transition t, for whatever reason.
         last_values: V(s_T), [N] or [N, 1], floating.
         gamma: discount factor, in [0, 1].
         lam: GAE's lambda, in [0, 1].
@@ -79,11 +79,11 @@ def gae(
     usual = _usual(given, last_values, gamma, lam, timeout_bootstrap, time_dim, out, stats, backend)
     if usual is not None:
         return usual
-    check_tensor("rewards", rewards, None)
+    check_tensor("rewards", rewards, None, floating=True)
     shape = tuple(rewards.shape)
+    order, other = ("[N, T]", "[T, N]") if time_dim else ("[T, N]", "[N, T]")
     if len(shape) not in (2, 3) or (len(shape) == 3 and shape[2] != 1):
-        names = "[N, T]" if time_dim else "[T, N]"
-        raise ValueError(f"rewards: expected shape {names}, or that with a last dimension of 1, got {list(shape)}")
+        raise ValueError(f"rewards: expected shape {order}, or that with a last dimension of 1, got {list(shape)}")
     num_envs, num_steps = shape[1 - time_dim], shape[time_dim]
 
     def plane(name: str, x: Tensor, floating: bool) -> Tensor:
@@ -98,7 +98,9 @@ def gae(
     for name, x, floating in (("truncated", truncated, False), ("final_values", final_values, True)):
         planes[name] = None if x is None else plane(name, x, floating)
     planes["valid"] = None if valid is None else plane("valid", valid, False)
-    last_values = env_scalars("last_values", last_values, num_envs, rewards.device)
+    swapped = isinstance(last_values, Tensor) and last_values.shape[:1] == (num_steps,)
+    hint = f"; rewards are read as {order}: pass time_dim={1 - time_dim} for {other}" if swapped else ""
+    last_values = env_scalars("last_values", last_values, num_envs, rewards.device, hint)
     bootstrap = pick_bootstrap(truncated is not None, final_values=final_values, timeout_bootstrap=timeout_bootstrap)
 
     if final_values is not None and truncated is None:

@@ -208,6 +208,8 @@ def test_inputs_that_require_grad_leave_no_graph(backend):
 STEP = {"obs": torch.zeros(4, 3), "actions": torch.zeros(4, dtype=torch.int64), "rewards": torch.zeros(4)}
 STEP |= {"dones": torch.zeros(4), "values": torch.zeros(4), "log_probs": torch.zeros(4), "mu": torch.zeros(4, 2)}
 
+FLOAT8 = torch.zeros(4, 3, dtype=torch.float8_e5m2)
+
 BAD_STEPS = [
     ({"obs": torch.zeros(5, 3)}, ValueError, r"^obs: expected shape \[4, 3\], got \[5, 3\]$"),
     ({"obs": torch.zeros(3, 4)}, ValueError, r"^obs: expected shape \[4, 3\], got \[3, 4\]$"),
@@ -226,6 +228,10 @@ BAD_STEPS = [
     ({"rewards": torch.zeros(4, device="meta")}, ValueError, r"^rewards: expected device cpu, got meta$"),
     ({"dones": torch.zeros(5)}, ValueError, r"^dones: expected shape \[4\] or \[4, 1\], got \[5\]$"),
     ({"dones": torch.zeros(4, dtype=torch.complex64)}, TypeError, r"^dones: expected a real dtype"),
+    ({"dones": FLOAT8[:, 0]}, TypeError, r"^dones: expected one of torch.uint8, .*, got torch.float8_e5m2$"),
+    ({"rewards": FLOAT8[:, 0]}, TypeError, r"^rewards: expected one of torch.float16, .*, got torch.float8_e5m2$"),
+    ({"obs": FLOAT8}, TypeError, r"^obs: expected dtype torch.float32, got torch.float8_e5m2$"),
+    ({"values": torch.zeros(4, 1, 1)}, ValueError, r"^values: expected shape \[4\], got \[4, 1, 1\]$"),
     ({"values": torch.zeros(4, 2)}, ValueError, r"^values: expected shape \[4\], got \[4, 2\]$"),
     ({"values": torch.zeros(4, dtype=torch.int64)}, TypeError, r"^values: expected dtype torch.float32"),
     ({"log_probs": torch.zeros(())}, ValueError, r"^log_probs: expected shape \[4\], got \[\]$"),

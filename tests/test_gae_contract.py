@@ -171,7 +171,12 @@ ERRORS = [
     ({"dones": torch.zeros(3)}, ValueError, r"^dones: expected shape \[3, 5\], got \[3\]$"),
     ({"dones": X.to(torch.complex64)}, TypeError, r"^dones: expected a real dtype, got torch.complex64$"),
     ({"dones": META}, ValueError, r"^dones: expected device cpu, got meta$"),
-    ({"last_values": torch.zeros(5)}, ValueError, r"^last_values: expected shape \[3\] or \[3, 1\], got \[5\]$"),
+    (
+        {"last_values": torch.zeros(5)},
+        ValueError,
+        r"^last_values: expected shape \[3\] or \[3, 1\], got \[5\]; rewards are "
+        r"read as \[N, T\]: pass time_dim=0 for \[T, N\]$",
+    ),
     ({"last_values": torch.zeros(())}, ValueError, r"^last_values: expected shape \[3\] or \[3, 1\], got \[\]$"),
     ({"last_values": torch.zeros(1, 3)}, ValueError, r"^last_values: expected shape \[3\].*, got \[1, 3\]$"),
     ({"last_values": ENVS.long()}, TypeError, r"^last_values: expected a floating dtype, got torch.int64$"),
@@ -262,3 +267,40 @@ def test_unsigned_flags_work_or_are_refused_by_name(dtype, name, backend):
 def test_inputs_that_require_grad_are_taken_under_no_grad():
     with torch.no_grad():
         assert gae(X, GRAD, X, ENVS)[0].requires_grad is False
+
+
+FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
+REALS = FLOATS | {torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
+REALS |= {torch.uint16, torch.uint32, torch.uint64}
+
+
+@pytest.mark.parametrize(
+    "dtype", sorted({x for x in vars(torch).values() if isinstance(x, torch.dtype)}, key=str), ids=str
+)
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_backends_take_and_refuse_the_same_dtypes(dtype, backend):
+    """Of every argument; what is refused is named, float8 and 4-bit integers too."""
+    planes = dict.fromkeys(("rewards", "values", "dones", "truncated", "final_values", "valid"), torch.zeros(3, 2))
+    for name, x in (planes | {"last_values": torch.zeros(3)}).items():
+        known = REALS if name in ("dones", "truncated", "valid") else FLOATS
+        given = planes | {"last_values": torch.zeros(3), name: torch.empty(x.shape, dtype=dtype)}
+        if dtype in known:
+            gae(**given, backend=backend)
+            continue
+        with pytest.raises(
+            TypeError, match=rf"^{name}: expected (one of|a (floating|real) dtype|a strided).*, got {dtype}$"
+        ):
+            gae(**given, backend=backend)
+
+
+@pytest.mark.parametrize("column", [False, True])
+@pytest.mark.parametrize("time_dim", [0, 1])
+def test_the_other_order_of_time_and_environments_is_recognised(time_dim, column):
+    """last_values has the right length; the rewards were meant the other way round."""
+    x, last = torch.zeros((7, 4) if time_dim else (4, 7)), torch.zeros((4, 1) if column else 4)
+    order, other = ("[N, T]", "[T, N]") if time_dim else ("[T, N]", "[N, T]")
+    with pytest.raises(ValueError, match=r"^last_values: expected shape \[7\] or \[7, 1\], got \[4") as error:
+        gae(x, x, x, last, time_dim=time_dim)
+    assert str(error.value).endswith(f"; rewards are read as {order}: pass time_dim={1 - time_dim} for {other}")
+    with pytest.raises(ValueError, match=r"got \[5\]$"):  # fits neither
+        gae(x, x, x, torch.zeros(5), time_dim=time_dim)

@@ -172,7 +172,7 @@ def gather_kernel(
         if advantages_out is not None:
             if stats is not None:
                 count = tl.load(stats)
-                variance = tl.where(count > 1, tl.load(stats + 2) / tl.maximum(count - 1, 1.0), 0.0)
+                variance = tl.where(count > 1, tl.load(stats + 2) / tl.where(count > 1, count - 1, 1.0), 0.0)
                 scale = (1.0 / (tl.sqrt(variance) + STD_EPSILON)).to(tl.float32).to(advantage.dtype)
                 mean = tl.load(stats + 1).to(tl.float32).to(advantage.dtype)
                 advantage = (advantage - mean) * scale

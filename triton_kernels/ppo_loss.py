@@ -35,10 +35,19 @@ def load_scalars(source, stride, row, exists, dtype: tl.constexpr):
 
 
 @triton.jit
+def clamp(x, low, high):
+    """``x`` within [low, high]. By selects, which keep a NaN: compiled tl.minimum, tl.maximum and tl.clamp drop it."""
+    return tl.where(x > high, high, tl.where(x < low, low, x))
+
+
+@triton.jit
 def surrogate(log_prob, old_log_prob, advantage, clip):
     """A sample's clipped surrogate, to be maximised, and its derivative with respect to the log-probability."""
-    ratio = tl.exp(log_prob - old_log_prob)
-    kept = tl.maximum(tl.minimum(ratio, 1 + clip), 1 - clip)
+    log_ratio = log_prob - old_log_prob
+    # Far above the clip, a ratio matters only to negative advantages; for others it is held, as inf * 0 is NaN.
+    most = tl.log(1 + clip) + 1
+    ratio = tl.exp(tl.where((advantage >= 0) & (log_ratio > most), most, log_ratio))
+    kept = clamp(ratio, 1 - clip, 1 + clip)
     plain = ratio * advantage
     clipped = kept * advantage
     # As torch differentiates minimum and clamp: the unclipped term's gradient, unless the clipped term is smaller.
@@ -54,7 +63,7 @@ def squared_error(new, old, target, clip, CLIPPED: tl.constexpr):
     grad = 2.0 * error
     if CLIPPED:
         moved = new - old
-        held = tl.maximum(tl.minimum(moved, clip), -clip)
+        held = clamp(moved, -clip, clip)
         other = held + (old - target)
         squared = other * other
         grad = tl.where(squared > square, tl.where(moved == held, 2.0 * other, 0.0), grad)

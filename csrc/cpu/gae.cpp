@@ -157,7 +157,8 @@ PYDRONE_INLINE void moments_body(double* into, const T* x, int64_t n) {
   for (int64_t j = 0; j < kSize; ++j) m2 += square[j];
   // Corrects M2 from the rounded mean to the mean.
   const double off = mean - rounded;
-  merge(into, static_cast<double>(i), mean, std::max(0.0, m2 - static_cast<double>(i) * off * off));
+  m2 -= static_cast<double>(i) * off * off;
+  merge(into, static_cast<double>(i), mean, m2 < 0 ? 0 : m2);  // not std::max, which drops a NaN
 #endif
   for (; i < n; ++i) merge(into, 1, x[i], 0);
 }

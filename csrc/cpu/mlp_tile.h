@@ -19,8 +19,9 @@ typedef float Loose __attribute__((vector_size(V * 4), aligned(4), may_alias));
 PYDRONE_IN Vec load(const float* x) { return *reinterpret_cast<const Loose*>(x); }
 PYDRONE_IN void store(float* to, Vec x) { *reinterpret_cast<Loose*>(to) = x; }
 PYDRONE_IN Vec all(float x) { return x - Vec{}; }  // one broadcast; 0 + x is not x for x = -0
-PYDRONE_IN Vec larger(Vec a, Vec b) { return a > b ? a : b; }
-PYDRONE_IN Vec smaller(Vec a, Vec b) { return a < b ? a : b; }
+// NaN if either operand is.
+PYDRONE_IN Vec larger(Vec a, Vec b) { return (a > b) | (a != a) ? a : b; }
+PYDRONE_IN Vec smaller(Vec a, Vec b) { return (a < b) | (a != a) ? a : b; }
 PYDRONE_IN float total(Vec x) {
   float sum = 0;
   for (int i = 0; i < V; ++i) sum += x[i];
@@ -70,7 +71,7 @@ PYDRONE_IN Vec expm1_below_0(Vec x) {
   return part * power + (power - 1.0f);
 }
 
-// log x for normal x > 0: x = 2^n m with m in [sqrt(1/2), sqrt 2), log m = 2 atanh((m - 1) / (m + 1)).
+// log x: for normal x = 2^n m with m in [sqrt(1/2), sqrt 2), log m = 2 atanh((m - 1) / (m + 1)).
 PYDRONE_IN Vec logarithm(Vec x) {
   const Ints bits = reinterpret_cast<Ints>(x), shifted = bits - 0x3F3504F3;
   const Ints n = shifted >> 23;
@@ -81,7 +82,9 @@ PYDRONE_IN Vec logarithm(Vec x) {
   p = p * z + 2.0f / 5;
   p = p * z + 2.0f / 3;
   p = p * z + 2.0f;
-  return __builtin_convertvector(n, Vec) * 0.69314718f + s * p;
+  const Vec result = __builtin_convertvector(n, Vec) * 0.69314718f + s * p;
+  const Vec special = x == 0.0f ? all(-__builtin_inff()) : (x < 0.0f ? all(__builtin_nanf("")) : x);  // inf, NaN: x
+  return (x > 0.0f) & (x < __builtin_inff()) ? result : special;
 }
 
 // The activation. `slope` receives its derivative if the result does not determine it (SiLU).
@@ -432,7 +435,7 @@ static void critic_loss(const PpoLoss& loss, const PpoTile& tile, float* outputs
       const Vec held = larger(smaller(moved, all(loss.value_clip)), all(-loss.value_clip));
       const Vec other = held + (old - target), squared = other * other;
       grad = squared > square ? (moved == held ? 2.0f * other : Vec{}) : grad;
-      square = squared > square ? squared : square;
+      square = larger(square, squared);
     }
     sum += samples(n, tile.count) ? square : Vec{};
     store(grads + n, grad * (loss.share * loss.value_coef));

@@ -164,7 +164,7 @@ class GAE(advantages.GAE):
         )
         if statistics is not None:
             count, mean, m2 = statistics.unbind()
-            advantage.sub_(mean).div_((m2 / (count - 1)).sqrt().clamp_min(1e-4))
+            advantage.sub_(mean).div_((m2 / (count - 1).clamp_min(1)).sqrt().clamp_min(1e-4))  # of one sample: 0
         elif self.average_gae:
             advantage = self._normalize_advantage(advantage, valid, groups=groups)
         tensordict.set(keys.advantage, advantage)

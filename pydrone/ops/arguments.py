@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from pydrone.ops.schema import FLOATS, REALS
+
 
 def positive(name: str, x: object) -> int:
     """``x`` as an int of at least 1, or an error that names it."""
@@ -38,11 +40,11 @@ def unit_interval(name: str, x: float) -> float:
     return number
 
 
-def env_scalars(name: str, x: Tensor, num_envs: int, device: torch.device) -> Tensor:
-    """``x``, floating, as [N]; accepts [N] and [N, 1]."""
+def env_scalars(name: str, x: Tensor, num_envs: int, device: torch.device, hint: str = "") -> Tensor:
+    """``x``, floating, as [N]; accepts [N] and [N, 1]. An error of the shape ends with ``hint``."""
     check_tensor(name, x, device, floating=True)
     if x.shape[:1] != (num_envs,) or x.numel() != num_envs:
-        raise ValueError(f"{name}: expected shape [{num_envs}] or [{num_envs}, 1], got {list(x.shape)}")
+        raise ValueError(f"{name}: expected shape [{num_envs}] or [{num_envs}, 1], got {list(x.shape)}{hint}")
     return x.reshape(num_envs) if x.dim() == 1 else x.flatten(1)[:, 0]
 
 
@@ -53,6 +55,15 @@ def check_strided(name: str, x: Tensor) -> None:
         raise TypeError(f"{name}: expected a strided tensor, got {kind}")
 
 
+def check_real(name: str, x: Tensor, floating: bool | None = None) -> None:
+    """Raises TypeError unless ``x`` has a real dtype, or a floating one, that every backend reads."""
+    known = FLOATS if floating else REALS
+    if x.dtype not in known:
+        unusual = x.is_floating_point() or not (floating or x.is_complex())
+        wanted = f"one of {', '.join(map(str, known))}" if unusual else f"a {'floating' if floating else 'real'} dtype"
+        raise TypeError(f"{name}: expected {wanted}, got {x.dtype}")
+
+
 def check_tensor(
     name: str, x: object, device: torch.device | None, floating: bool | None = None, result: str = "advantages do"
 ) -> None:
@@ -61,9 +72,8 @@ def check_tensor(
         raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
     if device is not None and x.device != device:
         raise ValueError(f"{name}: expected device {device}, got {x.device}")
-    if x.is_complex() or (floating and not x.is_floating_point()):
-        raise TypeError(f"{name}: expected a {'floating' if floating else 'real'} dtype, got {x.dtype}")
     check_strided(name, x)
+    check_real(name, x, floating)
     if x.requires_grad and torch.is_grad_enabled():
         raise RuntimeError(f"{name}: requires grad, which {result} not pass on; pass {name}.detach()")
     if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import sys
 from pathlib import Path
 
 import torch
@@ -82,11 +83,26 @@ def build_info() -> dict:
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
+def _libraries(package: Path, stem: str) -> list[Path]:
+    return [path for path in sorted(package.glob(f"{stem}*")) if path.suffix in {".so", ".dylib", ".pyd"}]
+
+
+def _not_built(stem: str) -> str:
+    """Why there is no library in this package, and what to do."""
+    tree, recorded = PACKAGE.parent, build_info().get(stem.removeprefix("_"))
+    if recorded or not (tree / "csrc").is_dir():
+        return recorded or "not built: reinstall where a C++ compiler is found"
+    for other in (Path(entry, "pydrone").resolve() for entry in sys.path):
+        if other != PACKAGE and _libraries(other, stem):
+            return f"not built: the source tree {tree} hides the installed package {other}; start Python elsewhere"
+    return f"not built: {tree} is a source tree; pip install -e {tree} builds it"
+
+
 def _load(stem: str) -> str | None:
     """Loads ``pydrone/<stem>*.so`` (or .dylib, .pyd). Returns None, or why it is missing."""
-    found = [path for path in sorted(PACKAGE.glob(f"{stem}*")) if path.suffix in {".so", ".dylib", ".pyd"}]
+    found = _libraries(PACKAGE, stem)
     if not found:
-        return build_info().get(stem.removeprefix("_")) or "not built: reinstall where a C++ compiler is found"
+        return _not_built(stem)
     try:
         torch.ops.load_library(str(found[0]))
     except OSError as error:

@@ -245,7 +245,9 @@ def ppo_loss(
     share = len(mean) / num_samples
     z = (actions - mean) / std
     entropy = (std.log() + HALF_LOG_2PI + 0.5).sum()
-    ratio = (-0.5 * z.square().sum(1) - entropy + 0.5 * len(std) - log_probs).exp()
+    log_ratio = -0.5 * z.square().sum(1) - entropy + 0.5 * len(std) - log_probs
+    most = math.log1p(clip) + 1  # held there, where it is of no effect, a ratio does not overflow: inf * 0 is NaN
+    ratio = torch.where((advantages >= 0) & (log_ratio > most), most, log_ratio).exp()
     plain, clipped = ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages
     # As torch differentiates minimum and clamp: the unclipped term's gradient, unless the clipped term is smaller.
     by_log_prob = -torch.where(clipped < plain, 0, plain)[:, None] / num_samples

@@ -186,6 +186,9 @@ SCALAR_TYPES = {
     torch.bfloat16: 15,
 }
 DTYPES = {number: dtype for dtype, number in SCALAR_TYPES.items()}
+# What every backend reads, as a number and as a flag: float8, int4 and the like are not among them.
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+REALS = (*SCALAR_TYPES, torch.uint16, torch.uint32, torch.uint64)
 
 # Added to the standard deviation, as rsl_rl, skrl, CleanRL and SB3 do.
 STD_EPSILON = 1e-8

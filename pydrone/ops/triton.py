@@ -13,7 +13,10 @@ def missing() -> str | None:
     if find_spec("triton") is None:
         return "triton is not installed: pip install 'pydrone-rl[triton]'"
     if torch.cuda.is_available() or interpreted():
-        return None
+        built = find_spec("pydrone._triton") is not None
+        return (
+            None if built else "its kernels are missing: this is a source tree that is not installed (pip install -e)"
+        )
     return "no CUDA device (TRITON_INTERPRET=1 interprets the kernels, slowly)"
 
 

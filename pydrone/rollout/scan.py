@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pydrone.estimators import pick_bootstrap
-from pydrone.ops.arguments import boolean, env_scalars, overlap, unit_interval
+from pydrone.ops.arguments import boolean, check_real, env_scalars, overlap, unit_interval
 from pydrone.ops.dispatch import written
 from pydrone.ops.schema import CURSOR_DISCARDED, CURSOR_FLAG
 from pydrone.rollout.ring import Ring
@@ -121,8 +121,7 @@ class Scan:
         """The rollout's values [N, T], placed at the ring's slots: [N, C]."""
         storage, ring = self._storage, self._ring
         self._sources.check("final_values", final_values)
-        if not final_values.is_floating_point():
-            raise TypeError(f"final_values: expected a floating dtype, got {final_values.dtype}")
+        check_real("final_values", final_values, floating=True)
         expected = [storage.layout.num_envs, ring.num_steps]
         if list(final_values.shape) != expected:
             raise ValueError(f"final_values: expected shape {expected}, got {list(final_values.shape)}")

@@ -9,7 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pydrone.ops.arguments import check_strided
+from pydrone.ops.arguments import check_real, check_strided
+from pydrone.ops.schema import FLOATS
 from pydrone.rollout.layout import Field, Layout
 
 
@@ -120,12 +121,12 @@ class Sources:
         name = name.removesuffix(".obs") if not self.layout.obs_is_mapping else name
         self.check(name, x)
         if field.shape == ():
-            fits = x.shape[:1] == (self.num_envs,) and x.numel() == self.num_envs
+            fits = x.shape in ((self.num_envs,), (self.num_envs, 1))
         else:
             fits = x.shape == (self.num_envs, *field.shape)
         if not fits:
             raise ValueError(f"{name}: expected shape {[self.num_envs, *field.shape]}, got {list(x.shape)}")
-        if x.dtype != field.dtype and not (x.is_floating_point() and field.dtype.is_floating_point):
+        if x.dtype != field.dtype and not (x.dtype in FLOATS and field.dtype in FLOATS):
             raise TypeError(f"{name}: expected dtype {field.dtype}, got {x.dtype}")
         return x.detach() if x.requires_grad else x
 
@@ -141,8 +142,7 @@ class Sources:
         self.check(name, x)
         if x.shape[:1] != (self.num_envs,) or x.numel() != self.num_envs:
             raise ValueError(f"{name}: expected shape [{self.num_envs}] or [{self.num_envs}, 1], got {list(x.shape)}")
-        if x.is_complex() or (floating and not x.is_floating_point()):
-            raise TypeError(f"{name}: expected a {'floating' if floating else 'real'} dtype, got {x.dtype}")
+        check_real(name, x, floating)
         return x.detach() if x.requires_grad else x
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 import pydrone
+from pydrone.ops import native, triton
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = Path(pydrone.__file__).resolve().parent
@@ -116,13 +117,52 @@ def test_build_info_tells_what_is_there() -> None:
         assert (PACKAGE / f"_{library}.so").exists() == (reason is None), reason
 
 
-@pytest.mark.skipif(shutil.which("nm") is None, reason="nm is not installed")
-def test_native_library_needs_only_torchs_c_functions() -> None:
+def symbols_of_the_native_library(*options: str) -> list[str]:
     library = PACKAGE / "_native_cpu.so"
     if not library.exists():
         pytest.skip(json.loads((PACKAGE / "_build_info.json").read_text())["native_cpu"])
-    nm = subprocess.run(["nm", "-D", "--undefined-only", library], capture_output=True, text=True, check=True)
-    symbols = [line.split()[-1] for line in nm.stdout.splitlines()]
+    nm = subprocess.run(["nm", "-D", *options, library], capture_output=True, text=True, check=True)
+    return nm.stdout.splitlines()
+
+
+def test_a_source_tree_that_hides_the_installed_package_says_so(tmp_path: Path, monkeypatch) -> None:
+    """`import pydrone` in an unbuilt checkout: the package in the current folder comes first."""
+    checkout, installed = tmp_path / "checkout", tmp_path / "site-packages"
+    for folder in (checkout / "csrc", checkout / "pydrone", installed / "pydrone"):
+        folder.mkdir(parents=True)
+    monkeypatch.setattr(native, "PACKAGE", checkout / "pydrone")
+    monkeypatch.setattr(sys, "path", [str(checkout), str(installed)])
+    assert native._load("_native_cpu") == f"not built: {checkout} is a source tree; pip install -e {checkout} builds it"
+    (installed / "pydrone" / "_native_cpu.so").touch()
+    hides = f"not built: the source tree {checkout} hides the installed package {installed / 'pydrone'}"
+    assert native._load("_native_cpu").startswith(hides)
+    assert native._load("_native_cuda").endswith("builds it")  # there is none to hide
+    (checkout / "pydrone" / "_build_info.json").write_text('{"native_cpu": "nvcc failed"}')
+    assert native._load("_native_cpu") == "nvcc failed"
+
+
+def test_triton_in_a_source_tree_that_is_not_installed_says_so(monkeypatch) -> None:
+    """The kernels lie in triton_kernels/ there, and `pydrone._triton` is no module."""
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert triton.missing() is None
+    monkeypatch.setattr(triton, "find_spec", lambda name: None if name == "pydrone._triton" else "found")
+    assert "pip install" in triton.missing()
+
+
+@pytest.mark.skipif(shutil.which("nm") is None, reason="nm is not installed")
+def test_errors_are_built_without_streams() -> None:
+    """Streams fail where libstdc++ is linked statically (csrc/errors.h), and then every message is cut off. <iostream>,
+    which torch's headers include, constructs the standard streams; nothing of ours may use them."""
+    names = symbols_of_the_native_library("--demangle")
+    if not any("U std::runtime_error" in name for name in names):
+        pytest.skip("libstdc++ is linked statically: its own streams are among the symbols")
+    assert [x for x in names if re.search("stream|locale|basic_ios|ios_base(?!::Init)", x)] == []
+
+
+@pytest.mark.skipif(shutil.which("nm") is None, reason="nm is not installed")
+def test_native_library_needs_only_torchs_c_functions() -> None:
+    symbols = [line.split()[-1] for line in symbols_of_the_native_library("--undefined-only")]
     assert any(symbol.startswith(("aoti_torch_", "torch_")) for symbol in symbols)
     # Mangled names in these namespaces change with torch releases; the stable ABI has none.
     assert not [symbol for symbol in symbols if re.match(r"_Z[NKTVIS]*(2at|3c10|5torch|6caffe2)", symbol)]

@@ -202,6 +202,16 @@ def test_module_against_its_own(arguments):
         close(got[key], expected[key].detach())
 
 
+@pytest.mark.parametrize("arguments", [{}, {"group_key": "task"}, {"shifted": True, "shifted_budget": 1}], ids=str)
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_the_normalised_advantage_of_one_sample_is_0(arguments):
+    """In every integration; TorchRL's own is NaN, but for groups and masks."""
+    module = ours.GAE(gamma=GAMMA, lmbda=LAMBDA, value_network=critic(), average_gae=True, **arguments)
+    assert module(rollout(1, 1))["advantage"].flatten().tolist() == [0]
+    theirs = TheirGAE(gamma=GAMMA, lmbda=LAMBDA, value_network=critic(), average_gae=True)(rollout(1, 1))["advantage"]
+    assert theirs.isnan().all()
+
+
 def test_module_with_values_of_other_keys_and_n_step_targets():
     data = rollout(value=True).rename_key_("state_value", "v").rename_key_(("next", "reward"), ("next", "r"))
     data["next"].rename_key_("state_value", "v")

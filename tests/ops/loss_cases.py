@@ -28,6 +28,9 @@ HAND = [
     ({"advantages": -1.0, "ratio": 0.5}, {"mean": 0.0, "std": 0.0, "surrogate": 0.8}),
     # ratio 0.5, A > 0: not clipped
     ({"advantages": 1.0, "ratio": 0.5}, {"mean": -0.5 * 0.5 / 2, "std": -0.5 * -0.75 / 2, "surrogate": -0.5}),
+    # a ratio that overflows float32: clipped like any other; without an advantage nothing
+    ({"advantages": 2.0, "ratio": 1e50}, {"mean": 0.0, "std": 0.0, "surrogate": -2.4}),
+    ({"advantages": 0.0, "ratio": 1e50}, {"mean": 0.0, "std": 0.0, "surrogate": 0.0}),
     # value 1, old 0.9, return 3: inside the range, (1 - 3)^2
     ({"values": 0.9, "returns": 3.0}, {"value": -4.0, "value_loss": 4.0}),
     # old 0, return 3: clipped to 0.2, whose error is the larger one: no gradient

@@ -104,15 +104,18 @@ def by_function(listing: str, heading: str) -> dict[tuple[int, str], str]:
     return found
 
 
-def compiled(name: str, architectures: tuple[int, ...], folder: Path) -> list[Kernel]:
-    """Compiles a source for several architectures in one call of nvcc."""
+def compiled(name: str, architectures: tuple[int, ...], folder: Path) -> Path:
+    """Compiles a source for several architectures in one call of nvcc. Returns the object."""
     target, source = folder / f"{name}.o", ROOT / "csrc" / "cuda" / f"{name}.cu"
     codes = [f"-gencode=arch=compute_{number},code=sm_{number}" for number in architectures]
     include = Path(torch.__path__[0], "include")
     command = ["nvcc", *FLAGS, "--threads", "0", *codes, f"-I{include}", "-c", str(source), "-o", str(target)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    return target
 
+
+def kernels_of(target: Path) -> list[Kernel]:
     def dump(option: str) -> str:
         return subprocess.run([CUOBJDUMP, option, str(target)], capture_output=True, text=True, check=True).stdout
 
@@ -123,12 +126,22 @@ def compiled(name: str, architectures: tuple[int, ...], folder: Path) -> list[Ke
 
 
 @pytest.fixture(scope="module", params=[(90,), pytest.param((80, 86, 89, 100, 120), marks=pytest.mark.slow)], ids=str)
-def kernels(request, tmp_path_factory) -> list[Kernel]:
+def architectures(request) -> tuple[int, ...]:
     known = subprocess.run(["nvcc", "--list-gpu-code"], capture_output=True, text=True).stdout.split()
-    architectures = tuple(number for number in request.param if f"sm_{number}" in known)
-    assert 90 in architectures or 90 not in request.param
+    found = tuple(number for number in request.param if f"sm_{number}" in known)
+    assert 90 in found or 90 not in request.param
+    return found
+
+
+@pytest.fixture(scope="module")
+def objects(architectures, tmp_path_factory) -> list[Path]:
     folder = tmp_path_factory.mktemp("cuda")
-    found = [kernel for name in KERNELS for kernel in compiled(name, architectures, folder)]
+    return [compiled(name, architectures, folder) for name in KERNELS]
+
+
+@pytest.fixture(scope="module")
+def kernels(architectures, objects) -> list[Kernel]:
+    found = [kernel for path in objects for kernel in kernels_of(path)]
     assert len(found) == sum(KERNELS.values()) * len(architectures)
     assert {kernel.name for kernel in found} == BUDGET.keys()
     return found
@@ -138,6 +151,23 @@ def of(kernels: list[Kernel], name: str) -> list[Kernel]:
     found = [kernel for kernel in kernels if kernel.name == name]
     assert found, name
     return found
+
+
+def test_errors_are_built_without_streams(objects):
+    """What csrc/errors.h is for; tests/house/test_packaging.py says it of the CPU library."""
+    for path in objects:
+        names = subprocess.run(["nm", "-C", str(path)], capture_output=True, text=True, check=True).stdout.splitlines()
+        assert any("runtime_error" in name for name in names)
+        assert [x for x in names if re.search(r"std::.*(stream|locale|basic_ios|ios_base(?!::Init))", x)] == [], (
+            path.name
+        )
+
+
+def test_no_minimum_or_maximum_drops_a_nan(kernels):
+    """fminf, fmaxf, fmin and fmax return the operand that is a number."""
+    for kernel in kernels:
+        dropping = [x for x in kernel.opcodes if re.match("[FDH]MNMX", x) and ".NAN" not in x]
+        assert dropping == [], kernel
 
 
 def test_nothing_is_spilled(kernels):

@@ -398,6 +398,26 @@ def test_wrong_arguments_are_named_and_nothing_is_written(name, change, message)
     assert all(torch.equal(x, y) for x, y in zip(tensors, before))
 
 
+@native
+@pytest.mark.parametrize(
+    "name, change, message",
+    [
+        ("gae", {"values": zeros(C, N)}, "values: expected shape [4, 3], got [3, 4]"),
+        (
+            "gae",
+            {"dones": zeros(N, C, dtype=torch.complex64)},
+            "dones: expected a bool, integer or floating dtype, got ComplexFloat",
+        ),
+        ("gather", {"first": -(2**63)}, "first: expected first + 5 <= 12, got -9223372036854775808"),
+        ("append", {"sources": []}, "layout: expected counts of 0 to 0 sources, got 2"),
+    ],
+)
+def test_errors_are_complete_and_begin_with_the_argument(name, change, message):
+    with pytest.raises(RuntimeError) as error:
+        call(name, change)
+    assert str(error.value) == message
+
+
 # Each of these could access memory out of bounds, divide by zero or loop forever, so they run in another process.
 HOSTILE = {
     "an output offset that overflows": lambda: call("gather", {"offsets": [BIG - 3, 8]}),

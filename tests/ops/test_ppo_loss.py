@@ -4,6 +4,7 @@ triton_cases.py."""
 from __future__ import annotations
 
 import inspect
+import math
 
 import pytest
 import torch
@@ -44,6 +45,14 @@ def test_chunks_add_up():
         torch.testing.assert_close(parts[0][name] + parts[1][name], whole[name])
     for name in ("mean_grad", "value_grad"):
         torch.testing.assert_close(torch.cat([parts[0][name], parts[1][name]]), whole[name])
+
+
+def test_what_is_not_a_number_shows():
+    for name, figure in (("values", 1), ("returns", 1), ("new_values", 1), ("log_probs", 0), ("advantages", 0)):
+        case = random_case(40, 2, value_clip=0.2)
+        case[name][3] = math.nan
+        metrics = run(OP, case)["metrics"]
+        assert metrics[figure].isnan() and not metrics[1 - figure].isnan(), name
 
 
 def test_in_float64_it_equals_autograd():

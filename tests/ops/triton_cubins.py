@@ -29,6 +29,7 @@ from pydrone._triton.ppo_loss import ppo_loss
 from pydrone.ops.schema import SCALAR_TYPES, loss_workspace_size, workspace_size
 
 OPCODE = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)", re.MULTILINE)
+EXTREME = re.compile(r"\b(?:min|max)\.[\w.]*(?:f16|f32|f64)\w*")  # of floating numbers
 TARGET = GPUTarget("cuda", int(sys.argv[1]), 32)
 F32 = SCALAR_TYPES[torch.float32]
 
@@ -67,6 +68,7 @@ def report(name: str, launch: Callable[[], None]) -> dict:
         "stack": int(stack),
         "shared": compiled[-1].metadata.shared,
         "opcodes": Counter(opcodes),
+        "minima and maxima": Counter(EXTREME.findall(compiled[-1].asm["ptx"])),
         "loads before the first store": sum(opcode.startswith("LDG") for opcode in opcodes[:first_store]),
     }
 
@@ -116,15 +118,19 @@ def launch_gather(cursor: bool, num_envs: int = 8192, num_steps: int = 4) -> Non
     )  # fmt: skip
 
 
-def launch_loss(actions: int = 4, batch: int = 8192 * 25, strided: bool = False, moments: bool = False) -> None:
-    def wide() -> torch.Tensor:
-        return torch.empty(batch, 2 * actions)[:, ::2] if strided else torch.empty(batch, actions)
+def launch_loss(
+    actions: int = 4, batch: int = 8192 * 25, strided: bool = False, moments: bool = False, dtype=torch.float32
+) -> None:
+    make = partial(torch.empty, dtype=dtype)
 
-    scalar, std = torch.empty(batch), torch.empty(actions)
-    one = torch.empty(()) if moments else None
+    def wide() -> torch.Tensor:
+        return make(batch, 2 * actions)[:, ::2] if strided else make(batch, actions)
+
+    scalar, std = make(batch), make(actions)
+    one = make(()) if moments else None
     ppo_loss(
         wide(), std, wide(), *[scalar] * 5, wide(), wide(), 0.2, 0.2, 1.0, 0.01, one, one, batch,
-        torch.empty(batch, actions), scalar, std, torch.empty(4),
+        make(batch, actions), scalar, std, make(4),
         torch.empty(loss_workspace_size(batch, actions), dtype=torch.float64),
     )  # fmt: skip
 
@@ -151,6 +157,7 @@ def reports() -> Iterator[dict]:
     yield report("loss, strided", partial(launch_loss, strided=True))
     yield report("loss, one action", partial(launch_loss, 1))
     yield report("loss, 17 actions", partial(launch_loss, 17))
+    yield report("loss, float64", partial(launch_loss, dtype=torch.float64))
 
 
 if __name__ == "__main__":

@@ -5,13 +5,19 @@ The log-probabilities in them are those of :mod:`pydrone.ppo.policy.distribution
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 
 def surrogate_loss(log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, clip: float) -> Tensor:
     """The clipped surrogate, negated so that it is to be minimised: equation 7 of arXiv:1707.06347. All [B]."""
-    ratio = (log_probs - old_log_probs).exp()
+    log_ratio = log_probs - old_log_probs
+    # Far above the clip a ratio matters only to a negative advantage. To others it is held at a number, as it may
+    # overflow: minimum() leaves that product out, but with the gradient inf * 0.
+    most = math.log1p(clip) + 1
+    ratio = log_ratio.masked_fill((advantages >= 0) & (log_ratio > most), most).exp()
     return -torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages).mean()
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor
 
 HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
@@ -48,9 +49,11 @@ def categorical_log_prob(actions: Tensor, logs: Tensor) -> Tensor:
 
 def categorical_entropy(logs: Tensor) -> Tensor:
     """Scalar, in nats, mean over B. ``logs``: logarithms of the probabilities, [B, K]."""
-    return -(logs.exp() * logs).sum(-1).mean()
+    finite = logs.clamp_min(torch.finfo(logs.dtype).min)  # 0 log 0 is 0, and so is its gradient
+    return -(logs.exp() * finite).sum(-1).mean()
 
 
 def categorical_kl(old_logs: Tensor, logs: Tensor) -> Tensor:
     """KL(old || new), mean over B, a scalar in nats. Both [B, K], logarithms of the probabilities."""
-    return (old_logs.exp() * (old_logs - logs)).sum(-1).mean()
+    old = old_logs.exp()
+    return torch.where(old == 0, 0, old * (old_logs - logs)).sum(-1).mean()

@@ -268,6 +268,8 @@ def test_the_operation_refuses_what_does_not_fit():
         ({"steps": [torch.zeros(1)]}, r"steps: expected shape \[\], got \[1\]"),
         ({"learning_rate": torch.zeros((), dtype=torch.float64)}, "learning_rate: expected dtype Float, got Double"),
         ({"beta1": 1.0}, "beta1: expected 0 <= beta1 < 1, got 1"),
+        ({"beta1": -0.25}, r"^beta1: expected 0 <= beta1 < 1, got -0\.25$"),
+        ({"beta1": 1e300}, r"^beta1: expected 0 <= beta1 < 1, got 1e\+300$"),
         ({"beta2": math.nan}, "beta2: expected 0 <= beta2 < 1, got nan"),
         ({"epsilon": -1.0}, "epsilon: expected a number of at least 0, got -1"),
         ({"norms": torch.zeros(1, 1)}, r"norms: expected shape \[-1\], got \[1, 1\]"),

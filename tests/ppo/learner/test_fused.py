@@ -269,6 +269,30 @@ def test_what_is_not_a_number_shows():
     assert actor[0].weight.grad.isnan().any() and not critic[0].weight.grad.isnan().any()
     given["obs"][7, 1], given["returns"][3] = 0.0, math.inf
     assert fused_update(actor, critic, std, **given)[1].isinf()
+    for name, figure in (("critic_obs", 1), ("values", 1), ("returns", 1), ("log_probs", 0), ("advantages", 0)):
+        given = batch(40, (3, 3), 2)
+        given[name][3] = math.nan
+        metrics = fused_update(actor, critic, std, **given, value_clip=0.2)
+        assert metrics[figure].isnan() and not metrics[1 - figure].isnan(), name
+
+
+@pytest.mark.parametrize(
+    ("std", "sigma", "surrogate", "kl"),
+    [
+        (-0.5, 1.0, math.nan, math.nan),
+        (math.nan, 1.0, math.nan, math.nan),
+        (1.0, 0.0, None, math.inf),
+        (1.0, -1.0, None, math.nan),
+    ],
+)
+def test_the_logarithm_of_what_is_no_standard_deviation_shows(std, sigma, surrogate, kl):
+    actor, critic = network(3, (16,), 2, "relu"), network(3, (16,), 1, "relu")
+    given = batch(40, (3, 3), 2)
+    given["sigma"][3, 1] = sigma
+    metrics = fused_update(actor, critic, torch.tensor([1.0, std]), **given).tolist()
+    if surrogate is not None:
+        assert metrics[0] == pytest.approx(surrogate, nan_ok=True)
+    assert metrics[3] == pytest.approx(kl, nan_ok=True)
 
 
 # ---------------------------------------------------------------------------------------------- what it cannot serve

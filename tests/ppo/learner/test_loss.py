@@ -34,6 +34,29 @@ def test_surrogate_by_hand(ratio, advantage, expected, gradient):
     assert result.item() == pytest.approx(expected) and new.grad.item() == pytest.approx(gradient)
 
 
+@pytest.mark.parametrize("log_ratio", [100.0, 1e30, math.inf])
+@pytest.mark.parametrize(("advantage", "expected"), [(1.0, -1.2), (0.0, 0.0), (1e-39, -1.2e-39)])
+def test_a_ratio_that_overflows_is_clipped_like_any_other(log_ratio, advantage, expected):
+    """Without a gradient, as at any ratio above the range; the unclipped product's would be inf * 0."""
+    new = torch.tensor([log_ratio], requires_grad=True)
+    result = loss.surrogate_loss(new, torch.zeros(1), torch.tensor([advantage]), 0.2)
+    result.backward()
+    assert result.item() == pytest.approx(expected) and new.grad.item() == 0
+
+
+@pytest.mark.parametrize(
+    ("log_ratio", "advantage"), [(math.nan, 0.0), (math.nan, -1.0), (0.0, math.nan), (1e3, math.nan)]
+)
+def test_surrogate_shows_what_is_not_a_number(log_ratio, advantage):
+    result = loss.surrogate_loss(torch.tensor([log_ratio]), torch.zeros(1), torch.tensor([advantage]), 0.2)
+    assert result.isnan()
+
+
+def test_a_ratio_that_overflows_shows_where_it_counts():
+    """With a negative advantage the loss is the unclipped product, and infinite."""
+    assert loss.surrogate_loss(torch.tensor([100.0]), torch.zeros(1), torch.tensor([-1.0]), 0.2).item() == math.inf
+
+
 def test_surrogate_is_a_mean():
     ratios, advantages = torch.tensor([1.5, 0.5, 1.1]), torch.tensor([2.0, -2.0, 2.0])
     result = loss.surrogate_loss(ratios.log(), torch.zeros(3), advantages, 0.2)

@@ -34,6 +34,23 @@ def test_formulas_by_hand():
     assert distributions.categorical_kl(q, p).item() == pytest.approx(0.1438410)
 
 
+def test_an_action_of_probability_0_adds_nothing():
+    """0 log 0 is 0, and so is its gradient; an action that has become impossible makes the divergence infinite."""
+    logits = torch.tensor([[-math.inf, 0.0, 0.0]], requires_grad=True)
+    logs = logits.log_softmax(-1)
+    entropy = distributions.categorical_entropy(logs)
+    entropy.backward()
+    assert entropy.item() == pytest.approx(math.log(2)) and logits.grad.tolist() == [[0, 0, 0]]
+    even = torch.full((1, 3), 1 / 3).log()
+    assert distributions.categorical_kl(logs, logs).item() == 0
+    assert distributions.categorical_kl(logs, even).item() == pytest.approx(math.log(1.5))
+    assert distributions.categorical_kl(even, logs).item() == math.inf
+    assert (
+        distributions.categorical_kl(logs * math.nan, logs).isnan()
+        and distributions.categorical_entropy(logs * math.nan).isnan()
+    )
+
+
 def test_the_policy_against_torch_distributions():
     policy, obs = make(), torch.randn(50, 3)
     step = policy.act(obs)

@@ -32,7 +32,16 @@ LEARNER = [
         "const Vec grad = plain <= plain ? plain :",
         OF_FUSED,
     ),
-    Fault("the smaller value error, not the larger", TILE, "squared > square ? squared : square", "square", OF_FUSED),
+    Fault(
+        "the smaller value error, not the larger", TILE, "larger(square, squared)", "smaller(square, squared)", OF_FUSED
+    ),
+    Fault(
+        "a NaN that a maximum drops",
+        TILE,
+        "larger(Vec a, Vec b) { return (a > b) | (a != a) ? a : b; }",
+        "larger(Vec a, Vec b) { return a > b ? a : b; }",
+        OF_FUSED,
+    ),
     Fault(
         "a gradient through a clipped value",
         TILE,

@@ -165,7 +165,7 @@ PYTHON = [
     Fault(
         "a scalar read from the wrong element",
         "pydrone/rollout/sources.py",
-        "fits = x.shape[:1] == (self.num_envs,) and x.numel() == self.num_envs\n        else:",
+        "fits = x.shape in ((self.num_envs,), (self.num_envs, 1))\n        else:",
         "fits = x.numel() >= self.num_envs\n        else:",
         "tests/test_buffer.py",
     ),
@@ -198,6 +198,7 @@ PYTHON = [
         OF_SEQUENCES,
     ),
     Fault("resets learnt from", SEQUENCES, " & (codes[env, step] != 3)", "", OF_SEQUENCES),
+    Fault("a ratio that overflows", LOSS, "(advantages >= 0) & (log_ratio > most)", "log_ratio != log_ratio", OF_LOSS),
     Fault("the surrogate's maximum", LOSS, "return -torch.minimum(ratio", "return -torch.maximum(ratio", OF_LOSS),
     Fault(
         "the surrogate clipped on one side",

@@ -12,6 +12,20 @@ OF_APPEND = "tests/ops/test_triton.py::test_cases[append] tests/ops/test_triton.
 
 TRITON = [
     Fault(
+        "a NaN that a clamp drops, in Triton",
+        "triton_kernels/ppo_loss.py",
+        "return tl.where(x > high, high, tl.where(x < low, low, x))",
+        "return tl.minimum(tl.maximum(x, low), high)",
+        "tests/ops/test_triton_compile.py::test_no_minimum_or_maximum_drops_a_nan",
+    ),
+    Fault(
+        "an overflowing ratio of advantage 0, in Triton",
+        "triton_kernels/ppo_loss.py",
+        "(advantage >= 0) & (log_ratio > most)",
+        "log_ratio != log_ratio",
+        "tests/ops/test_triton.py::test_cases[loss]",
+    ),
+    Fault(
         "a product instead of the select of the carry, in Triton",
         TRITON_GAE,
         "return tl.where(cut, advantage, advantage + link * later), ",
@@ -63,8 +77,8 @@ TRITON = [
     Fault(
         "a biased standard deviation, in Triton",
         TRITON_GATHER,
-        "tl.load(stats + 2) / tl.maximum(count - 1, 1.0)",
-        "tl.load(stats + 2) / tl.maximum(count, 1.0)",
+        "tl.load(stats + 2) / tl.where(count > 1, count - 1, 1.0)",
+        "tl.load(stats + 2) / tl.where(count > 1, count, 1.0)",
         OF_GATHER,
     ),
     Fault(
