@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-from pydrone.ops.arguments import positive
+from pydrone.ops.arguments import boolean, positive
 from pydrone.ops.schema import CURSOR_SIZE, MAX_SAMPLES, SCALAR_TYPES, workspace_size
 
 ROW_ALIGNMENT = 32  # bytes: a sector of GPU memory; a row of 96 fits two cache lines wherever it starts
@@ -40,11 +40,6 @@ class Field(NamedTuple):
     @property
     def nbytes(self) -> int:
         return self.width * self.dtype.itemsize
-
-    @property
-    def output_dtype(self) -> torch.dtype:
-        """The dtype in a minibatch: half precision is for storage only."""
-        return torch.float32 if self.dtype in HALVES else self.dtype
 
 
 def of_append(
@@ -79,9 +74,11 @@ def parse_spec(name: str, spec: object, dtype: torch.dtype = torch.float32) -> S
         spec, dtype = spec
     if dtype not in SCALAR_TYPES:
         raise TypeError(f"{name}: expected a dtype of {', '.join(map(str, SCALAR_TYPES))}, got {dtype}")
-    shape = (spec,) if isinstance(spec, int) and not isinstance(spec, bool) else spec
+    shape, least = spec, 0  # a group may be empty, of shape (0,)
+    if isinstance(spec, int) and not isinstance(spec, bool):
+        shape, least = (spec,), 1
     if not isinstance(shape, (tuple, list)) or not all(
-        isinstance(size, int) and not isinstance(size, bool) and size > 0 for size in shape
+        isinstance(size, int) and not isinstance(size, bool) and size >= least for size in shape
     ):
         raise ValueError(f"{name}: expected a positive int, a shape or (shape, dtype), got {spec!r}")
     return tuple(shape), dtype
@@ -129,6 +126,7 @@ class Layout:
         fields: Mapping[str, object] | None = None,
         max_episode_length: int | None = None,
         final_obs_rows: int | None = None,
+        keep_dtypes: bool = False,
     ) -> None:
         self.num_envs = positive("num_envs", num_envs)
         self.num_steps = positive("num_steps", num_steps)
@@ -154,6 +152,7 @@ class Layout:
         elif isinstance(final_obs_rows, bool) or not isinstance(final_obs_rows, int) or final_obs_rows < 0:
             raise ValueError(f"final_obs_rows: expected an int of at least 0, or None, got {final_obs_rows!r}")
         self.final_obs_rows = final_obs_rows
+        self._keep_dtypes = boolean("keep_dtypes", keep_dtypes)
 
         specs = {f"obs.{name}": spec for name, spec in self.obs.items()}
         specs["actions"] = parse_spec("actions", actions)
@@ -165,10 +164,14 @@ class Layout:
         #: the fields that a caller stores: all but the number of a row in the pool
         self.stored = {name: field for name, field in self.fields.items() if name != "final_row"}
         # The pool is evaluated as it is, never gathered: it has the precision of minibatches.
-        pooled = {f"obs.{k}": (s, torch.float32 if d in HALVES else d) for k, (s, d) in self.obs.items()}
+        pooled = {f"obs.{k}": (s, self._output(d)) for k, (s, d) in self.obs.items()}
         self.pool_fields, self.pool_row_bytes = pack(pooled)
         # Rollouts that can be in the ring at once, at least in part.
         self.num_rollouts = -(-self.capacity // num_steps)
+
+    def _output(self, dtype: torch.dtype) -> torch.dtype:
+        """The dtype in a minibatch of what is stored as ``dtype``."""
+        return torch.float32 if dtype in HALVES and not self._keep_dtypes else dtype
 
     def allocations(self) -> list[Allocation]:
         """Every tensor the constructor makes; planes as [N, T or C]."""
@@ -194,7 +197,7 @@ class Layout:
     def minibatch(self, size: int) -> list[Allocation]:
         """The tensors of one minibatch of ``size`` samples."""
         made = [
-            Allocation(name, (size, *field.shape), field.output_dtype, "minibatch")
+            Allocation(name, (size, *field.shape), self._output(field.dtype), "minibatch")
             for name, field in self.stored.items()
         ]
         made += [Allocation(name, (size,), torch.float32, "minibatch") for name in ("advantages", "returns")]
