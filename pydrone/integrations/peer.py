@@ -1,4 +1,4 @@
-"""Shared by the integrations: the check of a peer's version, and patches that can be undone."""
+"""Shared by the integrations: the check of a peer's version, patches that can be undone, and a rollout's arrays."""
 
 from __future__ import annotations
 
@@ -7,6 +7,10 @@ import re
 import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from pydrone.buffer import Minibatch, RolloutBuffer
 
 
 def require(distribution: str, first: tuple[int, ...], before: tuple[int, ...]) -> str:
@@ -29,6 +33,30 @@ def require(distribution: str, first: tuple[int, ...], before: tuple[int, ...]) 
 
 def _dotted(version: tuple[int, ...]) -> str:
     return ".".join(map(str, version))
+
+
+class Arrays(RolloutBuffer):
+    """A buffer of one rollout whose whole memory callers may read and write, as they do with a peer's arrays."""
+
+    def array(self, name: str) -> Tensor:
+        """[T, N, ...], whether filled or not: ``rewards``, ``values``, ``dones``, ``advantages``, ``returns`` as the
+        scan reads and writes them, and the fields of the rows by the layout's names."""
+        plane = name != "rows" and name in self._storage.tensors
+        return self._storage.tensors[name].t() if plane else self._storage.views[name]
+
+    def taken(self, name: str, samples: Minibatch) -> Tensor:
+        """[B, ...], the samples' elements of :meth:`array`. A minibatch has values of the rows and returns A + V: where
+        a caller may have written into the planes, these are the right ones."""
+        numbers = samples.indices
+        return self.array(name)[numbers % self.num_steps, numbers // self.num_steps]
+
+    def zero(self, first: int) -> None:
+        """Makes the steps from ``first`` on zero, and the advantages and returns of a rollout that has none."""
+        for name in ("rewards", "values", "dones"):
+            self.array(name)[first:] = 0
+        self._storage.rows[first:] = 0
+        if not self._scan.computed:
+            self._storage.advantages.zero_(), self._storage.returns.zero_()
 
 
 class Change(NamedTuple):
