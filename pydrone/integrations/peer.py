@@ -44,19 +44,11 @@ class Arrays(RolloutBuffer):
         plane = name != "rows" and name in self._storage.tensors
         return self._storage.tensors[name].t() if plane else self._storage.views[name]
 
-    def taken(self, name: str, samples: Minibatch) -> Tensor:
-        """[B, ...], the samples' elements of :meth:`array`. A minibatch has values of the rows and returns A + V: where
-        a caller may have written into the planes, these are the right ones."""
+    def taken(self, array: Tensor, samples: Minibatch) -> Tensor:
+        """[B, ...]: an array [T, N, ...] at the samples of a minibatch. Minibatches have values of the rows and return
+        A + V: where a caller may have written into the planes, they are taken from there."""
         numbers = samples.indices
-        return self.array(name)[numbers % self.num_steps, numbers // self.num_steps]
-
-    def zero(self, first: int) -> None:
-        """Makes the steps from ``first`` on zero, and the advantages and returns of a rollout that has none."""
-        for name in ("rewards", "values", "dones"):
-            self.array(name)[first:] = 0
-        self._storage.rows[first:] = 0
-        if not self._scan.computed:
-            self._storage.advantages.zero_(), self._storage.returns.zero_()
+        return array[numbers % self.num_steps, numbers // self.num_steps]
 
 
 class Change(NamedTuple):

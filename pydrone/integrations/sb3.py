@@ -30,6 +30,14 @@ __all__ = ["DictRolloutBuffer", "RolloutBuffer"]
 class _Ring(Arrays):
     """Adds ends that become known a step later, and minibatches given by their size, not their number."""
 
+    def zero(self, first: int) -> None:
+        """Makes the steps from ``first`` on zero, and the advantages and returns of a rollout that has none."""
+        for name in ("rewards", "values", "dones"):
+            self.array(name)[first:] = 0
+        self._storage.rows[first:] = 0
+        if not self._scan.computed:
+            self._storage.advantages.zero_(), self._storage.returns.zero_()
+
     def scan(self, starts: Tensor, dones: Tensor, last_values: Tensor, gamma: float, lam: float) -> None:
         """Advantages and returns of all T steps, stored or not. starts: bool [T, N], whether an episode starts with
         observation t; dones: bool [N], whether one ended with the last step. Ends become code 1, without a bootstrap:
@@ -240,7 +248,7 @@ class _Rollout:
         for mb in self._ring.batches(size, order):
             values, returns = mb.values, mb.returns
             if self._exposed:
-                values, returns = (self._ring.taken(name, mb) for name in ("values", "returns"))
+                values, returns = (self._ring.taken(self._ring.array(x), mb) for x in ("values", "returns"))
             obs, kind = mb.obs, RolloutBufferSamples
             if isinstance(obs, dict):
                 obs, kind = {key: _at_least_2d(x) for key, x in obs.items()}, DictRolloutBufferSamples

@@ -234,7 +234,7 @@ def test_errors_name_the_argument():
     buffer = make(2, BOX, spaces.Discrete(2), "cpu")
     step = random_rollout(BOX, spaces.Discrete(2), 1, 1)[0][0]
     buffer.add(*step)
-    with pytest.raises(RuntimeError, match="^get: expected a full buffer, 1 of 2 steps are stored$"):
+    with pytest.raises(RuntimeError, match=r"^get: expected a full buffer, 1 of 2 steps are stored$"):
         next(buffer.get(1))
     with pytest.raises(ValueError, match=r"^returns: expected shape \[2, 1\], got \[2\]$"):
         buffer.returns = np.zeros(2)

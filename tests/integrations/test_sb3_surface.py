@@ -140,7 +140,7 @@ def retuned(buffer):
 
 
 def extended(buffer):
-    rows, last_values, dones = put(buffer, 0)
+    rows, *_ = put(buffer, 0)
     buffer.extend(*zip(*rows))
     return arrays(buffer)
 
