@@ -11,6 +11,7 @@ from contextlib import nullcontext
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from pydrone.estimators import gae
 from pydrone.integrations.peer import require
@@ -85,8 +86,7 @@ def _estimate(
         raise RuntimeError(f"time_dim: expected a dimension of a tensor of shape {list(reward.shape)}, got {time_dim}")
     done, terminated = (x if x.dtype == torch.bool else x != 0 for x in (done, terminated))
     signals, factors = (*floats.values(), done, terminated), [x for x in (gamma, lmbda) if isinstance(x, Tensor)]
-    grads = torch.is_grad_enabled() and any(x.requires_grad for x in (*floats.values(), *factors))
-    if grads or any(x.numel() > 1 for x in factors):
+    if any(map(_needs_derivative, (*floats.values(), *factors))) or any(x.numel() > 1 for x in factors):
         return *functional.generalized_advantage_estimate(gamma, lmbda, *signals, time_dim=time_dim), None
     if factors and torch.compiler.is_compiling():
         gamma, lmbda = (torch.as_tensor(x, device=reward.device) for x in (gamma, lmbda))
@@ -94,6 +94,12 @@ def _estimate(
     else:
         advantage, value_target, statistics = _scan(float(gamma), float(lmbda), *signals, time_dim, stats)
     return advantage, value_target, statistics if stats else None
+
+
+def _needs_derivative(x: Tensor) -> bool:
+    if torch.is_grad_enabled() and x.requires_grad:
+        return True
+    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None
 
 
 def _result_dtype(*floats: Tensor) -> torch.dtype:

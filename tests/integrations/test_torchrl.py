@@ -259,6 +259,23 @@ def test_no_gradient_is_dropped(name, needed):
             assert not x.requires_grad
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_no_tangent_is_dropped(name):
+    value, following, reward, done, terminated = signals((3, 20, 1))
+    primals = torch.tensor(GAMMA), torch.tensor(LAMBDA), value, following, reward
+    for i, x in enumerate(primals):
+        found = []
+        for estimate in (theirs.generalized_advantage_estimate, getattr(ours, name)):
+
+            def of_one(x, estimate=estimate, i=i):
+                return estimate(*primals[:i], x, *primals[i + 1 :], done, terminated)
+
+            found.append(torch.func.jvp(of_one, (x,), (torch.ones_like(x),)))
+        for got, expected in zip(found[1], found[0]):
+            close(got[0], expected[0])
+            close(got[1], expected[1])
+
+
 def test_gradients_through_the_module():
     for average in (False, True):
         found = []
