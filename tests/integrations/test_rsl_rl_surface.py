@@ -40,8 +40,8 @@ def put(storage, steps=T, **changes):
         storage.add_transition(step)
 
 
-def compute(storage, normalize=True):
-    last_values = torch.linspace(-1, 1, N).unsqueeze(1)
+def compute(storage, normalize=True, last_values=None):
+    last_values = torch.linspace(-1, 1, N).unsqueeze(1) if last_values is None else last_values
     if isinstance(storage, RolloutStorage):
         return storage.compute_returns(last_values, 0.9, 0.8, normalize)
     critic = SimpleNamespace(get_hidden_state=lambda: None, reset=lambda hidden_state: None)
@@ -255,3 +255,15 @@ def test_the_default_shuffle_follows_what_callers_write():
     wanted = torch.cat([storage.actions, storage.values, storage.returns, storage.advantages], -1).flatten(0, 1)
     rows = [torch.cat([x.actions, x.values, x.returns, x.advantages], -1) for x in storage.mini_batch_generator(3, 1)]
     assert sorted(torch.cat(rows).tolist()) == sorted(wanted.tolist())
+
+
+def test_one_sample_has_an_advantage_of_zero():
+    """rsl_rl's is NaN."""
+    obs = transition(0, 1).observations
+    for kind in (PeerStorage, RolloutStorage):
+        storage = kind("rl", 1, 1, obs, [1])
+        storage.add_transition(transition(0, 1))
+        compute(storage, last_values=torch.ones(1, 1))
+        (batch,) = storage.mini_batch_generator(1, 1)
+        assert batch.returns.isfinite().all()
+        assert batch.advantages.item() == 0 if kind is RolloutStorage else batch.advantages.isnan().all()

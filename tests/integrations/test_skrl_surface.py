@@ -195,3 +195,12 @@ def test_gae_keeps_dtypes(rewards, values):
             assert (got.dtype, got.shape) == (expected.dtype, expected.shape)
             worst = max(torch.finfo(rewards).eps, torch.finfo(values).eps)
             assert (got - expected).abs().max() <= max(16 * worst, 1e-5) * expected.abs().max()
+
+
+def test_one_sample_has_an_advantage_of_zero():
+    """skrl's is NaN."""
+    one, ended = torch.ones(1, 1, 1), torch.zeros(1, 1, 1, dtype=torch.bool)
+    arguments = {"rewards": one, "values": one, "terminated": ended, "next_values": one[0], "discount_factor": 0.5}
+    (expected, theirs), (returns, advantages) = (f(**arguments) for f in (their_recurrent_gae, ours.compute_gae_rnn))
+    assert returns.item() == expected.item() == 1.5
+    assert advantages.item() == 0 and theirs.isnan().all()
