@@ -104,7 +104,7 @@ class RolloutStorage(PeerStorage):
             seed=torch.initial_seed(),
             rank=torch.distributed.get_rank() if distributed else 0,
             final_obs_rows=0,
-            keep_dtypes=True,
+            verbatim=True,
         )
 
     actions = _array("actions", scalar=False)

@@ -136,11 +136,9 @@ class _Rollout:
             device=self.device,
             seed=self._seed,
             final_obs_rows=0,
-            keep_dtypes=True,
+            verbatim=True,
         )
         self._running = torch.zeros(self.n_envs, dtype=torch.bool, device=self.device)
-        #: [T, N] float32: whether an episode starts with observation t, that is, one ended with step t - 1
-        self.episode_starts = np.zeros((self.buffer_size, self.n_envs), np.float32)
         self.reset()
 
     actions = _array("actions", "[T, N, action_dim].")
@@ -183,7 +181,8 @@ class _Rollout:
         if (self.buffer_size, self.n_envs) != (self._ring.num_steps, self._ring.num_envs):
             return self._allocate()
         self._ring.clear()
-        self.episode_starts[:] = 0
+        #: [T, N] float32: whether an episode starts with observation t, that is, one ended with step t - 1
+        self.episode_starts = np.zeros((self.buffer_size, self.n_envs), np.float32)
         self.pos, self.full, self.generator_ready = 0, False, False
         self._completed = False  # zeros after the steps stored, and in place of advantages
         self._exposed = False  # whether anyone may have written into the arrays: then returns are not A + V
@@ -203,6 +202,7 @@ class _Rollout:
             obs = {key: self._obs(obs[key], space[key], shape) for key, shape in self.obs_shape.items()}
         else:
             obs = self._obs(obs, space, self.obs_shape)
+        self.episode_starts[self.pos : self.pos + 1] = episode_start
         self._ring.append(
             obs=obs,
             actions=self._tensor(
@@ -213,7 +213,6 @@ class _Rollout:
             values=self._floats(value),
             log_probs=self._floats(log_prob),
         )
-        self.episode_starts[self.pos] = episode_start
         self.pos += 1
         self.full = self.pos == self.buffer_size
 

@@ -257,6 +257,7 @@ def test_the_default_shuffle_follows_what_callers_write():
     assert sorted(torch.cat(rows).tolist()) == sorted(wanted.tolist())
 
 
+@pytest.mark.filterwarnings("ignore:std")
 def test_one_sample_has_an_advantage_of_zero():
     """rsl_rl's is NaN."""
     obs = transition(0, 1).observations

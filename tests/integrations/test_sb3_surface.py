@@ -1,3 +1,4 @@
+# ruff: noqa: E402 (imports that need the peer follow the check that it is installed)
 """All that users touch of Stable-Baselines3's rollout buffers: the same calls, the same outcome, for every dtype."""
 
 from __future__ import annotations

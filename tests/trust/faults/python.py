@@ -297,7 +297,7 @@ PYTHON = [
     Fault(
         "half precision widened in a drop-in's minibatches",
         "pydrone/rollout/layout.py",
-        "if dtype in HALVES and not self._keep_dtypes else",
+        "if dtype in HALVES and not self._verbatim else",
         "if dtype in HALVES else",
         "tests/test_buffer.py tests/integrations/test_sb3_surface.py tests/integrations/test_rsl_rl_surface.py",
     ),
