@@ -136,13 +136,16 @@ inline int64_t item_size(const char* name, int64_t dtype) {
     case ScalarType::Bool:
       return 1;
     case ScalarType::Short:
+    case ScalarType::UInt16:
     case ScalarType::Half:
     case ScalarType::BFloat16:
       return 2;
     case ScalarType::Int:
+    case ScalarType::UInt32:
     case ScalarType::Float:
       return 4;
     case ScalarType::Long:
+    case ScalarType::UInt64:
     case ScalarType::Double:
       return 8;
     default:

@@ -52,13 +52,16 @@ class RolloutBuffer(Rollout):
         capacity: steps in the ring; None: T. With 2 * T the next rollout can be collected while one is learnt from. At
             a multiple of T every rollout is contiguous. At another capacity rollouts wrap around the ring's end: GAE
             and minibatches follow the wrap, and a view of a wrapped rollout is a copy.
-        obs_dtype: torch.float16 or torch.bfloat16 halve the memory of observations. Minibatches are float32 anyway.
+        obs_dtype: torch.float16 or torch.bfloat16 halve the memory of observations. Minibatches are float32 anyway,
+            unless ``verbatim``.
         fields: further fields, name to shape or (shape, dtype): old means and stds, costs, masks.
         seed: of the minibatches' permutations. Each rollout and each epoch has its own.
         max_episode_length: in steps, if known: sizes the pool of final observations if ``final_obs_rows`` is None.
         final_obs_rows: rows of that pool for one rollout; None: N * (1 + T // max_episode_length); 0: no pool.
         rank: this process's number among several: each shuffles differently.
         backend: "reference", "cpu", "triton" or "cuda"; None: ``PYDRONE_BACKEND`` or the best for the device.
+        verbatim: for code that replaces another storage. Minibatches and the pool have the dtypes of what is stored,
+            half precision included, and sizes of 0 are accepted, such as a group of shape (0,).
         non_finite: what to do about NaN and infinite observations, rewards and values: "warn", "raise" or "ignore". The
             launches that store and scan them find them; :meth:`compute_gae` says when they are reported. Observations
             written through :meth:`slot` are not checked.
@@ -80,6 +83,7 @@ class RolloutBuffer(Rollout):
         rank: int = 0,
         backend: str | None = None,
         non_finite: str = "warn",
+        verbatim: bool = False,
     ) -> None:
         report = finiteness.Report(non_finite)
         self.device = device_of(device)
@@ -93,6 +97,7 @@ class RolloutBuffer(Rollout):
             "fields": fields,
             "max_episode_length": max_episode_length,
             "final_obs_rows": final_obs_rows,
+            "verbatim": verbatim,
         }
         layout = Layout(**self._arguments)
         self.num_envs, self.num_steps, self.capacity = layout.num_envs, layout.num_steps, layout.capacity

@@ -59,7 +59,7 @@ def plan(
         num_envs, num_steps, obs, actions: as the buffer's.
         iterations: of the training.
         reused_minibatch: samples of a minibatch whose tensors ``minibatches(reuse=True)`` keeps; None: none are kept.
-        **options: the buffer's capacity, obs_dtype, fields, max_episode_length and final_obs_rows.
+        **options: the buffer's capacity, obs_dtype, fields, max_episode_length, final_obs_rows and verbatim.
     """
     positive("iterations", iterations)
     layout = Layout(num_envs, num_steps, obs, actions, **options)

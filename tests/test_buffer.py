@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 import torch
 from rollout_model import (
@@ -14,12 +17,13 @@ from rollout_model import (
 )
 
 import pydrone
-from pydrone import RolloutBuffer
+from pydrone import RolloutBuffer, memory
+from pydrone.ops.schema import SCALAR_TYPES
 
 # ---------------------------------------------------------------------------------------------- round trips
 
 
-def check_contents(buf: RolloutBuffer, steps: list[dict]) -> None:
+def check_contents(buf: RolloutBuffer, steps: list[dict], verbatim: bool = False) -> None:
     """Views and an epoch of minibatches hold what was appended, bit for bit."""
     expected = {name: stacked(steps, name) for name in ("actions", "values", "log_probs", *buf.layout.extra)}
     for group in buf.layout.obs:
@@ -29,7 +33,8 @@ def check_contents(buf: RolloutBuffer, steps: list[dict]) -> None:
         x = expected[name] = x.reshape(buf.num_envs, buf.num_steps, *buf.layout.fields[name].shape)
         stored = x.to(buf.layout.fields[name].dtype)
         assert torch.equal(buf[name], stored), name
-        expected[name] = stored.float() if stored.dtype in (torch.float16, torch.bfloat16) else stored
+        half = stored.dtype in (torch.float16, torch.bfloat16)
+        expected[name] = stored.float() if half and not verbatim else stored
     buf.compute_gae(torch.zeros(buf.num_envs))
     advantages, _ = gae_loop(
         *(stacked(steps, name).reshape(buf.num_envs, -1) for name in ("rewards", "values", "dones")),
@@ -84,6 +89,32 @@ FIELDS = {
 def test_groups_and_fields(actions, num_envs, backend):
     buf = RolloutBuffer(num_envs, 5, obs=GROUPS, actions=actions, fields=FIELDS, backend=backend)
     check_contents(buf, fill(buf))
+
+
+@pytest.mark.parametrize("verbatim", [False, True])
+def test_every_dtype_comes_out_as_it_went_in(verbatim, backend):
+    """Of groups, of actions and of fields, an empty group among them; half precision if asked for."""
+    for dtype in SCALAR_TYPES:
+        specs, fields = {"wide": ((17,), dtype), "image": ((2, 3), dtype), "one": ((), dtype)}, {"extra": (3, dtype)}
+        if verbatim:
+            specs, fields = specs | {"none": ((0,), dtype)}, fields | {"nothing": ((2, 0), dtype)}
+        buf = RolloutBuffer(5, 3, specs, ((2,), dtype), fields=fields, backend=backend, verbatim=verbatim)
+        check_contents(buf, fill(buf), verbatim)
+
+
+def test_verbatim_covers_the_pool_and_copies(backend):
+    """The final observations go through the same networks; the choice is part of a copied buffer."""
+    buf = RolloutBuffer(3, 1, obs=((2,), torch.bfloat16), actions=1, backend=backend, verbatim=True)
+    ends, zeros, seen = torch.ones(3), torch.zeros(3), []
+    step = random_step(buf) | {"dones": ends, "truncated": ends, "final_obs": torch.ones(3, 2, dtype=torch.bfloat16)}
+    buf.append(**step)
+    buf.compute_gae(zeros, value_fn=lambda obs: seen.append(obs.dtype) or zeros)
+    assert seen == [torch.bfloat16]
+    for other in (buf, copy.deepcopy(buf), pickle.loads(pickle.dumps(buf))):
+        assert next(other.minibatches(1)).obs.dtype == torch.bfloat16
+    reused = next(buf.minibatches(1, reuse=True))
+    assert reused.obs.dtype == torch.bfloat16
+    assert buf.nbytes == memory.plan(3, 1, ((2,), torch.bfloat16), 1, reused_minibatch=3, verbatim=True).nbytes
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -342,6 +373,7 @@ CONSTRUCTOR = [
     ({"obs": "17"}, ValueError, "^obs: "),
     ({"obs": {}}, ValueError, "^obs: expected at least one group"),
     ({"obs": {"a": (3, torch.complex64)}}, TypeError, r"^obs\['a'\]: expected a dtype of"),
+    ({"verbatim": "no"}, TypeError, "^verbatim: expected a bool, got str$"),
     ({"obs_dtype": torch.float64}, TypeError, "^obs_dtype: expected float32, float16 or bfloat16, got torch.float64$"),
     ({"actions": None}, ValueError, "^actions: expected a positive int"),
     ({"fields": {"values": 1}}, ValueError, "^fields: 'values' is no name for a field"),

@@ -34,6 +34,9 @@ TRITON_TYPES = {
     torch.float64: tl.float64,
     torch.bool: tl.int1,
     torch.bfloat16: tl.bfloat16,
+    torch.uint16: tl.uint16,
+    torch.uint32: tl.uint32,
+    torch.uint64: tl.uint64,
 }
 
 

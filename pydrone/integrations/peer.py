@@ -1,4 +1,4 @@
-"""Shared by the integrations: the check of a peer's version, and patches that can be undone."""
+"""Shared by the integrations: the check of a peer's version, patches that can be undone, and a rollout's arrays."""
 
 from __future__ import annotations
 
@@ -7,6 +7,10 @@ import re
 import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from pydrone.buffer import Minibatch, RolloutBuffer
 
 
 def require(distribution: str, first: tuple[int, ...], before: tuple[int, ...]) -> str:
@@ -29,6 +33,22 @@ def require(distribution: str, first: tuple[int, ...], before: tuple[int, ...]) 
 
 def _dotted(version: tuple[int, ...]) -> str:
     return ".".join(map(str, version))
+
+
+class Arrays(RolloutBuffer):
+    """A buffer of one rollout whose whole memory callers may read and write, as they do with a peer's arrays."""
+
+    def array(self, name: str) -> Tensor:
+        """[T, N, ...], whether filled or not: ``rewards``, ``values``, ``dones``, ``advantages``, ``returns`` as the
+        scan reads and writes them, and the fields of the rows by the layout's names."""
+        plane = name != "rows" and name in self._storage.tensors
+        return self._storage.tensors[name].t() if plane else self._storage.views[name]
+
+    def taken(self, array: Tensor, samples: Minibatch) -> Tensor:
+        """[B, ...]: an array [T, N, ...] at the samples of a minibatch. Minibatches have values of the rows and return
+        A + V: where a caller may have written into the planes, they are taken from there."""
+        numbers = samples.indices
+        return array[numbers % self.num_steps, numbers // self.num_steps]
 
 
 class Change(NamedTuple):

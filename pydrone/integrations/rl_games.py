@@ -25,7 +25,7 @@ def discount_values(
     mb_extrinsic_values: Tensor,
     mb_rewards: Tensor,
 ) -> Tensor:
-    """Advantages [T, N, V], not normalised, of an agent with the attributes ``gamma`` and ``tau``.
+    """Advantages [T, N, V] in the rewards' dtype, not normalised, of an agent with attributes ``gamma`` and ``tau``.
 
     mb_rewards, mb_extrinsic_values: [T, N, V], floating, V = ``value_size``. mb_fdones: [T, N], nonzero if an episode
     *starts* with step t; fdones: [N], nonzero if one starts after the last step. last_extrinsic_values: [N, V].
@@ -67,7 +67,8 @@ def _advantages(agent, fdones, last_values, mb_fdones, values, rewards, masks: T
         )[0]
         for v in range(rewards.shape[2])
     ]
-    return columns[0].unsqueeze(2) if len(columns) == 1 else torch.stack(columns, dim=2)
+    advantages = columns[0].unsqueeze(2) if len(columns) == 1 else torch.stack(columns, dim=2)
+    return advantages.to(rewards.dtype)
 
 
 _patches = Patches()

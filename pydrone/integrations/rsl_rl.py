@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from pydrone.buffer import Minibatch, RolloutBuffer
-from pydrone.integrations.peer import Change, Patches, require
+from pydrone.buffer import Minibatch
+from pydrone.integrations.peer import Arrays, Change, Patches, require
 from pydrone.ops.reference import normalization
 from pydrone.rollout.minibatch import Plan
 from pydrone.rollout.sequences import trajectories
@@ -31,13 +31,32 @@ from tensordict import TensorDict  # noqa: E402
 __all__ = ["PPO", "RolloutStorage", "patch", "unpatch"]
 
 
+def _array(name: str, *, scalar: bool = True) -> property:
+    """A property [T, N, ...]: an array of the storage's buffer, or zeros before there is one."""
+
+    def read(self: RolloutStorage) -> Tensor:
+        if self._buffer is None:
+            width = (1,) if scalar else tuple(self.actions_shape)
+            dtype = torch.uint8 if name == "dones" else None
+            return torch.zeros(self.num_transitions_per_env, self.num_envs, *width, dtype=dtype, device=self.device)
+        self._exposed |= name in ("values", "returns")
+        array = self._buffer.array(name)
+        return array.unsqueeze(-1) if scalar else array
+
+    def write(self: RolloutStorage, x: Tensor) -> None:
+        read(self).copy_(x)
+
+    return property(read, write)
+
+
 class RolloutStorage(PeerStorage):
     """rsl_rl's storage for ``training_type="rl"``, in a :class:`~pydrone.buffer.RolloutBuffer`.
 
     The arguments are those of rsl_rl; another ``training_type`` ("distillation") constructs rsl_rl's own storage.
     Everything is allocated once, in the first :meth:`add_transition`: only then are the parameters of the action
     distribution known. From then on ``observations``, ``actions``, ``rewards``, ``dones``, ``values``,
-    ``actions_log_prob``, ``distribution_params`` and ``returns`` are views of it, [T, N, ...].
+    ``actions_log_prob``, ``distribution_params`` and ``returns`` are views of it, [T, N, ...], to be read and written;
+    a tensor assigned to one is copied into it.
 
     Attributes:
         shuffle: "full": a new permutation in every epoch, of samples or, for recurrent policies, of environments; each
@@ -68,29 +87,51 @@ class RolloutStorage(PeerStorage):
         self._obs_spec = {key: (tuple(x.shape[1:]), x.dtype) for key, x in obs.items()}
         self._buffer: _Buffer | None = None
         self._computed = self._normalize = False  # set by compute_returns
-        self._assigned: Tensor | None = None  # advantages assigned from outside
+        self._advantages: Tensor | None = None  # as they were last read or assigned
+        self._exposed = False  # whether anyone may have written into values, returns or advantages
 
     def _allocate(self, params: tuple[Tensor, ...]) -> None:
         self._params = [f"distribution_param_{i}" for i in range(len(params))]
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        self._buffer = buffer = _Buffer(
+        dtype = torch.get_default_dtype()  # as rsl_rl
+        self._buffer = _Buffer(
             self.num_envs,
             self.num_transitions_per_env,
             obs=self._obs_spec,
-            actions=tuple(self.actions_shape),
+            actions=(tuple(self.actions_shape), dtype),
             device=self.device,
-            fields={name: tuple(x.shape[1:]) for name, x in zip(self._params, params, strict=True)},
+            fields={name: (tuple(x.shape[1:]), dtype) for name, x in zip(self._params, params, strict=True)},
             seed=torch.initial_seed(),
             rank=torch.distributed.get_rank() if distributed else 0,
             final_obs_rows=0,
+            verbatim=True,
         )
+
+    actions = _array("actions", scalar=False)
+    rewards, dones, values = _array("rewards"), _array("dones"), _array("values")
+    actions_log_prob, returns = _array("log_probs"), _array("returns")
+
+    @property
+    def observations(self) -> TensorDict:
+        """The groups, [T, N, ...]."""
         shape = [self.num_transitions_per_env, self.num_envs]
-        groups = {key: buffer.field(f"obs.{key}") for key in self._obs_spec}
-        self.observations = TensorDict(groups, batch_size=shape, device=self.device)
-        self.actions, self.actions_log_prob = buffer.field("actions"), buffer.field("log_probs").unsqueeze(-1)
-        planes = ("rewards", "dones", "values", "returns")
-        self.rewards, self.dones, self.values, self.returns = map(buffer.plane, planes)
-        self.distribution_params = tuple(map(buffer.field, self._params))
+        if self._buffer is None:
+            groups = {
+                key: torch.zeros(*shape, *size, dtype=dtype, device=self.device)
+                for key, (size, dtype) in self._obs_spec.items()
+            }
+        else:
+            groups = {key: self._buffer.array(f"obs.{key}") for key in self._obs_spec}
+        return TensorDict(groups, batch_size=shape, device=self.device)
+
+    @observations.setter
+    def observations(self, observations: TensorDict) -> None:
+        self.observations.copy_(observations)
+
+    @property
+    def distribution_params(self) -> tuple[Tensor, ...] | None:
+        """[T, N, ...] each; None before the first transition."""
+        return None if self._buffer is None else tuple(map(self._buffer.array, self._params))
 
     @property
     def step(self) -> int:
@@ -99,18 +140,33 @@ class RolloutStorage(PeerStorage):
 
     @property
     def advantages(self) -> Tensor:
-        """[T, N, 1]; normalised, in a copy, if :meth:`compute_returns` was told to. Can be assigned."""
-        if self._assigned is not None:
-            return self._assigned
-        advantages = self._buffer.plane("advantages")
+        """[T, N, 1]; normalised, in a copy, if :meth:`compute_returns` was told to. Can be written and assigned."""
+        if self._advantages is None:
+            self._advantages = self._own_advantages()
+        self._exposed = True
+        return self._advantages
+
+    @advantages.setter
+    def advantages(self, advantages: Tensor) -> None:
+        self._advantages, self._exposed = advantages, True
+
+    def _own_advantages(self) -> Tensor:
+        if self._buffer is None:
+            return torch.zeros(self.num_transitions_per_env, self.num_envs, 1, device=self.device)
+        advantages = self._buffer.array("advantages").unsqueeze(-1)
         if not self._normalize:
             return advantages
         mean, scale = normalization(self._buffer.moments())
         return (advantages - mean) * scale
 
-    @advantages.setter
-    def advantages(self, advantages: Tensor) -> None:
-        self._assigned = advantages
+    def _edited(self) -> bool:
+        """Whether a caller has written into values, returns or advantages, which minibatches compute or have apart.
+        One host sync if any of them was ever read."""
+        if not self._exposed:
+            return False
+        values, returns, advantages = (self._buffer.array(name) for name in ("values", "returns", "advantages"))
+        same = torch.equal(returns, advantages + values) and torch.equal(values, self._buffer.stored_values())
+        return not same or not (self._advantages is None or torch.equal(self._advantages, self._own_advantages()))
 
     def add_transition(self, transition: PeerStorage.Transition) -> None:
         """Stores a step in one launch, and recurrent states separately. OverflowError: the rollout is full."""
@@ -119,14 +175,16 @@ class RolloutStorage(PeerStorage):
         if self.step >= self.num_transitions_per_env:
             raise OverflowError(f"the storage holds all {self.step} transitions of a rollout: call clear() first")
         self._save_hidden_states(transition.hidden_states)
+        fields, obs = self._buffer.layout.fields, transition.observations
+        params = zip(self._params, transition.distribution_params, strict=True)
         self._buffer.append(
-            obs=transition.observations,
-            actions=transition.actions,
-            rewards=transition.rewards,
-            dones=transition.dones,
-            values=transition.values,
-            log_probs=transition.actions_log_prob,
-            **dict(zip(self._params, transition.distribution_params, strict=True)),
+            obs={key: _fit(x, self._obs_spec[key][1]) if key in self._obs_spec else x for key, x in obs.items()},
+            actions=_fit(transition.actions, fields["actions"].dtype),
+            rewards=_fit(transition.rewards, torch.float32).reshape(-1),
+            dones=transition.dones.reshape(-1),
+            values=_fit(transition.values, torch.float32),
+            log_probs=_fit(transition.actions_log_prob, torch.float32).reshape(-1),
+            **{name: _fit(x, fields[name].dtype) for name, x in params},
         )
 
     @torch.inference_mode(False)  # allocates: inference tensors could not be written to outside of inference mode
@@ -136,22 +194,25 @@ class RolloutStorage(PeerStorage):
     def compute_returns(self, last_values: Tensor, gamma: float, lam: float, normalize: bool) -> None:
         """Advantages, returns and statistics in one launch. ``last_values``: [N, 1]; ``normalize``: the advantages."""
         self._buffer.compute_gae(last_values, gamma, lam)
-        self._computed, self._normalize, self._assigned = True, bool(normalize), None
+        self._computed, self._normalize, self._advantages = True, bool(normalize), None
 
     def clear(self) -> None:
         """Starts the next rollout; views of the last one stay valid until it is overwritten."""
+        self._computed = False
         if self._buffer is not None:
             self._buffer.clear()
 
     def mini_batch_generator(self, num_mini_batches: int, num_epochs: int = 8) -> Iterator[PeerStorage.Batch]:
         """Shuffled minibatches of equal size; the remaining N * T % num_mini_batches samples are dropped."""
-        if not self._computed or self._assigned is not None:  # the algorithm has its own compute_returns
+        if not self._computed:  # the algorithm has its own compute_returns
             yield from super().mini_batch_generator(num_mini_batches, num_epochs)
-        elif self.shuffle == "full":
+            return
+        edited = self._edited()
+        if self.shuffle == "full":
             for part in self._buffer.minibatches(
                 num_mini_batches, num_epochs, normalize_advantages=self._normalize, drop_last=True, reuse=True
             ):
-                yield self._batch(part, slice(None))
+                yield self._batch(part, slice(None), edited)
         else:
             size = self.num_envs * self.num_transitions_per_env // num_mini_batches
             order = torch.randperm(
@@ -161,17 +222,21 @@ class RolloutStorage(PeerStorage):
             whole = self._buffer.arranged(order, self._normalize)
             for _ in range(num_epochs):
                 for i in range(num_mini_batches):
-                    yield self._batch(whole, slice(i * size, (i + 1) * size))
+                    yield self._batch(whole, slice(i * size, (i + 1) * size), edited)
 
-    def _batch(self, samples: Minibatch, part: slice) -> PeerStorage.Batch:
-        advantages = samples.advantages[part].unsqueeze(-1)
+    def _batch(self, samples: Minibatch, part: slice, edited: bool) -> PeerStorage.Batch:
+        scalars = samples.values, samples.advantages, samples.returns
+        if edited:
+            planes = self.values, self.advantages, self.returns
+            scalars = (self._buffer.taken(x, samples).squeeze(-1) for x in planes)
+        values, advantages, returns = (x[part].unsqueeze(-1) for x in scalars)
         obs = {key: x[part] for key, x in samples.obs.items()}
         return self.Batch(
             observations=TensorDict(obs, batch_size=advantages.shape[:1], device=self.device),
             actions=samples.actions[part],
-            values=samples.values[part].unsqueeze(-1),
+            values=values,
             advantages=advantages,
-            returns=samples.returns[part].unsqueeze(-1),
+            returns=returns,
             old_actions_log_prob=samples.log_probs[part].unsqueeze(-1),
             old_distribution_params=tuple(samples[name][part] for name in self._params),
         )
@@ -196,8 +261,9 @@ class RolloutStorage(PeerStorage):
         rows = (start + offset).clamp_(max=self.num_transitions_per_env - 1).mul_(self.num_envs).add_(env).flatten()
 
         def padded(x: Tensor) -> Tensor:
-            x = x.flatten(0, 1).index_select(0, rows).unflatten(0, masks.shape)  # [T, B, ...]
-            return x.masked_fill_(~masks.view(*masks.shape, *(1,) * (x.dim() - 2)), 0)  # the RND loss reads the padding
+            x = x.unsqueeze(-1).flatten(0, 1).index_select(0, rows).squeeze(-1).unflatten(0, masks.shape)  # [T, B, ...]
+            mask = masks.view(*masks.shape, *(1,) * (x.dim() - 2))
+            return torch.where(mask, x, x.new_zeros(()))  # the RND loss reads the padding; masked_fill takes no uint16
 
         def first(saved: list[Tensor] | None) -> Tensor | tuple[Tensor, ...] | None:
             if saved is None:
@@ -220,16 +286,12 @@ class RolloutStorage(PeerStorage):
         }
 
 
-class _Buffer(RolloutBuffer):
-    """A buffer of one rollout with views of all of its memory, whether filled or not."""
+class _Buffer(Arrays):
+    """Adds what rsl_rl's normalisation and order of samples need."""
 
-    def field(self, name: str) -> Tensor:
-        """[T, N, ...]."""
-        return self._storage.views[name]
-
-    def plane(self, name: str) -> Tensor:
-        """[T, N, 1]."""
-        return self._storage.tensors[name].t().unsqueeze(-1)
+    def stored_values(self) -> Tensor:
+        """[T, N]: the values that minibatches gather."""
+        return self._storage.views["values"]
 
     def moments(self) -> Tensor:
         """The ``statistics``, kept after the rollout is discarded."""
@@ -239,6 +301,11 @@ class _Buffer(RolloutBuffer):
         """The samples ``order``, int64 [B] of numbers n * T + t, in one launch, always into the same tensors."""
         plan = Plan(len(order), 1, False, normalize, False, True, order)
         return self._draws.minibatch(self._draws.part(plan, 0, 0, len(order)))
+
+
+def _fit(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """``x`` as the buffer takes it: it converts between floating dtypes itself, and no others; rsl_rl converts any."""
+    return x if x.dtype == dtype or (x.is_floating_point() and dtype.is_floating_point) else x.to(dtype)
 
 
 _peer_compute_returns = ppo.PPO.compute_returns

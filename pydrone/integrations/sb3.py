@@ -7,15 +7,14 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from pydrone.buffer import Minibatch
-from pydrone.buffer import RolloutBuffer as Ring
-from pydrone.integrations.peer import require
+from pydrone.integrations.peer import Arrays, require
 from pydrone.ops.arguments import positive
 from pydrone.rollout.minibatch import Plan
 
@@ -28,34 +27,55 @@ from stable_baselines3.common.type_aliases import DictRolloutBufferSamples, Roll
 __all__ = ["DictRolloutBuffer", "RolloutBuffer"]
 
 
-class _Ring(Ring):
+class _Ring(Arrays):
     """Adds ends that become known a step later, and minibatches given by their size, not their number."""
 
-    def end_last_step(self, ended: Tensor) -> None:
-        """Sets the ends of the last appended step, bool [N]. They become code 1, without a bootstrap: the collector has
-        added gamma * V(final observation) to the reward."""
-        self._storage.codes[:, (self._ring.appended - 1) % self.capacity].copy_(ended)
+    def zero(self, first: int) -> None:
+        """Makes the steps from ``first`` on zero, and the advantages and returns of a rollout that has none."""
+        for name in ("rewards", "values", "dones"):
+            self.array(name)[first:] = 0
+        self._storage.rows[first:] = 0
+        if not self._scan.computed:
+            self._storage.advantages.zero_(), self._storage.returns.zero_()
+
+    def scan(self, starts: Tensor, dones: Tensor, last_values: Tensor, gamma: float, lam: float) -> None:
+        """Advantages and returns of all T steps, stored or not. starts: bool [T, N], whether an episode starts with
+        observation t; dones: bool [N], whether one ended with the last step. Ends become code 1, without a bootstrap:
+        the collector has added gamma * V(final observation) to the reward."""
+        self._storage.codes[:, :-1], self._storage.codes[:, -1] = starts[1:].t(), dones
+        ring, stored = self._ring, self._ring.appended
+        ring.appended = ring.discarded + self.num_steps
+        try:
+            self.compute_gae(last_values, gamma, lam)
+        finally:
+            ring.appended = stored
 
     def batches(self, batch_size: int, order: Tensor | None = None) -> Iterator[Minibatch]:
         """The rollout in minibatches of ``batch_size``, the last with the rest: shuffled, or in the order of ``order``,
         int64 sample numbers n * T + t."""
-        self._scan.require("get")
         samples = self.num_envs * self.num_steps if order is None else len(order)
         plan = Plan(samples, -(-samples // batch_size), order is None, False, False, False, order)
-        rollout, epoch = self._ring.rollout, self._draws.next_epoch()
+        discards, epoch = self._ring.discards, self._draws.next_epoch()
         for first in range(0, samples, batch_size):
-            if rollout != self._ring.rollout or not self._scan.computed:
+            if discards != self._ring.discards:
                 raise RuntimeError("get: reset() has discarded the rollout while it was being read")
             yield self._draws.minibatch(self._draws.part(plan, epoch, first, min(batch_size, samples - first)))
 
 
 def _array(name: str, doc: str) -> property:
-    """A property [T, N] as a NumPy array, as callers of Stable-Baselines3 expect; on a CPU, a read-only view."""
+    """A property [T, N, ...] as a NumPy array, as callers of Stable-Baselines3 expect; on a CPU, a view."""
+    return property(lambda self: self._read(name), lambda self, x: self._write(name, x), doc=doc)
 
-    def read(self: _Rollout) -> np.ndarray:
-        return _numpy(getattr(self._ring, name).t())
 
-    return property(read, doc=doc)
+class _Groups(dict):
+    """Observations by group. An array assigned to a key is written into the buffer."""
+
+    def __init__(self, buffer: _Rollout, keys: Iterable[str]) -> None:
+        super().__init__({key: buffer._read(f"obs.{key}") for key in keys})
+        self._buffer = buffer
+
+    def __setitem__(self, key: str, x: np.ndarray) -> None:
+        self._buffer._write(f"obs.{key}", x)
 
 
 class _Rollout:
@@ -99,59 +119,73 @@ class _Rollout:
         self.gae_lambda, self.gamma, self._shuffle = gae_lambda, gamma, shuffle
         if seed is None:
             seed = 0 if shuffle == "sb3" else int(np.random.randint(2**31 - 1))
-        if grouped:
-            obs = {key: (shape, _dtype(observation_space[key])) for key, shape in self.obs_shape.items()}
+        self._seed = seed
+        self._allocate()
+
+    def _allocate(self) -> None:
+        space = self.observation_space
+        if isinstance(space, spaces.Dict):
+            obs = {key: (shape, _dtype(space[key])) for key, shape in self.obs_shape.items()}
         else:
-            obs = (self.obs_shape, _dtype(observation_space))
+            obs = (self.obs_shape, _dtype(space))
         self._ring = _Ring(
-            num_envs=n_envs,
-            num_steps=buffer_size,
+            num_envs=self.n_envs,
+            num_steps=self.buffer_size,
             obs=obs,
-            actions=((self.action_dim,), _dtype(action_space)),
+            actions=((self.action_dim,), _dtype(self.action_space)),
             device=self.device,
-            seed=seed,
+            seed=self._seed,
             final_obs_rows=0,
+            verbatim=True,
         )
-        self._running = torch.zeros(n_envs, dtype=torch.bool, device=self.device)
-        self._first_starts = np.zeros(n_envs, np.float32)
+        self._running = torch.zeros(self.n_envs, dtype=torch.bool, device=self.device)
         self.reset()
 
+    actions = _array("actions", "[T, N, action_dim].")
+    rewards = _array("rewards", "[T, N] float32.")
     values = _array("values", "[T, N] float32.")
     log_probs = _array("log_probs", "[T, N] float32.")
-    advantages = _array("advantages", "[T, N] float32, once they are computed.")
-    returns = _array("returns", "[T, N] float32, once they are computed.")
-    actions = property(lambda self: _numpy(self._ring.actions.transpose(0, 1)), doc="[T, N, action_dim].")
-
-    @property
-    def rewards(self) -> np.ndarray:
-        """[T, N] float32. An assignment or, on a CPU, a write into it takes effect in the next call of
-        compute_returns_and_advantage."""
-        return _numpy(self._ring.rewards.t(), writable=self.device.type == "cpu")
-
-    @rewards.setter
-    def rewards(self, rewards: np.ndarray) -> None:
-        self._ring.rewards.copy_(self._tensor(rewards, np.float32).t())
+    advantages = _array("advantages", "[T, N] float32; zero until they are computed.")
+    returns = _array("returns", "[T, N] float32; zero until they are computed.")
 
     @property
     def observations(self) -> np.ndarray | dict[str, np.ndarray]:
         """[T, N, ...], or a dict of them."""
-        obs = self._ring.obs
-        if isinstance(obs, dict):
-            return {key: _numpy(x.transpose(0, 1)) for key, x in obs.items()}
-        return _numpy(obs.transpose(0, 1))
+        return _Groups(self, self.obs_shape) if isinstance(self.obs_shape, dict) else self._read("obs.obs")
 
-    @property
-    def episode_starts(self) -> np.ndarray:
-        """[T, N] float32: whether an episode starts with observation t, that is, one ended with step t - 1."""
-        starts = np.empty((len(self._ring), self.n_envs), np.float32)
-        if len(starts):
-            starts[0], starts[1:] = self._first_starts, _numpy(self._ring.dones.t())[:-1] != 0
-        return starts
+    @observations.setter
+    def observations(self, observations: np.ndarray | dict[str, np.ndarray]) -> None:
+        groups = observations if isinstance(self.obs_shape, dict) else {"obs": observations}
+        for key, x in groups.items():
+            self._write(f"obs.{key}", x)
+
+    def _read(self, name: str) -> np.ndarray:
+        self._complete()
+        self._exposed = True
+        return self._ring.array(name).cpu().numpy()
+
+    def _write(self, name: str, x: np.ndarray) -> None:
+        array = self._read(name)
+        if np.shape(x) != array.shape:
+            raise ValueError(f"{name}: expected shape {list(array.shape)}, got {list(np.shape(x))}")
+        self._ring.array(name).copy_(self._tensor(name, x, array.dtype, array.shape))
+
+    def _complete(self) -> None:
+        """Zeros for what this rollout does not have, as after Stable-Baselines3's reset."""
+        if not self._completed:
+            self._ring.zero(self.pos)
+            self._completed = self._exposed = True
 
     def reset(self) -> None:
-        """Discards the rollout and keeps the memory."""
+        """Discards the rollout and keeps the memory, unless ``buffer_size`` or ``n_envs`` has been changed."""
+        if (self.buffer_size, self.n_envs) != (self._ring.num_steps, self._ring.num_envs):
+            return self._allocate()
         self._ring.clear()
-        self.pos, self.full = 0, False
+        #: [T, N] float32: whether an episode starts with observation t, that is, one ended with step t - 1
+        self.episode_starts = np.zeros((self.buffer_size, self.n_envs), np.float32)
+        self.pos, self.full, self.generator_ready = 0, False, False
+        self._completed = False  # zeros after the steps stored, and in place of advantages
+        self._exposed = False  # whether anyone may have written into the arrays: then returns are not A + V
 
     def add(
         self,
@@ -163,58 +197,87 @@ class _Rollout:
         log_prob: Tensor,
     ) -> None:
         """Stores step t. ``episode_start``: whether an episode starts with ``obs``, that is, step t - 1 ended one."""
-        if self.pos == 0:
-            self._first_starts[:] = episode_start
-        else:
-            self._ring.end_last_step(self._tensor(episode_start, bool))
-        space = self.observation_space
+        space, n = self.observation_space, self.n_envs
         if isinstance(space, spaces.Dict):
             obs = {key: self._obs(obs[key], space[key], shape) for key, shape in self.obs_shape.items()}
         else:
             obs = self._obs(obs, space, self.obs_shape)
+        self.episode_starts[self.pos : self.pos + 1] = episode_start
         self._ring.append(
             obs=obs,
-            actions=self._tensor(action, self.action_space.dtype).reshape(self.n_envs, self.action_dim),
-            rewards=self._tensor(reward, np.float32),
+            actions=self._tensor(
+                "action", np.reshape(action, (n, self.action_dim)), self.action_space.dtype, (n, self.action_dim)
+            ),
+            rewards=self._tensor("reward", reward, np.float32, (n,)),
             dones=self._running,  # not known yet
-            values=value.to(self.device),
-            log_probs=log_prob.reshape(-1).to(self.device),
+            values=self._floats(value),
+            log_probs=self._floats(log_prob),
         )
         self.pos += 1
         self.full = self.pos == self.buffer_size
 
     def compute_returns_and_advantage(self, last_values: Tensor, dones: np.ndarray) -> None:
-        """Computes advantages and returns. ``last_values`` [N, 1]: V after the last step; ``dones`` [N]: its ends."""
-        if self.pos:
-            self._ring.end_last_step(self._tensor(dones, bool))
-        self._ring.compute_gae(last_values.to(self.device), self.gamma, self.gae_lambda)
+        """Computes advantages and returns. ``last_values`` [N, 1]: V after the last step; ``dones`` [N]: its ends.
+
+        All T steps count, as in Stable-Baselines3: those that are not stored have zeros.
+        """
+        if not self.full:
+            self._complete()
+        starts = self._tensor("episode_starts", self.episode_starts, bool, (self.buffer_size, self.n_envs))
+        dones = self._tensor("dones", dones, bool, (self.n_envs,))
+        self._ring.scan(starts, dones, self._floats(last_values), self.gamma, self.gae_lambda)
+        self._completed = True
 
     def get(self, batch_size: int | None = None) -> Iterator[RolloutBufferSamples | DictRolloutBufferSamples]:
         """An epoch in minibatches of ``batch_size``, the last with the rest; None: everything in one."""
+        if not self.full:
+            raise RuntimeError(f"get: expected a full buffer, {self.pos} of {self.buffer_size} steps are stored")
         total = self.buffer_size * self.n_envs
         size = total if batch_size is None else positive("batch_size", operator.index(batch_size))
         order = self._order(np.random.permutation(total)) if self._shuffle == "sb3" else None
-        for mb in self._ring.batches(size, order):
-            yield self._samples(mb)
+        self.generator_ready = True
+        yield from self._drawn(size, order)
 
     def _get_samples(self, batch_inds: np.ndarray, env: object = None) -> RolloutBufferSamples:
         """The samples with these numbers, n * T + t. ``env`` is unused, as in Stable-Baselines3."""
-        return self._samples(next(self._ring.batches(len(batch_inds), self._order(batch_inds))))
+        return next(self._drawn(len(batch_inds), self._order(batch_inds)))
 
-    def _samples(self, mb: Minibatch) -> RolloutBufferSamples | DictRolloutBufferSamples:
-        samples = DictRolloutBufferSamples if isinstance(mb.obs, dict) else RolloutBufferSamples
-        return samples(mb.obs, mb.actions.float(), mb.values, mb.log_probs, mb.advantages, mb.returns)
+    def _drawn(self, size: int, order: Tensor | None) -> Iterator[RolloutBufferSamples | DictRolloutBufferSamples]:
+        self._complete()  # in case no advantages were computed
+        for mb in self._ring.batches(size, order):
+            values, returns = mb.values, mb.returns
+            if self._exposed:
+                values, returns = (self._ring.taken(self._ring.array(x), mb) for x in ("values", "returns"))
+            obs, kind = mb.obs, RolloutBufferSamples
+            if isinstance(obs, dict):
+                obs, kind = {key: _at_least_2d(x) for key, x in obs.items()}, DictRolloutBufferSamples
+            else:
+                obs = _at_least_2d(obs)
+            yield kind(obs, mb.actions.float(), values, mb.log_probs, mb.advantages, returns)
 
     def _obs(self, obs: np.ndarray, space: spaces.Space, shape: tuple[int, ...]) -> Tensor:
-        x = self._tensor(obs, space.dtype)
-        return x.reshape(self.n_envs, *shape) if isinstance(space, spaces.Discrete) else x
+        if isinstance(space, spaces.Discrete):
+            obs = np.reshape(obs, (self.n_envs, *shape))
+        return self._tensor("obs", obs, space.dtype, (self.n_envs, *shape))
 
     def _order(self, indices: np.ndarray) -> Tensor:
-        return self._tensor(indices, np.int64)
+        return self._tensor("batch_inds", indices, np.int64, (len(indices),))
 
-    def _tensor(self, x: np.ndarray, dtype: np.dtype | type) -> Tensor:
-        # PyTorch rejects arrays with negative strides, and warns about read-only ones.
-        return torch.from_numpy(np.require(x, dtype, ("C", "W"))).to(self.device)
+    def _floats(self, x: Tensor) -> Tensor:
+        """[N], on the buffer's device."""
+        x = x.detach().to(self.device).flatten()
+        x = x if x.is_floating_point() else x.float()
+        return x.expand(self.n_envs) if x.numel() == 1 else x
+
+    def _tensor(self, name: str, x: np.ndarray, dtype: np.dtype | type, shape: tuple[int, ...]) -> Tensor:
+        array = np.require(x, dtype, ("C", "W"))  # PyTorch rejects negative strides, and warns about read-only arrays
+        if array.shape != shape:
+            given, array = array, np.empty(shape, dtype)
+            try:
+                array[...] = given
+            except ValueError:
+                raise ValueError(f"{name}: expected shape {list(shape)}, got {list(given.shape)}") from None
+        return torch.from_numpy(array).to(self.device)
 
 
 class RolloutBuffer(_Rollout, buffers.RolloutBuffer):
@@ -229,8 +292,5 @@ def _dtype(space: spaces.Space) -> torch.dtype:
     return torch.from_numpy(np.empty(0, space.dtype)).dtype
 
 
-def _numpy(x: Tensor, writable: bool = False) -> np.ndarray:
-    array = x.cpu().numpy()
-    if not writable:
-        array.flags.writeable = False
-    return array
+def _at_least_2d(x: Tensor) -> Tensor:
+    return x.unsqueeze(1) if x.dim() == 1 else x  # as Stable-Baselines3's swap_and_flatten

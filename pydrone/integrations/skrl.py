@@ -79,7 +79,8 @@ def _estimate(rewards, values, dones, last_values, gamma: float, lam: float) -> 
         rewards, values, dones, last_values, gamma=gamma, lam=lam, time_dim=0, stats=True
     )
     mean, scale = normalization(statistics)
-    return returns, advantages.sub_(mean).mul_(scale)
+    advantages = advantages.sub_(mean).mul_(scale)
+    return returns.to(torch.result_type(rewards, values)), advantages.to(rewards.dtype)
 
 
 class _Rows:
@@ -191,6 +192,32 @@ class RandomMemory(memories.RandomMemory):
         for block in self._blocks:
             for name in block.fields:
                 self._place(name, block.view(name))
+
+    def __getstate__(self) -> dict[str, object]:
+        """All but the views of the rows: copied or pickled apart from the rows, they would no longer be views."""
+        packed = {name for block in self._blocks or () for name in block.fields}
+        state = {**self.__dict__, "tensors": {name: None if name in packed else x for name, x in self.tensors.items()}}
+        for name, x in self.tensors.items():
+            if state[f"_tensor_{name}"] is x:  # load() puts another there
+                del state[f"_tensor_{name}"]
+        del state["tensors_view"]
+        return state
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        self.__dict__.update(state, tensors={}, tensors_view={})
+        views = {name: block.view(name) for block in self._blocks or () for name in block.fields}
+        for name, x in state["tensors"].items():
+            self._place(name, views.get(name, x))
+        self.__dict__.update((key, x) for key, x in state.items() if key.startswith("_tensor_"))
+
+    def save(self, directory: str = "", *, format: str = "pt") -> None:
+        """As in skrl. ``torch.save`` takes no views of different dtypes of the same memory: it gets copies."""
+        views = self.tensors
+        self.tensors = {name: x.clone(memory_format=torch.contiguous_format) for name, x in views.items()}
+        try:
+            super().save(directory, format=format)
+        finally:
+            self.tensors = views
 
     def share_memory(self) -> None:
         self._lay_out()

@@ -6,10 +6,12 @@
 
 from __future__ import annotations
 
+import functools
 from contextlib import nullcontext
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from pydrone.estimators import gae
 from pydrone.integrations.peer import require
@@ -42,18 +44,18 @@ def generalized_advantage_estimate(
 
     Args:
         gamma, lmbda: numbers in [0, 1]. Tensors with more than one element, a factor for each step, are passed to
-            TorchRL's own function.
+            TorchRL's own function, as is everything if an argument requires grad.
         state_value, next_state_value, reward: [*B, T, *F], with any strides. ``next_state_value`` is read at every
             step, so it may come from other parameters or from n steps ahead.
         done, terminated: of the same shape and any real dtype; ``terminated`` None: as ``done``.
         time_dim: the dimension of T.
 
     Returns:
-        (advantage, value_target), shaped as reward; float64 where an input is, else float32.
+        (advantage, value_target), shaped as reward, of the dtype that the three have together; computed in float32 at
+        least.
 
     Raises:
-        RuntimeError: the shapes differ, or an input requires grad, which the advantages do not propagate: use
-            ``torch.no_grad()``, or TorchRL's own function.
+        RuntimeError: the shapes differ.
         ValueError: gamma or lmbda is outside [0, 1].
     """
     return _estimate(gamma, lmbda, state_value, next_state_value, reward, done, terminated, time_dim, False)[:2]
@@ -76,27 +78,51 @@ def _estimate(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """(advantage, value_target, statistics): count, mean and M2 of the advantages, float64 [3], or None."""
     terminated = done if terminated is None else terminated
-    if any(isinstance(x, Tensor) and x.numel() > 1 for x in (gamma, lmbda)):
-        signals = (state_value, next_state_value, reward, done, terminated)
-        return *functional.generalized_advantage_estimate(gamma, lmbda, *signals, time_dim=time_dim), None
     floats = {"state_value": state_value, "next_state_value": next_state_value, "reward": reward}
     for name, x in {**floats, "done": done, "terminated": terminated}.items():
         if x.shape != reward.shape:
             raise RuntimeError(f"{name}: expected the shape of reward, {list(reward.shape)}, got {list(x.shape)}")
-        if x.requires_grad and torch.is_grad_enabled():
-            raise RuntimeError(f"{name}: requires grad, which pydrone's advantages do not pass on; detach it")
     if not -reward.dim() <= time_dim < reward.dim():
         raise RuntimeError(f"time_dim: expected a dimension of a tensor of shape {list(reward.shape)}, got {time_dim}")
-    gamma, lmbda = float(gamma), float(lmbda)
+    done, terminated = (x if x.dtype == torch.bool else x != 0 for x in (done, terminated))
+    signals, factors = (*floats.values(), done, terminated), [x for x in (gamma, lmbda) if isinstance(x, Tensor)]
+    if any(map(_needs_derivative, (*floats.values(), *factors))) or any(x.numel() > 1 for x in factors):
+        return *functional.generalized_advantage_estimate(gamma, lmbda, *signals, time_dim=time_dim), None
+    if factors and torch.compiler.is_compiling():
+        gamma, lmbda = (torch.as_tensor(x, device=reward.device) for x in (gamma, lmbda))
+        advantage, value_target, statistics = _traced(gamma, lmbda, *signals, time_dim)
+    else:
+        advantage, value_target, statistics = _scan(float(gamma), float(lmbda), *signals, time_dim, stats)
+    return advantage, value_target, statistics if stats else None
 
+
+def _needs_derivative(x: Tensor) -> bool:
+    if torch.is_grad_enabled() and x.requires_grad:
+        return True
+    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None
+
+
+def _result_dtype(*floats: Tensor) -> torch.dtype:
+    return functools.reduce(torch.promote_types, (x.dtype for x in floats))
+
+
+def _scan(
+    gamma: float,
+    lmbda: float,
+    state_value: Tensor,
+    next_state_value: Tensor,
+    reward: Tensor,
+    done: Tensor,
+    terminated: Tensor,
+    time_dim: int,
+    stats: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """:func:`_estimate` of checked arguments, flags as bool."""
     # next_state_value need not be the value of the next step, as pydrone.gae assumes. With delta as the reward and
     # values of 0, pydrone.gae computes only the trace, which is exact in any case.
-    dtype = torch.float32
-    for x in floats.values():
-        dtype = torch.promote_types(dtype, x.dtype)
+    dtype = _result_dtype(state_value, next_state_value, reward)
     # A select, not a product: 0 * NaN is NaN.
-    delta = torch.where(terminated if terminated.dtype == torch.bool else terminated != 0, 0, next_state_value)
-    delta = delta.to(dtype)
+    delta = torch.where(terminated, 0, next_state_value).to(torch.promote_types(dtype, torch.float32))
     torch.add(reward, delta, alpha=gamma, out=delta)
     delta.sub_(state_value)
 
@@ -105,16 +131,40 @@ def _estimate(
     zero = rewards.new_zeros(())
     result = gae(rewards, zero.expand_as(rewards), dones, zero.expand(len(rewards)), gamma, lmbda, stats=stats)
     advantage, value_target = (x.view(shape).movedim(-1, time_dim) for x in result[:2])
-    return advantage, value_target.add_(state_value), result[2] if stats else None
+    value_target.add_(state_value)
+    return advantage.to(dtype), value_target.to(dtype), result[2] if stats else None
+
+
+@torch.library.custom_op("pydrone_torchrl::gae", mutates_args=())
+def _traced(
+    gamma: Tensor,
+    lmbda: Tensor,
+    state_value: Tensor,
+    next_state_value: Tensor,
+    reward: Tensor,
+    done: Tensor,
+    terminated: Tensor,
+    time_dim: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`_scan` as one operation for torch.compile, which cannot trace a number read from a tensor."""
+    signals = state_value, next_state_value, reward, done, terminated
+    *estimates, statistics = _scan(float(gamma), float(lmbda), *signals, time_dim, True)
+    return *(x.contiguous() for x in estimates), statistics
+
+
+@_traced.register_fake
+def _(gamma, lmbda, state_value, next_state_value, reward, done, terminated, time_dim):
+    dtype = _result_dtype(state_value, next_state_value, reward)
+    advantage, value_target = (torch.empty(reward.shape, dtype=dtype, device=reward.device) for _ in range(2))
+    return advantage, value_target, reward.new_empty(3, dtype=torch.float64)
 
 
 class GAE(advantages.GAE):
     """:class:`torchrl.objectives.value.GAE` with its arguments, its keys and its calls of the value network, for
     collectors, trainers and losses (``loss.make_value_estimator(GAE(...))``).
 
-    ``vectorized`` has no effect. ``differentiable=True`` is accepted as long as no gradient is needed: an input that
-    requires grad is a RuntimeError. ``value_estimate`` and, with ``steps_to_next_obs``, a discount for each step use
-    TorchRL's own code.
+    ``vectorized`` has no effect. ``value_estimate``, a discount for each step (``steps_to_next_obs``) and, with
+    ``differentiable=True``, inputs that require grad use TorchRL's own code.
     """
 
     @dispatch

@@ -35,7 +35,7 @@ def unit_interval(name: str, x: float) -> float:
         number = math.inf
     except (TypeError, ValueError, RuntimeError):  # RuntimeError: a tensor
         raise TypeError(f"{name}: expected a number, got {type(x).__name__}") from None
-    if not math.isfinite(number) or not 0 <= number <= 1:
+    if not 0 <= number <= 1:  # NaN too; torch.compile cannot trace math.isfinite of a number that changes
         raise ValueError(f"{name}: expected a number in [0, 1], got {x}")
     return number
 

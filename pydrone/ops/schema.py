@@ -184,6 +184,9 @@ SCALAR_TYPES = {
     torch.float64: 7,
     torch.bool: 11,
     torch.bfloat16: 15,
+    torch.uint16: 27,
+    torch.uint32: 28,
+    torch.uint64: 29,
 }
 DTYPES = {number: dtype for dtype, number in SCALAR_TYPES.items()}
 # What every backend reads, as a number and as a flag: float8, int4 and the like are not among them.

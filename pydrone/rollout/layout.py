@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-from pydrone.ops.arguments import positive
+from pydrone.ops.arguments import boolean, positive
 from pydrone.ops.schema import CURSOR_SIZE, MAX_SAMPLES, SCALAR_TYPES, workspace_size
 
 ROW_ALIGNMENT = 32  # bytes: a sector of GPU memory; a row of 96 fits two cache lines wherever it starts
@@ -40,11 +40,6 @@ class Field(NamedTuple):
     @property
     def nbytes(self) -> int:
         return self.width * self.dtype.itemsize
-
-    @property
-    def output_dtype(self) -> torch.dtype:
-        """The dtype in a minibatch: half precision is for storage only."""
-        return torch.float32 if self.dtype in HALVES else self.dtype
 
 
 def of_append(
@@ -73,32 +68,32 @@ class Allocation(NamedTuple):
 Spec = tuple[tuple[int, ...], torch.dtype]
 
 
-def parse_spec(name: str, spec: object, dtype: torch.dtype = torch.float32) -> Spec:
-    """An int, a shape or (shape, dtype) as (shape, dtype)."""
+def parse_spec(name: str, spec: object, dtype: torch.dtype = torch.float32, empty: bool = False) -> Spec:
+    """An int, a shape or (shape, dtype) as (shape, dtype). ``empty``: sizes of 0 are accepted."""
     if isinstance(spec, (tuple, list)) and len(spec) == 2 and isinstance(spec[1], torch.dtype):
         spec, dtype = spec
     if dtype not in SCALAR_TYPES:
         raise TypeError(f"{name}: expected a dtype of {', '.join(map(str, SCALAR_TYPES))}, got {dtype}")
     shape = (spec,) if isinstance(spec, int) and not isinstance(spec, bool) else spec
     if not isinstance(shape, (tuple, list)) or not all(
-        isinstance(size, int) and not isinstance(size, bool) and size > 0 for size in shape
+        isinstance(size, int) and not isinstance(size, bool) and size >= (not empty) for size in shape
     ):
         raise ValueError(f"{name}: expected a positive int, a shape or (shape, dtype), got {spec!r}")
     return tuple(shape), dtype
 
 
-def parse_obs(obs: object, obs_dtype: torch.dtype) -> tuple[dict[str, Spec], bool]:
+def parse_obs(obs: object, obs_dtype: torch.dtype, empty: bool = False) -> tuple[dict[str, Spec], bool]:
     """(specs by group name, whether ``obs`` named groups); one unnamed group is called "obs"."""
     if obs_dtype not in (torch.float32, *HALVES):
         raise TypeError(f"obs_dtype: expected float32, float16 or bfloat16, got {obs_dtype}")
     if not isinstance(obs, Mapping):
-        return {"obs": parse_spec("obs", obs, obs_dtype)}, False
+        return {"obs": parse_spec("obs", obs, obs_dtype, empty)}, False
     if not obs:
         raise ValueError("obs: expected at least one group, got an empty mapping")
     for key in obs:
         if not isinstance(key, str):
             raise TypeError(f"obs: expected names of groups as str, got {key!r}")
-    return {key: parse_spec(f"obs[{key!r}]", spec, obs_dtype) for key, spec in obs.items()}, True
+    return {key: parse_spec(f"obs[{key!r}]", spec, obs_dtype, empty) for key, spec in obs.items()}, True
 
 
 def pack(specs: dict[str, Spec]) -> tuple[dict[str, Field], int]:
@@ -129,6 +124,7 @@ class Layout:
         fields: Mapping[str, object] | None = None,
         max_episode_length: int | None = None,
         final_obs_rows: int | None = None,
+        verbatim: bool = False,
     ) -> None:
         self.num_envs = positive("num_envs", num_envs)
         self.num_steps = positive("num_steps", num_steps)
@@ -137,10 +133,11 @@ class Layout:
             raise ValueError(f"capacity: expected at least num_steps, {num_steps}, got {capacity}")
         if num_envs * num_steps > MAX_SAMPLES:
             raise ValueError(f"num_envs: expected num_envs * num_steps < 2**31, got {num_envs * num_steps}")
-        self.obs, self.obs_is_mapping = parse_obs(obs, obs_dtype)
+        self._verbatim = boolean("verbatim", verbatim)
+        self.obs, self.obs_is_mapping = parse_obs(obs, obs_dtype, verbatim)
         if fields is not None and not isinstance(fields, Mapping):
             raise TypeError(f"fields: expected a mapping of names to shapes, got {type(fields).__name__}")
-        extra = {name: parse_spec(f"fields[{name!r}]", spec) for name, spec in (fields or {}).items()}
+        extra = {name: parse_spec(f"fields[{name!r}]", spec, empty=verbatim) for name, spec in (fields or {}).items()}
         for name in extra:
             if not isinstance(name, str) or not name.isidentifier() or name in RESERVED:
                 raise ValueError(f"fields: {name!r} is no name for a field: not an identifier, or one of pydrone's own")
@@ -156,7 +153,7 @@ class Layout:
         self.final_obs_rows = final_obs_rows
 
         specs = {f"obs.{name}": spec for name, spec in self.obs.items()}
-        specs["actions"] = parse_spec("actions", actions)
+        specs["actions"] = parse_spec("actions", actions, empty=verbatim)
         specs["log_probs"] = specs["values"] = ((), torch.float32)
         specs |= extra
         if final_obs_rows:
@@ -165,10 +162,14 @@ class Layout:
         #: the fields that a caller stores: all but the number of a row in the pool
         self.stored = {name: field for name, field in self.fields.items() if name != "final_row"}
         # The pool is evaluated as it is, never gathered: it has the precision of minibatches.
-        pooled = {f"obs.{k}": (s, torch.float32 if d in HALVES else d) for k, (s, d) in self.obs.items()}
+        pooled = {f"obs.{k}": (s, self._output(d)) for k, (s, d) in self.obs.items()}
         self.pool_fields, self.pool_row_bytes = pack(pooled)
         # Rollouts that can be in the ring at once, at least in part.
         self.num_rollouts = -(-self.capacity // num_steps)
+
+    def _output(self, dtype: torch.dtype) -> torch.dtype:
+        """The dtype in a minibatch of what is stored as ``dtype``."""
+        return torch.float32 if dtype in HALVES and not self._verbatim else dtype
 
     def allocations(self) -> list[Allocation]:
         """Every tensor the constructor makes; planes as [N, T or C]."""
@@ -194,7 +195,7 @@ class Layout:
     def minibatch(self, size: int) -> list[Allocation]:
         """The tensors of one minibatch of ``size`` samples."""
         made = [
-            Allocation(name, (size, *field.shape), field.output_dtype, "minibatch")
+            Allocation(name, (size, *field.shape), self._output(field.dtype), "minibatch")
             for name, field in self.stored.items()
         ]
         made += [Allocation(name, (size,), torch.float32, "minibatch") for name in ("advantages", "returns")]

@@ -35,9 +35,10 @@ class Plan(NamedTuple):
 class Minibatch:
     """B samples of a rollout.
 
-    obs: [B, ...], or a dict of groups (float32 where they are stored in half precision). actions: [B, ...]. values,
-    log_probs: [B], as appended. advantages: [B], normalised if requested. returns: [B]. Further fields by name:
-    ``mb["mu"]``. indices: int64 [B], the number n * T + t of each sample; computed when read.
+    obs: [B, ...], or a dict of groups (float32 where they are stored in half precision, unless the buffer keeps
+    dtypes). actions: [B, ...]. values, log_probs: [B], as appended. advantages: [B], normalised if requested. returns:
+    [B]. Further fields by name: ``mb["mu"]``. indices: int64 [B], the number n * T + t of each sample; computed when
+    read.
     """
 
     __slots__ = ("_gathered", "_grouped", "_groups", "_indices")

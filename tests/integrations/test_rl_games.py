@@ -87,6 +87,34 @@ def test_against_its_own(steps, envs, columns):
     assert all(torch.equal(x, y) for x, y in zip(arguments, before))
 
 
+FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+
+
+@pytest.mark.parametrize("flags", [torch.uint8, torch.int64, *FLOATS], ids=str)
+def test_every_dtype_comes_out_as_it_went_in(flags):
+    """Advantages have the rewards' dtype, whatever flags, values and masks have."""
+    agent = SimpleNamespace(horizon_length=7, gamma=0.97, tau=0.9)
+    begins = torch.rand(8, 5) < 0.3
+    for rewards in FLOATS:
+        for values in FLOATS:
+            given = [x.to(values) for x in (torch.randn(5, 2), torch.randn(7, 5, 2))]
+            arguments = (
+                begins[-1].to(flags),
+                given[0],
+                begins[:-1].to(flags),
+                given[1],
+                torch.randn(7, 5, 2).to(rewards),
+            )
+            masks = (torch.rand(7, 5) > 0.2).to(flags)
+            for name, more in (("discount_values", []), ("discount_values_masks", [masks])):
+                expected = THEIRS[name](agent, *arguments, *more)
+                got = getattr(ours, name)(agent, *arguments, *more)
+                assert got.dtype == expected.dtype == rewards and got.shape == expected.shape
+                # rl_games rounds gamma * tau to the flags' dtype
+                worst = max(torch.finfo(x).eps for x in (rewards, values, flags) if x.is_floating_point)
+                assert (got - expected).abs().max() <= max(16 * worst, 1e-5) * expected.abs().max()
+
+
 def test_errors_name_the_argument():
     agent, flat = SimpleNamespace(gamma=0.97, tau=0.9), torch.zeros(4, 2)
     with pytest.raises(

@@ -212,8 +212,6 @@ def test_rewards_may_be_changed_before_the_advantages_are_computed_anew():
         buffer.rewards = buffer.rewards * 2
         buffer.compute_returns_and_advantage(*rollout[1:])
     close(got.advantages, expected.advantages)
-    with pytest.raises(ValueError, match="read-only"):
-        got.returns[0] = 1.0
 
 
 def test_memory_stays():
@@ -236,11 +234,13 @@ def test_errors_name_the_argument():
     buffer = make(2, BOX, spaces.Discrete(2), "cpu")
     step = random_rollout(BOX, spaces.Discrete(2), 1, 1)[0][0]
     buffer.add(*step)
-    with pytest.raises(RuntimeError, match="expected a rollout of 2 steps, 1 are stored"):
-        buffer.compute_returns_and_advantage(torch.zeros(1, 1), np.zeros(1))
-    buffer.add(*step)
-    with pytest.raises(RuntimeError, match=r"expected compute_gae\(\) before it"):
+    with pytest.raises(RuntimeError, match=r"^get: expected a full buffer, 1 of 2 steps are stored$"):
         next(buffer.get(1))
+    with pytest.raises(ValueError, match=r"^returns: expected shape \[2, 1\], got \[2\]$"):
+        buffer.returns = np.zeros(2)
+    with pytest.raises(ValueError, match=r"^obs: expected shape \[1, 3\], got \[1, 4\]$"):
+        buffer.add(np.zeros((1, 4)), *step[1:])
+    buffer.add(*step)
     with pytest.raises(RuntimeError, match="holds 2 that are not discarded"):
         buffer.add(*step)
     buffer.compute_returns_and_advantage(torch.zeros(1, 1), np.zeros(1))

@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import importlib.metadata
 import logging
+import pickle
 import subprocess
 import sys
 
@@ -139,11 +141,6 @@ def test_a_factor_for_each_step_is_theirs():
 def test_errors_name_the_argument():
     value, following, reward, done, terminated = signals((3, 20, 1))
     estimate = ours.generalized_advantage_estimate
-    with pytest.raises(RuntimeError, match="next_state_value: requires grad"):
-        estimate(GAMMA, LAMBDA, value, following.requires_grad_(), reward, done, terminated)
-    with torch.no_grad():
-        estimate(GAMMA, LAMBDA, value, following, reward, done, terminated)
-    following = following.detach()
     with pytest.raises(RuntimeError, match=r"done: expected the shape of reward, \[3, 20, 1\], got \[3, 20\]"):
         estimate(GAMMA, LAMBDA, value, following, reward, done[..., 0], terminated)
     with pytest.raises(RuntimeError, match="time_dim: expected a dimension of a tensor of shape"):
@@ -238,12 +235,131 @@ def test_module_called_with_tensors():
         close(got, expected)
 
 
-def test_module_refuses_gradients():
+def gradients(estimate, needed, dtype=torch.bool):
+    """What a weighted sum of ``estimate``'s results gives each argument in ``needed``."""
+    torch.manual_seed(3)
+    value, following, reward, done, terminated = signals((3, 20, 1))
+    arguments = {"gamma": torch.tensor(GAMMA), "lmbda": torch.tensor([LAMBDA])}
+    arguments |= {"state_value": value, "next_state_value": following, "reward": reward}
+    given = [arguments[name].requires_grad_() for name in needed]
+    results = estimate(**arguments, done=done.to(dtype), terminated=terminated.to(dtype))
+    weighted = sum((x * torch.linspace(0, 1, 60).view_as(x)).sum() for x in results)
+    return *results, *torch.autograd.grad(weighted, given)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "needed",
+    [["gamma"], ["lmbda"], ["state_value"], ["next_state_value"], ["reward"], ["gamma", "lmbda", "state_value"]],
+    ids=str,
+)
+def test_no_gradient_is_dropped(name, needed):
+    expected = gradients(theirs.generalized_advantage_estimate, needed)  # the other loses a part of gamma's
+    for dtype in (torch.bool, torch.uint8):
+        got = gradients(getattr(ours, name), needed, dtype)
+        assert len(got) == 2 + len(needed)
+        for x, y in zip(got, expected):
+            close(x, y)
+    with torch.no_grad():
+        value, following, reward, done, terminated = (
+            x.requires_grad_() if x.is_floating_point() else x for x in signals((3, 20, 1))
+        )
+        gamma = torch.tensor(GAMMA, requires_grad=True)
+        for x in getattr(ours, name)(gamma, LAMBDA, value, following, reward, done, terminated):
+            assert not x.requires_grad
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_tangent_is_dropped(name):
+    value, following, reward, done, terminated = signals((3, 20, 1))
+    primals = torch.tensor(GAMMA), torch.tensor(LAMBDA), value, following, reward
+    for i, x in enumerate(primals):
+        found = []
+        for estimate in (theirs.generalized_advantage_estimate, getattr(ours, name)):
+
+            def of_one(x, estimate=estimate, i=i):
+                return estimate(*primals[:i], x, *primals[i + 1 :], done, terminated)
+
+            found.append(torch.func.jvp(of_one, (x,), (torch.ones_like(x),)))
+        for got, expected in zip(found[1], found[0]):
+            close(got[0], expected[0])
+            close(got[1], expected[1])
+
+
+def test_gradients_through_the_module():
+    for average in (False, True):
+        found = []
+        for cls in (TheirGAE, ours.GAE):
+            torch.manual_seed(4)
+            data = rollout(value=True)
+            value = data["state_value"].requires_grad_()
+            module = cls(
+                gamma=GAMMA, lmbda=LAMBDA, value_network=None, differentiable=True, average_gae=average,
+                vectorized=False,
+            )  # fmt: skip
+            out = module(data)
+            assert out["advantage"].requires_grad
+            found.append(torch.autograd.grad((out["advantage"] ** 3).sum(), value)[0])
+            module.differentiable = False
+            assert not module(data)["advantage"].requires_grad
+        close(found[1], found[0], 1e-4)
+
+
+def test_compiles_as_one_graph():
+    """Numbers, and tensors of one element, which Python must not read while it traces."""
+    estimate, given = ours.generalized_advantage_estimate, signals((20, 3))
+    compiled = torch.compile(estimate, fullgraph=True, backend="aot_eager")
+    for gamma, lmbda in (
+        (GAMMA, LAMBDA),
+        (0.5, LAMBDA),  # a number that changes is traced as a symbol
+        (torch.tensor(GAMMA), torch.tensor([LAMBDA])),
+        (GAMMA, torch.tensor(LAMBDA, dtype=torch.float64)),
+    ):
+        for got, expected in zip(
+            compiled(gamma, lmbda, *given, time_dim=0), estimate(gamma, lmbda, *given, time_dim=0)
+        ):
+            close(got, expected)
+
+
+def test_module_compiles_as_one_graph():
     data = rollout(value=True)
-    data["state_value"].requires_grad_()
-    with pytest.raises(RuntimeError, match="state_value: requires grad"):
-        ours.GAE(gamma=GAMMA, lmbda=LAMBDA, value_network=None, differentiable=True)(data)
-    ours.GAE(gamma=GAMMA, lmbda=LAMBDA, value_network=None)(data)
+    module = ours.GAE(gamma=GAMMA, lmbda=LAMBDA, value_network=None, average_gae=True)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    got, expected = compiled(data.clone()), module(data.clone())
+    for key in ("advantage", "value_target"):
+        close(got[key], expected[key])
+
+
+DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+
+
+@pytest.mark.parametrize("values", DTYPES, ids=str)
+@pytest.mark.parametrize("rewards", [*DTYPES, torch.int32], ids=str)
+def test_every_dtype_comes_out_as_it_went_in(values, rewards):
+    value, following, reward, done, terminated = signals((3, 20, 1))
+    given = [value.to(values), following.to(values), (reward * 4).to(rewards), done, terminated]
+    expected = theirs.vec_generalized_advantage_estimate(GAMMA, LAMBDA, *(x.double() for x in given[:3]), *given[3:])
+    dtypes = [x.dtype for x in theirs.generalized_advantage_estimate(GAMMA, LAMBDA, *given)]
+    if rewards in (values, torch.int32):
+        assert set(dtypes) == {values}
+    for got, x in zip(ours.generalized_advantage_estimate(GAMMA, LAMBDA, *given), expected):
+        assert got.dtype == torch.promote_types(values, rewards)
+        close(got, x, max(1e-5, 2 * torch.finfo(got.dtype).eps))
+    if rewards == values:
+        data = TensorDict({"state_value": given[0]}, [3, 20])
+        data["next"] = {"state_value": given[1], "reward": given[2], "done": done, "terminated": terminated}
+        for average in (False, True):
+            module = ours.GAE(gamma=GAMMA, lmbda=LAMBDA, value_network=None, average_gae=average)
+            out = module(data.clone())
+            assert out["advantage"].dtype == out["value_target"].dtype == values
+
+
+def test_modules_are_copied_saved_and_loaded():
+    data, made = rollout(value=True), ours.GAE(gamma=GAMMA, lmbda=LAMBDA, value_network=None)
+    loaded = ours.GAE(gamma=0.1, lmbda=0.2, value_network=None)
+    loaded.load_state_dict(made.state_dict())
+    for other in (copy.deepcopy(made), pickle.loads(pickle.dumps(made)), loaded):
+        assert torch.equal(other(data.clone())["advantage"], made(data.clone())["advantage"])
 
 
 def test_versions(monkeypatch):

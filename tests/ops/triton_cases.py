@@ -267,6 +267,10 @@ def step_fields(num_envs: int) -> list[tuple[Tensor, int, torch.dtype]]:
         (torch.randn(num_envs, 3).bfloat16().double(), 224, torch.bfloat16),
         (torch.randn(num_envs, 100)[:, ::2], 256, torch.float64),
         (torch.randn(num_envs, 80), 672, torch.float32),
+        (torch.randint(-9, 9, (num_envs, 2)).to(torch.uint64), 992, torch.uint64),
+        (torch.randint(-9, 9, (num_envs, 2)).to(torch.uint32), 1008, torch.uint32),
+        (torch.randint(-9, 9, (num_envs, 3)).to(torch.uint16), 1016, torch.uint16),
+        (torch.zeros(num_envs, 0), 672, torch.float32),
     ]
 
 
@@ -400,6 +404,12 @@ GATHERED = [
     (224, torch.bfloat16, (3,), torch.float32),
     (256, torch.float64, (50,), torch.float64),
     (672, torch.float32, (80,), torch.float32),
+    (96, torch.float16, (2, 5, 3), torch.float16),
+    (224, torch.bfloat16, (3,), torch.bfloat16),
+    (992, torch.uint64, (2,), torch.uint64),
+    (1008, torch.uint32, (2,), torch.uint32),
+    (1016, torch.uint16, (3,), torch.uint16),
+    (672, torch.float32, (0,), torch.float32),
 ]
 
 

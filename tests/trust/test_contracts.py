@@ -91,6 +91,13 @@ def test_gae_into_given_outputs_compiles_into_one_graph():
     assert torch.equal(total, function(rewards, *theirs)) and same(ours, theirs)
 
 
+def test_gae_compiles_with_a_discount_that_changes():
+    """PyTorch traces a number that differs from call to call as a symbol."""
+    compiled = torch.compile(pydrone.gae, fullgraph=True, backend="aot_eager")
+    for gamma, lam in ((0.9, 0.8), (0.5, 0.8), (0.25, 0.3)):
+        assert same(compiled(*arguments(), gamma, lam), pydrone.gae(*arguments(), gamma, lam))
+
+
 @pytest.mark.slow
 def test_gae_compiles_with_the_inductor():
     def function(rewards: Tensor, values: Tensor, dones: Tensor, last: Tensor) -> Tensor:

@@ -284,9 +284,30 @@ PYTHON = [
     Fault(
         "Stable-Baselines3's episode starts not shifted",
         "pydrone/integrations/sb3.py",
-        "self._ring.end_last_step(self._tensor(episode_start, bool))",
-        "pass",
+        "starts[1:].t(), dones",
+        "starts[:-1].t(), dones",
         "tests/integrations/test_sb3.py",
+    ),
+    Fault(
+        "Stable-Baselines3's returns that a callback has written, ignored",
+        "pydrone/integrations/sb3.py",
+        "if self._exposed:",
+        "if False:",
+        "tests/integrations/test_sb3_surface.py",
+    ),
+    Fault(
+        "rsl_rl's returns that an algorithm has written, ignored",
+        "pydrone/integrations/rsl_rl.py",
+        "if not self._exposed:",
+        "if True:",
+        "tests/integrations/test_rsl_rl_surface.py",
+    ),
+    Fault(
+        "half precision widened in a drop-in's minibatches",
+        "pydrone/rollout/layout.py",
+        "if dtype in HALVES and not self._verbatim else",
+        "if dtype in HALVES else",
+        "tests/test_buffer.py tests/integrations/test_sb3_surface.py tests/integrations/test_rsl_rl_surface.py",
     ),
     Fault(
         "a final observation that the reset has overwritten",
