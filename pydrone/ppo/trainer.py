@@ -144,12 +144,13 @@ class Trainer(Iteration):
         if self.observations is None:
             self.start()
         self.learner.set_progress(self.iteration / self.config.iterations)
-        computing = self._graph or self
+        computing, room = self._graph or self, self.buffer.layout.final_obs_rows
         self._watch.start()
         computed = computing.compute(self._watch.lap)
         asked = self._interrupt is not None and self._interrupt.raised
-        figures, culprit, self._asked_to_stop = self.figures.read(computed, asked)
+        figures, culprit, self._asked_to_stop, final_obs = self.figures.read(computed, asked)
         computing.clear()
+        self._say_growth(final_obs, room)
         self.iteration += 1
         self.before_update = None
         seconds = time.perf_counter() - began
@@ -163,6 +164,21 @@ class Trainer(Iteration):
                 culprit = "the loss is not finite (surrogate {}, value {}): {}".format(*losses, culprit)
             raise NotFinite(f"iteration {self.iteration}: {culprit}", figures)
         return figures
+
+    def _say_growth(self, used: int, room: int) -> None:
+        """Reports that a rollout used more than ``room`` final observations, and makes room for as many later ones."""
+        if used <= room:
+            return
+        approximated = used - self.buffer.layout.final_obs_rows
+        if approximated > 0:
+            self.grow_final_obs(used)
+            if self._graph is not None:
+                self._graph.forget()
+        now = self.buffer.layout.final_obs_rows
+        line = f"{used} truncations in a rollout, expected at most {room}: room for {now} final observations now"
+        if approximated > 0:
+            line += f"; {approximated} truncations were bootstrapped with the value before them (stored_value)"
+        self.echo(f"{line}.")
 
     def _iterate_all(self, interrupt: Interrupt) -> tuple[str | None, dict[str, float]]:
         """Why it ended before the last iteration, or None, and the last figures."""
