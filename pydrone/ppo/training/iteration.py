@@ -162,11 +162,11 @@ class Iteration:
     def _make_room(self, step: int, truncated: Tensor) -> None:
         """Enlarges the pool of final observations where those of this step would not fit.
 
-        On the CPU, where the count costs nothing to read. On other devices :class:`~pydrone.ppo.trainer.Trainer` does
-        so after the rollout.
+        On the CPU, where the count costs nothing to read. Elsewhere and in a captured iteration
+        :class:`~pydrone.ppo.trainer.Trainer` does so after the rollout.
         """
         buffer, room = self.buffer, self.buffer.layout.final_obs_rows
-        if self.device.type != "cpu" or (step + 1) * buffer.num_envs <= room:
+        if self.device.type != "cpu" or self.config.capture or (step + 1) * buffer.num_envs <= room:
             return
         used = buffer.final_obs_used + int(torch.count_nonzero(truncated))
         if used > room:
