@@ -20,6 +20,7 @@ from torch import Tensor
 from pydrone.ops.arguments import boolean, positive
 from pydrone.ops.dispatch import select
 from pydrone.ops.reference import normalization, permute
+from pydrone.ops.schema import INVALID, TERMINATED
 from pydrone.rollout import non_finite as finiteness
 from pydrone.rollout import state as states
 from pydrone.rollout.draws import Draws, mix_seed
@@ -493,7 +494,8 @@ class RolloutBuffer(Rollout):
         step first.
 
         If all of these are finite, the advantages: then ``last_values``, a final value or an overflow is the cause.
-        Invalid steps (``valid`` 0) do not count, except as the bootstrap "next_value" of a truncation before them.
+        Invalid steps (``valid`` 0) do not count, except where their value is the next one of a step that has not
+        terminated.
         Plain PyTorch over the whole rollout, with host syncs: :meth:`compute_gae` and :meth:`check` call it only where
         a launch has found something.
         """
@@ -507,8 +509,9 @@ class RolloutBuffer(Rollout):
         if not found and self._scan.computed:
             found = finiteness.find({"advantages": self._storage.advantages}, sampled)
             if found and valid is not None:
-                final = ~valid
-                final[:, 0], final[:, 1:] = False, final[:, 1:] & self.truncated[:, :-1]
+                before = self.dones[:, :-1]
+                final = torch.zeros_like(valid)
+                final[:, 1:] = ~valid[:, 1:] & (before != TERMINATED) & (before != INVALID)
                 del fields["actions"], fields["rewards"]
                 found = finiteness.find(fields, final) or found
         return found

@@ -140,11 +140,11 @@ class Trainer(Iteration):
         Raises:
             NotFinite: the loss is not, or observations, rewards, values or advantages are not. A FloatingPointError.
         """
-        began = time.perf_counter()
+        began, room = time.perf_counter(), self.buffer.layout.final_obs_rows
         if self.observations is None:
             self.start()
         self.learner.set_progress(self.iteration / self.config.iterations)
-        computing, room = self._graph or self, self.buffer.layout.final_obs_rows
+        computing = self._graph or self
         self._watch.start()
         computed = computing.compute(self._watch.lap)
         asked = self._interrupt is not None and self._interrupt.raised
