@@ -150,7 +150,7 @@ class Trainer(Iteration):
         asked = self._interrupt is not None and self._interrupt.raised
         figures, culprit, self._asked_to_stop, final_obs = self.figures.read(computed, asked)
         computing.clear()
-        self._say_growth(final_obs, room)
+        self._keep_room(final_obs, room)
         self.iteration += 1
         self.before_update = None
         seconds = time.perf_counter() - began
@@ -165,8 +165,8 @@ class Trainer(Iteration):
             raise NotFinite(f"iteration {self.iteration}: {culprit}", figures)
         return figures
 
-    def _say_growth(self, used: int, room: int) -> None:
-        """Reports that a rollout used more than ``room`` final observations, and makes room for as many later ones."""
+    def _keep_room(self, used: int, room: int) -> None:
+        """Makes room for as many final observations as a rollout has used, and says so where it was ``room``."""
         if used <= room:
             return
         approximated = used - self.buffer.layout.final_obs_rows
