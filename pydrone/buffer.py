@@ -20,7 +20,7 @@ from torch import Tensor
 from pydrone.ops.arguments import boolean, positive
 from pydrone.ops.dispatch import select
 from pydrone.ops.reference import normalization, permute
-from pydrone.ops.schema import INVALID
+from pydrone.ops.schema import INVALID, TERMINATED
 from pydrone.rollout import non_finite as finiteness
 from pydrone.rollout import state as states
 from pydrone.rollout.draws import Draws, mix_seed
@@ -247,6 +247,7 @@ class RolloutBuffer(Rollout):
         final_values: Tensor | None = None,
         value_fn: Callable[[Tensor | dict[str, Tensor]], Tensor] | None = None,
         timeout_bootstrap: str | None = None,
+        without_final_obs: str = "error",
         check: bool = True,
     ) -> None:
         """Advantages, returns and the advantages' statistics of the oldest rollout, in one launch.
@@ -261,6 +262,9 @@ class RolloutBuffer(Rollout):
             value_fn: called once, without gradients, with the pool of final observations ([P, ...], or a dict of
                 groups), to return their values, [P] or [P, 1].
             timeout_bootstrap: "stored_value" or "next_value".
+            without_final_obs: with ``value_fn``, what to do about truncations whose final observation is not in the
+                pool, because it was not given or found no room: "error", or "stored_value" to bootstrap them with
+                their stored values, as that ``timeout_bootstrap`` does.
             check: raise if the pool has overflowed (one host sync on a GPU; none without final observations), and
                 report NaN and infinite numbers as ``non_finite`` says: on a CPU now; on a GPU now with "raise" (one
                 host sync), and in :meth:`check` with "warn". With False, call :meth:`check` later, when other figures
@@ -271,10 +275,30 @@ class RolloutBuffer(Rollout):
             RuntimeError: the rollout has fewer than T steps; the pool has overflowed; a truncation came without its
                 final observation. TypeError, ValueError: as :func:`pydrone.gae`.
         """
-        self._scan.run(last_values, gamma, lam, final_values, value_fn, timeout_bootstrap, check)
+        self._scan.run(last_values, gamma, lam, final_values, value_fn, timeout_bootstrap, without_final_obs, check)
         self._subset = None
         if check and not self._ring.capturing():
             self._report_non_finite()
+
+    @property
+    def final_obs_used(self) -> int:
+        """Final observations of the rollout being collected, those that found no room included. One host sync on a
+        GPU."""
+        return 0 if self._storage.final_obs is None else int(self._storage.pool_count[self._ring.collecting, 0])
+
+    def grow_final_obs(self, rows: int) -> None:
+        """Enlarges the pool of final observations to ``rows`` for one rollout; what it holds stays.
+
+        It is new memory: capture CUDA graphs anew. No effect where it is as large. Raises ValueError where the buffer
+        has no pool, or ``rows`` is no positive int.
+        """
+        positive("rows", rows)
+        if self._storage.final_obs is None:
+            raise ValueError("rows: this buffer has no pool of final observations; construct it with final_obs_rows")
+        if rows > self.layout.final_obs_rows:
+            self._arguments["final_obs_rows"] = rows
+            self._storage.grow_pool(rows)
+            self._steps.prepare()
 
     def _report_non_finite(self) -> None:
         """Reports NaN and infinite numbers for :meth:`compute_gae`; on a GPU, "warn" waits for :meth:`check`."""
@@ -406,14 +430,13 @@ class RolloutBuffer(Rollout):
                 if discards != self._ring.discards or not self._scan.computed:
                     raise RuntimeError("sequences: the rollout was discarded while they were being read")
                 envs = order[i * self.num_envs // count : (i + 1) * self.num_envs // count]
-                yield pad(views, tuple(self.layout.obs), self.layout.obs_is_mapping, self.dones, states, envs, burn_in)
+                groups, resets = tuple(self.layout.obs), self._ring.has_resets
+                yield pad(views, groups, self.layout.obs_is_mapping, self.dones, states, envs, burn_in, resets)
 
     def _valid_samples(self) -> Tensor | None:
         """The valid samples, by number n * T + t; None if all are. One host sync a rollout."""
-        if not self._ring.has_resets:
-            return None
-        if self._subset is None:
-            self._subset = (self.dones != INVALID).flatten().nonzero().squeeze(1)
+        if self._subset is None and (valid := self.valid) is not None:
+            self._subset = valid.flatten().nonzero().squeeze(1)
         return self._subset
 
     def clear(self) -> None:
@@ -478,17 +501,26 @@ class RolloutBuffer(Rollout):
         step first.
 
         If all of these are finite, the advantages: then ``last_values``, a final value or an overflow is the cause.
-        Invalid steps (``valid`` 0) do not count. Plain PyTorch over the whole rollout, with host syncs:
-        :meth:`compute_gae` and :meth:`check` call it only where a launch has found something.
+        Invalid steps (``valid`` 0) do not count, except where their value is the next one of a step that has not
+        terminated.
+        Plain PyTorch over the whole rollout, with host syncs: :meth:`compute_gae` and :meth:`check` call it only where
+        a launch has found something.
         """
         groups = self.obs if self.layout.obs_is_mapping else {"": self.obs}
         # In this order a step computes them: of one step the first is the cause.
         fields = {f"obs[{name!r}]" if name else "obs": x for name, x in groups.items()}
         fields |= {"actions": self.actions, "values": self.values, "rewards": self.rewards}
-        sampled = self.dones != INVALID
+        valid = self.valid
+        sampled = torch.ones_like(self.dones, dtype=torch.bool) if valid is None else valid
         found = finiteness.find(fields, sampled)
         if not found and self._scan.computed:
             found = finiteness.find({"advantages": self._storage.advantages}, sampled)
+            if found and valid is not None:
+                before = self.dones[:, :-1]
+                final = torch.zeros_like(valid)
+                final[:, 1:] = ~valid[:, 1:] & (before != TERMINATED) & (before != INVALID)
+                del fields["actions"], fields["rewards"]
+                found = finiteness.find(fields, final) or found
         return found
 
     def _check_finite(self, observed: float, advantages: float, level: int) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pydrone.envs.base import ActionSpec, Autoreset, EpisodeStats, Obs, ObsSpec, StepResult
+from pydrone.envs.base import ActionSpec, Autoreset, EpisodeStats, Obs, ObsSpec, StepResult, autoreset_mode
 
 BoundedActions = Literal["clip", "rescale", "none"]
 
@@ -198,9 +198,10 @@ class GymnasiumEnv:
 class RslRlEnv:
     """An ``rsl_rl.env.VecEnv`` (rsl_rl 5: TensorDict observations, autoreset in the same step).
 
-    rsl_rl's protocol has no final observations, so ``final_obs`` is None and a time-out can only be bootstrapped with
-    the stored value (``timeout_bootstrap="stored_value"``). Time-outs are read from ``extras["time_outs"]``; without
-    that key there are none. ``extras["log"]`` is passed on.
+    Time-outs are read from ``extras["time_outs"]``; without that key there are none. Final observations are read from
+    ``extras["final_obs"]``, a tensor [N, ...] or a mapping of groups (Isaac Lab with ``compute_final_obs``). rsl_rl's
+    protocol has none: in a step without that key ``final_obs`` is None, and time-outs can only be bootstrapped with
+    the stored value (``timeout_bootstrap="stored_value"``). ``extras["log"]`` is passed on.
 
     Args:
         venv: the environment.
@@ -260,7 +261,7 @@ class RslRlEnv:
                 if numbers.numel():  # none where an environment logs its ended episodes, and none has ended
                     log[key] = numbers.mean()
         log |= self._stats.update(rewards[None], dones)
-        return StepResult(self._obs(obs), rewards, dones, truncated, None, None, log)
+        return StepResult(self._obs(obs), rewards, dones, truncated, self._final_obs(extras), None, log)
 
     def randomize_episode_lengths(self) -> None:
         """Draws ``episode_length_buf`` at random, as rsl_rl's runner does."""
@@ -279,6 +280,19 @@ class RslRlEnv:
             return _float32(obs[self._groups]).to(self.device)
         return {key: _float32(obs[key]).to(self.device) for key in self._groups}
 
+    def _final_obs(self, extras: Mapping[str, Any]) -> Obs | None:
+        given = extras.get("final_obs")
+        if given is None:
+            return None
+        names = [self._groups] if isinstance(self._groups, str) else self._groups
+        if isinstance(given, Tensor) and isinstance(self._groups, str):
+            given = {self._groups: given}
+        # A TensorDict is a mapping in all but its class.
+        got = list(given.keys()) if hasattr(given, "keys") else type(given).__name__
+        if not set(names) <= set(got if isinstance(got, list) else ()):
+            raise ValueError(f"extras['final_obs']: expected a mapping of the groups {names}, got {got}")
+        return self._obs(given)
+
     def _flat(self, value: Any, name: str) -> Tensor:
         tensor = torch.as_tensor(value, device=self.device)
         if tensor.numel() != self.num_envs:
@@ -296,16 +310,12 @@ def _flags(value: Any) -> np.ndarray:
 
 
 def _autoreset(venv: Any) -> Autoreset:
-    from gymnasium.vector import AutoresetMode
-
     mode = (venv.metadata or {}).get("autoreset_mode")
-    if isinstance(mode, str):
-        mode = AutoresetMode(mode)
-    if mode == AutoresetMode.SAME_STEP:
-        return "same_step"
-    if mode == AutoresetMode.NEXT_STEP:
-        return "next_step"
-    if mode == AutoresetMode.DISABLED:
+    try:
+        return autoreset_mode(mode)
+    except ValueError:
+        pass
+    if str(getattr(mode, "name", mode)).upper() == "DISABLED":
         raise ValueError(
             "venv: autoreset mode DISABLED leaves ended environments to the caller, expected SAME_STEP or NEXT_STEP "
             "(for instance gymnasium.make_vec(..., vector_kwargs={'autoreset_mode': AutoresetMode.SAME_STEP}))"

@@ -14,7 +14,10 @@ with (a terminated one needs none):
     ``step`` leaves an ended environment alone: ``StepResult.obs`` *is* the final observation, and a truncation
     bootstraps with ``V(obs)``, the value of the next step (``timeout_bootstrap="next_value"``). The next step
     ignores its action and only resets. That transition belongs to no episode: its ``valid``, ``dones`` and
-    ``truncated`` are False, its reward is 0.
+    ``truncated`` are False, and neither its reward nor the action counts, whatever they are.
+
+Each step says for itself whether it has a ``final_obs``: where one step's is None, the truncations of that step take
+the approximation, and those of the others do not.
 
 **Ends.** ``dones`` is set for every end; ``truncated`` only if the time limit alone caused it: an environment that
 crashes in the step of its time-out has terminated.
@@ -29,7 +32,7 @@ and go. :class:`LogMeter` adds them up over a rollout and reads them once.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, get_args, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -62,7 +65,7 @@ class StepResult(NamedTuple):
     """[N] bool: ended by the time limit alone."""
     final_obs: Obs | None
     """Like ``obs``: the true final observation in rows where ``truncated`` is set; other rows are undefined. None if
-    unknown, and under ``"next_step"``, where it is ``obs``."""
+    unknown or if no row is truncated, and under ``"next_step"``, where it is ``obs``."""
     valid: Tensor | None
     """[N] bool: False marks a ``"next_step"`` reset transition. None: all are valid."""
     log: dict[str, Tensor]
@@ -87,7 +90,8 @@ class Env(Protocol):
     actions: ActionSpec
     device: torch.device
     max_episode_length: int | None
-    """Steps after which an episode is truncated; None if there is no limit or it is unknown."""
+    """Steps after which an episode is truncated; None if there is no limit or it is unknown. A hint: episodes that are
+    truncated earlier cost memory, see :meth:`~pydrone.buffer.RolloutBuffer.grow_final_obs`."""
     autoreset: Autoreset
 
     def reset(self) -> Obs:
@@ -105,6 +109,42 @@ class Env(Protocol):
     def close(self) -> None:
         """Frees the resources of the environment. It cannot be stepped afterwards."""
         ...
+
+
+def autoreset_mode(mode: Any, name: str = "env.autoreset") -> Autoreset:
+    """``mode`` as :data:`Autoreset` spells it, from Gymnasium's ``AutoresetMode`` or a name in other letters.
+
+    Raises ValueError, which calls it ``name``, for any other.
+    """
+    text = mode if isinstance(mode, str) else getattr(mode, "name", "")
+    plain = str(text).replace("_", "").lower()
+    for known in get_args(Autoreset):
+        if plain == known.replace("_", ""):
+            return known
+    hint = ": it would leave ended environments to the caller" if plain == "disabled" else ""
+    raise ValueError(f"{name}: expected 'same_step' or 'next_step', got {mode!r}{hint}")
+
+
+def begun(result: StepResult, autoreset: Autoreset) -> Tensor:
+    """[N] bool: where ``result.obs`` is the first of an episode: what a recurrent policy remembers ends before it."""
+    if autoreset == "same_step":
+        return result.dones
+    return torch.zeros_like(result.dones) if result.valid is None else result.valid == 0
+
+
+def to_act_on(result: StepResult, autoreset: Autoreset) -> Obs:
+    """``result.obs``, with zeros where an episode has terminated and the next step only resets it.
+
+    Such an observation serves nobody, and may be NaN. Where an episode was truncated it serves the bootstrap.
+    """
+    if autoreset == "same_step":
+        return result.obs
+    over = (result.dones != 0) & (result.truncated == 0)
+
+    def cleared(x: Tensor) -> Tensor:
+        return x.masked_fill(over.reshape(-1, *[1] * (x.dim() - 1)), 0)
+
+    return cleared(result.obs) if isinstance(result.obs, Tensor) else {k: cleared(x) for k, x in result.obs.items()}
 
 
 class EpisodeStats:

@@ -111,7 +111,7 @@ def _origin(point: EntryPoint) -> str:
 
 
 def _check_env(env: Any, name: str, point: EntryPoint, num_envs: int) -> None:
-    from pydrone.envs.base import Env
+    from pydrone.envs.base import Env, autoreset_mode
 
     parts = ("num_envs", "obs", "actions", "device", "max_episode_length", "autoreset")
     methods = ("reset", "step", "randomize_episode_lengths", "close")
@@ -123,5 +123,4 @@ def _check_env(env: Any, name: str, point: EntryPoint, num_envs: int) -> None:
         )
     if env.num_envs != num_envs:
         raise ValueError(f"env {name!r}: expected num_envs {num_envs}, got {env.num_envs}")
-    if env.autoreset not in ("same_step", "next_step"):
-        raise ValueError(f"env {name!r}: autoreset: expected 'same_step' or 'next_step', got {env.autoreset!r}")
+    autoreset_mode(env.autoreset, f"env {name!r}: autoreset")

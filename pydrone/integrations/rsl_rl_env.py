@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pydrone.envs.base import Env, log_scalars
+from pydrone.envs.base import Env, autoreset_mode, log_scalars
 from pydrone.integrations.rsl_rl import TensorDict, VecEnv  # checks the version
 
 __all__ = ["VecEnvWrapper"]
@@ -29,7 +29,7 @@ class VecEnvWrapper(VecEnv):
     """
 
     def __init__(self, env: Env, step_dt: float | None = None) -> None:
-        if env.autoreset != "same_step":
+        if autoreset_mode(env.autoreset) != "same_step":
             raise ValueError(
                 f"env: expected autoreset 'same_step', got {env.autoreset!r}: rsl_rl would learn from resets"
             )

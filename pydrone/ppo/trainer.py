@@ -150,7 +150,7 @@ class Trainer(Iteration):
         Raises:
             NotFinite: the loss is not, or observations, rewards, values or advantages are not. A FloatingPointError.
         """
-        began = time.perf_counter()
+        began, room = time.perf_counter(), self.buffer.layout.final_obs_rows
         if self.observations is None:
             self.start()
         self.learner.set_progress(self.iteration / self.config.iterations)
@@ -158,8 +158,9 @@ class Trainer(Iteration):
         self._watch.start()
         computed = computing.compute(self._watch.lap)
         asked = self._interrupt is not None and self._interrupt.raised
-        figures, culprit, self._asked_to_stop = self.figures.read(computed, asked)
+        figures, culprit, self._asked_to_stop, final_obs = self.figures.read(computed, asked)
         computing.clear()
+        self._keep_room(final_obs, room)
         self.iteration += 1
         self.before_update = None
         seconds = time.perf_counter() - began
@@ -173,6 +174,21 @@ class Trainer(Iteration):
                 culprit = "the loss is not finite (surrogate {}, value {}): {}".format(*losses, culprit)
             raise NotFinite(f"iteration {self.iteration}: {culprit}", figures)
         return figures
+
+    def _keep_room(self, used: int, room: int) -> None:
+        """Makes room for as many final observations as a rollout has used, and says so where it was ``room``."""
+        if used <= room:
+            return
+        approximated = used - self.buffer.layout.final_obs_rows
+        if approximated > 0:
+            self.grow_final_obs(used)
+            if self._graph is not None:
+                self._graph.forget()
+        now = self.buffer.layout.final_obs_rows
+        line = f"{used} truncations in a rollout, expected at most {room}: room for {now} final observations now"
+        if approximated > 0:
+            line += f"; {approximated} truncations were bootstrapped with the value before them (stored_value)"
+        self.echo(f"{line}.")
 
     def _iterate_all(self, interrupt: Interrupt) -> tuple[str | None, dict[str, float]]:
         """Why it ended before the last iteration, or None, and the last figures."""

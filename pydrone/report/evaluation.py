@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pydrone.envs.base import Env, Obs
+from pydrone.envs.base import Env, Obs, autoreset_mode, begun, to_act_on
 
 #: the final distance to the target is taken over this last part of an episode
 FINAL_SECONDS = 5.0
@@ -77,8 +77,8 @@ def fly(
         max_steps: steps after which an episode is stopped, which does not count as a crash. None: the limit of the
             environment.
         traced: the number of environments, from the first, whose whole paths are kept.
-        ended: called with None at the start, for all episodes, and after each step with a bool [N] of those that
-            ended: where a recurrent policy resets its state.
+        ended: called with None at the start, for all episodes, and after each step with a bool [N] of those whose
+            next one begins: where a recurrent policy resets its state.
 
     Raises:
         ValueError: neither ``max_steps`` nor the environment limits the episodes.
@@ -89,7 +89,7 @@ def fly(
     if max_steps is not None and max_steps < 1:
         raise ValueError(f"max_steps: expected at least 1, got {max_steps}")
     steps, num_envs, device = min(limits), env.num_envs, env.device
-    task = _task(env)
+    autoreset, task = autoreset_mode(env.autoreset), _task(env)
     watch = None if task is None else _Watch(task, steps, min(traced, num_envs))
     if task is not None and watch is not None:
         before = task.resample_targets
@@ -111,8 +111,8 @@ def fly(
             returns += torch.where(flying, result.rewards, 0)
             crashed |= flying & result.dones & ~result.truncated
             flying = flying & ~result.dones
-            ended(result.dones)
-            obs = result.obs
+            ended(begun(result, autoreset))
+            obs = to_act_on(result, autoreset)
             if step % _LOOK == _LOOK - 1 and not flying.any():
                 break
     finally:

@@ -55,6 +55,11 @@ class Ring:
         return self.discarded // self.num_steps % self.num_rollouts
 
     @property
+    def collecting(self) -> int:
+        """The place of the rollout whose step is written next."""
+        return self.where(self.appended)[1]
+
+    @property
     def start(self) -> int:
         """Slot of its first step."""
         return self.discarded % self.capacity

@@ -30,6 +30,7 @@ class Scan:
         self._storage, self._ring, self._sources = storage, ring, sources
         self.computed = self.pool_valued = self.captured = self.captured_pool_valued = False
         self.runs = 0
+        self._strict = True  # whether a truncation that is not in the pool is an error
 
     def require(self, name: str) -> None:
         """Raises RuntimeError, naming the call ``name``, if the oldest rollout has no advantages."""
@@ -44,6 +45,7 @@ class Scan:
         final_values: Tensor | None,
         value_fn: Callable | None,
         timeout_bootstrap: str | None,
+        without_final_obs: str,
         check: bool,
     ) -> None:
         """As :meth:`pydrone.buffer.RolloutBuffer.compute_gae`, without the check for NaN and infinite numbers."""
@@ -57,6 +59,9 @@ class Scan:
         last_values = env_scalars("last_values", last_values, storage.layout.num_envs, storage.device)
         if value_fn is not None and not callable(value_fn):
             raise TypeError(f"value_fn: expected a function of observations, got {type(value_fn).__name__}")
+        if without_final_obs not in ("error", "stored_value"):
+            raise ValueError(f"without_final_obs: expected 'error' or 'stored_value', got {without_final_obs!r}")
+        self._strict = without_final_obs == "error"
         truncations = ring.has_truncations
         bootstrap = pick_bootstrap(
             truncations, final_values=final_values, value_fn=value_fn, timeout_bootstrap=timeout_bootstrap
@@ -69,6 +74,8 @@ class Scan:
             bootstrap, final_values = 0, None
         elif value_fn is not None:
             final_values, final_rows = self._evaluate(value_fn, check), storage.final_rows
+            if not self._strict:
+                final_values, final_rows = self._or_stored(final_values), None
         for name, x in (("last_values", last_values), ("final_values", final_values)):
             if x is not None and (overlap(x, storage.advantages) or overlap(x, storage.returns)):
                 raise ValueError(f"{name}: expected memory of its own, got some of this buffer's advantages or returns")
@@ -110,12 +117,20 @@ class Scan:
         elif check or storage.device.type == "cpu":
             used, missing = storage.pool_count[ring.place].tolist()
             self.check_pool(used, missing)
-        rows = storage.layout.final_obs_rows if used is None else used
+        room = storage.layout.final_obs_rows
+        rows = room if used is None else min(used, room)
         if rows == 0:
             return torch.empty(0, device=storage.device)
         with torch.no_grad():
             values = value_fn(storage.final_observations(ring.place, rows))
         return env_scalars("value_fn's result", values, rows, storage.device)
+
+    def _or_stored(self, values: Tensor) -> Tensor:
+        """``values`` of the pool at their steps, [N, C], and the stored values at steps that are not in it."""
+        rows, stored = self._storage.final_rows, self._storage.values
+        if not len(values):
+            return stored
+        return torch.where((rows >= 0) & (rows < len(values)), values[rows.clamp(0, len(values) - 1)], stored)
 
     def _in_ring(self, final_values: Tensor) -> Tensor:
         """The rollout's values [N, T], placed at the ring's slots: [N, C]."""
@@ -147,7 +162,12 @@ class Scan:
         return torch.cat((full, pool, observed, mean + m2 if known else full.new_zeros(1)))
 
     def check_pool(self, used: int, missing: int) -> None:
-        """Raises RuntimeError if truncations came without a final observation, or the pool had no room for them."""
+        """Raises RuntimeError if truncations came without a final observation, or the pool had no room for them.
+
+        Not where the last run was asked to do without.
+        """
+        if not self._strict:
+            return
         if missing:
             raise RuntimeError(
                 f"final_obs: {missing} truncations of this rollout came without a final observation: "
@@ -157,5 +177,6 @@ class Scan:
         if used > room:
             raise RuntimeError(
                 f"final_obs: {used} truncations in this rollout, the pool has room for {room}: "
-                "construct the buffer with a larger final_obs_rows, or with max_episode_length"
+                "construct the buffer with a larger final_obs_rows, call grow_final_obs() before the rollout, or pass "
+                "without_final_obs='stored_value'"
             )

@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pydrone.ops.schema import INVALID
+
 
 class Sequences(NamedTuple):
     """B trajectories of at most L steps, time first, as torch's recurrent layers take them.
@@ -15,7 +17,7 @@ class Sequences(NamedTuple):
     fields: name to [L, B, ...], padded with a trajectory's last step. obs: [L, B, ...], or a dict of groups. mask: bool
     [L, B]: steps that are not padding. learn: bool [L, B]: steps that a loss may use (``mask`` without the burn-in and
     invalid steps). hidden: name to [B, ...], the state before each first step. envs, starts: int64 [B], where each
-    trajectory begins.
+    trajectory begins. An invalid step is a trajectory of its own, and all its fields are 0.
     """
 
     obs: Tensor | dict[str, Tensor]
@@ -51,13 +53,23 @@ def pad(
     hidden: Mapping[str, Tensor],
     envs: Tensor,
     burn_in: int | Tensor,
+    resets: bool = False,
 ) -> Sequences:
-    """The trajectories of ``envs`` from views [N, T, ...]; codes: uint8 [N, T]; burn_in: or [N]. One host sync."""
+    """The trajectories of ``envs`` from views [N, T, ...]; codes: uint8 [N, T]. One host sync, for the sizes.
+
+    ``burn_in``: or [N]. ``resets``: whether some steps may be invalid.
+    """
     env, start, length = trajectories(codes != 0, envs)
     offset = torch.arange(int(length.max()), device=codes.device).unsqueeze(1)
     mask = offset < length
     step = start + torch.minimum(offset, length - 1)
     taken = {name: view[env, step] for name, view in views.items()}
+    first = {name: state[env, start] for name, state in hidden.items()}
+    if resets:
+        # Not left to ``learn``: a NaN passes through a recurrent layer's gradient even where the loss selects others.
+        invalid = codes[env, step] == INVALID
+        taken = {name: _cleared(x, invalid) for name, x in taken.items()}
+        first = {name: _cleared(x, invalid[0]) for name, x in first.items()}
     # A trajectory that begins with the rollout may start from an older policy's hidden state: the burn-in renews it.
     burn_in = burn_in[env] if isinstance(burn_in, Tensor) else burn_in
     learn = mask & ((start > 0) | (offset >= burn_in)) & (codes[env, step] != 3)
@@ -67,7 +79,12 @@ def pad(
         taken,
         mask,
         learn,
-        {name: state[env, start] for name, state in hidden.items()},
+        first,
         env,
         start,
     )
+
+
+def _cleared(x: Tensor, where: Tensor) -> Tensor:
+    """A copy of ``x`` that is 0 ``where``, bool of its first dimensions."""
+    return x.masked_fill(where.reshape(*where.shape, *[1] * (x.dim() - where.dim())), 0)

@@ -31,9 +31,14 @@ class Steps:
 
     def __init__(self, storage: Storage, ring: Ring, sources: Sources, look: bool) -> None:
         """``look``: whether the launches look for NaN and infinite observations."""
-        self._storage, self._ring, self.sources = storage, ring, sources
+        self._storage, self._ring, self.sources, self._look = storage, ring, sources, look
         self.begun: str | None = None
         self._values_at = [*storage.layout.stored].index("values")
+        self.prepare()
+
+    def prepare(self) -> None:
+        """Takes the storage's tensors; again after they have changed."""
+        storage, look = self._storage, self._look
         self.written = [storage.rows, storage.values, storage.rewards, storage.codes, *storage.pool[:2]]
         # For each kind of call: without truncations, with them, and with their final observations too.
         self._calls: dict[str, tuple[Call, Call, Call]] = {

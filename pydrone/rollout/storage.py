@@ -42,6 +42,16 @@ class Storage:
         self.final_obs, self.pool_count = tensors.get("final_obs"), tensors.get("final_obs_count")
         self.pool = [] if self.final_obs is None else [self.final_obs, self.pool_count, self.final_rows]
 
+    @torch.inference_mode(False)
+    def grow_pool(self, rows: int) -> None:
+        """Enlarges the pool to ``rows``, in new memory; what it holds stays."""
+        rollouts, before, row_bytes = self.final_obs.shape
+        grown = allocate([Allocation("final_obs", (rollouts, rows, row_bytes), torch.uint8, "")], self.device)
+        grown["final_obs"][:, :before] = self.final_obs
+        self.tensors |= grown
+        self.final_obs = self.pool[0] = grown["final_obs"]
+        self.layout.final_obs_rows = rows
+
     def groups(self, named: dict[str, Tensor]) -> Tensor | dict[str, Tensor]:
         """Observations as callers see them, one tensor or a dict of groups, from tensors by the layout's names."""
         groups = {name: named[f"obs.{name}"] for name in self.layout.obs}

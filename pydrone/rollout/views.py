@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pydrone.ops.schema import TRUNCATED
+from pydrone.ops.schema import INVALID, TRUNCATED
 from pydrone.rollout.layout import Layout
 from pydrone.rollout.ring import Ring
 from pydrone.rollout.scan import Scan
@@ -58,6 +58,14 @@ class Rollout:
     def truncated(self) -> Tensor:
         """[N, T] bool, a copy."""
         return self.dones == TRUNCATED
+
+    @property
+    def valid(self) -> Tensor | None:
+        """bool [N, T], a copy: False in the reset steps of NEXT_STEP autoreset. None if no step came with ``valid``.
+
+        Whatever is computed from a rollout leaves them out: docs/conventions.md lists where.
+        """
+        return self.dones != INVALID if self._ring.has_resets else None
 
     @property
     def advantages(self) -> Tensor:

@@ -275,6 +275,46 @@ def test_rsl_rl() -> None:
     assert log == {"/speed": 2, "/n": 2, "episode/count": 2, "episode/length": 8, "episode/return": 8}
 
 
+@pytest.mark.parametrize("kind", ["dict", "TensorDict", "tensor"])
+@pytest.mark.parametrize("groups", [None, ["critic"], "critic", "policy"], ids=str)
+def test_rsl_rl_final_observations(groups: Any, kind: str) -> None:
+    """As Isaac Lab publishes them: a mapping of groups, in the steps that reset something."""
+    venv = make_rsl_rl()
+    step = venv.step
+
+    def with_final(actions: torch.Tensor) -> tuple:
+        ages = venv.episode_length_buf.double()[:, None] + 1
+        obs, rewards, dones, extras = step(actions)
+        if dones.any():
+            final = {"policy": ages, "critic": torch.cat((ages, -ages), 1), "other": ages}
+            if kind == "TensorDict":
+                final = type(obs)(final, batch_size=[3])
+            extras["final_obs"] = final[groups] if kind == "tensor" else final
+        return obs, rewards, dones, extras
+
+    venv.step = with_final
+    if kind == "tensor" and not isinstance(groups, str):
+        groups = "policy"
+    env = RslRlEnv(venv, groups)
+    assert [env.step(torch.zeros(3, 2)).final_obs for _ in range(3)] == [None] * 3
+    final = env.step(torch.zeros(3, 2)).final_obs
+    expected = {"policy": [[4.0]] * 3, "critic": [[4.0, -4.0]] * 3}
+    found = final if isinstance(final, dict) else {groups: final}
+    assert found.keys() == set([groups] if isinstance(groups, str) else groups or ["policy", "critic"])
+    assert all(x.tolist() == expected[name] and x.dtype == torch.float32 for name, x in found.items())
+
+
+@pytest.mark.parametrize("final", [{"policy": torch.zeros(3, 1)}, torch.zeros(3, 1), [None] * 3, 3], ids=str)
+def test_rsl_rl_final_observations_of_other_groups_are_refused(final: Any) -> None:
+    venv = make_rsl_rl()
+    step = venv.step
+    venv.step = lambda actions: (*step(actions)[:3], {"final_obs": final})
+    with pytest.raises(
+        ValueError, match=r"^extras\['final_obs'\]: expected a mapping of the groups \['policy', 'critic'\]"
+    ):
+        RslRlEnv(venv).step(torch.ones(3, 2))
+
+
 def test_rsl_rl_groups() -> None:
     env = RslRlEnv(make_rsl_rl(), groups="critic")
     assert env.obs == (2,)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -293,6 +294,76 @@ def test_a_value_fn_of_the_wrong_shape(backend):
         buf.compute_gae(torch.zeros(6), value_fn=lambda obs: None)
     with pytest.raises(TypeError, match=r"^value_fn's result: expected a floating dtype"):
         buf.compute_gae(torch.zeros(6), value_fn=lambda obs: obs[:, 0].long())
+
+
+def test_truncations_that_are_not_in_the_pool_take_their_stored_value_where_that_is_asked_for(backend):
+    """gamma = 1/2, lam = 0, V(final) = 10: A = 1 + 10/2 - V where it is in the pool, 1 + V/2 - V elsewhere.
+
+    Two rows of room; step 0 truncates without an observation, step 1 twice with one, step 2 once more.
+    """
+    buf = RolloutBuffer(2, 3, obs=1, actions=1, final_obs_rows=2, backend=backend)
+    final = torch.ones(2, 1)
+    buf.append(**step_of([0, 0], [1, 1], [4, 8], [1, 0], truncated=torch.tensor([1, 0])))
+    buf.append(**step_of([0, 0], [1, 1], [2, 6], [1, 1], truncated=torch.tensor([1, 1]), final_obs=final))
+    buf.append(**step_of([0, 0], [1, 1], [12, 3], [1, 1], truncated=torch.tensor([1, 0]), final_obs=final))
+    how = {"value_fn": lambda obs: 10 * obs, "without_final_obs": "stored_value"}
+    buf.compute_gae(torch.zeros(2), 0.5, 0.0, **how)
+    assert buf.advantages.tolist() == [[-1, 4, -5], [1 + 6 / 2 - 8, 0, -2]]
+    buf.check()
+    assert buf.flags()[1:3].tolist() == [3, 1]
+    for call in (lambda: buf.compute_gae(torch.zeros(2), 0.5, 0.0, value_fn=how["value_fn"]), buf.check):
+        with pytest.raises(RuntimeError, match=r"^final_obs: 1 truncations of this rollout came without"):
+            call()
+    with pytest.raises(ValueError, match=r"^without_final_obs: expected 'error' or 'stored_value', got 'zero'"):
+        buf.compute_gae(torch.zeros(2), value_fn=how["value_fn"], without_final_obs="zero")
+
+
+def test_none_in_the_pool(backend):
+    buf = make(backend)
+    made = all_late(buf, 3)
+    del made["final_obs"]
+    for _ in range(4):
+        buf.append(**made)
+    unused = {"value_fn": lambda obs: pytest.fail("nothing to evaluate"), "without_final_obs": "stored_value"}
+    buf.compute_gae(torch.zeros(6), **unused)
+    found = buf.advantages.clone()
+    buf.compute_gae(torch.zeros(6), timeout_bootstrap="stored_value")
+    assert torch.equal(found, buf.advantages)
+
+
+@pytest.mark.parametrize("capacity", [4, 8, 6])
+def test_a_pool_grows_and_keeps_what_it_holds(capacity, backend):
+    """In the middle of a rollout, and with another one in the ring."""
+    buf = RolloutBuffer(6, 4, obs={"a": 3, "b": ((2,), torch.uint8)}, actions=1, capacity=capacity, backend=backend)
+    for _ in range(3):
+        steps = []
+        for t in range(4):
+            used = sum(int(x["truncated"].sum()) for x in steps)
+            assert buf.final_obs_used == used
+            steps.append(timed_out_step(buf, 0.7))
+            now = used + int(steps[-1]["truncated"].sum())
+            if now > buf.layout.final_obs_rows:
+                buf.grow_final_obs(now)
+                assert buf.nbytes == sum(x.nbytes for x in buf.layout.allocations())
+            if t % 2:
+                buf.append(**steps[-1])
+            else:
+                late = {name: steps[-1].pop(name) for name in ("rewards", "dones", "truncated", "final_obs")}
+                buf.begin(**steps[-1])
+                buf.end(**late)
+                steps[-1] |= late
+        assert buf.layout.final_obs_rows > 6
+        check(copy.deepcopy(buf), steps)
+        check(buf, steps)
+        buf.clear()
+    rows = buf.layout.final_obs_rows
+    buf.grow_final_obs(1)
+    assert buf.layout.final_obs_rows == rows
+    for wrong in (0, 2.0, True):
+        with pytest.raises((TypeError, ValueError), match=r"^rows: "):
+            buf.grow_final_obs(wrong)
+    with pytest.raises(ValueError, match=r"^rows: this buffer has no pool"):
+        make(backend, final_obs_rows=0).grow_final_obs(3)
 
 
 def test_rewinding_empties_the_pool(backend):

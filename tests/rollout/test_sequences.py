@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -91,9 +93,9 @@ def test_initial_states_are_those_of_their_own_environment_and_step():
 
 def test_an_invalid_step_is_included_but_masked_out():
     # NEXT_STEP: the step after the end is a reset step and a trajectory of its own.
-    buf = RolloutBuffer(1, 4, obs=1, actions=1)
+    buf = RolloutBuffer(1, 4, obs=1, actions=1, fields={"state": 2, "flag": ((), torch.bool)})
     for t in range(4):
-        one = torch.full((1,), float(t))
+        one = torch.full((1,), math.nan if t == 2 else float(t))
         buf.append(
             obs=one.unsqueeze(1),
             actions=one.unsqueeze(1),
@@ -101,10 +103,17 @@ def test_an_invalid_step_is_included_but_masked_out():
             dones=one == 1,
             values=one,
             log_probs=one,
-            valid=one != 2,
+            valid=torch.tensor([t != 2]),
+            state=one.expand(2).unsqueeze(0),
+            flag=torch.tensor([True]),
         )
     buf.compute_gae(torch.zeros(1))
-    (batch,) = buf.sequences()
+    (batch,) = buf.sequences({"gru": "state"})
+    # What stands in it, NaN here, is zero.
+    assert batch.obs.squeeze(-1).tolist() == [[0, 0, 3], [1, 0, 3]]
+    assert batch.hidden["gru"][:, 0].tolist() == [0, 0, 3]
+    assert batch.fields["flag"].tolist() == [[True, False, True]] * 2
+    assert all(x.isfinite().all() for x in batch.fields.values())
     assert batch.starts.tolist() == [0, 2, 3]
     assert batch.mask.tolist() == [[True, True, True], [True, False, False]]
     assert batch.learn.tolist() == [[True, False, True], [True, False, False]]

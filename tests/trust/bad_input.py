@@ -227,7 +227,7 @@ def compute_gae(rng: random.Random) -> Subject:
     given: dict[str, object] = {"last_values": torch.randn(buf.num_envs), "gamma": 0.9, "lam": 0.8}
     wrong = {"last_values": bad_tensor(given["last_values"], "real"), "gamma": bad_unit(), "lam": bad_unit()}
     wrong |= {"value_fn": [3, "x", object(), torch.zeros(3)], "check": bad_bool()}
-    wrong["timeout_bootstrap"] = bad_choice(True)
+    wrong |= {"timeout_bootstrap": bad_choice(True), "without_final_obs": bad_choice()}
     if rng.random() < 0.5:  # final values are accepted without truncations, too
         given["final_values"] = torch.randn(buf.num_envs, buf.num_steps)
         wrong["final_values"] = bad_tensor(given["final_values"], "real", True)

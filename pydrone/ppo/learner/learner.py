@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from pydrone.ops.schema import INVALID
 from pydrone.ppo.config import PPOConfig
 from pydrone.ppo.distributed import ALONE, MeanGradients, Ranks
 from pydrone.ppo.learner import adam, fused, fused_loss
@@ -92,8 +91,7 @@ class Learner:
         METRICS and the last learning rate; with ``max_kl`` also the number of "minibatches" evaluated.
         """
         policy = self.policy
-        if policy.value_normalizer is not None:
-            policy.observe_returns(buffer.returns, buffer.dones != INVALID, self.ranks)
+        policy.observe_returns(buffer, ranks=self.ranks)
         totals = torch.zeros(len(self.METRICS), device=self.learning_rate.device)
         done, self._past_max_kl = 0, False
         for minibatch in self._minibatches(buffer):
@@ -102,8 +100,7 @@ class Learner:
             if self._past_max_kl:
                 break
         totals /= done
-        if policy.actor_normalizer is not None:
-            policy.observe(buffer.obs, self.ranks)
+        policy.observe(buffer, self.ranks)
         figures = {**dict(zip(self.METRICS, totals.unbind())), "learning_rate": self.learning_rate.clone()}
         if self.config.max_kl is not None:
             figures["minibatches"] = totals.new_tensor(done)

@@ -17,6 +17,7 @@ from pydrone.ppo.distributed import ALONE, Ranks
 from pydrone.ppo.policy.distributions import gaussian_entropy, gaussian_kl, gaussian_log_prob, log_normalizer
 from pydrone.ppo.policy.normalization import RunningMoments
 from pydrone.rollout.layout import Spec, parse_obs
+from pydrone.rollout.views import Rollout
 
 # The standard deviation is a plain parameter, and a gradient step could take it below zero. With less than this, the
 # rounding of an action of size 1 in float32 would show in its probability.
@@ -248,17 +249,27 @@ class ActorCritic(nn.Module):
         return any(x is not None and not x.count for x in normalizers)
 
     @torch.no_grad()
-    def observe(self, obs: Tensor | Mapping[str, Tensor], ranks: Ranks = ALONE) -> None:
-        """Updates the running statistics, if there are any, with every rank's observations, [N, T, ...]."""
+    def observe(
+        self, obs: Rollout | Tensor | Mapping[str, Tensor], ranks: Ranks = ALONE, *, valid: Tensor | None = None
+    ) -> None:
+        """Updates the running statistics, if there are any, with every rank's observations.
+
+        obs: a buffer, of which reset steps do not count; or [N, T, ...], of which those count that ``valid``, bool
+        [N, T], marks (None: all).
+        """
         if self.actor_normalizer is None:
             return
-        self.actor_normalizer.update(self._groups(obs, self.actor_obs), ranks=ranks)
+        if isinstance(obs, Rollout):
+            obs, valid = obs.obs, obs.valid
+        self.actor_normalizer.update(self._groups(obs, self.actor_obs), valid, ranks)
         if self.critic_normalizer is not self.actor_normalizer:
-            self.critic_normalizer.update(self._groups(obs, self.critic_obs), ranks=ranks)
+            self.critic_normalizer.update(self._groups(obs, self.critic_obs), valid, ranks)
 
     @torch.no_grad()
-    def observe_returns(self, returns: Tensor, valid: Tensor | None = None, ranks: Ranks = ALONE) -> None:
-        """Updates the running statistics, if there are any, with every rank's returns [N, T]; ``valid``: bool [N, T].
+    def observe_returns(self, returns: Rollout | Tensor, valid: Tensor | None = None, ranks: Ranks = ALONE) -> None:
+        """Updates the running statistics, if there are any, with every rank's returns: of a buffer, or [N, T].
+
+        ``valid`` as in :meth:`observe`.
 
         The critic's last layer changes with them, so that :meth:`value` stays the same (PopArt,
         arXiv:1602.07714). Not at the first returns, whose mean is a better guess.
@@ -266,6 +277,8 @@ class ActorCritic(nn.Module):
         normalizer = self.value_normalizer
         if normalizer is None:
             return
+        if isinstance(returns, Rollout):
+            returns, valid = returns.returns, returns.valid
         first, shift, std = normalizer.count == 0, normalizer.shift.clone(), normalizer.std.clone()
         normalizer.update(returns, valid, ranks)
         last = self.critic[-1]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pydrone.buffer import RolloutBuffer
 from pydrone.envs.base import LogMeter
-from pydrone.ops.schema import INVALID, TRUNCATED
+from pydrone.ops.schema import TRUNCATED
 from pydrone.ppo.distributed import Ranks
 from pydrone.ppo.policy.actor_critic import ActorCritic
 from pydrone.ppo.training.meters import EpisodeMeter
@@ -39,6 +39,7 @@ class Reading(NamedTuple):
     figures: dict[str, float]
     culprit: str | None  # what is not finite, in words
     stop: bool  # whether any rank was asked to stop
+    final_obs: int  # final observations of this rank's rollout, those that found no room included
 
 
 class Figures:
@@ -66,13 +67,13 @@ class Figures:
         """
         buffer, codes = self.buffer, self.buffer.dones
         episodes = self.running_episodes.update(rewards, codes)
-        # The reward of a reset step is undefined, and counts for nothing.
-        skipped = codes == INVALID
-        finite = [(x.isfinite() | skipped).all() for x in (rewards, buffer.values, buffer.advantages)]
+        valid = torch.ones_like(codes, dtype=torch.bool) if buffer.valid is None else buffer.valid
+        finite = [(x.isfinite() | ~valid).all() for x in (rewards, buffer.values, buffer.advantages)]
+        paid = torch.where(valid, rewards, 0).sum(dtype=torch.float64), valid.sum()
         flags = buffer.flags()
         finite.append(flags[3] == 0)  # observations, as append's launches have seen them
         timeouts = (codes == TRUNCATED).sum()
-        scalars = [*learnt.values(), self.policy.std.mean(), rewards.mean(), *episodes.unbind(), timeouts, *finite]
+        scalars = [*learnt.values(), self.policy.std.mean(), *paid, *episodes.unbind(), timeouts, *finite]
         row = None
         if not self.ranks.several:
             sums = [x.to(buffer.device).double() for x in log.totals()]
@@ -86,12 +87,12 @@ class Figures:
         Raises what the flags of any rank's buffer say.
         """
         # A captured iteration hands out the same log again.
-        rows, log, stop = self._gather(computed, computed.log.copy(), stop)
+        rows, log, stop, final_obs = self._gather(computed, computed.log.copy(), stop)
         # Losses and standard deviation are equal on all ranks.
         own = len(computed.metrics) + 1
         *losses, std = rows[0][:own]
-        rewards, *ended, good_rewards, good_values, good_advantages, good_obs = zip(*(row[own:] for row in rows))
-        reward, (count, length, total, timeouts) = sum(rewards) / len(rows), map(sum, ended)
+        *sums, good_rewards, good_values, good_advantages, good_obs = zip(*(row[own:] for row in rows))
+        paid, steps, count, length, total, timeouts = map(sum, sums)
         figures = dict(zip(computed.metrics, losses))
         if count:
             means = {"episode_length": length, "episode_return": total, "success_rate": timeouts}
@@ -99,6 +100,7 @@ class Figures:
         if "episode/success" in log:
             # The environment's own rate; otherwise an episode that reaches its time limit is a success.
             self.last_episodes["success_rate"] = log["episode/success"]
+        reward = paid / steps if steps else math.nan
         figures |= {"action_std": std, "reward": reward, "episodes": count, **self.last_episodes}
         figures |= {f"env/{name}": value for name, value in log.items()}
         self.episode_lengths.append(figures["episode_length"])
@@ -116,7 +118,7 @@ class Figures:
             finite = zip(good_obs, good_rewards, good_values, good_advantages)
             bad = [str(rank) for rank, good in enumerate(finite) if not all(good)]
             culprit = culprit and culprit + (f" (rank {', '.join(bad)})" if bad else "")
-        return Reading(figures, culprit and culprit + details, stop)
+        return Reading(figures, culprit and culprit + details, stop, final_obs)
 
     def find_culprit(self) -> tuple[str | None, str]:
         """The first thing that was not finite on any rank, and a list of all; None where only advantages are not."""
@@ -133,8 +135,9 @@ class Figures:
 
     def _gather(
         self, computed: Computed, log: LogMeter, stop: bool
-    ) -> tuple[list[list[float]], dict[str, float], bool]:
-        """The scalars of each rank, the means of all environments' logs, and whether any rank stops, in one message.
+    ) -> tuple[list[list[float]], dict[str, float], bool, int]:
+        """The scalars of each rank, the means of all environments' logs, whether any rank stops, and this rank's number
+        of final observations, in one message.
 
         Two messages where a log has new keys.
         """
@@ -142,7 +145,7 @@ class Figures:
         if computed.row is not None:
             row, own = computed.row.tolist(), len(scalars) + len(log.totals())
             self.buffer.check(_but_finite(row[own:]))
-            return [row[: len(scalars)]], log.means(row[len(scalars) : own]), stop
+            return [row[: len(scalars)]], log.means(row[len(scalars) : own]), stop, int(row[own + 1])
         flags = self.buffer.flags()
         norm = torch.stack(torch._foreach_norm(list(self.policy.parameters()))).sum()
         while True:
@@ -166,7 +169,7 @@ class Figures:
         if max(norms) - min(norms) > DRIFT * max(norms):
             raise RuntimeError(f"the ranks' policies have drifted apart: norms of their parameters {norms}")
         means = log.means([sum(x) for x in zip(*sums)], steps=[sum(x) for x in zip(*steps)])
-        return list(figures), means, any(x for (x,) in stops)
+        return list(figures), means, any(x for (x,) in stops), int(flags_[ranks.rank][1])
 
 
 def _but_finite(flags: list[float]) -> list[float]:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pydrone.envs.base import autoreset_mode
 from pydrone.ppo.training.figures import Computed
 from pydrone.ppo.training.iteration import Iteration, Lap
 from pydrone.ppo.training.meters import REPLAY
@@ -28,8 +29,8 @@ def why_not(iteration: Iteration) -> str | None:
         return f"it needs a CUDA device, the environment is on {iteration.device.type}"
     if not getattr(env, "capturable", False):
         return f"{type(env).__name__} does not say that its steps can be captured (capturable = True)"
-    if env.autoreset != "same_step":
-        return f"minibatches without reset steps have sizes that the host must know, autoreset is {env.autoreset!r}"
+    if (mode := autoreset_mode(env.autoreset)) != "same_step":
+        return f"minibatches without reset steps have sizes that the host must know, autoreset is {mode!r}"
     if iteration.policy.recurrent:
         return "the policy is recurrent, and its sequences have sizes that the host must know"
     if ppo.max_kl is not None:
@@ -74,6 +75,10 @@ class Graph:
         iteration.before_update = {**self._before_update, "iteration": iteration.iteration}
         lap(REPLAY)
         return self._computed
+
+    def forget(self) -> None:
+        """Has the next iteration capture anew, because a tensor has moved."""
+        self._replay = None
 
     def clear(self) -> None:
         """Discards the rollout on the host. The graph has done so on the device, where the data stays for a while."""

@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 
 from pydrone.buffer import RolloutBuffer
-from pydrone.envs.base import Env, LogMeter, ObsSpec
+from pydrone.envs.base import Env, LogMeter, ObsSpec, autoreset_mode, begun, to_act_on
 from pydrone.envs.record import Record, settings_of
 from pydrone.memory import plan
-from pydrone.ops.schema import INVALID
 from pydrone.ppo.config import TrainConfig, check_minibatches
 from pydrone.ppo.distributed import Ranks
 from pydrone.ppo.learner.learner import Learner
@@ -41,7 +40,7 @@ class Iteration:
 
     def __init__(self, env: Env, config: TrainConfig, ranks: Ranks, iteration: int = 0) -> None:
         self.env, self.config, self.ranks, self.iteration = env, config, ranks, iteration
-        self.device = torch.device(env.device)
+        self.device, self.autoreset = torch.device(env.device), autoreset_mode(env.autoreset)
         samples = env.num_envs * config.num_steps
         check_minibatches(config.ppo.num_minibatches, samples)
         if config.ppo.recurrent != "none" and config.ppo.num_minibatches > env.num_envs:
@@ -77,7 +76,7 @@ class Iteration:
             "obs_dtype": getattr(torch, ppo.obs_dtype),
             "fields": self.policy.fields(),
             "max_episode_length": env.max_episode_length,
-            "final_obs_rows": 0 if self.policy.recurrent else _final_obs_rows(env, config.num_steps),
+            "final_obs_rows": self._final_obs_rows(),
         }
         self.buffer = RolloutBuffer(**sizes, device=self.device, seed=config.seed + iteration, rank=ranks.rank)
         gathers = self.learner.gathers(self.buffer) and not self.policy.recurrent
@@ -115,21 +114,23 @@ class Iteration:
     def collect(self, lap: Lap = no_lap) -> tuple[Tensor, dict[str, Any]]:
         """Fills the buffer. Returns V after the last step, [N], and how to bootstrap at time-outs."""
         env, buffer, policy = self.env, self.buffer, self.policy
-        obs, final_obs, final_values = self.observations, None, []
+        obs, known, final_values = self.observations, False, []
         if policy.recurrent:
             policy.begin_rollout(env.num_envs)
         acting, ends = self.learner.acting(buffer, lap), None
-        for _ in range(self.config.num_steps):
+        for step in range(self.config.num_steps):
             actions = acting(obs, ends)  # stores the end of the step before too, in one call where possible
             result = env.step(actions)
             lap("env")
-            final_obs = result.final_obs if env.autoreset == "same_step" else None
+            final_obs = result.final_obs if self.autoreset == "same_step" else None
+            known |= final_obs is not None
             if policy.recurrent:
                 # Valued at once, while the policy still remembers the episode.
-                if final_obs is not None:
-                    final_values.append(policy.value(final_obs))
-                policy.reset(result.dones if result.valid is None else ~result.valid)
+                final_values.append(None if final_obs is None else policy.value(final_obs))
+                policy.reset(begun(result, self.autoreset))
                 lap("policy")
+            elif final_obs is not None:
+                self._make_room(step, result.truncated)
             ends = {
                 "rewards": result.rewards,
                 "dones": result.dones,
@@ -139,19 +140,50 @@ class Iteration:
             }
             self.log.add(result.log)
             lap("env")
-            obs = result.obs
+            obs = to_act_on(result, self.autoreset)
         buffer.end(**ends)
         lap("storage")
         self.observations = obs
         last_values = policy.value(obs)
         lap("policy")
-        if env.autoreset == "next_step":
+        if self.autoreset == "next_step":
             return last_values, {"timeout_bootstrap": "next_value"}
-        if final_obs is None:
+        if not known:
             return last_values, {"timeout_bootstrap": "stored_value"}
-        if final_values:
+        # Some steps may have come without final observations.
+        if policy.recurrent:
+            stored = buffer.values.unbind(1)
+            final_values = [stored[t] if x is None else x for t, x in enumerate(final_values)]
             return last_values, {"final_values": torch.stack(final_values, 1)}
-        return last_values, {"value_fn": policy.value}
+        return last_values, {"value_fn": policy.value, "without_final_obs": "stored_value"}
+
+    def _final_obs_rows(self) -> int | None:
+        """Size of the buffer's pool of final observations; None: the buffer's default."""
+        if self.policy.recurrent or self.autoreset == "next_step":
+            return 0  # valued at once; stored as the next observation
+        if self.env.max_episode_length is None:
+            # Any step may truncate. Room for all of them takes as much memory as the observations.
+            return self.env.num_envs * self.config.num_steps
+        return None
+
+    def _make_room(self, step: int, truncated: Tensor) -> None:
+        """Enlarges the pool of final observations where those of this step would not fit.
+
+        On the CPU, where the count costs nothing to read. Elsewhere and in a captured iteration
+        :class:`~pydrone.ppo.trainer.Trainer` does so after the rollout.
+        """
+        buffer, room = self.buffer, self.buffer.layout.final_obs_rows
+        if self.device.type != "cpu" or self.config.capture or (step + 1) * buffer.num_envs <= room:
+            return
+        used = buffer.final_obs_used + int(torch.count_nonzero(truncated))
+        if used > room:
+            self.grow_final_obs(used)
+
+    def grow_final_obs(self, used: int) -> None:
+        """Enlarges the pool of final observations, of which a rollout has used ``used``, with room for as many more."""
+        before, most = self.buffer.nbytes, self.buffer.num_envs * self.buffer.num_steps
+        self.buffer.grow_final_obs(min(2 * used, most))
+        self.planned_nbytes += self.buffer.nbytes - before
 
     def _estimate(self, last_values: Tensor, bootstrap: dict[str, Any]) -> None:
         """Scales the rewards and computes the advantages; takes what :meth:`collect` returned."""
@@ -174,8 +206,8 @@ class Iteration:
             culprit, details = self.figures.find_culprit()  # running statistics would stay non-finite for good
             if culprit is not None:
                 raise FloatingPointError(f"the rollout before the first iteration: {culprit}{details}")
-            self.policy.observe_returns(buffer.returns, buffer.dones != INVALID, self.ranks)
-            self.policy.observe(buffer.obs, self.ranks)
+            self.policy.observe_returns(buffer, ranks=self.ranks)
+            self.policy.observe(buffer, self.ranks)
             buffer.clear()
             self._reset()
 
@@ -206,16 +238,6 @@ def _settings(env: Env, config: TrainConfig) -> dict[str, Any]:
     settings = dataclasses.asdict(config)
     settings |= settings.pop("ppo") | {"num_envs": env.num_envs}
     return {name: x for name, x in settings.items() if name not in ("device", "run_dir", "resume")}
-
-
-def _final_obs_rows(env: Env, num_steps: int) -> int | None:
-    """Size of the buffer's pool of final observations; None: the buffer's default."""
-    if env.autoreset == "next_step":
-        return 0  # the final observation is stored as the next one
-    if env.max_episode_length is None:
-        # Any step may truncate. Room for all of them takes as much memory as the observations, but never fills up.
-        return env.num_envs * num_steps
-    return None
 
 
 def stored_obs(obs: ObsSpec, dtype: torch.dtype) -> ObsSpec:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
 from test_trainer import PointMass, config
 
+from pydrone.buffer import RolloutBuffer
 from pydrone.ppo.config import PPOConfig
 from pydrone.ppo.policy.actor_critic import ActorCritic
 from pydrone.ppo.policy.normalization import RewardScaler, RunningMoments
@@ -92,6 +94,29 @@ def test_groups_seen_by_both_have_one_normaliser_and_others_their_own():
     assert policy.actor_normalizer.mean.tolist() == [1, 1] and policy.critic_normalizer.mean.tolist() == [7, 7, 7]
     one.observe(torch.ones(4, 5, 2))
     assert one.actor_normalizer.count == 20, "once, not twice"
+
+
+def test_reset_steps_do_not_count():
+    """Observations 1 and 3, and 1e6 or NaN in a reset step: mean 2. The returns, 5 and 7 and 0: mean 6."""
+    for junk in (1e6, math.nan):
+        policy = ActorCritic(1, 1, (4,), normalize_obs=True, normalize_values=True)
+        buffer = RolloutBuffer(1, 3, obs=1, actions=1)
+        assert buffer.valid is None
+        for x, reward, valid in ((1.0, 5.0, 1), (3.0, 7.0, 1), (junk, junk, 0)):
+            x, reward = torch.tensor([[x]]), torch.tensor([reward])
+            zero = torch.zeros(1)
+            step = {"obs": x, "actions": x, "rewards": reward, "values": zero, "log_probs": zero}
+            buffer.append(**step, dones=zero, valid=torch.tensor([valid]))
+        buffer.compute_gae(torch.zeros(1), gamma=0.0)
+        assert buffer.valid.tolist() == [[True, True, False]]
+        policy.observe(buffer)
+        policy.observe_returns(buffer)
+        assert policy.actor_normalizer.mean.tolist() == [2] and policy.actor_normalizer.count == 2
+        assert policy.value_normalizer.mean == 6 and policy.value_normalizer.count == 2
+        policy.observe(buffer.obs, valid=buffer.valid)
+        policy.observe_returns(buffer.returns, buffer.valid)
+        assert policy.actor_normalizer.mean.tolist() == [2] and policy.value_normalizer.mean == 6
+        assert policy.actor_normalizer.m2.tolist() == [4]
 
 
 class Odd(PointMass):

@@ -316,3 +316,31 @@ def test_what_is_not_finite_is_named_after_a_replay(capture, on_the_cpu):
         NotFinite, match=r"the observations of the environment are not finite: obs: 1 value .* 2 at step 2"
     ):
         trainer.iterate()
+
+
+class Short(Quadrotor):
+    """Its time limit is three steps, and it states another."""
+
+    def __init__(self, *args, max_episode_length: int, **options) -> None:
+        super().__init__(*args, max_episode_length=3, **options)
+        self.max_episode_length = 1000
+
+
+@cpu
+def test_a_pool_that_has_grown_is_captured_anew(on_the_cpu, monkeypatch):
+    """Time-outs every three steps, where the limit says 1000: 24 in a rollout, with room for 12."""
+    monkeypatch.setattr(Trainer, "_make_room", lambda *_: None)  # as on CUDA
+    figures, trained = [], []
+    for capture in (False, True):
+        trained.append(make(capture, random_episode_starts=False, kind=Short))
+        done = [trained[-1].iterate() for _ in range(2)]
+        trained[-1].grow_final_obs(30)  # as a later rollout would have it
+        if capture:
+            trained[-1]._graph.forget()
+        figures.append([*done, *(trained[-1].iterate() for _ in range(2))])
+    assert on_the_cpu == ["_compute"] * 2
+    for ours, theirs in zip(*figures, strict=True):
+        same_figures(ours, theirs)
+        assert ours["episodes"] == 24
+    same_tensors(trained[1].policy.state_dict(), trained[0].policy.state_dict())
+    assert trained[0].buffer.layout.final_obs_rows == trained[1].buffer.layout.final_obs_rows == 60
