@@ -43,7 +43,6 @@ def counted() -> dict[str, float]:
     return json.loads(done.stdout)
 
 
-@pytest.mark.xdist_group("instructions")
 @pytest.mark.parametrize("call", MEASURED)
 def test_instructions_of_a_sample(call, counted):
     wide, narrow = MEASURED[call]

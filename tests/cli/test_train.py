@@ -116,7 +116,6 @@ def test_train_from_beginning_to_end(run, tmp_path):
 
 
 @pytest.mark.genesis
-@pytest.mark.xdist_group("genesis")
 def test_train_in_genesis(run, tmp_path):
     """64 drones, a few iterations; in its own process, as Genesis is initialised once, for one device."""
     for module in ("tyro", "matplotlib", "genesis"):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import cuda_on_cpu
 import pytest
 import torch
@@ -11,12 +9,6 @@ import torch
 from pydrone.ops import dispatch, native
 from pydrone.ops.schema import SCHEMAS
 from pydrone.rollout import storage
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if Path(__file__).parent in item.path.parents:
-            item.add_marker(pytest.mark.xdist_group("emulation"))  # built once, not by several processes at a time
 
 
 @pytest.fixture(scope="session")

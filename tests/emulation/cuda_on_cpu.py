@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 from torch.utils.cpp_extension import include_paths
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -52,8 +53,13 @@ def build(folder: Path = FOLDER, sources: Path = ROOT / "csrc") -> Path:
     parts = {x: rewritten(x.read_text()) if x.parent.name == "cuda" else x.read_text() for x in sorted(files)}
     seen = [*parts.values(), *(x.read_text() for x in sorted(STAND_INS.rglob("*.h"))), torch.__version__, *CXX, *FLAGS]
     library = folder / f"emulated-{hashlib.sha256(chr(0).join(seen).encode()).hexdigest()[:16]}.so"
-    if library.exists():
-        return library
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_suffix(".lock")):  # one of the processes that test builds it
+        return library if library.exists() else compile_library(library, parts, sources)
+
+
+def compile_library(library: Path, parts: dict[Path, str], sources: Path) -> Path:
+    folder = library.parent
     shutil.rmtree(folder, ignore_errors=True)
     for path, text in parts.items():
         target = folder / "csrc" / path.relative_to(sources)

@@ -13,7 +13,7 @@ from pydrone.envs.hover_task import observe
 from pydrone.envs.quadrotor import Quadrotor, QuadrotorCourse
 
 pytest.importorskip("genesis")
-pytestmark = [pytest.mark.genesis, pytest.mark.xdist_group("genesis")]
+pytestmark = pytest.mark.genesis
 
 N = 64
 LIMIT = 40

@@ -63,7 +63,6 @@ def find_cuobjdump() -> str | None:
 CUOBJDUMP = find_cuobjdump()
 
 pytestmark = [
-    pytest.mark.xdist_group("cuda's machine code"),
     pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc not found"),
     pytest.mark.skipif(CUOBJDUMP is None, reason="cuobjdump not found, neither on PATH nor in triton"),
     pytest.mark.skipif(not (ROOT / "csrc" / "cuda").is_dir(), reason="csrc/cuda is not in this source tree"),

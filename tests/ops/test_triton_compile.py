@@ -14,7 +14,6 @@ pytest.importorskip("triton")
 
 CUBINS = Path(__file__).with_name("triton_cubins.py")
 ARCHITECTURES = [90, *(pytest.param(number, marks=pytest.mark.slow) for number in (80, 86, 89, 100, 120))]
-pytestmark = pytest.mark.xdist_group("triton's machine code")
 
 # Kernel and case: registers per thread, bytes of shared memory. A multiprocessor has 65,536 registers. Programs of "gae
 # rows" have 256 threads: at 64 registers four fit, and 8192 environments, 16 per program, are one wave on 132

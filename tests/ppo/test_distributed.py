@@ -26,13 +26,9 @@ from pydrone.ppo.trainer import Trainer
 from pydrone.ppo.training import checkpoint
 from pydrone.report import learning_curve, runs
 
-pytestmark = [
-    pytest.mark.xdist_group("ranks"),
-    pytest.mark.skipif(
-        not (torch.distributed.is_available() and torch.distributed.is_gloo_available()),
-        reason="this PyTorch lacks gloo",
-    ),
-]
+pytestmark = pytest.mark.skipif(
+    not (torch.distributed.is_available() and torch.distributed.is_gloo_available()), reason="this PyTorch lacks gloo"
+)
 
 LIMIT = 300  # seconds, for a busy machine
 

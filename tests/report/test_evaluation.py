@@ -389,7 +389,6 @@ def test_a_machine_without_opengl(run_dir, monkeypatch, tmp_path, capsys):
 
 @pytest.mark.slow
 @pytest.mark.genesis
-@pytest.mark.xdist_group("genesis")
 def test_a_video(run_dir, tmp_path, capfd):
     """Half a second in real time; the drone and its target are visible, and the picture moves."""
     for name in ("genesis", "av"):
