@@ -180,8 +180,6 @@ def reports() -> Iterator[dict]:
     yield report("loss, float64", partial(launch_loss, dtype=torch.float64))
     yield report("step", launch_step)
     yield report("step, all options", partial(launch_step, course=True, **OPTIONS))
-    yield report("step, course", partial(launch_step, course=True))
-    yield report("step, odd", partial(launch_step, num_envs=8191))
     yield report("task", partial(launch_step, physics=False))
     yield report("task, all options", partial(launch_step, physics=False, course=True, **OPTIONS))
 
