@@ -12,113 +12,28 @@ import triton
 import triton.language as tl
 
 from .launch import on_device_of, take_ticket
+from .vectors import (
+    INF,
+    angle,
+    clip,
+    columns,
+    cross,
+    finite_or_0,
+    load3,
+    load4,
+    norm3,
+    select3,
+    select4,
+    store3,
+    store4,
+)
 
 # Drones a program; a warp has 32. Few, so that 8192 drones occupy all multiprocessors: a step is bound by latency.
 BLOCK, WARPS = 64, 2
 SUMS = 16  # columns of a program's sums, the first ones those of pydrone.envs.fused.LOG
 
-INF = tl.constexpr(float("inf"))
-HALF_PI = tl.constexpr(1.5707963267948966)
 # Columns of Randomizer's draws.
 DRAWN, MASS, INERTIA, THRUST, LAG, LATENCY, WIND, NOISE = (tl.constexpr(n) for n in (13, 0, 1, 2, 6, 7, 8, 9))
-
-
-@triton.jit
-def load3(source, row, mask, STRIDE: tl.constexpr = 3):
-    at = source + row * STRIDE
-    return (
-        tl.load(at, mask=mask, other=0.0),
-        tl.load(at + 1, mask=mask, other=0.0),
-        tl.load(at + 2, mask=mask, other=0.0),
-    )
-
-
-@triton.jit
-def load4(source, row, mask, STRIDE: tl.constexpr = 4):
-    """A row of four, in one access of 128 bits."""
-    BLOCK: tl.constexpr = row.shape[0]
-    at = source + row[:, None] * STRIDE + tl.arange(0, 4)[None, :]
-    tile = tl.reshape(tl.load(at, mask=mask[:, None], other=0.0), [BLOCK, 2, 2])
-    even, odd = tl.split(tile)
-    x0, x2 = tl.split(even)
-    x1, x3 = tl.split(odd)
-    return x0, x1, x2, x3
-
-
-@triton.jit
-def store3(target, row, mask, x):
-    at = target + row * 3
-    tl.store(at, x[0], mask=mask)
-    tl.store(at + 1, x[1], mask=mask)
-    tl.store(at + 2, x[2], mask=mask)
-
-
-@triton.jit
-def store4(target, row, mask, x):
-    BLOCK: tl.constexpr = row.shape[0]
-    tile = tl.reshape(quad(x[0], x[2], x[1], x[3]), [BLOCK, 4])
-    tl.store(target + row[:, None] * 4 + tl.arange(0, 4)[None, :], tile, mask=mask[:, None])
-
-
-@triton.jit
-def select3(chosen, a, b):
-    return tl.where(chosen, a[0], b[0]), tl.where(chosen, a[1], b[1]), tl.where(chosen, a[2], b[2])
-
-
-@triton.jit
-def select4(chosen, a, b):
-    x, y, z = select3(chosen, a, b)
-    return x, y, z, tl.where(chosen, a[3], b[3])
-
-
-@triton.jit
-def quad(a, b, c, d):
-    return tl.join(tl.join(a, b), tl.join(c, d))
-
-
-@triton.jit
-def columns(x):
-    """[BLOCK, 16] of a tuple of sixteen [BLOCK]."""
-    BLOCK: tl.constexpr = x[0].shape[0]
-    even = tl.join(quad(x[0], x[8], x[4], x[12]), quad(x[2], x[10], x[6], x[14]))
-    odd = tl.join(quad(x[1], x[9], x[5], x[13]), quad(x[3], x[11], x[7], x[15]))
-    return tl.reshape(tl.join(even, odd), [BLOCK, 16])
-
-
-@triton.jit
-def clip(x, low, high):
-    """By selects, which keep a NaN."""
-    return tl.where(x > high, high, tl.where(x < low, low, x))
-
-
-@triton.jit
-def finite_or_0(x):
-    return tl.where(tl.abs(x) < INF, x, 0.0)
-
-
-@triton.jit
-def cross(ax, ay, az, bx, by, bz):
-    return ay * bz - az * by, az * bx - ax * bz, ax * by - ay * bx
-
-
-@triton.jit
-def norm3(x, y, z):
-    return tl.sqrt(x * x + y * y + z * z)
-
-
-@triton.jit
-def angle(y, x):
-    """|atan2(y, x)|, off by 3e-7 at most. (The interpreter has no arc tangent.)"""
-    ax, ay = tl.abs(x), tl.abs(y)
-    most, least = tl.where(ax > ay, ax, ay), tl.where(ax > ay, ay, ax)
-    slope = tl.where(most == 0, 0.0, least / most)
-    steep = slope > 0.41421356  # tan(pi / 8)
-    t = tl.where(steep, (slope - 1.0) / (slope + 1.0), slope)
-    z = t * t
-    tail = ((8.05374449538e-2 * z - 1.38776856032e-1) * z + 1.99777106478e-1) * z - 3.33329491539e-1
-    found = tail * z * t + t + tl.where(steep, HALF_PI / 2, 0.0)
-    found = tl.where(ay > ax, HALF_PI - found, found)
-    return tl.where(x < 0, 2 * HALF_PI - found, found)
 
 
 @triton.jit
@@ -137,7 +52,7 @@ def clipped(a):
 @triton.jit
 def propeller_rpm(a, row, live, varied, c, num_envs):
     """The propeller speeds of actions, after latency and motor lag."""
-    if varied is not None:
+    if varied is not None:  # noqa: SIM102 (None has no history)
         if varied.history is not None:
             # what is read here was stored a step ago: the history moves on at the end of the step
             late = tl.load(varied.drawn + row * DRAWN + LATENCY, mask=live, other=0.0).to(tl.int32)
@@ -145,7 +60,7 @@ def propeller_rpm(a, row, live, varied, c, num_envs):
             a = select4(late > 0, load4(varied.history, (late - 1) * num_envs + row, held), a)
     r0, r1 = a[0] * c.rpm_range + c.hover_rpm, a[1] * c.rpm_range + c.hover_rpm
     r2, r3 = a[2] * c.rpm_range + c.hover_rpm, a[3] * c.rpm_range + c.hover_rpm
-    if varied is not None:
+    if varied is not None:  # noqa: SIM102
         if varied.rpm is not None:
             # without lag 2^-inf = 0
             left = tl.exp2(c.lag / tl.load(varied.drawn + row * DRAWN + LAG, mask=live, other=1.0))
@@ -212,7 +127,7 @@ def moved(pos, quat, vel, spin, rpm, row, live, varied, body, SUBSTEPS: tl.const
 
 @triton.jit
 def observation(pos, quat, lin_vel, ang_vel, target, row, mask, normal, std, c, WIDTH: tl.constexpr):
-    """The first 13 numbers of an observation; with sensor noise, from twelve draws of ``normal``, if ``std`` is given."""
+    """The first 13 numbers of an observation; with noise, from twelve draws of ``normal``, if ``std`` is given."""
     px, py, pz = pos
     qw, qx, qy, qz = quat
     vx, vy, vz = lin_vel
@@ -233,12 +148,12 @@ def observation(pos, quat, lin_vel, ang_vel, target, row, mask, normal, std, c, 
         x, y, z = load3(normal + 9, row, mask, WIDTH)
         wx, wy, wz = wx + x * std[3], wy + y * std[3], wz + z * std[3]
     tx, ty, tz = target
-    s, l, a = c.pos_scale, c.lin_vel_scale, c.ang_vel_scale
+    near, fast, turning = c.pos_scale, c.lin_vel_scale, c.ang_vel_scale
     return (
-        clip((tx - px) * s, -1.0, 1.0), clip((ty - py) * s, -1.0, 1.0), clip((tz - pz) * s, -1.0, 1.0),
+        clip((tx - px) * near, -1.0, 1.0), clip((ty - py) * near, -1.0, 1.0), clip((tz - pz) * near, -1.0, 1.0),
         qw, qx, qy, qz,
-        clip(vx * l, -1.0, 1.0), clip(vy * l, -1.0, 1.0), clip(vz * l, -1.0, 1.0),
-        clip(wx * a, -1.0, 1.0), clip(wy * a, -1.0, 1.0), clip(wz * a, -1.0, 1.0),
+        clip(vx * fast, -1.0, 1.0), clip(vy * fast, -1.0, 1.0), clip(vz * fast, -1.0, 1.0),
+        clip(wx * turning, -1.0, 1.0), clip(wy * turning, -1.0, 1.0), clip(wz * turning, -1.0, 1.0),
     )  # fmt: skip
 
 
@@ -326,7 +241,7 @@ def direction(normal, row, ended, WIDTH: tl.constexpr):
 
 @triton.jit
 def pass_on(varied, a, row, live, dones, num_envs):
-    """Each place of the history takes what the one before holds, the first one ``a``; nothing where an episode ended."""
+    """Each place of the history takes what the one before holds, the first one ``a``; 0 where an episode ended."""
     place = varied.latest
     while place >= 0:
         x = a
@@ -450,7 +365,9 @@ def step_kernel(
     store_row(out.final_obs, row, live, last, a)
     f0, f1, f2, f3 = select4(dones, (first[0], first[1], first[2], first[3]), (last[0], last[1], last[2], last[3]))
     f4, f5, f6, f7 = select4(dones, (first[4], first[5], first[6], first[7]), (last[4], last[5], last[6], last[7]))
-    f8, f9, f10, f11 = select4(dones, (first[8], first[9], first[10], first[11]), (last[8], last[9], last[10], last[11]))
+    f8, f9, f10, f11 = select4(
+        dones, (first[8], first[9], first[10], first[11]), (last[8], last[9], last[10], last[11])
+    )
     a = select4(dones, nothing, a)
     store_row(out.obs, row, live, (f0, f1, f2, f3, f4, f5, f6, f7, f8, f9, f10, f11,
                                    tl.where(dones, first[12], last[12])), a)  # fmt: skip

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from typing import Any, NamedTuple
 
 import torch
@@ -120,8 +121,9 @@ class Body(NamedTuple):
 
 
 def why_not(task: Any, wanted: bool | None) -> str | None:
-    """Why PyTorch computes the steps of a ``HoverTask``, or None: the kernel does. ``wanted`` None: it does on CUDA where it can.
+    """Why PyTorch computes the steps of a ``HoverTask``, or None: the kernel does.
 
+    ``wanted`` None: it does on CUDA, unless ``PYDRONE_BACKEND`` is ``reference``; where it cannot, a warning says why.
     Raises ValueError where it is wanted and cannot be had.
     """
     if wanted is False:
@@ -132,14 +134,21 @@ def why_not(task: Any, wanted: bool | None) -> str | None:
     if f"{type(task).__module__}.{type(task).__qualname__}" not in SERVED:
         reason = f"{type(task).__name__} may differ from the tasks that the kernel computes"
     if wanted is None and os.environ.get("PYDRONE_BACKEND") == "reference":
-        reason = "PYDRONE_BACKEND is 'reference'"
+        return "PYDRONE_BACKEND is 'reference'"
     if wanted and reason is not None:
         raise ValueError(f"fused: expected False or None here: {reason}")
+    if reason is not None and task.device.type == "cuda":
+        warnings.warn(
+            f"PyTorch computes the steps of {type(task).__name__}, in more than a hundred launches each: {reason}. "
+            "fused=False says that this is wanted",
+            RuntimeWarning,
+            stacklevel=3,
+        )
     return reason
 
 
 class FusedStep:
-    """Launches the steps of ``task``, a ``HoverTask``. All tensors of its own are in tuples, as they are no state of the task."""
+    """Launches the steps of ``task``, a ``HoverTask``. All its own tensors are in tuples, as they are no state."""
 
     def __init__(self, task: Any) -> None:
         c, config, device, n = task.constants, task.config, task.device, task.num_envs

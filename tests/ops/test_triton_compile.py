@@ -49,8 +49,8 @@ BUDGET = {
     "loss, 17 actions": (128, 4096),
     "loss, float64": (192, 4096),
     # 128 programs of 64 threads for 8192 drones: registers are no limit. Shared memory: rows of 16 for 64 drones.
-    "step": (144, 4096),
-    "step, all options": (224, 4096),
+    "step": (128, 4096),
+    "step, all options": (192, 4096),
     "task": (128, 4096),
     "task, all options": (160, 4096),
 }
