@@ -201,12 +201,14 @@ class FusedStep:
         Args:
             task: the one that the constructor was given. Its random numbers must have been drawn.
             state: the drones after the step. With ``body``: before it, velocities in the world, to be overwritten by
-                their state after it and after the reset of those whose episode ended. Rows may be strided.
+                their state after it and after the reset of those whose episode ended. Without, rows may be strided.
             actions: [N, 4], clipped or not.
             body: the physics to compute; None: none.
             substeps: integration steps of the physics.
         """
         out, drawn, config = self._out, task.randomizer, task.config
+        if body is not None and not all(x.is_contiguous() for x in state):
+            raise ValueError("pos, quat, vel, ang_vel: expected contiguous tensors, which the step overwrites")
         varied = None
         if drawn is not None:
             history = drawn._history if len(drawn._history) else None
