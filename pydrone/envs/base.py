@@ -204,9 +204,16 @@ class LogMeter:
 
         Raises TypeError, with the key, where a value is no number and not one for each environment.
         """
-        for key, value in log_scalars(log).items():
-            # a new tensor each time: the environment may overwrite its own
-            self._sums[key] = self._sums.get(key, 0.0) + value
+        scalars = log_scalars(log)
+        new = [key for key in scalars if key not in self._sums]
+        known = [key for key in scalars if key in self._sums]
+        # new tensors each time: the environment may overwrite its own; all by one launch on a GPU
+        if new:
+            self._sums.update(zip(new, torch._foreach_add([scalars[key] for key in new], 0.0)))
+        if known:
+            sums = torch._foreach_add([self._sums[key] for key in known], [scalars[key] for key in known])
+            self._sums.update(zip(known, sums))
+        for key in scalars:
             self._steps[key] = self._steps.get(key, 0) + 1
 
     def copy(self) -> LogMeter:

@@ -80,6 +80,8 @@ class GenesisHover:
         camera: keyword arguments of ``scene.add_camera``; the camera is then ``self.camera``.
         randomization: the ranges that every drone draws from for each episode; None: no randomisation. If mass or
             inertia vary, Genesis stores them per environment (``batch_links_info``).
+        fused: whether a Triton kernel computes the task, in one launch after the simulator's step; None: on CUDA where
+            Triton is installed, see :class:`~pydrone.envs.hover_task.HoverTask`.
         config: other constants of the task.
     """
 
@@ -104,6 +106,7 @@ class GenesisHover:
         show_viewer: bool = False,
         camera: dict[str, Any] | None = None,
         randomization: Randomization | None = None,
+        fused: bool | None = None,
         **config: Any,
     ) -> None:
         cfg = self.task_type.config_type(dt=dt, max_episode_length=max_episode_length, **config)
@@ -111,7 +114,7 @@ class GenesisHover:
         self._inert = randomization is not None and randomization.varies("mass", "inertia")
         gs = init_genesis(torch.device(device), seed, performance_mode)
         self.device = torch.device(gs.device)
-        self.task = self.task_type(num_envs, self.device, seed, cfg, randomization)
+        self.task = self.task_type(num_envs, self.device, seed, cfg, randomization, fused)
         self.config = cfg
         self.num_envs = num_envs
         self.max_episode_length: int | None = max_episode_length

@@ -32,6 +32,7 @@ from pydrone.envs.drone import (  # noqa: F401 (some are re-exported only)
     rotate_inverse,
     yaw,
 )
+from pydrone.envs.fused import FusedStep, why_not
 from pydrone.envs.randomization import Randomization
 from pydrone.envs.randomizer import Randomizer
 from pydrone.envs.task_options import TaskOptions
@@ -199,6 +200,8 @@ class HoverTask:
         seed: of the targets and the random ages.
         config: the constants of the task.
         randomization: the ranges that ``randomizer`` draws from for every episode; it is None if nothing varies.
+        fused: whether a Triton kernel computes a step, in one launch; None: on CUDA where Triton is installed, unless
+            ``PYDRONE_BACKEND`` is ``reference``. ``not_fused`` is the reason where it does not, else None.
     """
 
     config_type: ClassVar[type[HoverConfig]] = HoverConfig
@@ -213,6 +216,7 @@ class HoverTask:
         seed: int = 0,
         config: HoverConfig | None = None,
         randomization: Randomization | None = None,
+        fused: bool | None = None,
     ) -> None:
         if num_envs < 1:
             raise ValueError(f"num_envs: expected at least 1, got {num_envs}")
@@ -237,7 +241,6 @@ class HoverTask:
         self._hold_steps = round(self.config.hold / self.config.dt)
         if self._hold_steps > 1:
             self.held = torch.zeros(num_envs, dtype=torch.int32, device=self.device)
-        self._draw = buffer(num_envs, 3)
         self._step = buffer(len(self.sums), num_envs)
         self._rewards = self._step[:1]
         self._obs = buffer(num_envs, OBS_DIM)
@@ -253,14 +256,22 @@ class HoverTask:
         self.randomizer: Randomizer | None = None
         if randomization is not None and randomization.varies():
             self.randomizer = Randomizer(num_envs, randomization, self.generator, self.config)
+        drawn = self.randomizer
+        self._draw = buffer(num_envs, 3 + (0 if drawn is None else drawn.uniforms))
+        #: the random numbers of a step: [N, 3 + those of the randomizer] uniform, [N, n] normal or None; a tuple, since
+        #: they are no state
+        self.draws = (self._draw, buffer(num_envs, drawn.normals) if drawn is not None and drawn.normals else None)
         self._prepare()
+        self.not_fused = why_not(self, fused)
+        self.fused: FusedStep | None = FusedStep(self) if self.not_fused is None else None
         self.reset()
 
     def reset(self) -> Tensor:
         """Starts new episodes and returns the first observations [N, 17]."""
-        self.target.copy_(self._first_targets(self._draw_targets(), self._everyone))
+        self.draw()
+        self.target.copy_(self._first_targets(self._drawn_targets(), self._everyone))
         if self.randomizer is not None:
-            self.randomizer.reset()
+            self.randomizer.restart(self._everyone, *self._draws_of_randomizer())
         self.last_pos.copy_(self.constants.init_pos)
         self.last_actions.zero_()
         self.age.zero_()
@@ -280,6 +291,9 @@ class HoverTask:
 
         The caller has to reset the drones of ``dones`` to ``init_pos``, upright and at rest.
         """
+        self.draw()
+        if self.fused is not None:
+            return self.fused(self, state, actions)
         c = self.constants
         self.age.add_(1)
         finite = is_finite(state, actions)
@@ -305,18 +319,18 @@ class HoverTask:
         # a target that is reached is replaced; the target of a new episode must not show in the final observation of
         # the old one
         ended = dones[:, None]
-        draw = self._draw_targets()
+        draw = self._drawn_targets()
         target = self.target
         if self.resample_targets:
             target = torch.where(reached[:, None], self._next_targets(draw, reached), target)
-        sensed = state if self.randomizer is None else self.randomizer.sense(state)
+        sensed = state if self.randomizer is None else self.randomizer.sense(state, self._noise(0))
         final_obs = observe(sensed, target, actions, c)
         torch.where(ended, self._first_targets(draw, dones), target, out=self.target)
         torch.where(ended, c.init_pos, state.pos, out=self.last_pos)
         self.last_actions.copy_(actions).masked_fill_(ended, 0)
         self.age.masked_fill_(dones, 0)
         if self.randomizer is not None:
-            self.randomizer.restart(dones)
+            self.randomizer.restart(dones, *self._draws_of_randomizer())
         torch.where(ended, self._first_observations(), final_obs, out=self._obs)
         return StepResult(self._obs, self._rewards[0], dones, truncated, final_obs, None, log)
 
@@ -331,15 +345,29 @@ class HoverTask:
         """The targets [N, 3] of new episodes, which start where ``ended`` [N] is set."""
         return draw
 
-    def _draw_targets(self) -> Tensor:
-        torch.rand(self._draw.shape, generator=self.generator, out=self._draw)
-        return self._draw.mul_(self.constants.target_span).add_(self.constants.target_low)
+    def draw(self) -> None:
+        """Draws the random numbers of a step for all drones, of which those use theirs that need any."""
+        uniform, normal = self.draws
+        torch.rand(uniform.shape, generator=self.generator, out=uniform)
+        if normal is not None:
+            torch.randn(normal.shape, generator=self.generator, out=normal)
+
+    def _drawn_targets(self) -> Tensor:
+        return self._draw[:, :3].mul_(self.constants.target_span).add_(self.constants.target_low)
+
+    def _draws_of_randomizer(self) -> tuple[Tensor, Tensor | None]:
+        return self._draw[:, 3:], self.draws[1]
+
+    def _noise(self, observation: int) -> Tensor | None:
+        """[N, 12]: the noise of the state's observation (0), or of a new episode's first one (1)."""
+        normal = self.draws[1]
+        return None if normal is None else normal[:, 12 * observation : 12 * observation + 12]
 
     def _first_observations(self) -> Tensor:
         c = self.constants
         if self.randomizer is not None and self.randomizer.senses:
             # only the rows of new episodes are used, and those have no last action
-            return observe(self.randomizer.sense(self._at_rest), self.target, self.last_actions, c)
+            return observe(self.randomizer.sense(self._at_rest, self._noise(1)), self.target, self.last_actions, c)
         rel = (self.target - c.init_pos) * c.scale[:3]
         torch.clamp(rel, -1, 1, out=self._first_obs[:, :3])
         return self._first_obs

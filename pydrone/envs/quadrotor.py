@@ -24,6 +24,7 @@ from pydrone.envs.drone import (
     propeller_rpm,
     rotate_inverse,
 )
+from pydrone.envs.fused import Body
 from pydrone.envs.hover_task import OBS_DIM, HoverTask
 from pydrone.envs.randomization import Randomization
 from pydrone.envs.state import restore, state_of
@@ -64,6 +65,8 @@ class Quadrotor:
         max_episode_length: steps after which an episode is truncated.
         substeps: integration steps per step.
         randomization: the ranges that every drone draws from for each episode; None: no randomisation.
+        fused: whether a Triton kernel computes a step, physics included, in one launch; None: on CUDA where Triton is
+            installed, see :class:`~pydrone.envs.hover_task.HoverTask`.
         config: other constants of the task.
     """
 
@@ -86,12 +89,13 @@ class Quadrotor:
         max_episode_length: int = 1500,
         substeps: int = 2,
         randomization: Randomization | None = None,
+        fused: bool | None = None,
         **config: Any,
     ) -> None:
         if substeps < 1:
             raise ValueError(f"substeps: expected at least 1, got {substeps}")
         cfg = self.task_type.config_type(dt=dt, max_episode_length=max_episode_length, **config)
-        self.task = self.task_type(num_envs, device, seed, cfg, randomization)
+        self.task = self.task_type(num_envs, device, seed, cfg, randomization, fused)
         self.config = cfg
         self.num_envs = num_envs
         self.device = self.task.device
@@ -115,6 +119,14 @@ class Quadrotor:
         self.vel = torch.zeros(num_envs, 3, device=self.device)
         self.ang_vel = torch.zeros(num_envs, 3, device=self.device)
         self._upright = row(1.0, 0.0, 0.0, 0.0)
+        self._body = Body(
+            wrench=tuple(wrench_matrix().flatten().tolist()),
+            gyro=tuple(self._gyro.tolist()),
+            damping=tuple(self._damping.tolist()),
+            gravity=-GRAVITY,
+            mass=MASS,
+            h=self._h,
+        )
         self._place()
 
     @property
@@ -129,7 +141,13 @@ class Quadrotor:
 
     def step(self, actions: Tensor) -> StepResult:
         """Applies ``actions`` [N, 4], clipped to [-1, 1], for one step."""
-        actions = clip_actions(check_actions(actions, self.num_envs, ACTION_DIM, self.device))
+        actions = check_actions(actions, self.num_envs, ACTION_DIM, self.device)
+        task = self.task
+        if isinstance(task, HoverTask) and task.fused is not None:  # else something watches the task's steps
+            task.draw()
+            drones = DroneState(self.pos, self.quat, self.vel, self.ang_vel)
+            return task.fused(task, drones, actions, self._body, self.substeps)
+        actions = clip_actions(actions)
         drawn = self.task.randomizer
         rpm = propeller_rpm(actions, self.config) if drawn is None else drawn.propeller_rpm(actions)
         accel = rpm.square() @ self._wrench

@@ -67,25 +67,28 @@ class Randomizer:
         self._lags = ranges.varies("motor_lag")
         self.blows = ranges.varies("wind")
         self.senses = ranges.varies(*NOISES)
+        #: how many numbers a step takes for each drone: from a uniform and from a normal distribution
+        self.uniforms, self.normals = len(low), 24 * self.senses + 2 * self.blows
         self._history = zeros(int(ranges.latency[1]) + 1 if self._late else 0, num_envs, ACTION_DIM)
         self._rpm = zeros(num_envs, ACTION_DIM)
-        self._everyone = torch.ones(num_envs, dtype=torch.bool, device=device)
-        self.restart(self._everyone)
+        self.restart(torch.ones(num_envs, dtype=torch.bool, device=device))
 
-    def reset(self) -> None:
-        """Draws anew for every drone."""
-        self.restart(self._everyone)
+    def restart(self, ended: Tensor, uniform: Tensor | None = None, normal: Tensor | None = None) -> None:
+        """Draws anew for the drones of ``ended`` [N] bool; their motors run at hover speed and no action is pending.
 
-    def restart(self, ended: Tensor) -> None:
-        """Draws anew for the drones of ``ended`` [N] bool; their motors run at hover speed and no action is pending."""
+        From ``uniform`` [N, 13] and the last two columns of ``normal`` [N, n]; by default from numbers of its own.
+        """
         rows = ended[:, None]
-        draw = torch.rand(self._drawn.shape, generator=self.generator, device=self._drawn.device)
-        draw.mul_(self._span).add_(self._low)
+        if uniform is None:
+            uniform = torch.rand(self._drawn.shape, generator=self.generator, device=self._drawn.device)
+        draw = (uniform * self._span).add_(self._low)
         draw[:, self._whole].floor_()
         torch.minimum(draw, self._high, out=draw)  # a product may round up
         torch.where(rows, draw, self._drawn, out=self._drawn)
         if self.blows:
-            way = torch.randn(len(draw), 2, generator=self.generator, device=draw.device)
+            if normal is None:
+                normal = torch.randn(len(draw), 2, generator=self.generator, device=draw.device)
+            way = normal[:, -2:]
             way = way / torch.linalg.vector_norm(way, dim=1, keepdim=True).clamp_(min=1e-6)
             self.wind[:, :2] = torch.where(rows, way * self._wind_force, self.wind[:, :2])
         self._history.masked_fill_(rows, 0)
@@ -106,12 +109,13 @@ class Randomizer:
             rpm = self._rpm.copy_(rpm + (self._rpm - rpm) * left)
         return rpm * self.thrust.sqrt()
 
-    def sense(self, state: DroneState) -> DroneState:
-        """``state`` with sensor noise, drawn at each call."""
+    def sense(self, state: DroneState, normal: Tensor | None = None) -> DroneState:
+        """``state`` with sensor noise from ``normal`` [N, 12], by default drawn at each call."""
         if not self.senses:
             return state
-        noise = torch.randn(len(state.pos), 12, generator=self.generator, device=state.pos.device)
-        noise = noise.view(-1, 4, 3) * self.noise[:, :, None]
+        if normal is None:
+            normal = torch.randn(len(state.pos), 12, generator=self.generator, device=state.pos.device)
+        noise = normal.unflatten(1, (4, 3)) * self.noise[:, :, None]
         pos, turn, lin_vel, ang_vel = noise.unbind(1)
         real, axis, turn = state.quat[:, :1], state.quat[:, 1:], turn * 0.5
         # rotated by a small angle about the body's axes

@@ -47,3 +47,17 @@ def ppo_loss(*args) -> None:
     from pydrone._triton.ppo_loss import ppo_loss as launch
 
     launch(*args)
+
+
+def task_step(*args) -> None:
+    """A step of :mod:`pydrone.envs.fused`."""
+    from pydrone._triton.quadrotor import step as launch
+
+    launch(*args)
+
+
+def task_programs(num_envs: int) -> int:
+    """How many programs a step of ``num_envs`` drones takes."""
+    from pydrone._triton.quadrotor import programs
+
+    return programs(num_envs)

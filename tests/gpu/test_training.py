@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from pydrone.envs import Randomization
 from pydrone.envs.quadrotor import Quadrotor
 from pydrone.ppo.config import PPOConfig, TrainConfig
 from pydrone.ppo.trainer import Trainer
@@ -26,6 +27,20 @@ def make(capture: bool, resume: str | None = None, **ppo: object) -> Trainer:
     env = Quadrotor(N, "cuda", seed=3, max_episode_length=20)
     config = TrainConfig(num_steps=T, capture=capture, resume=resume, ppo=PPOConfig(hidden_dims=(32, 32), **ppo))
     return Trainer(env, config, echo=lambda line: None)
+
+
+@pytest.mark.parametrize(
+    "ranges", [None, Randomization(mass=(0.8, 1.2), latency=(0, 2), wind=(0, 0.1), pos_noise=(0, 1))]
+)
+def test_a_step_of_the_quadrotor_is_three_launches_at_most(ranges):
+    """The draws and the kernel."""
+    env = Quadrotor(N, "cuda", randomization=ranges)
+    assert env.task.not_fused is None
+    actions = torch.zeros(N, 4, device="cuda")
+    env.step(actions)
+    made = calls(lambda: env.step(actions))
+    launches = sum(number for name, number in made.items() if "LaunchKernel" in name)
+    assert 0 < launches <= (2 if ranges is None else 3), made
 
 
 def compared(figures: dict[str, float]) -> dict[str, float]:

@@ -1,4 +1,5 @@
-"""The Triton kernels against the reference: triton_cases.py and triton_properties.py, each in its own process.
+"""The Triton kernels against the reference: triton_cases.py, triton_properties.py and step_cases.py (the environments'
+steps), each in its own process.
 
 Triton decides at import, for the whole process, whether kernels are interpreted, and other tests may have imported it
 already. On a machine with a GPU the cases run compiled; the properties use CPU tensors and are always interpreted here
@@ -36,6 +37,10 @@ def test_cases(operation):
     run(CASES, "-k", f"test_{operation}", "-m", "not slow")
 
 
+def test_steps():
+    run(CASES.with_name("step_cases.py"), "-m", "not slow")
+
+
 def test_properties():
     run(CASES.with_name("triton_properties.py"), "--hypothesis-profile", "few", interpreted=True)
 
@@ -43,3 +48,8 @@ def test_properties():
 @pytest.mark.slow
 def test_the_whole_size():
     run(CASES, "-k", "test_gae", "-m", "slow")
+
+
+@pytest.mark.slow
+def test_a_hundred_steps():
+    run(CASES.with_name("step_cases.py"), "-m", "slow")

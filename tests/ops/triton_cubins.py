@@ -26,6 +26,9 @@ from pydrone._triton.append import append
 from pydrone._triton.gae import gae
 from pydrone._triton.gather import gather
 from pydrone._triton.ppo_loss import ppo_loss
+from pydrone.envs import Randomization, fused
+from pydrone.envs.drone import DroneState
+from pydrone.envs.quadrotor import Quadrotor, QuadrotorCourse
 from pydrone.ops.schema import SCALAR_TYPES, loss_workspace_size, workspace_size
 
 OPCODE = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)", re.MULTILINE)
@@ -135,6 +138,23 @@ def launch_loss(
     )  # fmt: skip
 
 
+VARIED = Randomization(
+    mass=(0.8, 1.2), motor_lag=(0.0, 0.05), latency=(0, 2), wind=(0.0, 0.02), pos_noise=(0.0, 0.01)
+)  # fmt: skip
+OPTIONS = {"randomization": VARIED, "hold": 0.05, "weight_near": 1.0, "max_tilt": 60.0}
+
+
+def launch_step(course: bool = False, physics: bool = True, num_envs: int = 8192, **options) -> None:
+    """The environment's own call, with ``physics``; else the task's, of a simulator's rows of 13."""
+    env = (QuadrotorCourse if course else Quadrotor)(num_envs, **options)
+    task, actions = env.task, torch.empty(num_envs, 4)
+    state = DroneState(env.pos, env.quat, env.vel, env.ang_vel)
+    if not physics:
+        pos, quat, _, ang_vel = torch.empty(num_envs, 13).split((3, 4, 3, 3), dim=1)
+        state = DroneState(pos, quat, env.vel, ang_vel)
+    fused.FusedStep(task)(task, state, actions, *((env._body, env.substeps) if physics else ()))
+
+
 def reports() -> Iterator[dict]:
     yield report("gae rows", launch_gae)
     yield report("gae rows, no statistics", partial(launch_gae, stats=False))
@@ -158,6 +178,10 @@ def reports() -> Iterator[dict]:
     yield report("loss, one action", partial(launch_loss, 1))
     yield report("loss, 17 actions", partial(launch_loss, 17))
     yield report("loss, float64", partial(launch_loss, dtype=torch.float64))
+    yield report("step", launch_step)
+    yield report("step, all options", partial(launch_step, course=True, **OPTIONS))
+    yield report("task", partial(launch_step, physics=False))
+    yield report("task, all options", partial(launch_step, physics=False, course=True, **OPTIONS))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,66 @@ OF_TRITON = "tests/ops/test_triton.py::test_cases[gae] tests/ops/test_triton.py:
 OF_GATHER = "tests/ops/test_triton.py::test_cases[gather] tests/ops/test_triton.py::test_properties"
 OF_APPEND = "tests/ops/test_triton.py::test_cases[append] tests/ops/test_triton.py::test_properties"
 
+STEP = "triton_kernels/quadrotor.py"
+OF_STEP = "tests/ops/test_triton.py::test_steps"
+
 TRITON = [
+    Fault(
+        "an infinite action taken for the largest one, in Triton",
+        STEP,
+        'tl.where(tl.abs(a) < INF, clip(a, -1.0, 1.0), float("nan"))',
+        "clip(a, -1.0, 1.0)",
+        OF_STEP,
+    ),
+    Fault(
+        "a crash on the last step taken for a time-out, in Triton",
+        STEP,
+        "timeout & (crash == 0)",
+        "timeout",
+        OF_STEP,
+    ),
+    Fault(
+        "a final observation that shows the target of the next episode, in Triton",
+        STEP,
+        "store_row(out.final_obs, row, live, last, a)",
+        "store_row(out.final_obs, row, live, first, a)",
+        OF_STEP,
+    ),
+    Fault(
+        "one noise for the last observation and the first, in Triton",
+        STEP,
+        "draws.normal, draws.normal + 12",
+        "draws.normal, draws.normal",
+        OF_STEP,
+    ),
+    Fault(
+        "an action that arrives in the next episode, in Triton",
+        STEP,
+        "row, live & (dones == 0))",
+        "row, live)",
+        OF_STEP,
+    ),
+    Fault(
+        "draws for drones that fly on, in Triton",
+        STEP,
+        "tl.store(varied.drawn + row * DRAWN + k, new[k], mask=ended)",
+        "tl.store(varied.drawn + row * DRAWN + k, new[k], mask=live)",
+        OF_STEP,
+    ),
+    Fault(
+        "drones that do not exist in the log, in Triton",
+        STEP,
+        "tl.sum(tl.where(live[:, None], tile, 0.0), 0)",
+        "tl.sum(tile, 0)",
+        OF_STEP,
+    ),
+    Fault(
+        "a NaN that an observation's clip drops, in Triton",
+        "triton_kernels/vectors.py",
+        "return tl.where(x > high, high, tl.where(x < low, low, x))",
+        "return tl.minimum(tl.maximum(x, low), high)",
+        "tests/ops/test_triton_compile.py::test_no_minimum_or_maximum_drops_a_nan",
+    ),
     Fault(
         "a NaN that a clamp drops, in Triton",
         "triton_kernels/ppo_loss.py",

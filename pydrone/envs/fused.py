@@ -1,0 +1,230 @@
+"""A step of the hover and course tasks as one launch of a Triton kernel, with the quadrotor's physics if wanted.
+
+:mod:`pydrone.envs.hover_task` and :mod:`pydrone.envs.quadrotor` specify what it computes, on the same random numbers,
+and write the same tensors; ``triton_kernels/quadrotor.py`` reads the tuples below by their fields' names. Their tensors
+are the task's own, float32 and contiguous unless said otherwise.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import warnings
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pydrone.envs.base import StepResult
+from pydrone.envs.drone import DroneState
+from pydrone.ops import dispatch, triton
+
+#: what a step's log has, in the kernel's order: means over the drones, then sums over the episodes that ended
+LOG = (
+    *(f"reward/{name}" for name in ("target", "smooth", "yaw", "angular", "crash", "near")),
+    "distance",
+    "non_finite",
+    *(f"episode/{name}" for name in ("count", "length", "return", "targets")),
+)
+LOG_SIZE = 16
+#: the tasks that the kernel computes; a class derived from one may differ
+SERVED = ("pydrone.envs.hover_task.HoverTask", "pydrone.envs.course_task.CourseTask")
+
+
+class Task(NamedTuple):
+    """What a task remembers, see :class:`~pydrone.envs.hover_task.HoverTask`; None: it needs none."""
+
+    target: Tensor
+    last_pos: Tensor
+    last_actions: Tensor
+    age: Tensor
+    held: Tensor | None
+    leg: Tensor | None
+    waypoints: Tensor | None
+    sums: Tensor
+    """[2 or 3 + 1, N]: of :class:`~pydrone.envs.base.EpisodeStats`."""
+
+
+class Varied(NamedTuple):
+    """What a :class:`~pydrone.envs.randomizer.Randomizer` has drawn, and the ranges; None: nothing is late, or lags."""
+
+    drawn: Tensor
+    wind: Tensor
+    history: Tensor | None
+    latest: int
+    """The largest latency in steps."""
+    rpm: Tensor | None
+    low: tuple[float, ...]
+    span: tuple[float, ...]
+    high: tuple[float, ...]
+
+
+class Draws(NamedTuple):
+    """The random numbers of a step, a row a drone, see ``HoverTask.draw``."""
+
+    uniform: Tensor
+    normal: Tensor | None
+
+
+class Outputs(NamedTuple):
+    """What a step returns; ``dones`` and ``truncated`` are bool [N], ``log`` is [LOG_SIZE]."""
+
+    obs: Tensor
+    final_obs: Tensor
+    rewards: Tensor
+    dones: Tensor
+    truncated: Tensor
+    log: Tensor
+
+
+class Scratch(NamedTuple):
+    """``partials`` [programs, LOG_SIZE]; ``ticket`` int32 [1], 0 between launches."""
+
+    partials: Tensor
+    ticket: Tensor
+
+
+class TaskNumbers(NamedTuple):
+    """The numbers of a :class:`~pydrone.envs.hover_task.HoverConfig`, ready for use: angles in rad, decays of 2^x."""
+
+    init_pos: tuple[float, ...]
+    target_low: tuple[float, ...]
+    target_span: tuple[float, ...]
+    weights: tuple[float, ...]
+    pos_scale: float
+    lin_vel_scale: float
+    ang_vel_scale: float
+    max_xy: float
+    max_z: float
+    min_height: float
+    max_tilt: float
+    at_target: float
+    yaw_decay: float
+    near_decay: float
+    per_pi: float
+    rpm_range: float
+    hover_rpm: float
+    lag: float
+    max_age: int
+    hold_steps: int
+
+
+class Body(NamedTuple):
+    """The numbers of the quadrotor's physics, see :mod:`pydrone.envs.quadrotor`; ``wrench`` by rows."""
+
+    wrench: tuple[float, ...]
+    gyro: tuple[float, ...]
+    damping: tuple[float, ...]
+    gravity: float
+    mass: float
+    h: float
+
+
+def why_not(task: Any, wanted: bool | None) -> str | None:
+    """Why PyTorch computes the steps of a ``HoverTask``, or None: the kernel does.
+
+    ``wanted`` None: it does on CUDA, unless ``PYDRONE_BACKEND`` is ``reference``; where it cannot, a warning says why.
+    Raises ValueError where it is wanted and cannot be had.
+    """
+    if wanted is False:
+        return "fused is False"
+    reason = triton.missing()
+    if task.device.type != "cuda" and not (wanted and triton.interpreted()):
+        reason = f"the kernel needs a CUDA device, the task is on {task.device.type}"
+    if f"{type(task).__module__}.{type(task).__qualname__}" not in SERVED:
+        reason = f"{type(task).__name__} may differ from the tasks that the kernel computes"
+    if wanted is None and os.environ.get("PYDRONE_BACKEND") == "reference":
+        return "PYDRONE_BACKEND is 'reference'"
+    if wanted and reason is not None:
+        raise ValueError(f"fused: expected False or None here: {reason}")
+    if reason is not None and task.device.type == "cuda":
+        warnings.warn(
+            f"PyTorch computes the steps of {type(task).__name__}, in more than a hundred launches each: {reason}. "
+            "fused=False says that this is wanted",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+    return reason
+
+
+class FusedStep:
+    """Launches the steps of ``task``, a ``HoverTask``. All its own tensors are in tuples, as they are no state."""
+
+    def __init__(self, task: Any) -> None:
+        c, config, device, n = task.constants, task.config, task.device, task.num_envs
+        log = torch.zeros(LOG_SIZE, device=device)
+        self._out = Outputs(
+            task._obs,
+            torch.zeros_like(task._obs),
+            task._rewards[0],
+            *(torch.zeros(n, dtype=torch.bool, device=device) for _ in range(2)),
+            log,
+        )
+        self._scratch = Scratch(
+            torch.zeros(triton.task_programs(n), LOG_SIZE, device=device),
+            torch.zeros(1, dtype=torch.int32, device=device),
+        )
+        names = [f"reward/{name}" for name in task.rewards] + ["distance", "non_finite"]
+        names += [f"episode/{name}" for name in task._stats.names]
+        self._log = tuple((name, log[LOG.index(name)]) for name in names)
+        drawn = task.randomizer
+        ranges = () if drawn is None else (drawn._low, drawn._span, drawn._high)
+        self._ranges = tuple(tuple(x.tolist()) for x in ranges)
+        self._numbers = TaskNumbers(
+            init_pos=tuple(c.init_pos.tolist()),
+            target_low=tuple(c.target_low.tolist()),
+            target_span=tuple(c.target_span.tolist()),
+            weights=tuple((c.weights.flatten().tolist() + [0.0])[:6]),
+            pos_scale=config.pos_scale,
+            lin_vel_scale=config.lin_vel_scale,
+            ang_vel_scale=config.ang_vel_scale,
+            max_xy=config.max_xy,
+            max_z=config.max_z,
+            min_height=config.min_height,
+            max_tilt=math.radians(config.max_tilt),
+            at_target=config.at_target,
+            yaw_decay=-config.yaw_decay / math.log(2),
+            near_decay=-config.near_decay / math.log(2),
+            per_pi=1 / math.pi,
+            rpm_range=config.rpm_range * config.hover_rpm,
+            hover_rpm=config.hover_rpm,
+            lag=-config.dt / math.log(2),
+            max_age=config.max_episode_length,
+            hold_steps=task._hold_steps,
+        )
+
+    def __call__(
+        self, task: Any, state: DroneState, actions: Tensor, body: Body | None = None, substeps: int = 1
+    ) -> StepResult:
+        """The result of a step, as ``HoverTask.step`` returns it.
+
+        Args:
+            task: the one that the constructor was given. Its random numbers must have been drawn.
+            state: the drones after the step. With ``body``: before it, velocities in the world, to be overwritten by
+                their state after it and after the reset of those whose episode ended. Without, rows may be strided.
+            actions: [N, 4], clipped or not.
+            body: the physics to compute; None: none.
+            substeps: integration steps of the physics.
+        """
+        out, drawn, config = self._out, task.randomizer, task.config
+        if body is not None and not all(x.is_contiguous() for x in state):
+            raise ValueError("pos, quat, vel, ang_vel: expected contiguous tensors, which the step overwrites")
+        varied = None
+        if drawn is not None:
+            history = drawn._history if len(drawn._history) else None
+            varied = Varied(
+                drawn._drawn, drawn.wind, history, len(drawn._history) - 1, drawn._rpm if drawn._lags else None,
+                *self._ranges,
+            )  # fmt: skip
+        triton.task_step(
+            DroneState(*(x if x.stride(1) == 1 else x.contiguous() for x in state)),
+            actions.contiguous(),
+            Task(
+                task.target, task.last_pos, task.last_actions, task.age, task.held, getattr(task, "leg", None),
+                getattr(task, "_waypoints", None), task._stats._sums,
+            ),
+            varied, Draws(*task.draws), out, self._scratch, self._numbers, body, substeps,
+            bool(task.resample_targets), bool(config.weight_near), config.max_tilt < 180.0,
+        )  # fmt: skip
+        dispatch.written(out.obs, out.final_obs, out.rewards)
+        return StepResult(out.obs, out.rewards, out.dones, out.truncated, out.final_obs, None, dict(self._log))
