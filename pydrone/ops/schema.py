@@ -87,6 +87,16 @@ names the argument, what it was and what it must be; the reference and Triton ch
     entropy_coef * entropy. metrics [4]: surrogate, value loss, entropy, KL. Computed in mean_grad's dtype, summed in a
     fixed order. workspace: float64 [loss_workspace_size(B, A)], zero before the first launch, used by one stream only.
 
+``activate``  a layer's bias and activation after its matrix product; Triton on CUDA, the reference on every other
+    device. ``activate_backward``: their gradients.
+
+    x [B, H], contiguous float32: receives activation(x + bias), bias [H]; or, with out, as SiLU needs, x + bias, and
+    out the result. activation: index into ACTIVATIONS, or -1: none.
+    grad [B, H]: with respect to the layer's output.  kept [B, H]: what ``activate`` left in x; None without an
+    activation.  out [B, H]: grad times the activation's derivative; None without one. bias_grad [H]: its sum over B, in
+    a fixed order.  workspace: float64 [layer_workspace_size(B, H)], zero before the first launch, used by one stream
+    only.
+
 ``cursor``: None, or int64 [CURSOR_SIZE] on the tensors' device, from which a captured CUDA graph derives slot, start
 and rollout instead of taking the host's.  A captured append that would overwrite a rollout not yet discarded writes
 nothing and sets the flag.
@@ -158,6 +168,11 @@ LEARNER_SCHEMAS = {
         "Tensor(a!) mean_grad, Tensor(b!) value_grad, Tensor(c!) std_grad, Tensor(d!) metrics, "
         "Tensor(e!)? workspace) -> ()"
     ),
+    "activate": "(Tensor(a!) x, Tensor bias, int activation, Tensor(b!)? out) -> ()",
+    "activate_backward": (
+        "(Tensor grad, Tensor? kept, int activation, Tensor(a!)? out, Tensor(b!) bias_grad, "
+        "Tensor(c!)? workspace) -> ()"
+    ),
 }
 
 ACTIVATIONS = ("tanh", "elu", "relu", "silu")
@@ -213,3 +228,18 @@ def packed_size(parameters: Sequence[torch.Tensor]) -> int:
 def loss_workspace_size(num_samples: int, num_actions: int) -> int:
     """Elements of ``ppo_loss``'s float64 workspace: a ticket, then the sums per program of at least 16 samples."""
     return 1 + (num_actions + 3) * ((num_samples + 15) // 16)
+
+
+# Rows that a program of ``activate_backward`` adds up at a time.
+LAYER_ROWS = 32
+
+
+def layer_programs(num_rows: int) -> int:
+    """Programs of ``activate_backward`` along the rows, the same on every GPU, so that sums are."""
+    return min(-(-num_rows // LAYER_ROWS), 256)
+
+
+def layer_workspace_size(num_rows: int, width: int) -> int:
+    """Elements of ``activate_backward``'s float64 workspace: a ticket per block of 16 columns at least, then the sums
+    of each program."""
+    return -(-width // 16) + layer_programs(num_rows) * width
