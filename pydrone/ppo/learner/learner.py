@@ -58,7 +58,7 @@ class Learner:
         self.fused_loss: fused_loss.FusedLoss | None = None
         if config.learner != "torch" and device.type == "cuda":
             self.not_fused = fused_loss.why_not(policy)
-            self.fused_loss = fused_loss.FusedLoss() if self.not_fused is None else None
+            self.fused_loss = fused_loss.FusedLoss(policy) if self.not_fused is None else None
             self.not_fused = self.not_fused or "its networks are torch's on CUDA"
         if config.learner == "fused" and self.not_fused is not None and self.fused_loss is None:
             raise ValueError(f"learner: 'fused' cannot be used: {self.not_fused}")

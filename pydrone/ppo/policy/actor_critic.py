@@ -6,7 +6,7 @@ Other policies derive from it: discrete actions (:mod:`pydrone.ppo.policy.discre
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -203,6 +203,12 @@ class ActorCritic(nn.Module):
     def normalized_value(self, obs: Tensor | Mapping[str, Tensor]) -> Tensor:
         """[B]: the critic's output, :meth:`value` in the unit of :meth:`evaluate`'s."""
         return self._run(self.critic, self._critic_input(obs)).squeeze(-1)
+
+    def outputs(
+        self, obs: Tensor | Mapping[str, Tensor], run: Callable[[nn.Module, Tensor], Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """:meth:`mean` and :meth:`normalized_value`, with ``run(network, x)`` in place of torch's layers."""
+        return run(self.actor, self._actor_input(obs)), run(self.critic, self._critic_input(obs)).squeeze(-1)
 
     def _actor_outputs(self, x: Tensor) -> Tensor:
         return self._run(self.actor, x)
