@@ -9,8 +9,10 @@ import math
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from pydrone.ops.schema import (
+    ACTIVATIONS,
     CURSOR_APPENDED,
     CURSOR_DISCARDED,
     CURSOR_FLAG,
@@ -270,6 +272,27 @@ def ppo_loss(
         kl = ((apart.square() + (s - std) * (s + std)) / (2 * std.square()) + (std.log() - s.log())).sum() / num_samples
     surrogate = -torch.minimum(plain, clipped).sum() / num_samples
     metrics.copy_(torch.stack([surrogate, square.sum() / num_samples, entropy * share, kl]))
+
+
+def activate(x, bias, activation, out) -> None:
+    """A layer's bias and activation, by torch's own functions."""
+    x.add_(bias)
+    if activation >= 0:
+        (x if out is None else out).copy_(getattr(functional, ACTIVATIONS[activation])(x))
+
+
+def activate_backward(grad, kept, activation, out, bias_grad, workspace) -> None:
+    """The gradients of a layer's bias and activation. Derivatives from the result, SiLU's from its argument."""
+    if activation >= 0:
+        gate = kept.sigmoid()
+        slopes = {
+            "tanh": 1 - kept.square(),
+            "elu": torch.where(kept > 0, 1, kept + 1),
+            "relu": (kept > 0).to(kept.dtype),
+            "silu": gate + kept * gate * (1 - gate),
+        }
+        grad = out.copy_(grad * slopes[ACTIVATIONS[activation]])
+    bias_grad.copy_(grad.sum(0, dtype=torch.float64))
 
 
 def permute(position: Tensor, num_samples: int, key: int, rollout: int, epoch: int) -> Tensor:

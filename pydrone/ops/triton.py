@@ -43,6 +43,18 @@ def gather(*args) -> None:
     launch(*args)
 
 
+def activate(*args) -> None:
+    from pydrone._triton.layers import activate as launch
+
+    launch(*args)
+
+
+def activate_backward(*args) -> None:
+    from pydrone._triton.layers import activate_backward as launch
+
+    launch(*args)
+
+
 def ppo_loss(*args) -> None:
     from pydrone._triton.ppo_loss import ppo_loss as launch
 

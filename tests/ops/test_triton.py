@@ -32,7 +32,7 @@ def run(path: Path, *options: str, interpreted: bool = not torch.cuda.is_availab
     assert " passed" in done.stdout and "skipped" not in done.stdout, done.stdout
 
 
-@pytest.mark.parametrize("operation", ["gae", "append", "gather", "loss"])
+@pytest.mark.parametrize("operation", ["gae", "append", "gather", "loss", "layer"])
 def test_cases(operation):
     run(CASES, "-k", f"test_{operation}", "-m", "not slow")
 

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from pydrone.ops.schema import ACTIVATIONS
+
 pytest.importorskip("triton")
 
 CUBINS = Path(__file__).with_name("triton_cubins.py")
@@ -47,6 +49,9 @@ BUDGET = {
     "loss, strided": (128, 4096),
     "loss, one action": (128, 4096),
     "loss, 17 actions": (128, 4096),
+    # Streams of 16 elements per thread; four programs of 256 threads. Shared memory: sums of 8 warps.
+    **{f"layer, {x}": (48, 0) for x in ACTIVATIONS},
+    **{f"layer back, {x}": (64, 4096) for x in (*ACTIVATIONS, "none")},
     "loss, float64": (192, 4096),
     # 128 programs of 64 threads for 8192 drones: registers are no limit. Shared memory: rows of 16 for 64 drones.
     "step": (128, 4096),
@@ -109,6 +114,14 @@ def test_gae_rows_are_read_and_written_in_128_bits(kernels, name):
     assert count(kernel, "LDG.E.128") == 2 * rows_of_a_warp
     assert count(kernel, "STG.E.128") == 2 * rows_of_a_warp
     assert count(kernel, "LDG.E.U8") == 0
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_layers_are_read_and_written_in_128_bits(kernels, name):
+    forward, back = kernels[f"layer, {name}"], kernels[f"layer back, {name}"]
+    # Four of a tile; one of the bias. SiLU also stores what it is given.
+    assert count(forward, "LDG.E.128") == 4 + 1 and count(forward, "STG.E.128") == (8 if name == "silu" else 4)
+    assert count(back, "LDG.E.128") == 2 * 4 and count(back, "STG.E.128") == 4
 
 
 def test_gae_rows_scan_without_barrier_or_shared_memory(kernels):

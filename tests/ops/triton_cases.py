@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import os
 
+import layer_cases
 import loss_cases
 import pytest
 import torch
 from torch import Tensor
 
 from pydrone.ops import reference
-from pydrone.ops.schema import SCALAR_TYPES, workspace_size
+from pydrone.ops.schema import ACTIVATIONS, SCALAR_TYPES, workspace_size
 
 if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
     raise RuntimeError("no CUDA device: set TRITON_INTERPRET=1")
@@ -19,6 +20,7 @@ if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
 from pydrone._triton import append as append_module
 from pydrone._triton import gae as gae_module
 from pydrone._triton import gather as gather_module
+from pydrone._triton import layers as layers_module
 from pydrone._triton import ppo_loss as loss_module
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
@@ -539,3 +541,20 @@ def test_loss_propagates_nan():
 def test_loss_nothing():
     found = loss_cases.run(loss_module.ppo_loss, loss_cases.random_case(0, 2, num_samples=5))
     assert found["std_grad"].tolist() == [0, 0] and found["metrics"].tolist() == [0] * 4
+
+
+@pytest.mark.parametrize("activation", [None, *ACTIVATIONS])
+@pytest.mark.parametrize("shape", [(0, 3), (1, 1), (17, 5), (33, 130), (600, 64)], ids=str)
+def test_layer(shape, activation):
+    layer_cases.check(layers_module.activate, layers_module.activate_backward, *shape, activation)
+
+
+def test_layer_several_tiles_and_partial_sums(monkeypatch):
+    monkeypatch.setattr(layers_module, "LAYER_ROWS", 8)  # 20 programs, which add up 16 sums at a time
+    monkeypatch.setattr(layers_module, "layer_programs", lambda rows: 20)
+    layer_cases.check(layers_module.activate, layers_module.activate_backward, 500, 3, "elu", programs=20)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_layer_propagates_nan(activation):
+    layer_cases.check_nan(layers_module.activate, layers_module.activate_backward, activation)

@@ -25,11 +25,12 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 from pydrone._triton.append import append
 from pydrone._triton.gae import gae
 from pydrone._triton.gather import gather
+from pydrone._triton.layers import activate, activate_backward
 from pydrone._triton.ppo_loss import ppo_loss
 from pydrone.envs import Randomization, fused
 from pydrone.envs.drone import DroneState
 from pydrone.envs.quadrotor import Quadrotor, QuadrotorCourse
-from pydrone.ops.schema import SCALAR_TYPES, loss_workspace_size, workspace_size
+from pydrone.ops.schema import ACTIVATIONS, SCALAR_TYPES, layer_workspace_size, loss_workspace_size, workspace_size
 
 OPCODE = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)", re.MULTILINE)
 EXTREME = re.compile(r"\b(?:min|max)\.[\w.]*(?:f16|f32|f64)\w*")  # of floating numbers
@@ -155,6 +156,16 @@ def launch_step(course: bool = False, physics: bool = True, num_envs: int = 8192
     fused.FusedStep(task)(task, state, actions, *((env._body, env.substeps) if physics else ()))
 
 
+def launch_layer(activation: int, backward: bool, width: int = 512, batch: int = 8192 * 25) -> None:
+    x = torch.empty(batch, width)
+    out = torch.empty_like(x) if activation >= 0 and (backward or activation == ACTIVATIONS.index("silu")) else None
+    if backward:
+        workspace = torch.empty(layer_workspace_size(batch, width), dtype=torch.float64)
+        activate_backward(x, x if activation >= 0 else None, activation, out, torch.empty(width), workspace)
+    else:
+        activate(x, torch.empty(width), activation, out)
+
+
 def reports() -> Iterator[dict]:
     yield report("gae rows", launch_gae)
     yield report("gae rows, no statistics", partial(launch_gae, stats=False))
@@ -182,6 +193,10 @@ def reports() -> Iterator[dict]:
     yield report("step, all options", partial(launch_step, course=True, **OPTIONS))
     yield report("task", partial(launch_step, physics=False))
     yield report("task, all options", partial(launch_step, physics=False, course=True, **OPTIONS))
+    for i, name in enumerate(ACTIVATIONS):
+        yield report(f"layer, {name}", partial(launch_layer, i, False))
+        yield report(f"layer back, {name}", partial(launch_layer, i, True))
+    yield report("layer back, none", partial(launch_layer, -1, True, 4))
 
 
 if __name__ == "__main__":

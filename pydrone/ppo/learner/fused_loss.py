@@ -1,7 +1,8 @@
 """The loss and its gradients by one operation, between torch's networks: what the learner does on a GPU.
 
-Torch runs the policy's networks forward, ``ppo_loss`` (:mod:`pydrone.ops.schema`) computes the loss's derivatives with
-respect to their outputs, and autograd propagates these back through the networks.
+Torch runs the policy's networks forward, layer by layer (:mod:`pydrone.ppo.learner.layers`) where they are plain
+perceptrons; ``ppo_loss`` (:mod:`pydrone.ops.schema`) computes the loss's derivatives with respect to their outputs, and
+autograd propagates these back through the networks.
 """
 
 from __future__ import annotations
@@ -14,6 +15,9 @@ from torch import Tensor
 
 from pydrone.ops import triton
 from pydrone.ops.schema import loss_workspace_size
+from pydrone.ppo.learner import fused
+from pydrone.ppo.learner.layers import Layers
+from pydrone.ppo.policy import matmul as precision
 from pydrone.ppo.policy.actor_critic import ActorCritic
 
 if TYPE_CHECKING:
@@ -43,8 +47,15 @@ class FusedLoss:
     #: what it reads of a minibatch besides the observations
     SAMPLES = ("actions", "log_probs", "advantages", "values", "returns", "mu", "sigma")
 
-    def __init__(self) -> None:
+    def __init__(self, policy: ActorCritic) -> None:
         self._workspace: Tensor | None = None  # its ticket is zero between launches
+        plain = type(policy) is ActorCritic and policy.std_param.dtype == torch.float32
+        try:
+            for network in (policy.actor, policy.critic) if plain else ():
+                fused.take_apart(network, "network")
+        except fused.Unsupported:
+            plain = False
+        self._layers = Layers(precision.chosen(policy.matmul, policy.std_param.device)) if plain else None
 
     def backward(
         self,
@@ -59,7 +70,11 @@ class FusedLoss:
         samples: SAMPLES of a part of a minibatch of ``num_samples``, [B] and [B, A]. Gradients and metrics are the
         part's share.
         """
-        mean, values, std = policy.mean(obs), policy.normalized_value(obs), policy.std
+        if self._layers is None:
+            mean, values = policy.mean(obs), policy.normalized_value(obs)
+        else:
+            mean, values = policy.outputs(obs, self._layers)
+        std = policy.std
         size, actions = mean.shape
         needed = loss_workspace_size(size, actions)
         if self._workspace is None or self._workspace.numel() < needed:

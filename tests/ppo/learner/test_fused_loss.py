@@ -26,7 +26,7 @@ OPTIONS = [
 def with_fused_loss(policy, config: PPOConfig) -> Learner:
     """A learner as CUDA has it."""
     learner = Learner(policy, config)
-    learner.fused_loss = fused_loss.FusedLoss()
+    learner.fused_loss = fused_loss.FusedLoss(policy)
     return learner
 
 
@@ -59,7 +59,7 @@ def test_an_update_equals_autograds(options):
     run = learner.fused_loss.backward
     learner.fused_loss.backward = lambda *args: calls.append(1) or run(*args)
     found = learner.update(buf)
-    assert len(calls) >= 12
+    assert len(calls) >= 12 and learner.fused_loss._layers is not None
     for name, value in expected.items():
         assert found[name].item() == pytest.approx(value.item(), rel=1e-4, abs=2e-6), name
     for (name, x), y in zip(policy.state_dict().items(), other.state_dict().values(), strict=True):
@@ -71,7 +71,7 @@ def test_gradients_add_to_what_is_there_and_a_frozen_deviation_gets_none():
     policy = make_policy({"policy": OBS, "critic": 2}, ACTIONS, config)
     policy.std_param.requires_grad_(False)
     mb = next(rollout(policy).minibatches(1))
-    loss = fused_loss.FusedLoss()
+    loss = fused_loss.FusedLoss(policy)
     samples = {name: mb[name] for name in loss.SAMPLES}
     loss.backward(policy, mb.obs, samples, len(mb), config)
     once = [p.grad.clone() for p in policy.parameters() if p.requires_grad]

@@ -9,6 +9,7 @@ TRITON_GATHER = "triton_kernels/gather.py"
 OF_TRITON = "tests/ops/test_triton.py::test_cases[gae] tests/ops/test_triton.py::test_properties"
 OF_GATHER = "tests/ops/test_triton.py::test_cases[gather] tests/ops/test_triton.py::test_properties"
 OF_APPEND = "tests/ops/test_triton.py::test_cases[append] tests/ops/test_triton.py::test_properties"
+OF_LAYER = "tests/ops/test_triton.py::test_cases[layer]"
 
 STEP = "triton_kernels/quadrotor.py"
 OF_STEP = "tests/ops/test_triton.py::test_steps"
@@ -160,5 +161,19 @@ TRITON = [
         "place = place + tl.cumsum(wanted.to(tl.int32)) - 1",
         "place = place + tl.cumsum(wanted.to(tl.int32)) // 2",
         OF_APPEND,
+    ),
+    Fault(
+        "SiLU's derivative of what is not kept, in Triton",
+        "triton_kernels/networks.py",
+        "        return gate + x * gate * (1.0 - gate)",
+        "        return gate + x * gate * (1.0 + gate)",
+        OF_LAYER,
+    ),
+    Fault(
+        "the last partial sums of a bias gradient are left out, in Triton",
+        "triton_kernels/layers.py",
+        "while begin < programs:",
+        "while begin + PARTIALS <= programs:",
+        OF_LAYER,
     ),
 ]
