@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pydrone.ops import reference
+from pydrone.ops.schema import MATMUL
 
 from .gather import _words, locate, moments_of, oldest_rollout, round_keys
 from .launch import on_device_of, power_of_2
