@@ -64,14 +64,13 @@ def load_layer(weight, bias, IN: tl.constexpr, OUT: tl.constexpr, PRECISION: tl.
 
 
 @triton.jit
-def load_network(parameters, offset, WIDTHS: tl.constexpr, PRECISION: tl.constexpr):
+def load_network(parameters, WIDTHS: tl.constexpr, PRECISION: tl.constexpr):
     """The weights and biases of all layers; ``parameters``: weight and bias of each in turn, contiguous; WIDTHS: of the
-    input and of each layer. ``offset``: 0; if the compiler does not know that, a loop reads the weights anew each time,
-    where they would not fit into shared memory together."""
+    input and of each layer."""
     weights = ()
     biases = ()
     for i in tl.static_range(len(WIDTHS) - 1):
-        w, b = load_layer(parameters[2 * i] + offset, parameters[2 * i + 1], WIDTHS[i], WIDTHS[i + 1], PRECISION)
+        w, b = load_layer(parameters[2 * i], parameters[2 * i + 1], WIDTHS[i], WIDTHS[i + 1], PRECISION)
         weights = weights + (w,)
         biases = biases + (b,)
     return weights, biases

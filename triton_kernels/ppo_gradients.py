@@ -7,6 +7,8 @@ launch adds the programs' gradients in a fixed order.
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -19,7 +21,7 @@ from pydrone.ops import reference
 from pydrone.ops.schema import MATMUL
 
 from .gather import _words, locate, moments_of, oldest_rollout, round_keys
-from .launch import on_device_of, power_of_2
+from .launch import on_device_of
 from .networks import derivative, forward, load_input, load_network, multiply, multiply_add, operand, padded
 from .ppo_loss import divergence_from, policy_loss, squared_error
 
@@ -71,11 +73,11 @@ def learn(
     groups, group_strides, parameters, shift, spread, obs_clip, fields, strides, advantages, advantage_strides, std,
     value_moments, stats, subset, keys, numbers, clip, value_clip, value_loss_coef, partials, figures,
     GROUPS: tl.constexpr, WIDTHS: tl.constexpr, ACTOR: tl.constexpr, ACTIVATION: tl.constexpr,
-    PRECISION: tl.constexpr, SAMPLES: tl.constexpr, RELOAD: tl.constexpr, NUM_STEPS: tl.constexpr,
-    SHUFFLE: tl.constexpr, CLIPPED: tl.constexpr,
+    PRECISION: tl.constexpr, SAMPLES: tl.constexpr, NUM_STEPS: tl.constexpr, SHUFFLE: tl.constexpr,
+    CLIPPED: tl.constexpr,
 ):  # fmt: skip
     """One network's gradients of this program's tiles, to ``partials``, and the sums of its losses, to ``figures``."""
-    batch, first, start, num_envs, capacity, num_samples, a, b, zero = numbers
+    batch, first, start, num_envs, capacity, num_samples, a, b = numbers
     OUT: tl.constexpr = WIDTHS[len(WIDTHS) - 1]
     WITH_KL: tl.constexpr = fields[MU] is not None
     column = tl.arange(0, padded(OUT))
@@ -100,12 +102,10 @@ def learn(
         value_spread = tl.load(value_moments[1])
     if NUM_STEPS > 0 and stats is not None:
         middle, scale = moments_of(stats, tl.float32)
-    weights, biases = load_network(parameters, 0, WIDTHS, PRECISION)
+    weights, biases = load_network(parameters, WIDTHS, PRECISION)
 
     tile = tl.program_id(0)
     while tile < tl.cdiv(batch, SAMPLES):  # no range: see ppo_loss.py
-        if RELOAD:
-            weights, biases = load_network(parameters, tile * zero, WIDTHS, PRECISION)
         slot = (tile * SAMPLES + tl.arange(0, SAMPLES)).to(tl.int64)
         exists = slot < batch
         env = tl.zeros_like(slot)
@@ -176,23 +176,23 @@ def learn(
 
 
 @triton.jit(do_not_specialize=["key_low", "key_high", "rollout_low", "rollout_high", "epoch", "num_envs", "capacity",
-                               "start", "first", "batch", "num_samples", "a", "b", "zero"])  # fmt: skip
+                               "start", "first", "batch", "num_samples", "a", "b"])  # fmt: skip
 def ppo_gradients_kernel(
     groups, group_strides, actor, obs_shift, obs_std, critic_groups, critic_strides, critic, critic_shift, critic_std,
     obs_clip, fields, strides, advantages, advantage_strides, std, value_moments, stats, subset, cursor,
     key_low, key_high, rollout_low, rollout_high, epoch, num_envs, capacity, start, first, batch, num_samples, a, b,
-    zero, clip, value_clip, value_loss_coef, partials, figures,
+    clip, value_clip, value_loss_coef, partials, figures,
     GROUPS: tl.constexpr, WIDTHS: tl.constexpr, CRITIC_GROUPS: tl.constexpr, CRITIC_WIDTHS: tl.constexpr,
     ELEMENTS: tl.constexpr, CRITIC_AT: tl.constexpr, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
-    SAMPLES: tl.constexpr, RELOAD: tl.constexpr, NUM_STEPS: tl.constexpr, SHUFFLE: tl.constexpr,
+    SAMPLES: tl.constexpr, NUM_STEPS: tl.constexpr, SHUFFLE: tl.constexpr,
     CLIPPED: tl.constexpr,
 ):  # fmt: skip
-    """``fields``: actions, log_probs, values, mu, sigma and returns. ``zero``: 0, which the compiler must not know.
-    NUM_STEPS: 0 where the minibatch is not drawn. ELEMENTS: of a row of ``partials``; the critic's are at CRITIC_AT."""
+    """``fields``: actions, log_probs, values, mu, sigma and returns. NUM_STEPS: 0 where the minibatch is not drawn.
+    ELEMENTS: of a row of ``partials``; the critic's are at CRITIC_AT."""
     if cursor is not None:
         start, rollout_low, rollout_high = oldest_rollout(cursor, capacity, NUM_STEPS)
     keys = round_keys(key_low, key_high, rollout_low, rollout_high, epoch)
-    numbers = (batch, first, start, num_envs, capacity, num_samples, a, b, zero)
+    numbers = (batch, first, start, num_envs, capacity, num_samples, a, b)
     program = tl.program_id(0).to(tl.int64)
     partials += program * ELEMENTS
     figures += program * 3
@@ -201,14 +201,14 @@ def ppo_gradients_kernel(
         learn(
             groups, group_strides, actor, obs_shift, obs_std, obs_clip, fields, strides, advantages, advantage_strides,
             std, value_moments, stats, subset, keys, numbers, clip, value_clip, value_loss_coef, partials, figures,
-            GROUPS, WIDTHS, True, ACTIVATION, PRECISION, SAMPLES, RELOAD, NUM_STEPS, SHUFFLE, CLIPPED,
+            GROUPS, WIDTHS, True, ACTIVATION, PRECISION, SAMPLES, NUM_STEPS, SHUFFLE, CLIPPED,
         )  # fmt: skip
     else:
         learn(
             critic_groups, critic_strides, critic, critic_shift, critic_std, obs_clip, fields, strides, advantages,
             advantage_strides, std, value_moments, stats, subset, keys, numbers, clip, value_clip, value_loss_coef,
             partials + CRITIC_AT, figures,
-            CRITIC_GROUPS, CRITIC_WIDTHS, False, ACTIVATION, PRECISION, SAMPLES, RELOAD, NUM_STEPS, SHUFFLE, CLIPPED,
+            CRITIC_GROUPS, CRITIC_WIDTHS, False, ACTIVATION, PRECISION, SAMPLES, NUM_STEPS, SHUFFLE, CLIPPED,
         )  # fmt: skip
 
 
@@ -243,36 +243,59 @@ def add_partials_kernel(
 
 
 class Config(NamedTuple):
-    """How a minibatch is cut up: samples of a tile, warps of a program, programs on a multiprocessor; whether weights
-    are read for each tile instead of kept in shared memory; PRECISION, see networks.py."""
+    """How a minibatch is cut up: samples of a tile, warps of a program, programs on a multiprocessor; and PRECISION."""
 
     samples: int
     warps: int
     programs: int
-    reload: bool
     precision: str
 
 
-# Widest layer or input, most hidden layers, most actions.
-MAX_WIDTH, MAX_HIDDEN, MAX_ACTIONS = 128, 3, 32
-CONFIGS = {
-    "tf32": Config(32, 8, 1, False, "tf32"),
-    "bfloat16": Config(32, 8, 1, False, "bfloat16"),
-    "float32": Config(16, 8, 1, True, "tf32x3"),
-}
+# Widest layer or input, most hidden layers, most outputs.
+MAX_WIDTH, MAX_HIDDEN, MAX_OUTPUTS = 128, 3, 32
+# Most weights of a network, padded, for each number of samples in a tile. A program has 8 warps, whose 65,536 registers
+# hold the gradients of the weights, and beside them what a tile needs: see BUDGET in tests/ops/test_triton_compile.py.
+WARPS = 8
+TILES = {32: 24 * 1024, 16: 40 * 1024}
+PRECISIONS = dict(zip(MATMUL, ("tf32x3", "tf32", "bfloat16"), strict=True))
 
 
-def why_not(actor: Sequence[Tensor], critic: Sequence[Tensor], matmul: int) -> str | None:
-    """Why torch has to compute these networks' gradients, or None where :func:`ppo_gradients` can."""
-    for name, parameters in (("actor", actor), ("critic", critic)):
-        widths = _widths(parameters)
+def shared_memory(widths: Sequence[int], samples: int, precision: str) -> int:
+    """Bytes of shared memory that a program takes at most: weights as forward and backward products read them, except
+    that the first layer has no backward one, and a tile's input and activations."""
+    inputs, *hidden, outputs = (padded(x) for x in widths)
+    weights = sum(x * y for x, y in itertools.pairwise((inputs, *hidden, outputs)))
+    first = inputs * (hidden or [outputs])[0]
+    tile = samples * (inputs + sum(hidden) + max(hidden, default=0) + outputs)
+    return (2 if precision == "bfloat16" else 4) * (2 * weights - first + tile)
+
+
+def config_of(actor: Sequence[Tensor], critic: Sequence[Tensor], matmul: int, shared: float) -> Config | str:
+    """The configuration for a GPU whose programs may have ``shared`` bytes of shared memory, or why there is none."""
+    networks = {"actor": _widths(actor), "critic": _widths(critic)}
+    for name, widths in networks.items():
         if len(widths) - 2 > MAX_HIDDEN:
             return f"{name}: expected at most {MAX_HIDDEN} hidden layers, got {len(widths) - 2}"
         if max(widths[:-1]) > MAX_WIDTH:
             return f"{name}: expected at most {MAX_WIDTH} inputs and units in a layer, got {max(widths[:-1])}"
-        if widths[-1] > MAX_ACTIONS:
-            return f"{name}: expected at most {MAX_ACTIONS} outputs, got {widths[-1]}"
-    return None
+        if widths[-1] > MAX_OUTPUTS:
+            return f"{name}: expected at most {MAX_OUTPUTS} outputs, got {widths[-1]}"
+    precision = PRECISIONS[MATMUL[matmul]]
+    weights = max(sum(padded(x) * padded(y) for x, y in itertools.pairwise(z)) for z in networks.values())
+    for samples, most in TILES.items():
+        needed = max(shared_memory(widths, samples, precision) for widths in networks.values())
+        if weights <= most and needed <= shared:
+            return Config(samples, WARPS, 1, precision)
+    if weights > most:
+        return f"actor, critic: expected at most {most} weights, padded to powers of two, got {weights}"
+    return f"{MATMUL[matmul]}: the networks need {needed} bytes of shared memory, this GPU has {shared:g}"
+
+
+def why_not(actor: Sequence[Tensor], critic: Sequence[Tensor], matmul: int) -> str | None:
+    """Why torch has to compute these networks' gradients, or None where :func:`ppo_gradients` can. actor, critic: as
+    the operation takes them, on the GPU that is meant."""
+    config = config_of(actor, critic, matmul, _shared_memory_of(actor[0].device))
+    return config if isinstance(config, str) else None
 
 
 def ppo_gradients(
@@ -308,9 +331,9 @@ def ppo_gradients(
     cursor=None,
 ) -> None:
     """The gradients of a minibatch, see :mod:`pydrone.ops.schema`. ``cursor``: as for ``gather``, for CUDA graphs."""
-    reason = why_not(actor, critic, matmul)
-    if reason is not None:
-        raise RuntimeError(reason)
+    config = config_of(actor, critic, matmul, _shared_memory_of(actions.device))
+    if isinstance(config, str):
+        raise RuntimeError(config)
     if drawn:
         num_steps, start, num_samples, key, rollout, epoch, shuffle, first, batch = drawn
         capacity, num_envs = actions.shape[:2]
@@ -320,7 +343,6 @@ def ppo_gradients(
         capacity, num_envs, sides = 0, 0, (0, 0)
     if batch == 0:
         raise RuntimeError(f"actions: expected at least one sample, got shape {list(actions.shape)}")
-    config = CONFIGS[MATMUL[matmul]]
     widths, critic_widths = _widths(actor), _widths(critic)
     critic_groups = critic_obs or obs
     fields = (actions, log_probs, values, mu, sigma, returns)
@@ -338,11 +360,11 @@ def ppo_gradients(
             tuple(critic_groups), _strides(critic_groups, drawn), tuple(critic), critic_shift, critic_std, obs_clip,
             fields, _strides(fields, drawn), advantages, (*advantages.stride(), 0)[:2], std, (value_shift, value_std),
             stats, subset, cursor, *_words(key), *_words(rollout), _words(epoch)[0], num_envs, capacity, start, first,
-            batch, num_samples, *sides, 0, clip, value_clip, value_loss_coef, partials, figures,
+            batch, num_samples, *sides, clip, value_clip, value_loss_coef, partials, figures,
             GROUPS=tuple(x.shape[-1] for x in obs), WIDTHS=widths,
             CRITIC_GROUPS=tuple(x.shape[-1] for x in critic_groups), CRITIC_WIDTHS=critic_widths,
             ELEMENTS=elements, CRITIC_AT=ends[len(actor) + 1], ACTIVATION=activation, PRECISION=config.precision,
-            SAMPLES=config.samples, RELOAD=config.reload, NUM_STEPS=num_steps, SHUFFLE=bool(shuffle),
+            SAMPLES=config.samples, NUM_STEPS=num_steps, SHUFFLE=bool(shuffle),
             CLIPPED=value_clip >= 0, num_warps=config.warps, num_stages=1, enable_fp_fusion=True,
         )  # fmt: skip
         add_partials_kernel[(triton.cdiv(elements, BLOCK),)](
@@ -370,3 +392,10 @@ def _programs(config: Config, device: torch.device) -> int:
     if device.type != "cuda":
         return 2
     return max(1, torch.cuda.get_device_properties(device).multi_processor_count * config.programs // 2)
+
+
+def _shared_memory_of(device: torch.device) -> float:
+    """The most bytes that a program may have; no limit where the kernel is interpreted."""
+    if device.type != "cuda":
+        return math.inf
+    return triton.runtime.driver.active.utils.get_device_properties(device.index or 0)["max_shared_mem"]

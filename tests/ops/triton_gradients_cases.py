@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import os
 
@@ -41,7 +42,7 @@ def _on_device():
 def network(*widths: int) -> list[Tensor]:
     """Weights and biases; biases large enough to matter."""
     parameters = []
-    for inputs, outputs in zip(widths, widths[1:]):
+    for inputs, outputs in itertools.pairwise(widths):
         parameters += [torch.randn(outputs, inputs) / math.sqrt(inputs), torch.randn(outputs) * 0.3]
     return parameters
 
@@ -237,9 +238,10 @@ def drawn_case(dtype=torch.float32, shuffle="full", num_envs=13, num_steps=5, ca
             mu=torch.randn(num_envs, 3) * 0.1, sigma=torch.rand(num_envs, 3) + 0.5,
         )  # fmt: skip
     buffer.compute_gae(torch.randn(num_envs))
-    lazy = dict(num_minibatches=2, num_epochs=2, shuffle=shuffle, normalize_advantages=options.get("stats", True))
+    how = {"num_minibatches": 2, "num_epochs": 2, "shuffle": shuffle}
+    how["normalize_advantages"] = options.get("stats", True)
     copied = copy.deepcopy(buffer)  # each call of minibatches begins new epochs
-    drawn, gathered = (list(x.minibatches(**lazy, lazy=x is buffer))[2 * epoch + 1] for x in (buffer, copied))
+    drawn, gathered = (list(x.minibatches(**how, lazy=x is buffer))[2 * epoch + 1] for x in (buffer, copied))
     place = drawn.place()
     given = case(num_envs)
     ring = {name: place.fields[name] for name in ("actions", "log_probs", "values", "mu", "sigma")}
