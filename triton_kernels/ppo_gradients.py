@@ -48,23 +48,37 @@ def load_column(fields, strides, AT: tl.constexpr, slot, env, exists):
 
 
 @triton.jit
+def add_products(total, grad, x, PRECISION: tl.constexpr):
+    """Adds a tile's gradient with respect to a weight to ``total``, [out, in] or [in, out]."""
+    if total.shape[0] == grad.shape[1]:
+        return multiply_add(tl.trans(grad), x, total, PRECISION)
+    else:
+        return multiply_add(tl.trans(x), grad, total, PRECISION)
+
+
+@triton.jit
 def backward(
     grad, weights, operands, sums, activations, weight_grads, bias_grads,
     ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Adds a tile's gradients; ``grad``: with respect to the outputs. See :func:`networks.forward`."""
+    # For products that depend on each other, the compiler divides among the warps what the last one has more of, rows or
+    # columns. It must not be rows: a tile has few, and several warps would compute the same. See also learn.
+    SQUARE: tl.constexpr = weights[0].shape[0] == weights[0].shape[1]
+    LAST: tl.constexpr = len(weights) - 1
     by_weight = ()
     by_bias = ()
-    for i in tl.static_range(len(weights) - 1, -1, -1):
+    outer = operand(grad, PRECISION)
+    for i in tl.static_range(LAST, -1, -1):
         by_bias = (bias_grads[i] + tl.sum(grad, 0),) + by_bias
         factor = operand(grad, PRECISION)
-        if weights[i].shape[0] > weights[i].shape[1]:
-            by_weight = (multiply_add(tl.trans(operands[i]), factor, weight_grads[i], PRECISION),) + by_weight
-        else:
-            by_weight = (multiply_add(tl.trans(factor), operands[i], weight_grads[i], PRECISION),) + by_weight
+        if i < LAST or not SQUARE:
+            by_weight = (add_products(weight_grads[i], factor, operands[i], PRECISION),) + by_weight
         if i > 0:
             slope = derivative(sums[i - 1], activations[i - 1], ACTIVATION)
             grad = multiply(factor, weights[i], PRECISION) * slope
+    if SQUARE:
+        by_weight = by_weight + (add_products(weight_grads[LAST], outer, operands[LAST], PRECISION),)
     return by_weight, by_bias
 
 
@@ -84,8 +98,7 @@ def learn(
     weight_grads = ()
     bias_grads = ()
     for i in tl.static_range(len(WIDTHS) - 1):
-        # Never taller than wide: for a tall product, the compiler divides all products' rows among the warps, and has
-        # several warps compute the same where a tile has few rows.
+        # Never taller than wide, see backward.
         if padded(WIDTHS[i + 1]) > padded(WIDTHS[i]):
             weight_grads = weight_grads + (tl.zeros([padded(WIDTHS[i]), padded(WIDTHS[i + 1])], tl.float32),)
         else:
@@ -253,11 +266,14 @@ class Config(NamedTuple):
 
 # Widest layer or input, most hidden layers, most outputs.
 MAX_WIDTH, MAX_HIDDEN, MAX_OUTPUTS = 128, 3, 32
-# Most weights of a network, padded, for each number of samples in a tile. A program has 8 warps, whose 65,536 registers
-# hold the gradients of the weights, and beside them what a tile needs: see BUDGET in tests/ops/test_triton_compile.py.
+# A program has 8 warps, whose 65,536 registers hold the gradients of a network's weights, and beside them what a tile
+# needs, most of it operands. So for each number of samples in a tile there is a limit of weights, padded.
 WARPS = 8
 TILES = {32: 24 * 1024, 16: 40 * 1024}
+# float32's operands are split into two.
+SPLIT_TILES = {16: 8 * 1024}
 PRECISIONS = dict(zip(MATMUL, ("tf32x3", "tf32", "bfloat16"), strict=True))
+BYTES = {"tf32x3": 8, "tf32": 4, "bfloat16": 2}
 
 
 def shared_memory(widths: Sequence[int], samples: int, precision: str) -> int:
@@ -267,7 +283,7 @@ def shared_memory(widths: Sequence[int], samples: int, precision: str) -> int:
     weights = sum(x * y for x, y in itertools.pairwise((inputs, *hidden, outputs)))
     first = inputs * (hidden or [outputs])[0]
     tile = samples * (inputs + sum(hidden) + max(hidden, default=0) + outputs)
-    return (2 if precision == "bfloat16" else 4) * (2 * weights - first + tile)
+    return BYTES[precision] * (2 * weights - first + tile)
 
 
 def config_of(actor: Sequence[Tensor], critic: Sequence[Tensor], matmul: int, shared: float) -> Config | str:
@@ -281,13 +297,18 @@ def config_of(actor: Sequence[Tensor], critic: Sequence[Tensor], matmul: int, sh
         if widths[-1] > MAX_OUTPUTS:
             return f"{name}: expected at most {MAX_OUTPUTS} outputs, got {widths[-1]}"
     precision = PRECISIONS[MATMUL[matmul]]
+    if shared == math.inf:
+        return Config(16, WARPS, 1, precision)
     weights = max(sum(padded(x) * padded(y) for x, y in itertools.pairwise(z)) for z in networks.values())
-    for samples, most in TILES.items():
+    for samples, most in (SPLIT_TILES if precision == "tf32x3" else TILES).items():
         needed = max(shared_memory(widths, samples, precision) for widths in networks.values())
         if weights <= most and needed <= shared:
             return Config(samples, WARPS, 1, precision)
     if weights > most:
-        return f"actor, critic: expected at most {most} weights, padded to powers of two, got {weights}"
+        return (
+            f"{MATMUL[matmul]}: expected networks of at most {most} weights, each width padded to a power of two, got "
+            f"{weights}"
+        )
     return f"{MATMUL[matmul]}: the networks need {needed} bytes of shared memory, this GPU has {shared:g}"
 
 
