@@ -62,8 +62,8 @@ def backward(
     ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Adds a tile's gradients; ``grad``: with respect to the outputs. See :func:`networks.forward`."""
-    # For products that depend on each other, the compiler divides among the warps what the last one has more of, rows or
-    # columns. It must not be rows: a tile has few, and several warps would compute the same. See also learn.
+    # For products that depend on each other, the compiler divides among the warps what the last one has more of, rows
+    # or columns. It must not be rows: a tile has few, and several warps would compute the same. See also learn.
     SQUARE: tl.constexpr = weights[0].shape[0] == weights[0].shape[1]
     LAST: tl.constexpr = len(weights) - 1
     by_weight = ()

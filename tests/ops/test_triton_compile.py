@@ -48,12 +48,24 @@ BUDGET = {
     "loss, one action": (128, 4096),
     "loss, 17 actions": (128, 4096),
     "loss, float64": (192, 4096),
+    # One program of 256 threads, which has all registers and, in TF32 with 128 units, nearly all shared memory of a
+    # multiprocessor. The estimate of shared memory is held below.
+    "gradients": (255, 219_136),
+    "gradients, bfloat16": (255, 109_568),
+    "gradients, float32": (255, 51_200),
+    "gradients, as many inputs as units": (255, 92_160),
+    "gradients, sum": (64, 4096),
 }
 # To stay within 48 or 56 registers, which fits one more program per multiprocessor, ptxas may spill one or two, away
 # from the loads: bytes of stack allowed for it. No other kernel may spill.
 SPILLED = dict.fromkeys(
     ("gae rows", "gae rows, second rollout", "gae rows, cursor", "gae rows, wrapped", "append, cursor"), 8
 )
+# Tiles of 32 samples do not quite fit: a percent of the instructions. With tiles of 16, which fit, weights would be
+# read from shared memory twice as often.
+SPILLED |= {"gradients": 160, "gradients, bfloat16": 320}
+# There, the compiler keeps the weights in registers, not in shared memory.
+SPILLED_ON_100 = {"gradients": 3000, "gradients, bfloat16": 1600, "gradients, as many inputs as units": 320}
 WIDE = ["gae rows", "gae rows, no statistics", "gae rows, second rollout", "gae rows, few", "gae rows, pool"]
 
 
@@ -78,8 +90,9 @@ def count(kernel: dict, prefix: str) -> int:
 def test_nothing_is_spilled(kernels):
     assert kernels.keys() == BUDGET.keys()
     for name, kernel in kernels.items():
-        assert kernel["stack"] <= SPILLED.get(name, 0), name
-        assert count(kernel, "LDL") + count(kernel, "STL") <= SPILLED.get(name, 0) // 4, name
+        spilled = SPILLED | (SPILLED_ON_100 if kernel["architecture"] == 100 else {})
+        assert kernel["stack"] <= spilled.get(name, 0), name
+        assert count(kernel, "LDL") + count(kernel, "STL") <= spilled.get(name, 0) // 4, name
 
 
 def test_registers_and_shared_memory_are_within_budget(kernels):
@@ -146,3 +159,23 @@ def test_the_loss_is_read_and_written_in_128_bits(kernels):
     assert 8 <= count(kernel, "LDG.E.128") <= 10
     assert count(kernel, "STG.E.128") == 2
     assert kernel["loads before the first store"] >= 8 + 2 * 5, "everything is in flight before the first result"
+
+
+def test_gradients_use_tensor_cores(kernels):
+    for name in BUDGET:
+        if name.startswith("gradients") and name != "gradients, sum":
+            assert count(kernels[name], "HMMA") + count(kernels[name], "HGMMA") >= 100, name
+            assert count(kernels[name], "FFMA") <= 400, f"{name}: a product without tensor cores"
+
+
+def test_gradients_fit_into_shared_memory(kernels):
+    for name, kernel in kernels.items():
+        assert kernel["shared"] <= kernel["most shared"], name
+        if name.startswith("gradients") and name != "gradients, sum":
+            assert kernel["shared"] <= kernel["estimated shared"] <= kernel["most shared"], name
+
+
+def test_gradients_read_and_write_wide_rows_in_128_bits(kernels):
+    for name in ("gradients, bfloat16", "gradients, as many inputs as units"):
+        assert count(kernels[name], "LDG.E.128") >= 16, name
+        assert count(kernels[name], "STG.E.128") >= 16, name

@@ -59,9 +59,9 @@ def tool(name: str, *arguments: str) -> str:
     return subprocess.run([path, *arguments], capture_output=True, text=True, check=True).stdout
 
 
-def report(name: str, launch: Callable[[], None], which: int = -1) -> dict:
+def report(name: str, launch: Callable[[], int | None], which: int = -1) -> dict:
     """Of the kernel that ``launch`` launches last, or of another."""
-    launch()
+    estimate = launch()
     kernel = compiled[which]
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
@@ -76,6 +76,8 @@ def report(name: str, launch: Callable[[], None], which: int = -1) -> dict:
         "stack": int(stack),
         "shared": kernel.metadata.shared,
         "opcodes": Counter(opcodes),
+        "architecture": TARGET.arch,
+        "estimated shared": estimate,
         "most shared": SHARED,
         "minima and maxima": Counter(EXTREME.findall(kernel.asm["ptx"])),
         "loads before the first store": sum(opcode.startswith("LDG") for opcode in opcodes[:first_store]),
@@ -146,7 +148,8 @@ def launch_loss(
 
 def launch_gradients(
     matmul: str, hidden: tuple[int, ...], obs: int = 17, activation: str = "tanh", drawn: bool = False
-) -> None:
+) -> int:
+    """Returns the estimate of shared memory by which a configuration is chosen."""
     make, actions, batch = torch.empty, 4, 8192
 
     def network(*widths: int) -> list[torch.Tensor]:
@@ -166,6 +169,8 @@ def launch_gradients(
         MATMUL.index(matmul), 0.2, 0.2, 1.0, *[None] * 4, 10.0, None, None,
         [torch.empty_like(x) for x in (*actor, *critic, std)], make(3, dtype=torch.float64), *last,
     )  # fmt: skip
+    config = gradients_module.config_of(actor, critic, MATMUL.index(matmul), SHARED)
+    return gradients_module.shared_memory((obs, *hidden, actions), config.samples, config.precision)
 
 
 def reports() -> Iterator[dict]:

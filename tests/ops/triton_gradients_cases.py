@@ -192,6 +192,12 @@ def test_gradients_precisions(matmul, tolerance):
     assert apart > tolerance / 300, "nothing was rounded"
 
 
+def test_gradients_of_many_programs(monkeypatch):
+    monkeypatch.setattr(module, "ROWS", 2)
+    monkeypatch.setattr(module, "_programs", lambda *_: 5)
+    check(case(90))
+
+
 def test_gradients_are_the_same_bits_every_time():
     given = case(150)
     first, second = run(given), run(given)
@@ -210,6 +216,14 @@ def test_gradients_show_what_is_not_a_number(name):
     assert all(x.isnan().any() == (name in ("returns", "values") and name != "") for x in of_critic) or name == "values"
     wrong = {"returns": [1], "values": [1], "mu": [2], "sigma": [2], "obs": [0, 2], "actions": [0]}.get(name, [0])
     assert found[-1].isnan().nonzero().flatten().tolist() == wrong
+
+
+@pytest.mark.parametrize("matmul", MATMUL)
+def test_gradients_show_every_kind_of_nan(matmul):
+    """Rounding must not carry the bits of one into its sign: the GPU's own NaN is 0x7FFFFFFF."""
+    given = case(3, matmul=matmul)
+    given["obs"][0].view(torch.int32)[1, 2] = 0x7FFFFFFF
+    assert all(x.isnan().any() for x in run(given)[:-1])
 
 
 @pytest.mark.parametrize("place", ["weight", "bias"])
@@ -292,6 +306,18 @@ def test_gradients_refuse_what_does_not_fit():
     ):
         assert f"actor: expected at most {reason}" == module.why_not(wide, network(3, 1), float32)
         assert f"critic: expected at most {reason}" == module.why_not(network(3, 1), wide, float32)
+    large, small = (network(17, *hidden, 4) for hidden in ((128, 128), (64, 64)))
+    h100, rtx4090 = 227 * 1024, 99 * 1024
+    tf32, bfloat16 = MATMUL.index("tf32"), MATMUL.index("bfloat16")
+    assert module.config_of(large, large, tf32, h100) == module.Config(32, 8, 1, "tf32")
+    assert module.config_of(large, large, bfloat16, rtx4090) == module.Config(16, 8, 1, "bfloat16")
+    assert module.config_of(small, small, tf32, rtx4090) == module.Config(32, 8, 1, "tf32")
+    reason = module.config_of(large, small, tf32, rtx4090)
+    assert reason == "tf32: the networks need 191488 bytes of shared memory, this GPU has 101376"
+    reason = module.config_of(small, large, float32, h100)
+    assert (
+        reason == "float32: expected networks of at most 8192 weights, each width padded to a power of two, got 22528"
+    )
     with pytest.raises(RuntimeError, match="actor: expected at most 128 inputs"):
         run(case(3, hidden=(200,)))
     with pytest.raises(RuntimeError, match=r"actions: expected at least one sample, got shape \[0, 3\]"):
