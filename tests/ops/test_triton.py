@@ -37,11 +37,16 @@ def test_cases(operation):
 
 
 def test_gradients():
-    run(CASES.with_name("triton_gradients_cases.py"))
+    run(CASES.with_name("triton_gradients_cases.py"), "-m", "not slow")
 
 
 def test_properties():
     run(CASES.with_name("triton_properties.py"), "--hypothesis-profile", "few", interpreted=True)
+
+
+@pytest.mark.slow
+def test_gradients_of_every_activation():
+    run(CASES.with_name("triton_gradients_cases.py"), "-m", "slow")
 
 
 @pytest.mark.slow

@@ -56,6 +56,7 @@ BUDGET = {
     "gradients, as many inputs as units": (255, 92_160),
     "gradients, sum": (64, 4096),
 }
+NOT_ON_90 = {"gradients, float32", "gradients, as many inputs as units"}  # see triton_cubins.py
 # To stay within 48 or 56 registers, which fits one more program per multiprocessor, ptxas may spill one or two, away
 # from the loads: bytes of stack allowed for it. No other kernel may spill.
 SPILLED = dict.fromkeys(
@@ -88,7 +89,8 @@ def count(kernel: dict, prefix: str) -> int:
 
 
 def test_nothing_is_spilled(kernels):
-    assert kernels.keys() == BUDGET.keys()
+    on_90 = kernels["gradients"]["architecture"] == 90
+    assert kernels.keys() == BUDGET.keys() - (NOT_ON_90 if on_90 else set())
     for name, kernel in kernels.items():
         spilled = SPILLED | (SPILLED_ON_100 if kernel["architecture"] == 100 else {})
         assert kernel["stack"] <= spilled.get(name, 0), name
@@ -162,20 +164,19 @@ def test_the_loss_is_read_and_written_in_128_bits(kernels):
 
 
 def test_gradients_use_tensor_cores(kernels):
-    for name in BUDGET:
+    for name, kernel in kernels.items():
         if name.startswith("gradients") and name != "gradients, sum":
-            assert count(kernels[name], "HMMA") + count(kernels[name], "HGMMA") >= 100, name
-            assert count(kernels[name], "FFMA") <= 400, f"{name}: a product without tensor cores"
+            assert count(kernel, "HMMA") + count(kernel, "HGMMA") >= 100, name
+            assert count(kernel, "FFMA") <= 400, f"{name}: a product without tensor cores"
 
 
 def test_gradients_fit_into_shared_memory(kernels):
     for name, kernel in kernels.items():
-        assert kernel["shared"] <= kernel["most shared"], name
         if name.startswith("gradients") and name != "gradients, sum":
             assert kernel["shared"] <= kernel["estimated shared"] <= kernel["most shared"], name
 
 
 def test_gradients_read_and_write_wide_rows_in_128_bits(kernels):
-    for name in ("gradients, bfloat16", "gradients, as many inputs as units"):
-        assert count(kernels[name], "LDG.E.128") >= 16, name
-        assert count(kernels[name], "STG.E.128") >= 16, name
+    """Weights, and their gradients."""
+    assert count(kernels["gradients, bfloat16"], "LDG.E.128") >= 32
+    assert count(kernels["gradients, bfloat16"], "STG.E.128") >= 32
