@@ -201,7 +201,7 @@ def test_gradients_precisions(matmul, tolerance):
 def test_gradients_of_many_programs(monkeypatch):
     monkeypatch.setattr(module, "ROWS", 2)
     monkeypatch.setattr(module, "_programs", lambda *_: 5)
-    check(case(70))
+    check(case(100))  # some see two tiles
 
 
 def test_gradients_are_the_same_bits_every_time():
