@@ -89,6 +89,45 @@ def permute(x, keys, a, b, size):
 
 
 @triton.jit
+def oldest_rollout(cursor, capacity, NUM_STEPS: tl.constexpr):
+    """The slot where the oldest rollout not yet discarded starts, and the two words of its number."""
+    discarded = tl.load(cursor + CURSOR_DISCARDED).to(tl.uint64)
+    rollout = discarded // NUM_STEPS
+    start = (discarded % capacity.to(tl.uint64)).to(tl.int32)
+    return start, rollout.to(tl.uint32), (rollout >> 32).to(tl.uint32)
+
+
+@triton.jit
+def locate(
+    position, inside, keys, subset, a, b, num_samples, num_envs, capacity, start,
+    NUM_STEPS: tl.constexpr, SHUFFLE: tl.constexpr,
+):  # fmt: skip
+    """The samples at positions (uint32) of the epoch's permutation: number, whether there is one, environment, step,
+    and slot in the ring."""
+    if SHUFFLE:
+        position = permute(position, keys, a.to(tl.uint32), b.to(tl.uint32), num_samples.to(tl.uint32))
+    index = position.to(tl.int64)
+    if subset is not None:
+        index = tl.load(subset + index, mask=inside, other=0)
+    # An out-of-range number in ``subset`` reads nothing and yields zeros.
+    found = inside & (index >= 0) & (index < num_envs.to(tl.int64) * NUM_STEPS)
+    env = tl.where(found, index, 0).to(tl.uint32) // NUM_STEPS
+    step = (tl.where(found, index, 0).to(tl.uint32) - env * NUM_STEPS).to(tl.int32)
+    slot = start + step
+    slot = tl.where(slot >= capacity, slot - capacity, slot)
+    return index, found, env, step, slot
+
+
+@triton.jit
+def moments_of(stats, dtype: tl.constexpr):
+    """The mean of the advantages, and the factor that normalises their deviations from it."""
+    count = tl.load(stats)
+    variance = tl.where(count > 1, tl.load(stats + 2) / tl.where(count > 1, count - 1, 1.0), 0.0)
+    scale = (1.0 / (tl.sqrt(variance) + STD_EPSILON)).to(tl.float32).to(dtype)
+    return tl.load(stats + 1).to(tl.float32).to(dtype), scale
+
+
+@triton.jit
 def load_field(rows, row, found, first, ROW_BYTES: tl.constexpr, FIELDS: tl.constexpr, AT: tl.constexpr):
     """Loads a tile of the field described at AT from rows ``row``."""
     column = first + tl.arange(0, FIELDS[AT + TILE])[None, :]
@@ -124,26 +163,14 @@ def gather_kernel(
     VALUE: tl.constexpr, SAMPLES: tl.constexpr, NARROW: tl.constexpr,
 ):  # fmt: skip
     if cursor is not None:
-        discarded = tl.load(cursor + CURSOR_DISCARDED).to(tl.uint64)
-        start = (discarded % capacity.to(tl.uint64)).to(tl.int32)
-        rollout = discarded // NUM_STEPS
-        rollout_low = rollout.to(tl.uint32)
-        rollout_high = (rollout >> 32).to(tl.uint32)
+        start, rollout_low, rollout_high = oldest_rollout(cursor, capacity, NUM_STEPS)
     sample = tl.program_id(0).to(tl.int64) * SAMPLES + tl.arange(0, SAMPLES)
     inside = sample < batch
     position = tl.where(inside, first + sample, first).to(tl.uint32)
-    if SHUFFLE:
-        keys = round_keys(key_low, key_high, rollout_low, rollout_high, epoch)
-        position = permute(position, keys, a.to(tl.uint32), b.to(tl.uint32), num_samples.to(tl.uint32))
-    index = position.to(tl.int64)
-    if subset is not None:
-        index = tl.load(subset + index, mask=inside, other=0)
-    # An out-of-range number in ``subset`` reads nothing and yields zeros.
-    found = inside & (index >= 0) & (index < num_envs.to(tl.int64) * NUM_STEPS)
-    env = tl.where(found, index, 0).to(tl.uint32) // NUM_STEPS
-    step = (tl.where(found, index, 0).to(tl.uint32) - env * NUM_STEPS).to(tl.int32)
-    slot = start + step
-    slot = tl.where(slot >= capacity, slot - capacity, slot)
+    keys = round_keys(key_low, key_high, rollout_low, rollout_high, epoch)
+    index, found, env, step, slot = locate(
+        position, inside, keys, subset, a, b, num_samples, num_envs, capacity, start, NUM_STEPS, SHUFFLE
+    )
     row = slot.to(tl.int64) * num_envs + env.to(tl.int64)
 
     # All narrow fields are loaded before the first is stored: the compiler does not move loads above stores.
@@ -171,10 +198,7 @@ def gather_kernel(
             tl.store(returns_out + sample, total.to(returns_out.dtype.element_ty), mask=inside)
         if advantages_out is not None:
             if stats is not None:
-                count = tl.load(stats)
-                variance = tl.where(count > 1, tl.load(stats + 2) / tl.where(count > 1, count - 1, 1.0), 0.0)
-                scale = (1.0 / (tl.sqrt(variance) + STD_EPSILON)).to(tl.float32).to(advantage.dtype)
-                mean = tl.load(stats + 1).to(tl.float32).to(advantage.dtype)
+                mean, scale = moments_of(stats, advantage.dtype)
                 advantage = (advantage - mean) * scale
             tl.store(advantages_out + sample, advantage.to(advantages_out.dtype.element_ty), mask=inside)
 

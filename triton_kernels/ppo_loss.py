@@ -72,6 +72,32 @@ def squared_error(new, old, target, clip, CLIPPED: tl.constexpr):
 
 
 @triton.jit
+def policy_loss(mean, actions, s, old_log_prob, advantage, exists, total, clip, NUM_ACTIONS: tl.constexpr):
+    """Each sample's clipped surrogate; the gradients of minus their sum / ``total`` with respect to the means [SAMPLES,
+    ACTIONS] and the standard deviations ``s`` [ACTIONS]. Where masked, mean and actions are 0 and ``s`` is 1."""
+    action = tl.arange(0, s.shape[0])
+    inverse = 1.0 / s
+    z = (actions - mean) * inverse[None, :]
+    lacking = tl.sum(tl.where(action < NUM_ACTIONS, tl.log(s) + HALF_LOG_2PI, 0.0), 0)
+    gained, grad = surrogate(-0.5 * tl.sum(z * z, 1) - lacking, old_log_prob, advantage, clip)
+    grad = tl.where(exists, -grad / total, 0.0)
+    mask = exists[:, None] & (action < NUM_ACTIONS)[None, :]
+    by_std = tl.sum(tl.where(mask, grad[:, None] * (z * z - 1.0) * inverse[None, :], 0.0), 0)
+    return tl.where(exists, gained, 0.0), grad[:, None] * z * inverse[None, :], by_std
+
+
+@triton.jit
+def divergence_from(old_mean, old_std, mean, s, mask):
+    """Each sample's KL(old || new); ``old_std`` is 1 where masked."""
+    apart = old_mean - mean
+    # Factored to be exactly 0 if the policy has not changed, however the compiler fuses products and sums.
+    widths = (old_std - s[None, :]) * (old_std + s[None, :])
+    inverse = 1.0 / s
+    nats = (apart * apart + widths) * (0.5 * inverse * inverse)[None, :] + (tl.log(s)[None, :] - tl.log(old_std))
+    return tl.sum(tl.where(mask, nats, 0.0), 1)
+
+
+@triton.jit
 def merge_programs(
     metrics, std, std_stride, std_grad, workspace, own, entropy_coef, samples, total_samples,
     NUM_ACTIONS: tl.constexpr, ACTIONS: tl.constexpr, PARTIALS: tl.constexpr, WITH_KL: tl.constexpr,
@@ -149,34 +175,25 @@ def ppo_loss_kernel(
     old = load_scalars(scalars[3], scalar_strides[3], row, exists, dtype)
     target = load_scalars(scalars[4], scalar_strides[4], row, exists, dtype)
     s = tl.load(std + action * std_stride, mask=action < NUM_ACTIONS, other=1.0).to(dtype)
-    log_s = tl.log(s)
-    inverse = 1.0 / s
     if value_shift is not None:
         shift = tl.load(value_shift).to(dtype)
         spread = tl.load(value_std).to(dtype)
         old = (old - shift) / spread
         target = (target - shift) / spread
 
-    z = (actions - mean) * inverse[None, :]
-    lacking = tl.sum(tl.where(action < NUM_ACTIONS, log_s + HALF_LOG_2PI, 0.0), 0)
-    gained, grad = surrogate(-0.5 * tl.sum(z * z, 1) - lacking, old_log_prob, advantage, clip)
-    grad = tl.where(exists, -grad / total_samples.to(dtype), 0.0)
-    along = grad[:, None] * z * inverse[None, :]
+    gained, along, by_std = policy_loss(
+        mean, actions, s, old_log_prob, advantage, exists, total_samples.to(dtype), clip, NUM_ACTIONS
+    )
     tl.store(mean_grad + row[:, None] * NUM_ACTIONS + action[None, :], along, mask=mask)
-    by_std = tl.sum(tl.where(mask, grad[:, None] * (z * z - 1.0) * inverse[None, :], 0.0), 0)
     divergence = tl.zeros((), dtype)
     if WITH_KL:
-        apart = old_mean - mean
-        # Factored to be exactly 0 if the policy has not changed, however the compiler fuses products and sums.
-        widths = (old_std - s[None, :]) * (old_std + s[None, :])
-        nats = (apart * apart + widths) * (0.5 * inverse * inverse)[None, :] + (log_s[None, :] - tl.log(old_std))
-        divergence = tl.sum(tl.sum(tl.where(mask, nats, 0.0), 1), 0)
+        divergence = tl.sum(divergence_from(old_mean, old_std, mean, s, mask), 0)
     error, value_by = squared_error(new, old, target, held, CLIPPED)
     scale = tl.full((), value_loss_coef, dtype) / total_samples.to(dtype)
     tl.store(value_grad + row, value_by * scale, mask=exists)
     merge_programs(
         metrics, std, std_stride, std_grad, workspace,
-        (by_std.to(tl.float64), tl.sum(tl.where(exists, gained, 0.0), 0).to(tl.float64),
+        (by_std.to(tl.float64), tl.sum(gained, 0).to(tl.float64),
          tl.sum(tl.where(exists, error, 0.0), 0).to(tl.float64), divergence.to(tl.float64)),
         entropy_coef, num_samples, total_samples, NUM_ACTIONS, ACTIONS, PARTIALS, WITH_KL, dtype,
     )  # fmt: skip

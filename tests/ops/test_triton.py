@@ -41,8 +41,17 @@ def test_steps():
     run(CASES.with_name("step_cases.py"), "-m", "not slow")
 
 
+def test_gradients():
+    run(CASES.with_name("triton_gradients_cases.py"), "-m", "not slow")
+
+
 def test_properties():
     run(CASES.with_name("triton_properties.py"), "--hypothesis-profile", "few", interpreted=True)
+
+
+@pytest.mark.slow
+def test_gradients_of_every_activation():
+    run(CASES.with_name("triton_gradients_cases.py"), "-m", "slow")
 
 
 @pytest.mark.slow

@@ -58,12 +58,25 @@ BUDGET = {
     "step, all options": (192, 4096),
     "task": (128, 4096),
     "task, all options": (160, 4096),
+    # One program of 256 threads, which has all registers and, in TF32 with 128 units, nearly all shared memory of a
+    # multiprocessor. The estimate of shared memory is held below.
+    "gradients": (255, 219_136),
+    "gradients, bfloat16": (255, 109_568),
+    "gradients, float32": (255, 51_200),
+    "gradients, as many inputs as units": (255, 92_160),
+    "gradients, sum": (64, 4096),
 }
+NOT_ON_90 = {"gradients, float32", "gradients, as many inputs as units"}  # see triton_cubins.py
 # To stay within 48 or 56 registers, which fits one more program per multiprocessor, ptxas may spill one or two, away
 # from the loads: bytes of stack allowed for it. No other kernel may spill.
 SPILLED = dict.fromkeys(
     ("gae rows", "gae rows, second rollout", "gae rows, cursor", "gae rows, wrapped", "append, cursor"), 8
 )
+# Tiles of 32 samples do not quite fit: a percent of the instructions. With tiles of 16, which fit, weights would be
+# read from shared memory twice as often.
+SPILLED |= {"gradients": 160, "gradients, bfloat16": 320}
+# There, the compiler keeps the weights in registers, not in shared memory.
+SPILLED_ON_100 = {"gradients": 3000, "gradients, bfloat16": 1600, "gradients, as many inputs as units": 320}
 WIDE = ["gae rows", "gae rows, no statistics", "gae rows, second rollout", "gae rows, few", "gae rows, pool"]
 
 
@@ -86,10 +99,12 @@ def count(kernel: dict, prefix: str) -> int:
 
 
 def test_nothing_is_spilled(kernels):
-    assert kernels.keys() == BUDGET.keys()
+    on_90 = kernels["gradients"]["architecture"] == 90
+    assert kernels.keys() == BUDGET.keys() - (NOT_ON_90 if on_90 else set())
     for name, kernel in kernels.items():
-        assert kernel["stack"] <= SPILLED.get(name, 0), name
-        assert count(kernel, "LDL") + count(kernel, "STL") <= SPILLED.get(name, 0) // 4, name
+        spilled = SPILLED | (SPILLED_ON_100 if kernel["architecture"] == 100 else {})
+        assert kernel["stack"] <= spilled.get(name, 0), name
+        assert count(kernel, "LDL") + count(kernel, "STL") <= spilled.get(name, 0) // 4, name
 
 
 def test_registers_and_shared_memory_are_within_budget(kernels):
@@ -180,3 +195,22 @@ def test_rows_of_four_are_read_and_written_in_128_bits(kernels):
     """Attitude, last actions and actions in; attitude and last actions out."""
     assert count(kernels["step"], "LDG.E.128") - count(kernels["step"], "LDG.E.128.STRONG") == 3
     assert count(kernels["step"], "STG.E.128") == 2
+
+
+def test_gradients_use_tensor_cores(kernels):
+    for name, kernel in kernels.items():
+        if name.startswith("gradients") and name != "gradients, sum":
+            assert count(kernel, "HMMA") + count(kernel, "HGMMA") >= 100, name
+            assert count(kernel, "FFMA") <= 400, f"{name}: a product without tensor cores"
+
+
+def test_gradients_fit_into_shared_memory(kernels):
+    for name, kernel in kernels.items():
+        if name.startswith("gradients") and name != "gradients, sum":
+            assert kernel["shared"] <= kernel["estimated shared"] <= kernel["most shared"], name
+
+
+def test_gradients_read_and_write_wide_rows_in_128_bits(kernels):
+    """Weights, and their gradients."""
+    assert count(kernels["gradients, bfloat16"], "LDG.E.128") >= 32
+    assert count(kernels["gradients, bfloat16"], "STG.E.128") >= 32

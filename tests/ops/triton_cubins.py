@@ -6,6 +6,7 @@ the kernel is compiled for the compute capability given as the argument (80, 90,
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -22,6 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
+from pydrone._triton import ppo_gradients as gradients_module
 from pydrone._triton.append import append
 from pydrone._triton.gae import gae
 from pydrone._triton.gather import gather
@@ -30,12 +32,23 @@ from pydrone._triton.ppo_loss import ppo_loss
 from pydrone.envs import Randomization, fused
 from pydrone.envs.drone import DroneState
 from pydrone.envs.quadrotor import Quadrotor, QuadrotorCourse
-from pydrone.ops.schema import ACTIVATIONS, SCALAR_TYPES, layer_workspace_size, loss_workspace_size, workspace_size
+from pydrone.ops.schema import (
+    ACTIVATIONS,
+    MATMUL,
+    SCALAR_TYPES,
+    layer_workspace_size,
+    loss_workspace_size,
+    workspace_size,
+)
 
 OPCODE = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)", re.MULTILINE)
 EXTREME = re.compile(r"\b(?:min|max)\.[\w.]*(?:f16|f32|f64)\w*")  # of floating numbers
 TARGET = GPUTarget("cuda", int(sys.argv[1]), 32)
 F32 = SCALAR_TYPES[torch.float32]
+# Bytes of shared memory that a program may have.
+SHARED = {80: 163, 90: 227, 100: 227}.get(TARGET.arch, 99) * 1024
+gradients_module._shared_memory_of = lambda device: SHARED
+gradients_module._programs = lambda config, device: 66
 
 
 def compile_only(kernel: JITFunction, *args, grid, warmup, **options) -> None:
@@ -57,10 +70,12 @@ def tool(name: str, *arguments: str) -> str:
     return subprocess.run([path, *arguments], capture_output=True, text=True, check=True).stdout
 
 
-def report(name: str, launch: Callable[[], None]) -> dict:
-    launch()
+def report(name: str, launch: Callable[[], int | None], which: int = -1) -> dict:
+    """Of the kernel that ``launch`` launches last, or of another."""
+    estimate = launch()
+    kernel = compiled[which]
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled[-1].asm["cubin"])
+        file.write(kernel.asm["cubin"])
         file.flush()
         usage = tool("cuobjdump", "--dump-resource-usage", file.name)
         opcodes = OPCODE.findall(tool("cuobjdump", "-sass", file.name))
@@ -70,9 +85,12 @@ def report(name: str, launch: Callable[[], None]) -> dict:
         "name": name,
         "registers": int(registers),
         "stack": int(stack),
-        "shared": compiled[-1].metadata.shared,
+        "shared": kernel.metadata.shared,
         "opcodes": Counter(opcodes),
-        "minima and maxima": Counter(EXTREME.findall(compiled[-1].asm["ptx"])),
+        "architecture": TARGET.arch,
+        "estimated shared": estimate,
+        "most shared": SHARED,
+        "minima and maxima": Counter(EXTREME.findall(kernel.asm["ptx"])),
         "loads before the first store": sum(opcode.startswith("LDG") for opcode in opcodes[:first_store]),
     }
 
@@ -166,6 +184,33 @@ def launch_layer(activation: int, backward: bool, width: int = 512, batch: int =
         activate(x, torch.empty(width), activation, out)
 
 
+def launch_gradients(
+    matmul: str, hidden: tuple[int, ...], obs: int = 17, activation: str = "tanh", drawn: bool = False
+) -> int:
+    """Returns the estimate of shared memory by which a configuration is chosen."""
+    make, actions, batch = torch.empty, 4, 8192
+
+    def network(*widths: int) -> list[torch.Tensor]:
+        return [x for i, o in itertools.pairwise(widths) for x in (make(o, i), make(o))]
+
+    def field(width: int | None = None) -> torch.Tensor:
+        if not drawn:
+            return make(batch) if width is None else make(batch, width)
+        rows = make(4, batch, 128)
+        return rows[..., 0] if width is None else rows[..., :width]
+
+    actor, critic, std = network(obs, *hidden, actions), network(obs, *hidden, 1), make(actions)
+    columns = [field(actions), field(), make(batch, 4) if drawn else field(), None if drawn else field(), field()]
+    last = [[4, 0, 4 * batch, 1, 2, 3, 1, 0, batch], make(3, dtype=torch.float64)] if drawn else []
+    gradients_module.ppo_gradients(
+        [field(obs)], [], *columns, field(actions), field(actions), actor, critic, std, ACTIVATIONS.index(activation),
+        MATMUL.index(matmul), 0.2, 0.2, 1.0, *[None] * 4, 10.0, None, None,
+        [torch.empty_like(x) for x in (*actor, *critic, std)], make(3, dtype=torch.float64), *last,
+    )  # fmt: skip
+    config = gradients_module.config_of(actor, critic, MATMUL.index(matmul), SHARED)
+    return gradients_module.shared_memory((obs, *hidden, actions), config.samples, config.precision)
+
+
 def reports() -> Iterator[dict]:
     yield report("gae rows", launch_gae)
     yield report("gae rows, no statistics", partial(launch_gae, stats=False))
@@ -197,6 +242,14 @@ def reports() -> Iterator[dict]:
         yield report(f"layer, {name}", partial(launch_layer, i, False))
         yield report(f"layer back, {name}", partial(launch_layer, i, True))
     yield report("layer back, none", partial(launch_layer, -1, True, 4))
+    # Weights in TF32 are in shared memory twice; where it has 100 KB, 64 units fit.
+    hidden = (128, 128) if SHARED > 200 * 1024 else (64, 64)
+    yield report("gradients", partial(launch_gradients, "tf32", hidden, drawn=True), -2)
+    yield report("gradients, bfloat16", partial(launch_gradients, "bfloat16", (128, 128)), -2)
+    if TARGET.arch != 90:  # which is compiled for in the default tests: each takes seconds
+        yield report("gradients, float32", partial(launch_gradients, "float32", (32, 32)), -2)
+        yield report("gradients, as many inputs as units", partial(launch_gradients, "tf32", (64, 64), 48, "silu"), -2)
+    yield report("gradients, sum", partial(launch_gradients, "tf32", (64, 64)))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,8 @@ TRITON_GAE = "triton_kernels/gae.py"
 TRITON_GATHER = "triton_kernels/gather.py"
 OF_TRITON = "tests/ops/test_triton.py::test_cases[gae] tests/ops/test_triton.py::test_properties"
 OF_GATHER = "tests/ops/test_triton.py::test_cases[gather] tests/ops/test_triton.py::test_properties"
+TRITON_GRADIENTS, TRITON_NETWORKS = "triton_kernels/ppo_gradients.py", "triton_kernels/networks.py"
+OF_GRADIENTS = "tests/ops/test_triton.py::test_gradients"
 OF_APPEND = "tests/ops/test_triton.py::test_cases[append] tests/ops/test_triton.py::test_properties"
 OF_LAYER = "tests/ops/test_triton.py::test_cases[layer]"
 
@@ -175,5 +177,40 @@ TRITON = [
         "while begin < programs:",
         "while begin + PARTIALS <= programs:",
         OF_LAYER,
+    ),
+    Fault(
+        "tanh's derivative of its argument, in Triton",
+        TRITON_NETWORKS,
+        "        return 1.0 - y * y\n",
+        "        return 1.0 - x * x\n",
+        OF_GRADIENTS,
+    ),
+    Fault(
+        "a NaN rounded to 0, in Triton",
+        TRITON_NETWORKS,
+        "x = tl.where(x == x, rounded, x)",
+        "x = rounded",
+        OF_GRADIENTS,
+    ),
+    Fault(
+        "samples beyond the minibatch's end learnt from, in Triton",
+        TRITON_GRADIENTS,
+        "by_value = tl.where(exists, by_value * (value_loss_coef / total), 0.0)",
+        "by_value = by_value * (value_loss_coef / total)",
+        OF_GRADIENTS,
+    ),
+    Fault(
+        "every drawn minibatch is the epoch's first, in Triton",
+        TRITON_GRADIENTS,
+        "tl.where(exists, first + slot, first)",
+        "tl.where(exists, slot, first)",
+        OF_GRADIENTS,
+    ),
+    Fault(
+        "gradients of a program's last tile only, in Triton",
+        TRITON_GRADIENTS,
+        "(bias_grads[i] + tl.sum(grad, 0),)",
+        "(tl.sum(grad, 0),)",
+        OF_GRADIENTS,
     ),
 ]
