@@ -79,10 +79,13 @@ class Iteration:
             "final_obs_rows": self._final_obs_rows(),
         }
         self.buffer = RolloutBuffer(**sizes, device=self.device, seed=config.seed + iteration, rank=ranks.rank)
-        gathers = self.learner.gathers(self.buffer) and not self.policy.recurrent
-        reused = math.ceil(samples / ppo.num_minibatches) if gathers else None
+        self._sizes = sizes
+        #: whether the rollout is part of a CUDA graph
+        self.captured = False
+        #: computes the update by a CUDA graph, in place of the learner's; None: the learner does
+        self.update_graph: Callable[[RolloutBuffer], dict[str, Tensor]] | None = None
         #: bytes of the buffer, with the gathered minibatch that it reuses, if there is one
-        self.planned_nbytes = plan(**sizes, reused_minibatch=reused).nbytes
+        self.planned_nbytes = self._planned(self.learner.gathers(self.buffer))
         self.figures = Figures(self.buffer, self.policy, ranks)
         #: what the environment has logged in this iteration
         self.log = LogMeter()
@@ -101,7 +104,7 @@ class Iteration:
             buffer.statistics.copy_(torch.stack(merged))
         lap("gae")
         self.before_update = checkpoint.copied(self.learnt())
-        learnt = self.learner.update(buffer)
+        learnt = (self.update_graph or self.learner.update)(buffer)
         lap("update")
         scaler = self.reward_scaler
         return self.figures.sum_up(learnt, self.log, buffer.rewards if scaler is None else scaler.undo(buffer.rewards))
@@ -157,6 +160,12 @@ class Iteration:
             return last_values, {"final_values": torch.stack(final_values, 1)}
         return last_values, {"value_fn": policy.value, "without_final_obs": "stored_value"}
 
+    def _planned(self, gathers: bool) -> int:
+        """Bytes of the buffer; ``gathers``: with a minibatch that it reuses."""
+        samples = self.env.num_envs * self.config.num_steps
+        reused = math.ceil(samples / self.config.ppo.num_minibatches)
+        return plan(**self._sizes, reused_minibatch=reused if gathers and not self.policy.recurrent else None).nbytes
+
     def _final_obs_rows(self) -> int | None:
         """Size of the buffer's pool of final observations; None: the buffer's default."""
         if self.policy.recurrent or self.autoreset == "next_step":
@@ -173,7 +182,7 @@ class Iteration:
         :class:`~pydrone.ppo.trainer.Trainer` does so after the rollout.
         """
         buffer, room = self.buffer, self.buffer.layout.final_obs_rows
-        if self.device.type != "cpu" or self.config.capture or (step + 1) * buffer.num_envs <= room:
+        if self.device.type != "cpu" or self.captured or (step + 1) * buffer.num_envs <= room:
             return
         used = buffer.final_obs_used + int(torch.count_nonzero(truncated))
         if used > room:
