@@ -48,7 +48,7 @@ void ppo_gradients(const std::vector<Tensor>& obs, const std::vector<Tensor>& cr
                    const Optional& obs_std, const Optional& critic_shift, const Optional& critic_std, double obs_clip,
                    const Optional& value_shift, const Optional& value_std, const std::vector<Tensor>& grads,
                    const Tensor& metrics, const std::vector<int64_t>& drawn, const Optional& stats,
-                   const Optional& subset);
+                   const Optional& subset, const Optional& cursor);
 
 void clipped_adam(const std::vector<Tensor>& parameters, const std::vector<Tensor>& grads,
                   const std::vector<Tensor>& exp_avgs, const std::vector<Tensor>& exp_avg_sqs,

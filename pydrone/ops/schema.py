@@ -54,7 +54,8 @@ names the argument, what it was and what it must be; the reference and Triton ch
     loss, KL(mu, sigma || new), which is NaN without mu and sigma.
     drawn: empty, or [num_steps, start, num_samples, key, rollout, epoch, shuffle, first, B] as for ``gather``. Then
     obs, critic_obs, actions, log_probs, values, mu and sigma are fields of the ring's rows, [C, N, ...], advantages is
-    [N, T], stats and subset are as for ``gather``, and returns is None: A + values. Bit-equal to gathering first.
+    [N, T], stats, subset and cursor are as for ``gather``, and returns is None: A + values. Bit-equal to gathering
+    first.
 
 ``ppo_act``  acts for N environments with the same policy: actions = mean + std * noise, their log-probabilities, and
     values.  noise, actions, mean [N, A]; log_probs, values [N]; outputs of any strides.
@@ -143,7 +144,8 @@ PPO_SCHEMAS = {
         "Tensor values, Tensor? mu, Tensor? sigma, Tensor[] actor, Tensor[] critic, Tensor std, int activation, "
         "int matmul, float clip, float value_clip, float value_loss_coef, Tensor? obs_shift, Tensor? obs_std, "
         "Tensor? critic_shift, Tensor? critic_std, float obs_clip, Tensor? value_shift, Tensor? value_std, "
-        "Tensor(a!)[] grads, Tensor(b!) metrics, int[] drawn=[], Tensor? stats=None, Tensor? subset=None) -> ()"
+        "Tensor(a!)[] grads, Tensor(b!) metrics, int[] drawn=[], Tensor? stats=None, Tensor? subset=None, "
+        "Tensor? cursor=None) -> ()"
     ),
     "clipped_adam": (
         "(Tensor(a!)[] parameters, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "

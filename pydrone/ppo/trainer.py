@@ -107,11 +107,8 @@ class Trainer(Iteration):
             if graphs.why_not_update(self) is None:
                 self._not_captured = f"Only the update is captured as a CUDA graph: {reason}."
                 self.update_graph = UpdateGraph(self.learner, self.device)
-                self.planned_nbytes = self._planned(True)
             return None
-        graph = Graph(self)
-        self.planned_nbytes = self._planned(True)
-        return graph
+        return Graph(self)
 
     def train(self) -> Outcome:
         """Iterates until the last iteration, the target, or a SIGINT or SIGTERM; a signal lets the iteration finish.

@@ -364,7 +364,7 @@ def _in_ring(policy: ActorCritic, minibatch: Drawn) -> tuple[tuple | None, tuple
     if not readable(place.obs):
         return None, ()
     samples = _samples(policy, place.obs, place.fields, (place.advantages, None))
-    return samples, (place.numbers, place.statistics, place.subset)
+    return samples, (place.numbers, place.statistics, place.subset, place.cursor)
 
 
 @torch.no_grad()

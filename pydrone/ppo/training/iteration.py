@@ -79,13 +79,14 @@ class Iteration:
             "final_obs_rows": self._final_obs_rows(),
         }
         self.buffer = RolloutBuffer(**sizes, device=self.device, seed=config.seed + iteration, rank=ranks.rank)
-        self._sizes = sizes
         #: whether the rollout is part of a CUDA graph
         self.captured = False
         #: computes the update by a CUDA graph, in place of the learner's; None: the learner does
         self.update_graph: Callable[[RolloutBuffer], dict[str, Tensor]] | None = None
+        gathers = self.learner.gathers(self.buffer) and not self.policy.recurrent
+        reused = math.ceil(samples / ppo.num_minibatches) if gathers else None
         #: bytes of the buffer, with the gathered minibatch that it reuses, if there is one
-        self.planned_nbytes = self._planned(self.learner.gathers(self.buffer))
+        self.planned_nbytes = plan(**sizes, reused_minibatch=reused).nbytes
         self.figures = Figures(self.buffer, self.policy, ranks)
         #: what the environment has logged in this iteration
         self.log = LogMeter()
@@ -159,12 +160,6 @@ class Iteration:
             final_values = [stored[t] if x is None else x for t, x in enumerate(final_values)]
             return last_values, {"final_values": torch.stack(final_values, 1)}
         return last_values, {"value_fn": policy.value, "without_final_obs": "stored_value"}
-
-    def _planned(self, gathers: bool) -> int:
-        """Bytes of the buffer; ``gathers``: with a minibatch that it reuses."""
-        samples = self.env.num_envs * self.config.num_steps
-        reused = math.ceil(samples / self.config.ppo.num_minibatches)
-        return plan(**self._sizes, reused_minibatch=reused if gathers and not self.policy.recurrent else None).nbytes
 
     def _final_obs_rows(self) -> int | None:
         """Size of the buffer's pool of final observations; None: the buffer's default."""

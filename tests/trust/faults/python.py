@@ -112,6 +112,13 @@ PYTHON = [
         "tests/ppo/policy/test_matmul.py",
     ),
     Fault(
+        "a captured minibatch in the ring by the host's counters",
+        DRAWS,
+        "cursor = self._ring.cursor if captured else None",
+        "cursor = None",
+        "tests/ppo/learner/test_on_cuda.py",
+    ),
+    Fault(
         "a captured update by the counters of the rollout before",
         "pydrone/ppo/training/graphs.py",
         "        buffer.advance(0)  # gives",
