@@ -32,4 +32,4 @@ def test_rounding(precision):
 def test_what_it_costs_a_gradient(precision):
     """docs/learner.md has the figures of the default size."""
     errors = precision.gradient_errors(1, num_envs=8, hidden_dims=(32, 32))
-    assert errors["float32"] < 3e-6 < 1e-4 < errors["tf32"] < 4e-3 < errors["bfloat16"] < 0.1, errors
+    assert errors["float32"] < 3e-6 < 1e-4 < errors["tf32"] < 1.5e-3 < errors["bfloat16"] < 0.1, errors
