@@ -58,8 +58,19 @@ float& scalar(const char* name, const Tensor& x) {
   return *static_cast<float*>(x.data_ptr());
 }
 
+// The learning rate for the next step, in float32 as Learner.adapt_learning_rate computes it.
+float adapted(float rate, float kl, const std::vector<double>& schedule) {
+  const double desired = schedule[0];
+  const float zero = static_cast<float>(schedule[1]), factor = static_cast<float>(schedule[2]),
+              least = static_cast<float>(schedule[3]), most = static_cast<float>(schedule[4]);
+  if (kl > static_cast<float>(2 * desired)) return std::min(rate, std::max(rate / factor, least));
+  if (kl > zero && kl < static_cast<float>(desired / 2)) return std::max(rate, std::min(rate * factor, most));
+  return rate;
+}
+
 // No two of these dense tensors share memory.
-void check_all_apart(std::initializer_list<std::pair<const char*, const std::vector<Tensor>*>> lists, const Tensor& norms) {
+void check_all_apart(std::initializer_list<std::pair<const char*, const std::vector<Tensor>*>> lists, const Tensor& norms,
+                     const Tensor& learning_rate, const Optional& kl) {
   struct Extent {
     uintptr_t first, last;
     const char* name;
@@ -72,6 +83,7 @@ void check_all_apart(std::initializer_list<std::pair<const char*, const std::vec
   for (const auto& [name, list] : lists)
     for (const Tensor& x : *list) add(name, x);
   add("norms", norms);
+  if (kl) add("learning_rate", learning_rate);  // only then is it written
   std::sort(extents.begin(), extents.end(), [](const Extent& x, const Extent& y) { return x.first < y.first; });
   for (size_t i = 1; i < extents.size(); ++i)
     STD_TORCH_CHECK(extents[i - 1].last <= extents[i].first, extents[i].name,
@@ -83,7 +95,8 @@ void check_all_apart(std::initializer_list<std::pair<const char*, const std::vec
 void clipped_adam(const std::vector<Tensor>& parameters, const std::vector<Tensor>& grads,
                   const std::vector<Tensor>& exp_avgs, const std::vector<Tensor>& exp_avg_sqs,
                   const std::vector<Tensor>& steps, const std::vector<int64_t>& groups, double max_norm,
-                  const Tensor& learning_rate, double beta1, double beta2, double epsilon, const Tensor& norms) {
+                  const Tensor& learning_rate, double beta1, double beta2, double epsilon, const Tensor& norms,
+                  const Optional& kl, const std::vector<double>& schedule) {
   const size_t count = parameters.size();
   STD_TORCH_CHECK(count > 0, "parameters: expected at least one, got none");
   const auto lists = {std::pair{"grads", &grads}, {"exp_avgs", &exp_avgs}, {"exp_avg_sqs", &exp_avg_sqs}, {"steps", &steps}};
@@ -99,7 +112,11 @@ void clipped_adam(const std::vector<Tensor>& parameters, const std::vector<Tenso
   for (const auto& [name, beta] : {std::pair{"beta1", beta1}, {"beta2", beta2}})
     STD_TORCH_CHECK(beta >= 0 && beta < 1, name, ": expected 0 <= ", name, " < 1, got ", beta);
   STD_TORCH_CHECK(epsilon >= 0 && std::isfinite(epsilon), "epsilon: expected a number of at least 0, got ", epsilon);
-  const float rate = scalar("learning_rate", learning_rate);
+  float& rate = scalar("learning_rate", learning_rate);
+  if (kl) check_device("kl", *kl, parameters[0]);
+  const float divergence = kl ? scalar("kl", *kl) : 0;
+  const size_t expected = kl ? 5 : 0;
+  STD_TORCH_CHECK(schedule.size() == expected, "schedule: expected ", expected, " numbers, got ", schedule.size());
   std::vector<Piece> pieces;
   for (size_t i = 0; i < count; ++i) {
     const Tensor& parameter = parameters[i];
@@ -123,7 +140,8 @@ void clipped_adam(const std::vector<Tensor>& parameters, const std::vector<Tenso
     }
   }
   check_all_apart({{"parameters", &parameters}, {"grads", &grads}, {"exp_avgs", &exp_avgs},
-                   {"exp_avg_sqs", &exp_avg_sqs}, {"steps", &steps}}, norms);
+                   {"exp_avg_sqs", &exp_avg_sqs}, {"steps", &steps}}, norms, learning_rate, kl);
+  if (kl) rate = adapted(rate, divergence, schedule);
   const auto num_pieces = static_cast<int64_t>(pieces.size());
   torch::stable::parallel_for(0, num_pieces, kGrain, [&](int64_t begin, int64_t end) {
     for (int64_t p = begin; p < end; ++p) pieces[p].squares = sum_of_squares(pieces[p].grad, pieces[p].size);

@@ -64,13 +64,12 @@ class Drawn {
     check_range("num_steps", samples.num_steps, 0, samples.capacity + 1);
   }
   void place(const std::vector<int64_t>& drawn, const Tensor& advantages, const Optional& stats,
-             const Optional& subset, const Tensor& like) {
+             const Optional& subset, const Optional& cursor, const Tensor& like) {
     advantages_ = reinterpret_cast<const char*>(take_advantages(samples, advantages, like));
     const Moments moments(stats, like);
     mean_ = moments.mean;
     scale_ = moments.scale;
-    draw(samples, subset, drawn[1], drawn[2], drawn[3], drawn[4], drawn[5], drawn[6] != 0, drawn[7], std::nullopt,
-         like);
+    draw(samples, subset, drawn[1], drawn[2], drawn[3], drawn[4], drawn[5], drawn[6] != 0, drawn[7], cursor, like);
   }
   // Registers a field to prefetch; fields less than a cache line apart are merged.
   void read(const Column& x) {
@@ -120,7 +119,7 @@ void ppo_gradients(const std::vector<Tensor>& obs, const std::vector<Tensor>& cr
                    const Optional& obs_std, const Optional& critic_shift, const Optional& critic_std, double obs_clip,
                    const Optional& value_shift, const Optional& value_std, const std::vector<Tensor>& grads,
                    const Tensor& metrics, const std::vector<int64_t>& drawn, const Optional& stats,
-                   const Optional& subset) {
+                   const Optional& subset, const Optional& cursor) {
   const bool drawing = !drawn.empty();
   Drawn source(drawn, actions);
   if (!drawing) check_shape("actions", actions, {-1, -1});
@@ -134,7 +133,7 @@ void ppo_gradients(const std::vector<Tensor>& obs, const std::vector<Tensor>& cr
   Column advantage{}, target{};
   if (drawing) {
     check_dtype("values", values, ScalarType::Float);
-    source.place(drawn, advantages, stats, subset, actions);
+    source.place(drawn, advantages, stats, subset, cursor, actions);
   } else {
     advantage = column("advantages", advantages, samples, -1, actions);
     target = column("returns", *returns, samples, -1, actions);

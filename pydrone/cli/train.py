@@ -156,11 +156,16 @@ def _base(argv: list[str]) -> dict[str, Any]:
     options.add_argument("--config")
     options.add_argument("--resume")
     options.add_argument("--env")
+    # Further ways to write a setting of three values.
+    options.add_argument("--capture", nargs="?", const="True")
+    options.add_argument("--no-capture", dest="capture", action="store_const", const="False")
     given, argv[:] = options.parse_known_args(argv)
     try:
         base = {} if given.config is None else configfile.read(given.config)
     except OSError as error:
         raise OSError(f"--config {given.config}: cannot be read: {error.strerror}") from error
+    if given.capture is not None:
+        argv += ["--capture", given.capture]
     if given.env is not None:
         argv += ["--env", given.env]
     elif "env" in base:

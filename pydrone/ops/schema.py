@@ -41,7 +41,7 @@ names the argument, what it was and what it must be; the reference and Triton ch
     stats, A without; returns_out = A + the float32 value at byte value_offset of the row.  subset: int64
     [num_samples], sample numbers n * T + t to draw from; None: all N * T.  indices_out: int64 [B], n * T + t.
 
-``ppo_gradients``  gradients of a minibatch of B samples for two multilayer perceptrons and a Gaussian; CPU only.
+``ppo_gradients``  gradients of a minibatch of B samples for two multilayer perceptrons and a Gaussian.
 
     obs, critic_obs: groups [B, width], concatenated; critic_obs empty: the critic sees obs.  actions, mu, sigma [B, A];
     log_probs, advantages, returns, values [B].  actor, critic: weight [out, in] and bias [out] of each layer in turn.
@@ -54,10 +54,11 @@ names the argument, what it was and what it must be; the reference and Triton ch
     loss, KL(mu, sigma || new), which is NaN without mu and sigma.
     drawn: empty, or [num_steps, start, num_samples, key, rollout, epoch, shuffle, first, B] as for ``gather``. Then
     obs, critic_obs, actions, log_probs, values, mu and sigma are fields of the ring's rows, [C, N, ...], advantages is
-    [N, T], stats and subset are as for ``gather``, and returns is None: A + values. Bit-equal to gathering first.
+    [N, T], stats, subset and cursor are as for ``gather``, and returns is None: A + values. Bit-equal to gathering
+    first.
 
 ``ppo_act``  acts for N environments with the same policy: actions = mean + std * noise, their log-probabilities, and
-    values; CPU only.  noise, actions, mean [N, A]; log_probs, values [N]; outputs of any strides.
+    values.  noise, actions, mean [N, A]; log_probs, values [N]; outputs of any strides.
     packed: None, or float32 [packed_size(actor) + packed_size(critic)], zero at first, which keeps packed weights
     between calls; use one for each pair of network shapes and ``matmul``. Weights whose bits changed are repacked.
 
@@ -66,13 +67,17 @@ names the argument, what it was and what it must be; the reference and Triton ch
 
     end_...: append's arguments for the end; end_layout None: no step to end.  memory, layout, slot, pool_slot: append's
     for the beginning of a step with fields stored_obs (its observations), then actions, log_probs, values, mean and
-    sigma [N, A]; values also go to a plane.  Outputs are read back: none may share memory with another argument.
+    sigma [N, A]; values also go to a plane.  cursor: moved by the end, then followed by the beginning.  Outputs are
+    read back: none may share memory with another argument.
 
-``clipped_adam``  clips gradients and takes one Adam step for a list of parameters of any shapes; CPU only.
+``clipped_adam``  clips gradients and takes one Adam step for a list of parameters of any shapes.
 
     grads, exp_avgs, exp_avg_sqs: shaped as parameters; steps: float32 [] each; all contiguous. groups: for each
     parameter, the index of its group in norms [groups], which receives the norm of each group's gradients. Gradients
     are not modified; they are used times min(1, max_norm / (norm + 1e-6)). learning_rate: float32 [].
+    kl: None, or float32 []; then schedule is [desired_kl, zero_kl, factor, least, most], and learning_rate is first
+    adapted: where kl > 2 * desired_kl, divided by factor but not below least; where zero_kl < kl < desired_kl / 2,
+    multiplied by it but not above most; a rate beyond these is never moved against that direction to reach them.
 
 ``has_bf16``  whether the CPU takes bfloat16 in the above: x86-64 with AVX512_BF16, unless PYDRONE_ISA selects less.
 
@@ -127,8 +132,8 @@ SCHEMAS = {
     ),
 }
 
-# Implemented by the CPU library only; callers have an alternative where it is missing.
-CPU_SCHEMAS = {
+# Implemented by the CPU library and, on CUDA, by Triton; callers have an alternative where a kernel is missing.
+PPO_SCHEMAS = {
     "ppo_act": (
         "(Tensor[] obs, Tensor[] critic_obs, Tensor noise, Tensor[] actor, Tensor[] critic, Tensor std, "
         "int activation, int matmul, Tensor? obs_shift, Tensor? obs_std, Tensor? critic_shift, Tensor? critic_std, "
@@ -141,19 +146,21 @@ CPU_SCHEMAS = {
         "Tensor[] actor, Tensor[] critic, Tensor std, int activation, int matmul, Tensor? obs_shift, Tensor? obs_std, "
         "Tensor? critic_shift, Tensor? critic_std, float obs_clip, Tensor? value_shift, Tensor? value_std, "
         "Tensor(b!)? packed, Tensor(c!) actions, Tensor(d!) log_probs, Tensor(e!) values, Tensor(f!) mean, "
-        "Tensor sigma, Tensor(g!)[] memory, Tensor[] stored_obs, Tensor layout, int slot, int pool_slot) -> ()"
+        "Tensor sigma, Tensor(g!)[] memory, Tensor[] stored_obs, Tensor layout, int slot, int pool_slot, "
+        "Tensor(h!)? cursor=None) -> ()"
     ),
     "ppo_gradients": (
         "(Tensor[] obs, Tensor[] critic_obs, Tensor actions, Tensor log_probs, Tensor advantages, Tensor? returns, "
         "Tensor values, Tensor? mu, Tensor? sigma, Tensor[] actor, Tensor[] critic, Tensor std, int activation, "
         "int matmul, float clip, float value_clip, float value_loss_coef, Tensor? obs_shift, Tensor? obs_std, "
         "Tensor? critic_shift, Tensor? critic_std, float obs_clip, Tensor? value_shift, Tensor? value_std, "
-        "Tensor(a!)[] grads, Tensor(b!) metrics, int[] drawn=[], Tensor? stats=None, Tensor? subset=None) -> ()"
+        "Tensor(a!)[] grads, Tensor(b!) metrics, int[] drawn=[], Tensor? stats=None, Tensor? subset=None, "
+        "Tensor? cursor=None) -> ()"
     ),
     "clipped_adam": (
         "(Tensor(a!)[] parameters, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
-        "Tensor(d!)[] steps, int[] groups, float max_norm, Tensor learning_rate, float beta1, float beta2, "
-        "float epsilon, Tensor(e!) norms) -> ()"
+        "Tensor(d!)[] steps, int[] groups, float max_norm, Tensor(f!) learning_rate, float beta1, float beta2, "
+        "float epsilon, Tensor(e!) norms, Tensor? kl=None, float[] schedule=[]) -> ()"
     ),
 }
 

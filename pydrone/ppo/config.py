@@ -121,9 +121,9 @@ class PPOConfig:
     activation: Literal["tanh", "elu", "relu", "silu"] = option("tanh", "Activation of the hidden layers.")
     learner: Literal["auto", "torch", "fused"] = option(
         "auto",
-        "How gradients are computed. fused: by one operation of the CPU library, about five times as fast; for "
-        "multilayer perceptrons and continuous actions in float32. On CUDA only the loss, by a Triton kernel. torch: "
-        "autograd. auto: fused where possible.",
+        "How gradients are computed. fused: by one operation, on a CPU about five times as fast; for multilayer "
+        "perceptrons and continuous actions in float32. On CUDA by Triton, or only the loss where its kernel cannot "
+        "serve the networks. torch: autograd. auto: fused where possible.",
     )
     init_std: float = option(1.0, "Initial standard deviation of the actions, which is never below 1e-4.")
     chunk_size: int | None = option(
@@ -203,9 +203,10 @@ class TrainConfig:
     tensorboard: bool = option(True, "Write TensorBoard event files.")
     wandb: bool = option(False, "Log to Weights & Biases too; needs wandb.")
     wandb_project: str = option("pydrone", "Its project.")
-    capture: bool = option(
-        False,
-        "Replay iterations as one CUDA graph: CUDA and the pure-torch quadrotor.",
+    capture: bool | Literal["auto"] = option(
+        "auto",
+        "Replay iterations as one CUDA graph. True (or --capture alone): an error where they cannot be. False (or "
+        "--no-capture): never. auto: where they can be, else only the update where that can be.",
     )
     live: bool = option(True, "Draw the progress where the output is a terminal; elsewhere print a line per iteration.")
     ppo: PPOConfig = field(default_factory=PPOConfig, metadata={"help": "The algorithm.", "aliases": ()})
@@ -225,6 +226,8 @@ class TrainConfig:
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise ValueError(f"seed: expected an int, got {self.seed!r}")
         check_name(self.env)
+        if not isinstance(self.capture, bool) and self.capture != "auto":
+            raise ValueError(f"capture: expected True, False or 'auto', got {self.capture!r}")
         if self.target_episode_length is not None:
             _number("target_episode_length", self.target_episode_length, "above 0", lambda x: x > 0)
         if self.ppo.burn_in >= self.num_steps:

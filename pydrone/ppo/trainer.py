@@ -17,9 +17,9 @@ from pydrone.ops import native
 from pydrone.ppo.config import TrainConfig
 from pydrone.ppo.distributed import Ranks
 from pydrone.ppo.learner import fused
-from pydrone.ppo.training import checkpoint
+from pydrone.ppo.training import checkpoint, graphs
 from pydrone.ppo.training.figures import WINDOW
-from pydrone.ppo.training.graphs import Graph
+from pydrone.ppo.training.graphs import Graph, UpdateGraph
 from pydrone.ppo.training.interrupt import Interrupt
 from pydrone.ppo.training.iteration import Iteration
 from pydrone.ppo.training.meters import REPLAY, STAGES, Stopwatch, stages_of
@@ -85,14 +85,30 @@ class Trainer(Iteration):
         state = None if config.resume is None else read_checkpoint(config.resume, env.device)
         self._first = 0 if state is None else state["iteration"]
         super().__init__(env, config, ranks, self._first)
-        self._graph = Graph(self) if config.capture else None
-        self._watch = Stopwatch(self.device, (REPLAY,) if config.capture else STAGES)
+        #: why a capture was not possible, in a line for the log
+        self._not_captured: str | None = None
+        self._graph = self._captured()
+        self._watch = Stopwatch(self.device, (REPLAY,) if self._graph is not None else STAGES)
         self._log: RunLog | None = None
         # The signals of the run, and whether any rank had been asked to stop when the last figures were read.
         self._interrupt: Interrupt | None = None
         self._asked_to_stop = False
         # What a resumed run could not take over, and what it changes.
         self._of_resuming = [] if state is None else restore(self, state)
+
+    def _captured(self) -> Graph | None:
+        """The graph that computes iterations, if they can be captured. If only the update can be, makes its graph."""
+        if self.config.capture is False:
+            return None
+        reason = graphs.why_not(self)
+        if reason is not None and self.config.capture == "auto":
+            if self.device.type == "cuda":
+                self._not_captured = f"Not captured as a CUDA graph: {reason}."
+            if graphs.why_not_update(self) is None:
+                self._not_captured = f"Only the update is captured as a CUDA graph: {reason}."
+                self.update_graph = UpdateGraph(self.learner, self.device)
+            return None
+        return Graph(self)
 
     def train(self) -> Outcome:
         """Iterates until the last iteration, the target, or a SIGINT or SIGTERM; a signal lets the iteration finish.
@@ -113,10 +129,14 @@ class Trainer(Iteration):
             self._log = open_run(self.run_dir, self.recorded, self.iteration)
         for line in self._of_resuming:
             self.echo(line)
+        if self._not_captured is not None:
+            self.echo(self._not_captured)
+        learner = self.learner
         # A missing library is reported with the buffer already.
-        by_autograd = self.learner.not_fused is not None and self.learner.fused_loss is None
-        if self.config.ppo.learner == "auto" and by_autograd and native.CPU_MISSING is None:
-            self.echo(f"Gradients by autograd: {self.learner.not_fused}.")
+        known = self.device.type == "cpu" and native.CPU_MISSING is not None
+        if self.config.ppo.learner != "torch" and learner.not_fused is not None and not known:
+            part = "Gradients" if learner.fused_loss is None else "The networks' gradients"
+            self.echo(f"{part} by autograd: {learner.not_fused}.")
         if self.config.ppo.matmul == "bfloat16" and self.device.type == "cpu" and fused.lacks_bf16():
             self.echo(
                 "matmul: this processor has no AVX512_BF16. Where products in bfloat16 are emulated, an update takes "

@@ -84,9 +84,14 @@ class Draws:
         """A minibatch that is gathered when one of its tensors is first read."""
         plan, storage = part.plan, self._storage
         discards, runs, turn = self._ring.discards, self._scan.runs, self._hand_out(plan)
+        captured = self._ring.capturing()
 
         def require_unchanged() -> None:
             self._require_rollout(discards)
+            if captured != self._ring.capturing():  # other counters would say where it is
+                raise RuntimeError(
+                    "minibatches: expected to be read in the capture that they were drawn in, or outside"
+                )
             if runs != self._scan.runs:
                 raise RuntimeError("minibatches: compute_gae() has renewed the advantages while they were being read")
 
@@ -103,9 +108,9 @@ class Draws:
             num_steps, samples, shuffle = self._ring.num_steps, plan.samples, int(plan.shuffle)
             numbers = [num_steps, start, samples, key, rollout, epoch, shuffle, first, size]
             statistics = storage.statistics if plan.normalize else None
-            return InRing(
-                storage.groups(storage.views), storage.views, storage.advantages, numbers, statistics, plan.subset
-            )
+            cursor = self._ring.cursor if captured else None
+            groups = storage.groups(storage.views)
+            return InRing(groups, storage.views, storage.advantages, numbers, statistics, plan.subset, cursor)
 
         names = (*self._names, "advantages", "returns")
         return Drawn(names, part.size, *self._groups(), self._indices(part), gather, overwritten, place)

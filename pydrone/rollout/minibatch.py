@@ -105,7 +105,7 @@ class InRing(NamedTuple):
     """Where a minibatch's samples are in the ring: arguments of ``ppo_gradients``, see :mod:`pydrone.ops.schema`.
 
     obs: [C, N, ...], or a dict of groups. fields: name to [C, N, ...]. advantages: [N, T]. numbers: the operation's
-    ``drawn``.
+    ``drawn``. cursor: the device's counters, in a captured graph.
     """
 
     obs: Tensor | dict[str, Tensor]
@@ -114,6 +114,7 @@ class InRing(NamedTuple):
     numbers: list[int]
     statistics: Tensor | None
     subset: Tensor | None
+    cursor: Tensor | None
 
 
 class Drawn(Minibatch):

@@ -439,8 +439,8 @@ def test_indices_after_another_seed_was_loaded(backend):
     assert equal([mb.indices for mb in made], before)
 
 
-def test_what_is_captured_is_gathered_at_once():
-    """It uses the device's counters, which lag behind the host's after advance() reports a clear()."""
+def test_what_is_captured_is_read_by_the_devices_counters():
+    """Which lag behind the host's after advance() reports a clear(). Outside, a lazy minibatch would follow those."""
     buf = ready(5, 3, capacity=6)
     buf.advance(3, rollouts=1)
     with buf.as_captured():
@@ -449,7 +449,11 @@ def test_what_is_captured_is_gathered_at_once():
         buf.compute_gae(torch.zeros(5))
         plain, lazy = ([contents(mb) for mb in buf.minibatches(2, shuffle="none", lazy=x)] for x in (False, True))
         (drawn,) = buf.minibatches(1, lazy=True)
-    assert type(drawn) is pydrone.buffer.Minibatch and all(map(equal, plain, lazy))
+    assert all(map(equal, plain, lazy)) and drawn.place
+    with pytest.raises(RuntimeError, match="expected to be read in the capture"):
+        _ = drawn.obs
+    with pytest.raises(RuntimeError, match="expected to be read in the capture"):
+        drawn.place()
 
 
 # ---------------------------------------------------------------------------------------------- valid, errors

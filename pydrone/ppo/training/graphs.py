@@ -1,22 +1,26 @@
 """A training iteration as one CUDA graph: one launch instead of thousands, with nothing for the host to do in between.
 
-The first iteration runs eagerly on a side stream: it loads the kernels and makes the optimiser's and the libraries'
-state. Before the second the same Python code is captured; the second and all later ones are replays of the same
-operations on the same memory. What changes between them is on the device: the ring's counters, which also key the
-shuffle, the generators' offsets, the learning rate, running statistics and episodes.
+Where the environment cannot be in it, the update alone can be (:class:`UpdateGraph`). The first iteration runs eagerly
+on a side stream: it loads the kernels and makes the optimiser's and the libraries' state. Before the second the same
+Python code is captured; the second and all later ones are replays of the same operations on the same memory. What
+changes between them is on the device: the ring's counters, which also key the shuffle, the generators' offsets, the
+learning rate, running statistics and episodes.
 
 Python runs only at the capture. What it would count and remember in later iterations is done here, beside the replay.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from pydrone.buffer import RolloutBuffer
 from pydrone.envs.base import autoreset_mode
+from pydrone.ppo.learner.learner import Learner
 from pydrone.ppo.training.figures import Computed
 from pydrone.ppo.training.iteration import Iteration, Lap
 from pydrone.ppo.training.meters import REPLAY
@@ -24,11 +28,19 @@ from pydrone.ppo.training.meters import REPLAY
 
 def why_not(iteration: Iteration) -> str | None:
     """Why a training cannot be captured, or None."""
+    env = iteration.env
+    if (reason := why_not_update(iteration)) is not None:
+        return reason
+    if not getattr(env, "capturable", False):
+        return f"{type(env).__name__} does not say that its steps can be captured (capturable = True)"
+    return None
+
+
+def why_not_update(iteration: Iteration) -> str | None:
+    """Why its update cannot be captured, or None."""
     env, ppo = iteration.env, iteration.config.ppo
     if iteration.device.type != "cuda":
         return f"it needs a CUDA device, the environment is on {iteration.device.type}"
-    if not getattr(env, "capturable", False):
-        return f"{type(env).__name__} does not say that its steps can be captured (capturable = True)"
     if (mode := autoreset_mode(env.autoreset)) != "same_step":
         return f"minibatches without reset steps have sizes that the host must know, autoreset is {mode!r}"
     if iteration.policy.recurrent:
@@ -52,6 +64,7 @@ class Graph:
         reason = why_not(iteration)
         if reason is not None:
             raise ValueError(f"capture: expected False here: {reason}")
+        iteration.captured = True
         self._iteration = iteration
         generator = getattr(iteration.env, "generator", None)
         self._generators = [] if generator is None else [generator]
@@ -94,21 +107,62 @@ class Graph:
 
     def _capture(self) -> None:
         iteration, before = self._iteration, places(self._iteration.observations)
-        learner = iteration.learner
-        groups = learner.optimizer.param_groups
         try:
-            for group in groups:
-                group["capturable"] = learner.learning_rate.is_cuda
-            replay = capture(self._compute, self._generators, self._stream)
+            with capturable(iteration.learner):
+                replay = capture(self._compute, self._generators, self._stream)
         finally:
             iteration.before_update = None  # nothing has been computed yet
-            for group in groups:
-                group["capturable"] = False  # outside a capture Adam warns of it
         if before != places(iteration.observations):
             raise RuntimeError(
                 "capture: expected an environment that writes its observations to the same memory in every step()"
             )
         self._replay = replay
+
+
+class UpdateGraph:
+    """The learner's update by a CUDA graph, in place of :meth:`Learner.update`; all before it is launched as usual.
+
+    The graph reads the buffer, which is always at the same place, and the device's counters, which also key the
+    shuffle; it draws nothing.
+    """
+
+    def __init__(self, learner: Learner, device: torch.device) -> None:
+        self._learner, self._stream, self._warm = learner, side_stream(device), False
+        self._replay: Callable[[], None] | None = None
+        self._figures: dict[str, Tensor]
+
+    def __call__(self, buffer: RolloutBuffer) -> dict[str, Tensor]:
+        """As :meth:`Learner.update`; the next call overwrites its tensors."""
+        if buffer.valid is not None:  # minibatches without reset steps have sizes that the host must know
+            return self._learner.update(buffer)
+
+        def update() -> None:
+            with buffer.as_captured():
+                self._figures = self._learner.update(buffer)
+
+        buffer.advance(0)  # gives the device the host's counters
+        if self._warm and self._replay is None:
+            with capturable(self._learner):
+                self._replay = capture(update, (), self._stream)
+        if self._replay is None:
+            aside(update, self._stream)
+            self._warm = True
+        else:
+            self._replay()
+        return self._figures
+
+
+@contextlib.contextmanager
+def capturable(learner: Learner) -> Iterator[None]:
+    """In it torch's Adam can be captured; outside a capture it warns of that."""
+    groups = learner.optimizer.param_groups
+    try:
+        for group in groups:
+            group["capturable"] = learner.learning_rate.is_cuda
+        yield
+    finally:
+        for group in groups:
+            group["capturable"] = False
 
 
 def side_stream(device: torch.device) -> torch.cuda.Stream:

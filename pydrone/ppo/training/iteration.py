@@ -79,6 +79,10 @@ class Iteration:
             "final_obs_rows": self._final_obs_rows(),
         }
         self.buffer = RolloutBuffer(**sizes, device=self.device, seed=config.seed + iteration, rank=ranks.rank)
+        #: whether the rollout is part of a CUDA graph
+        self.captured = False
+        #: computes the update by a CUDA graph, in place of the learner's; None: the learner does
+        self.update_graph: Callable[[RolloutBuffer], dict[str, Tensor]] | None = None
         gathers = self.learner.gathers(self.buffer) and not self.policy.recurrent
         reused = math.ceil(samples / ppo.num_minibatches) if gathers else None
         #: bytes of the buffer, with the gathered minibatch that it reuses, if there is one
@@ -101,7 +105,7 @@ class Iteration:
             buffer.statistics.copy_(torch.stack(merged))
         lap("gae")
         self.before_update = checkpoint.copied(self.learnt())
-        learnt = self.learner.update(buffer)
+        learnt = (self.update_graph or self.learner.update)(buffer)
         lap("update")
         scaler = self.reward_scaler
         return self.figures.sum_up(learnt, self.log, buffer.rewards if scaler is None else scaler.undo(buffer.rewards))
@@ -173,7 +177,7 @@ class Iteration:
         :class:`~pydrone.ppo.trainer.Trainer` does so after the rollout.
         """
         buffer, room = self.buffer, self.buffer.layout.final_obs_rows
-        if self.device.type != "cpu" or self.config.capture or (step + 1) * buffer.num_envs <= room:
+        if self.device.type != "cpu" or self.captured or (step + 1) * buffer.num_envs <= room:
             return
         used = buffer.final_obs_used + int(torch.count_nonzero(truncated))
         if used > room:

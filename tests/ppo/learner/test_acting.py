@@ -553,7 +553,8 @@ def arguments(**changes) -> dict:
     with Record():
         acting(world.held, ends | {"final_obs": world.held})
     names = [x.name for x in operation._schema.arguments]
-    return dict(zip(names, found[0], strict=True)) | changes
+    # The dispatcher leaves out what has its default: the cursor.
+    return dict(zip(names, (*found[0], None), strict=True)) | changes
 
 
 def call(given: dict) -> None:

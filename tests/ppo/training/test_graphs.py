@@ -126,6 +126,22 @@ class Outside(TorchDispatchMode):
 
 
 @cpu
+@pytest.mark.parametrize("case", [CASES["plain"], CASES["normalised"]], ids=["plain", "normalised"])
+def test_a_captured_training_by_the_fused_operations_is_the_uncaptured_one(case, on_the_cpu):
+    """Which read minibatches in the ring, by the device's counters."""
+    trained = []
+    for capture in (False, True):
+        trainer = make(capture, **case)
+        trainer.learner.not_fused = None
+        trained.append((trainer, [trainer.iterate() for _ in range(ITERATIONS)]))
+    (eager, expected), (replayed, found) = trained
+    for ours, theirs in zip(found, expected, strict=True):
+        same_figures(ours, theirs)
+    same_tensors(replayed.policy.state_dict(), eager.policy.state_dict())
+    same_tensors(adams(replayed), adams(eager))
+
+
+@cpu
 @pytest.mark.parametrize("schedule", ["adaptive", "linear"])
 def test_a_replayed_iteration_is_one_launch_and_one_read(schedule, on_the_cpu):
     """All else that the device did would be an operation here: what a linear schedule sets is the only one."""
@@ -245,7 +261,7 @@ def test_a_capture_that_fails_leaves_the_iteration_before(on_the_cpu, monkeypatc
     trainer = make(True)
     trainer.iterate()
     before = checkpoint.copied(trainer.learnt())
-    monkeypatch.setattr(trainer.learner, "adapt_learning_rate", lambda kl: kl.item())
+    monkeypatch.setattr(trainer.policy, "bound_std", lambda: trainer.policy.std_param.sum().item())
     with pytest.raises(RuntimeError, match="waits for the device"):
         trainer.iterate()
     assert trainer.before_update is None, "nothing has been computed: the state is that of the trainer"
@@ -345,3 +361,118 @@ def test_a_pool_that_has_grown_is_captured_anew(on_the_cpu, monkeypatch):
         assert ours["episodes"] == 24
     same_tensors(trained[1].policy.state_dict(), trained[0].policy.state_dict())
     assert trained[0].buffer.layout.final_obs_rows == trained[1].buffer.layout.final_obs_rows == 60
+
+
+# ---------------------------------------------------------------------------------------------- capture is "auto"
+
+
+@pytest.fixture
+def only_updates(on_the_cpu, monkeypatch) -> list[str]:
+    """As :func:`on_the_cpu`, with environments that cannot be captured."""
+    monkeypatch.setattr(graphs, "why_not", lambda trainer: "its physics is a library's")
+    monkeypatch.setattr(graphs, "why_not_update", lambda trainer: None)
+    return on_the_cpu
+
+
+@cpu
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_an_update_captured_alone_is_the_uncaptured_one(case, fused, only_updates):
+    trained = []
+    for capture in (False, "auto"):
+        trainer = make(capture, **case)
+        if fused:
+            trainer.learner.not_fused = None
+        trained.append((trainer, [trainer.iterate() for _ in range(ITERATIONS)]))
+    (eager, expected), (replayed, found) = trained
+    assert only_updates == ["update"]
+    for ours, theirs in zip(found, expected, strict=True):
+        same_figures(ours, theirs)
+    same_tensors(adams(replayed), adams(eager))
+    same_tensors(replayed.policy.state_dict(), eager.policy.state_dict())
+    assert {f"time/{x}" for x in ("env", "policy", "storage", "gae", "update")} < found[-1].keys()
+    assert len({figures["surrogate_loss"] for figures in found}) == ITERATIONS
+    assert fused or replayed.buffer.nbytes == replayed.planned_nbytes  # planned before the test made it so
+
+
+@cpu
+def test_a_replayed_update_is_one_launch(only_updates):
+    trainer = make("auto", {"normalize_values": True, "schedule": "adaptive"})
+    for _ in range(2):
+        trainer.iterate()
+    outside, graph = Outside(), trainer.update_graph
+    replay, update = graph._replay, trainer.update_graph
+
+    def replayed() -> None:
+        outside.replaying = True
+        replay()
+        outside.replaying = False
+
+    def watched(buffer):
+        with outside:
+            return update(buffer)
+
+    graph._replay, trainer.update_graph = replayed, watched
+    trainer.iterate()
+    assert outside.names == ["aten::copy_"]  # the host's counters, for the device
+
+
+@cpu
+def test_an_update_with_reset_steps_is_not_replayed(only_updates):
+    class Resets(Quadrotor):
+        def step(self, actions):
+            return super().step(actions)._replace(valid=torch.arange(self.num_envs) > 0)
+
+    trainer = make("auto", kind=Resets)
+    figures = [trainer.iterate() for _ in range(3)]
+    assert only_updates == [] and all(x["surrogate_loss"] < 1 for x in figures)
+
+
+@cpu
+def test_an_update_goes_on_from_its_checkpoint(only_updates, tmp_path):
+    whole = make(False)
+    expected = [whole.iterate() for _ in range(ITERATIONS)]
+    first = make("auto")
+    for _ in range(2):
+        first.iterate()
+    state = checkpoint.save(tmp_path / "model_2.pt", first.state_dict())
+    resumed = make("auto", resume=str(state))
+    for figures in expected[2:]:
+        same_figures(resumed.iterate(), figures)
+    same_tensors(resumed.policy.state_dict(), whole.policy.state_dict())
+
+
+@cpu
+def test_auto_captures_all_where_it_can(on_the_cpu):
+    trainer = make("auto")
+    for _ in range(3):
+        trainer.iterate()
+    assert on_the_cpu == ["_compute"] and trainer.update_graph is None and trainer.captured
+
+
+@pytest.mark.parametrize(
+    ("of_all", "of_update", "line"),
+    [
+        (
+            "its physics is a library's",
+            None,
+            "Only the update is captured as a CUDA graph: its physics is a library's.",
+        ),
+        ("the policy is recurrent", "the policy is recurrent", None),
+    ],
+)
+def test_what_is_not_captured_is_said_once(of_all, of_update, line, on_the_cpu, monkeypatch):
+    monkeypatch.setattr(graphs, "why_not", lambda trainer: of_all)
+    monkeypatch.setattr(graphs, "why_not_update", lambda trainer: of_update)
+    lines: list[str] = []
+    config = TrainConfig(num_steps=2, iterations=1, ppo=PPOConfig(num_minibatches=1, hidden_dims=(4,)))
+    trainer = Trainer(Quadrotor(4), config, echo=lines.append)
+    assert config.capture == "auto" and trainer._graph is None
+    trainer.train()
+    assert [x for x in lines if "captured" in x] == ([line] if line else [])  # on a CPU there is nothing to say
+
+
+def test_capture_is_one_of_three():
+    for value in ("yes", None, 1, "true"):
+        with pytest.raises(ValueError, match=r"^capture: expected True, False or 'auto', got "):
+            TrainConfig(capture=value)
