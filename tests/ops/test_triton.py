@@ -36,6 +36,10 @@ def test_cases(operation):
     run(CASES, "-k", f"test_{operation}", "-m", "not slow")
 
 
+def test_adam():
+    run(CASES.with_name("triton_adam_cases.py"))
+
+
 def test_properties():
     run(CASES.with_name("triton_properties.py"), "--hypothesis-profile", "few", interpreted=True)
 

@@ -48,6 +48,11 @@ BUDGET = {
     "loss, one action": (128, 4096),
     "loss, 17 actions": (128, 4096),
     "loss, float64": (192, 4096),
+    # Fewer programs than fit: registers are no limit. Shared memory: sums of 4 warps.
+    "adam": (64, 128),
+    "adam, squares": (64, 64),
+    "adam, wide": (128, 128),  # up to sixteen elements of four arrays per thread
+    "adam, wide, squares": (64, 64),
 }
 # To stay within 48 or 56 registers, which fits one more program per multiprocessor, ptxas may spill one or two, away
 # from the loads: bytes of stack allowed for it. No other kernel may spill.
@@ -146,3 +151,11 @@ def test_the_loss_is_read_and_written_in_128_bits(kernels):
     assert 8 <= count(kernel, "LDG.E.128") <= 10
     assert count(kernel, "STG.E.128") == 2
     assert kernel["loads before the first store"] >= 8 + 2 * 5, "everything is in flight before the first result"
+
+
+def test_adam_reads_and_writes_in_128_bits(kernels):
+    """Parameter, gradient and both moments in; all but the gradient out."""
+    for name, accesses in {"adam": 1, "adam, wide": 4}.items():
+        assert count(kernels[name], "LDG.E.128") == 4 * accesses, name
+        assert count(kernels[name], "STG.E.128") == 3 * accesses, name
+        assert count(kernels[f"{name}, squares"], "LDG.E.128") == accesses, name

@@ -6,6 +6,7 @@ the kernel is compiled for the compute capability given as the argument (80, 90,
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -23,6 +24,7 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from pydrone._triton.append import append
+from pydrone._triton.clipped_adam import clipped_adam
 from pydrone._triton.gae import gae
 from pydrone._triton.gather import gather
 from pydrone._triton.ppo_loss import ppo_loss
@@ -53,10 +55,12 @@ def tool(name: str, *arguments: str) -> str:
     return subprocess.run([path, *arguments], capture_output=True, text=True, check=True).stdout
 
 
-def report(name: str, launch: Callable[[], None]) -> dict:
-    launch()
+def report(name: str, launch: Callable[[], None] | None, kernel: int = -1) -> dict:
+    """Of the last kernel compiled, or of one before; ``launch`` None: all are."""
+    if launch is not None:
+        launch()
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled[-1].asm["cubin"])
+        file.write(compiled[kernel].asm["cubin"])
         file.flush()
         usage = tool("cuobjdump", "--dump-resource-usage", file.name)
         opcodes = OPCODE.findall(tool("cuobjdump", "-sass", file.name))
@@ -66,9 +70,9 @@ def report(name: str, launch: Callable[[], None]) -> dict:
         "name": name,
         "registers": int(registers),
         "stack": int(stack),
-        "shared": compiled[-1].metadata.shared,
+        "shared": compiled[kernel].metadata.shared,
         "opcodes": Counter(opcodes),
-        "minima and maxima": Counter(EXTREME.findall(compiled[-1].asm["ptx"])),
+        "minima and maxima": Counter(EXTREME.findall(compiled[kernel].asm["ptx"])),
         "loads before the first store": sum(opcode.startswith("LDG") for opcode in opcodes[:first_store]),
     }
 
@@ -135,6 +139,19 @@ def launch_loss(
     )  # fmt: skip
 
 
+def launch_adam(hidden: tuple[int, ...]) -> None:
+    shapes = []
+    for outputs in (4, 1):
+        widths = (17, *hidden, outputs)
+        shapes += [x for i, o in itertools.pairwise(widths) for x in ((o, i), (o,))]
+    lists = [[torch.empty(shape) for shape in [*shapes, (4,)]] for _ in range(4)]
+    groups = [0] * (len(shapes) // 2) + [1] * (len(shapes) // 2) + [0]
+    clipped_adam(
+        *lists, [torch.empty(()) for _ in groups], groups, 1.0, torch.empty(()), 0.9, 0.999, 1e-8, torch.empty(2),
+        torch.empty((), dtype=torch.float64), [0.01, 1e-6, 1.5, 1e-5, 1e-2],
+    )  # fmt: skip
+
+
 def reports() -> Iterator[dict]:
     yield report("gae rows", launch_gae)
     yield report("gae rows, no statistics", partial(launch_gae, stats=False))
@@ -158,6 +175,10 @@ def reports() -> Iterator[dict]:
     yield report("loss, one action", partial(launch_loss, 1))
     yield report("loss, 17 actions", partial(launch_loss, 17))
     yield report("loss, float64", partial(launch_loss, dtype=torch.float64))
+    yield report("adam", partial(launch_adam, (128, 128)))
+    yield report("adam, squares", None, -2)
+    yield report("adam, wide", partial(launch_adam, (512, 256, 128)))
+    yield report("adam, wide, squares", None, -2)
 
 
 if __name__ == "__main__":
