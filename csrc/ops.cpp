@@ -24,7 +24,7 @@ void gather(const Tensor& rows, const std::vector<int64_t>& offsets, const std::
 
 void ppo_act(const std::vector<Tensor>& obs, const std::vector<Tensor>& critic_obs, const Tensor& noise,
              const std::vector<Tensor>& actor, const std::vector<Tensor>& critic, const Tensor& std, int64_t activation,
-             bool bf16, const Optional& obs_shift, const Optional& obs_std, const Optional& critic_shift,
+             int64_t matmul, const Optional& obs_shift, const Optional& obs_std, const Optional& critic_shift,
              const Optional& critic_std, double obs_clip, const Optional& value_shift, const Optional& value_std,
              const Optional& packed, const Tensor& actions, const Tensor& log_probs, const Tensor& values,
              const Tensor& mean);
@@ -33,7 +33,7 @@ void ppo_step(const std::vector<Tensor>& end_memory, const std::vector<Tensor>& 
               const Optional& dones, const Optional& truncated, const Optional& valid, int64_t end_slot,
               int64_t end_pool_slot, const std::vector<Tensor>& obs, const std::vector<Tensor>& critic_obs,
               const Tensor& noise, const std::vector<Tensor>& actor, const std::vector<Tensor>& critic,
-              const Tensor& std, int64_t activation, bool bf16, const Optional& obs_shift,
+              const Tensor& std, int64_t activation, int64_t matmul, const Optional& obs_shift,
               const Optional& obs_std, const Optional& critic_shift, const Optional& critic_std, double obs_clip,
               const Optional& value_shift, const Optional& value_std, const Optional& packed, const Tensor& actions,
               const Tensor& log_probs, const Tensor& values, const Tensor& mean, const Tensor& sigma,
@@ -43,7 +43,7 @@ void ppo_step(const std::vector<Tensor>& end_memory, const std::vector<Tensor>& 
 void ppo_gradients(const std::vector<Tensor>& obs, const std::vector<Tensor>& critic_obs, const Tensor& actions,
                    const Tensor& log_probs, const Tensor& advantages, const Optional& returns, const Tensor& values,
                    const Optional& mu, const Optional& sigma, const std::vector<Tensor>& actor,
-                   const std::vector<Tensor>& critic, const Tensor& std, int64_t activation, bool bf16,
+                   const std::vector<Tensor>& critic, const Tensor& std, int64_t activation, int64_t matmul,
                    double clip, double value_clip, double value_loss_coef, const Optional& obs_shift,
                    const Optional& obs_std, const Optional& critic_shift, const Optional& critic_std, double obs_clip,
                    const Optional& value_shift, const Optional& value_std, const std::vector<Tensor>& grads,

@@ -24,14 +24,14 @@ float& element(const Tensor& x, int64_t i, int64_t j = 0) {
 
 void ppo_act(const std::vector<Tensor>& obs, const std::vector<Tensor>& critic_obs, const Tensor& noise,
              const std::vector<Tensor>& actor, const std::vector<Tensor>& critic, const Tensor& std, int64_t activation,
-             bool bf16, const Optional& obs_shift, const Optional& obs_std, const Optional& critic_shift,
+             int64_t matmul, const Optional& obs_shift, const Optional& obs_std, const Optional& critic_shift,
              const Optional& critic_std, double obs_clip, const Optional& value_shift, const Optional& value_std,
              const Optional& packed, const Tensor& actions, const Tensor& log_probs, const Tensor& values,
              const Tensor& mean) {
   check_shape("noise", noise, {-1, -1});
   const int64_t num_envs = noise.size(0), num_actions = noise.size(1);
   const Column drawn = column("noise", noise, num_envs, num_actions, noise);
-  Networks networks(obs, critic_obs, actor, critic, std, activation, bf16, num_envs, num_actions, obs_shift, obs_std,
+  Networks networks(obs, critic_obs, actor, critic, std, activation, matmul, num_envs, num_actions, obs_shift, obs_std,
                     critic_shift, critic_std, obs_clip, value_shift, value_std, noise);
   for (const auto& [name, out] : {std::pair{"actions", &actions}, {"mean", &mean}}) {
     check_shape(name, *out, {num_envs, num_actions});
@@ -108,7 +108,7 @@ void ppo_step(const std::vector<Tensor>& end_memory, const std::vector<Tensor>& 
               const Optional& dones, const Optional& truncated, const Optional& valid, int64_t end_slot,
               int64_t end_pool_slot, const std::vector<Tensor>& obs, const std::vector<Tensor>& critic_obs,
               const Tensor& noise, const std::vector<Tensor>& actor, const std::vector<Tensor>& critic,
-              const Tensor& std, int64_t activation, bool bf16, const Optional& obs_shift,
+              const Tensor& std, int64_t activation, int64_t matmul, const Optional& obs_shift,
               const Optional& obs_std, const Optional& critic_shift, const Optional& critic_std, double obs_clip,
               const Optional& value_shift, const Optional& value_std, const Optional& packed, const Tensor& actions,
               const Tensor& log_probs, const Tensor& values, const Tensor& mean, const Tensor& sigma,
@@ -122,7 +122,7 @@ void ppo_step(const std::vector<Tensor>& end_memory, const std::vector<Tensor>& 
     end = checked_append(end_memory, end_sources, *end_layout, dones, truncated, valid, end_slot, end_pool_slot, none,
                          true);
   const auto begin = checked_append(memory, sources, layout, none, none, none, slot, pool_slot, none, false);
-  ppo_act(obs, critic_obs, noise, actor, critic, std, activation, bf16, obs_shift, obs_std, critic_shift, critic_std,
+  ppo_act(obs, critic_obs, noise, actor, critic, std, activation, matmul, obs_shift, obs_std, critic_shift, critic_std,
           obs_clip, value_shift, value_std, packed, actions, log_probs, values, mean);
   if (end) end();
   begin();

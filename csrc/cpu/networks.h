@@ -274,11 +274,11 @@ struct Networks {
 
   Networks(const std::vector<Tensor>& obs, const std::vector<Tensor>& critic_obs,
            const std::vector<Tensor>& actor_parameters, const std::vector<Tensor>& critic_parameters,
-           const Tensor& std, int64_t activation, bool bf16, int64_t samples, int64_t num_actions,
+           const Tensor& std, int64_t activation, int64_t matmul, int64_t samples, int64_t num_actions,
            const Optional& obs_shift, const Optional& obs_std, const Optional& critic_shift,
            const Optional& critic_std, double obs_clip, const Optional& value_shift, const Optional& value_std,
            const Tensor& like, const Ring* ring = nullptr)
-      : version(picked(bf16)),
+      : version(picked(matmul)),
         shared(critic_obs.empty()),
         actor_input("obs", obs, samples, like, ring),
         critic_input("critic_obs", shared ? obs : critic_obs, samples, like, ring),
@@ -294,10 +294,12 @@ struct Networks {
     check_contiguous("std", std);
     check_device("std", std, like);
   }
-  static const MlpVersion& picked(bool bf16) {
-    STD_TORCH_CHECK(!bf16 || bf16_version(),
-                    "bf16: expected false, this processor has no AVX512_BF16, or PYDRONE_ISA names less, got true");
-    return bf16 ? *bf16_version() : pydrone::version();
+  // matmul: an index into MATMUL of schema.py. TF32 is computed in float32, which is more exact.
+  static const MlpVersion& picked(int64_t matmul) {
+    check_range("matmul", matmul, 0, 3);
+    STD_TORCH_CHECK(matmul != 2 || bf16_version(),
+                    "matmul: expected 0 or 1, this processor has no AVX512_BF16, or PYDRONE_ISA names less, got 2");
+    return matmul == 2 ? *bf16_version() : pydrone::version();
   }
   static int64_t checked(int64_t activation) {
     check_range("activation", activation, 0, kNumActivations);

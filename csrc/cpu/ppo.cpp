@@ -115,7 +115,7 @@ class Drawn {
 void ppo_gradients(const std::vector<Tensor>& obs, const std::vector<Tensor>& critic_obs, const Tensor& actions,
                    const Tensor& log_probs, const Tensor& advantages, const Optional& returns, const Tensor& values,
                    const Optional& mu, const Optional& sigma, const std::vector<Tensor>& actor,
-                   const std::vector<Tensor>& critic, const Tensor& std, int64_t activation, bool bf16,
+                   const std::vector<Tensor>& critic, const Tensor& std, int64_t activation, int64_t matmul,
                    double clip, double value_clip, double value_loss_coef, const Optional& obs_shift,
                    const Optional& obs_std, const Optional& critic_shift, const Optional& critic_std, double obs_clip,
                    const Optional& value_shift, const Optional& value_std, const std::vector<Tensor>& grads,
@@ -145,7 +145,7 @@ void ppo_gradients(const std::vector<Tensor>& obs, const std::vector<Tensor>& cr
     old_mean = column("mu", *mu, samples, num_actions, actions, ring);
     old_std = column("sigma", *sigma, samples, num_actions, actions, ring);
   }
-  Networks networks(obs, critic_obs, actor, critic, std, activation, bf16, samples, num_actions, obs_shift, obs_std,
+  Networks networks(obs, critic_obs, actor, critic, std, activation, matmul, samples, num_actions, obs_shift, obs_std,
                     critic_shift, critic_std, obs_clip, value_shift, value_std, actions, ring);
   Net &pi = networks.actor, &v = networks.critic;
   const Input &actor_input = networks.actor_input, &critic_input = networks.critic_input;

@@ -45,8 +45,9 @@ names the argument, what it was and what it must be; the reference and Triton ch
 
     obs, critic_obs: groups [B, width], concatenated; critic_obs empty: the critic sees obs.  actions, mu, sigma [B, A];
     log_probs, advantages, returns, values [B].  actor, critic: weight [out, in] and bias [out] of each layer in turn.
-    std [A].  activation: index into ACTIVATIONS, for the hidden layers.  bf16: operands of matrix products are rounded
-    to bfloat16 (needs ``has_bf16``); everything else is float32.  value_clip below 0: no value clipping.
+    std [A].  activation: index into ACTIVATIONS, for the hidden layers.  matmul: index into MATMUL, what operands of
+    matrix products are rounded to: nothing (float32), TF32, or bfloat16 (on the CPU where ``has_bf16``); everything
+    else is float32. The CPU computes TF32 in float32.  value_clip below 0: no value clipping.
     obs_shift, obs_std [width], critic_shift, critic_std, value_shift, value_std []: inputs become (x - shift) / std,
     observations clipped to +-obs_clip; None: unchanged.  grads: of actor, critic and std, same shapes, of
     surrogate + value_loss_coef * value loss (pydrone/ppo/learner/loss.py).  metrics: float64 [3]: surrogate, value
@@ -58,7 +59,7 @@ names the argument, what it was and what it must be; the reference and Triton ch
 ``ppo_act``  acts for N environments with the same policy: actions = mean + std * noise, their log-probabilities, and
     values; CPU only.  noise, actions, mean [N, A]; log_probs, values [N]; outputs of any strides.
     packed: None, or float32 [packed_size(actor) + packed_size(critic)], zero at first, which keeps packed weights
-    between calls; use one for each pair of network shapes and bf16 setting. Weights whose bits changed are repacked.
+    between calls; use one for each pair of network shapes and ``matmul``. Weights whose bits changed are repacked.
 
 ``ppo_step``  ends a step, runs ``ppo_act`` on the observations that followed, and begins the next step, in one call:
     ``append``, ``ppo_act``, ``append``. Nothing is written if an argument of any of them is invalid.
@@ -73,7 +74,7 @@ names the argument, what it was and what it must be; the reference and Triton ch
     parameter, the index of its group in norms [groups], which receives the norm of each group's gradients. Gradients
     are not modified; they are used times min(1, max_norm / (norm + 1e-6)). learning_rate: float32 [].
 
-``has_bf16``  whether the operations above accept bf16: x86-64 with AVX512_BF16, unless PYDRONE_ISA selects less.
+``has_bf16``  whether the CPU takes bfloat16 in the above: x86-64 with AVX512_BF16, unless PYDRONE_ISA selects less.
 
 ``ppo_loss``  the loss of one minibatch and its gradients with respect to the networks' outputs; Triton on CUDA, the
     reference on every other device.
@@ -120,14 +121,14 @@ SCHEMAS = {
 CPU_SCHEMAS = {
     "ppo_act": (
         "(Tensor[] obs, Tensor[] critic_obs, Tensor noise, Tensor[] actor, Tensor[] critic, Tensor std, "
-        "int activation, bool bf16, Tensor? obs_shift, Tensor? obs_std, Tensor? critic_shift, Tensor? critic_std, "
+        "int activation, int matmul, Tensor? obs_shift, Tensor? obs_std, Tensor? critic_shift, Tensor? critic_std, "
         "float obs_clip, Tensor? value_shift, Tensor? value_std, Tensor(a!)? packed, Tensor(b!) actions, "
         "Tensor(c!) log_probs, Tensor(d!) values, Tensor(e!) mean) -> ()"
     ),
     "ppo_step": (
         "(Tensor(a!)[] end_memory, Tensor[] end_sources, Tensor? end_layout, Tensor? dones, Tensor? truncated, "
         "Tensor? valid, int end_slot, int end_pool_slot, Tensor[] obs, Tensor[] critic_obs, Tensor noise, "
-        "Tensor[] actor, Tensor[] critic, Tensor std, int activation, bool bf16, Tensor? obs_shift, Tensor? obs_std, "
+        "Tensor[] actor, Tensor[] critic, Tensor std, int activation, int matmul, Tensor? obs_shift, Tensor? obs_std, "
         "Tensor? critic_shift, Tensor? critic_std, float obs_clip, Tensor? value_shift, Tensor? value_std, "
         "Tensor(b!)? packed, Tensor(c!) actions, Tensor(d!) log_probs, Tensor(e!) values, Tensor(f!) mean, "
         "Tensor sigma, Tensor(g!)[] memory, Tensor[] stored_obs, Tensor layout, int slot, int pool_slot) -> ()"
@@ -135,7 +136,7 @@ CPU_SCHEMAS = {
     "ppo_gradients": (
         "(Tensor[] obs, Tensor[] critic_obs, Tensor actions, Tensor log_probs, Tensor advantages, Tensor? returns, "
         "Tensor values, Tensor? mu, Tensor? sigma, Tensor[] actor, Tensor[] critic, Tensor std, int activation, "
-        "bool bf16, float clip, float value_clip, float value_loss_coef, Tensor? obs_shift, Tensor? obs_std, "
+        "int matmul, float clip, float value_clip, float value_loss_coef, Tensor? obs_shift, Tensor? obs_std, "
         "Tensor? critic_shift, Tensor? critic_std, float obs_clip, Tensor? value_shift, Tensor? value_std, "
         "Tensor(a!)[] grads, Tensor(b!) metrics, int[] drawn=[], Tensor? stats=None, Tensor? subset=None) -> ()"
     ),
@@ -161,6 +162,9 @@ LEARNER_SCHEMAS = {
 }
 
 ACTIVATIONS = ("tanh", "elu", "relu", "silu")
+
+# What operands of the networks' matrix products are rounded to; sums are float32.
+MATMUL = ("float32", "tf32", "bfloat16")
 
 # The value that a truncated step bootstraps from.
 BOOTSTRAP = {None: 0, "final_values": 1, "stored_value": 2, "next_value": 3}

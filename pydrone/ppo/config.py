@@ -23,6 +23,7 @@ CHOICES = {
     "recurrent": ("none", "gru", "lstm"),
     "activation": ("tanh", "elu", "relu", "silu"),
     "learner": ("auto", "torch", "fused"),
+    "matmul": (None, "float32", "tf32", "bfloat16"),
 }
 
 # What a resumed training makes of a setting that is not its checkpoint's; each is in one of the three, and task and
@@ -38,12 +39,12 @@ ON_RESUME = {
         *("env", "num_envs", "num_steps", "seed", "random_episode_starts", "task", "randomization"),
         *("learning_rate", "schedule", "desired_kl", "max_kl", "num_epochs", "num_minibatches", "clip", "entropy_coef"),
         *("value_loss_coef", "clipped_value_loss", "max_grad_norm", "gamma", "lam", "normalize_advantages"),
-        *("advantage_scope", "obs_clip", "normalize_rewards", "reward_scale", "obs_dtype", "autocast", "burn_in"),
+        *("advantage_scope", "obs_clip", "normalize_rewards", "reward_scale", "obs_dtype", "matmul", "burn_in"),
     ),
     # Says how long and where it trains, or what is written.
     "of the process": (
         *("iterations", "target_episode_length", "device", "run_dir", "resume", "save_interval", "tensorboard"),
-        *("wandb", "wandb_project", "capture", "live", "learner", "chunk_size"),
+        *("wandb", "wandb_project", "capture", "live", "learner", "chunk_size", "autocast"),  # which is matmul
     ),
 }
 
@@ -102,11 +103,13 @@ class PPOConfig:
     obs_dtype: Literal["float32", "float16", "bfloat16"] = option(
         "float32", "Type that observations are stored as; the policy sees them rounded to it, also when acting."
     )
-    autocast: bool = option(
-        False,
-        "The networks' matrix products in bfloat16; losses and parameters in float32. Slow on a CPU without "
+    matmul: Literal["float32", "tf32", "bfloat16"] | None = option(
+        None,
+        "What the operands of the networks' matrix products are rounded to, in acting and learning; all else is "
+        "float32. None: tf32 on CUDA, float32 elsewhere. A CPU computes tf32 in float32, and bfloat16 slowly without "
         "AVX512_BF16.",
     )
+    autocast: bool = option(False, "The same as --matmul bfloat16.")
     recurrent: Literal["none", "gru", "lstm"] = option(
         "none", "A recurrent layer before the hidden ones, in actor and critic. Minibatches are whole environments."
     )
@@ -147,6 +150,10 @@ class PPOConfig:
             if getattr(self, name) not in choices:
                 expected = f"{', '.join(map(repr, choices[:-1]))} or {choices[-1]!r}"
                 raise ValueError(f"{name}: expected {expected}, got {getattr(self, name)!r}")
+        if self.autocast:
+            if self.matmul not in (None, "bfloat16"):
+                raise ValueError(f"autocast: expected False with matmul {self.matmul!r}, got {self.autocast!r}")
+            self.matmul, self.autocast = "bfloat16", False  # one setting in one place
         for name in ("actor_obs", "critic_obs"):
             groups = getattr(self, name)
             if not isinstance(groups, (tuple, list)) or not all(isinstance(x, str) for x in groups):

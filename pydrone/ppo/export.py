@@ -270,7 +270,7 @@ def save(
 def _plain(policy: nn.Module) -> nn.Module:
     """A copy on the CPU, in float32 throughout."""
     policy = copy.deepcopy(policy).cpu().float().eval()
-    policy.autocast, policy.obs_dtype = False, torch.float32
+    policy.matmul, policy.obs_dtype = "float32", torch.float32
     return policy
 
 

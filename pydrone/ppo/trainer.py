@@ -117,10 +117,10 @@ class Trainer(Iteration):
         by_autograd = self.learner.not_fused is not None and self.learner.fused_loss is None
         if self.config.ppo.learner == "auto" and by_autograd and native.CPU_MISSING is None:
             self.echo(f"Gradients by autograd: {self.learner.not_fused}.")
-        if self.config.ppo.autocast and self.device.type == "cpu" and fused.lacks_bf16():
+        if self.config.ppo.matmul == "bfloat16" and self.device.type == "cpu" and fused.lacks_bf16():
             self.echo(
-                "autocast: this processor has no AVX512_BF16. Where products in bfloat16 are emulated, an update takes "
-                "many times as long as without autocast."
+                "matmul: this processor has no AVX512_BF16. Where products in bfloat16 are emulated, an update takes "
+                "many times as long as in float32."
             )
         try:
             with Interrupt(self.echo) as interrupt:

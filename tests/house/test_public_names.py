@@ -43,7 +43,7 @@ FLAGS = {
     "train": """
         activation actor-obs advantage-scope att-noise autocast burn-in capture chunk-size clip clip-param
         clipped-value-loss config critic-obs desired-kl device entropy-coef env gamma gyro-noise hidden-dims
-        hold inertia init-std iterations lam latency learner learning-rate live lr mass max-grad-norm
+        hold inertia init-std iterations lam latency learner learning-rate live lr mass matmul max-grad-norm
         max-iterations max-kl motor-lag near-decay no-autocast no-capture no-clipped-value-loss no-live
         no-normalize-advantages no-normalize-obs no-normalize-rewards no-normalize-values
         no-random-episode-starts no-resample-targets no-tensorboard no-wandb normalize-advantages

@@ -184,7 +184,7 @@ def check_variant(options: dict, format: str, tmp_path: Path) -> None:
     config = TrainConfig(ppo=PPOConfig(**{name: x for name, x in options.items() if name != "discrete"}))
     state = {"policy": own.state_dict(), "config": dataclasses.asdict(config)}
     done = export.save(export.policy_of(state), tmp_path / "policy", format, LIMITS)
-    own.autocast, own.obs_dtype = False, torch.float32
+    own.matmul, own.obs_dtype = "float32", torch.float32
     discrete = "discrete" in options
     memory = [torch.zeros(9, done.memory)] if done.memory else []
     assert bool(memory) == own.recurrent and done.num_obs == (5 if "actor_obs" in options else 3)

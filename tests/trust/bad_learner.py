@@ -102,6 +102,7 @@ def clipped_step(rng: random.Random) -> Subject:
 
 RANGES = {
     "activation": (-1, 4, BIG, -BIG),
+    "matmul": (-1, 3, BIG, -BIG),
     "clip": (-0.1, NAN, INF),
     "max_norm": (0.0, -1.0, NAN, -INF),
     "beta1": (-0.1, 1.0, NAN, INF),

@@ -109,8 +109,8 @@ class FusedActing:
 
 
 def _parts(policy: ActorCritic) -> list[object]:
-    """The layers and parameters of both networks, and whether products are in bfloat16."""
-    parts: list[object] = [policy.autocast]
+    """The layers and parameters of both networks, and the products' precision."""
+    parts: list[object] = [policy.matmul]
     for network in (policy.actor, policy.critic):
         layers = network._modules.values() or (network,)
         parts += layers

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from pydrone.ops import native
 from pydrone.ops.arguments import check_tensor
-from pydrone.ops.schema import ACTIVATIONS
+from pydrone.ops.schema import ACTIVATIONS, MATMUL
+from pydrone.ppo.policy import matmul as precision
 from pydrone.ppo.policy.actor_critic import ActorCritic, PolicyStep
 from pydrone.ppo.policy.distributions import gaussian_entropy
 from pydrone.rollout.minibatch import Drawn, Minibatch
@@ -65,6 +66,7 @@ def fused_update(
     obs_clip: float = 10.0,
     value_normalizer: RunningMoments | None = None,
     autocast: bool = False,
+    matmul: str | None = None,
 ) -> Tensor:
     """As ``loss.backward()`` on PPO's loss of a minibatch: adds its gradients to the parameters' ``.grad``.
 
@@ -87,9 +89,10 @@ def fused_update(
         value_loss_coef, entropy_coef: weights in the loss.
         obs_normalizer, critic_normalizer, value_normalizer: running statistics (their ``shift`` and ``std``) that
             inputs, and values and returns, are normalised by; inputs are clipped to ``obs_clip``.
-        autocast: the networks' products in bfloat16, on a processor with AVX512_BF16: factors (activations, weights,
-            derivatives) are rounded to nearest, denormals to zero; sums, biases, activation functions and everything
-            else stay in float32.
+        matmul: what the factors of the networks' products (activations, weights, derivatives) are rounded to:
+            "float32" (None), "tf32", which a CPU computes in float32, or "bfloat16", on a CPU with AVX512_BF16: to
+            nearest, denormals to zero. Sums, biases, activation functions and everything else stay in float32.
+        autocast: True: ``matmul="bfloat16"``.
 
     Returns:
         [4] float32: surrogate, value loss, entropy, KL(old || new). Means over B, nats.
@@ -115,6 +118,10 @@ def fused_update(
             raise TypeError(f"{name}: expected running statistics with shift and std, got {type(x).__name__}")
     if not isinstance(autocast, bool):
         raise TypeError(f"autocast: expected a bool, got {type(autocast).__name__}")
+    if matmul is not None and matmul not in MATMUL:
+        raise ValueError(f"matmul: expected None or one of {', '.join(MATMUL)}, got {matmul!r}")
+    if autocast and matmul not in (None, "bfloat16"):
+        raise ValueError(f"autocast: expected False with matmul {matmul!r}, got True")
     if obs_clip != math.inf:  # which clips nothing
         _check_number("obs_clip", obs_clip, 0.0)
     for name, x in (("obs", obs), ("critic_obs", () if critic_obs is None else critic_obs)):
@@ -137,7 +144,7 @@ def fused_update(
         critic_normalizer=critic_normalizer,
         obs_clip=obs_clip,
         value_normalizer=value_normalizer,
-        autocast=autocast,
+        matmul="bfloat16" if autocast else matmul or "float32",
     )
 
 
@@ -156,12 +163,11 @@ def _gradients(
     critic_normalizer: RunningMoments | None,
     obs_clip: float,
     value_normalizer: RunningMoments | None,
-    autocast: bool,
+    matmul: str,
 ) -> Tensor:
     """``ppo_gradients`` of what it takes first, ``samples``, and last, ``drawn``; the rest as :func:`fused_update`."""
     ours, theirs, activation = _both(actor, critic)
-    if autocast:
-        _require_bf16()
+    _require(matmul)
     parameters = [*ours, *theirs]
     with torch.no_grad():
         grads = [torch.empty_like(x) for x in parameters]
@@ -172,7 +178,7 @@ def _gradients(
             [x.detach() for x in theirs],
             std.detach().contiguous(),
             activation,
-            autocast,
+            MATMUL.index(matmul),
             clip,
             -1.0 if value_clip is None else value_clip,
             value_loss_coef,
@@ -221,10 +227,10 @@ def _check_number(name: str, x: float, least: float) -> None:
         raise ValueError(f"{name}: expected a finite number{f' of at least {least:g}' * (least == 0)}, got {x}")
 
 
-def _require_bf16() -> None:
-    """Raises Unsupported where the library, which must be there, has no products in bfloat16."""
-    if not torch.ops.pydrone.has_bf16():
-        raise Unsupported("autocast is on, and the processor has no AVX512_BF16, or PYDRONE_ISA leaves it out")
+def _require(matmul: str) -> None:
+    """Raises Unsupported where the library, which must be there, has no products of this precision."""
+    if matmul == "bfloat16" and not torch.ops.pydrone.has_bf16():
+        raise Unsupported("matmul is 'bfloat16', and the processor has no AVX512_BF16, or PYDRONE_ISA leaves it out")
 
 
 def lacks_bf16() -> bool:
@@ -293,11 +299,14 @@ def why_not(policy: ActorCritic) -> str | None:
         return f"the policy is {str(parameter.dtype).removeprefix('torch.')}"
     try:
         _both(policy.actor, policy.critic)
-        if policy.autocast:
-            _require_bf16()
+        _require(_matmul(policy))
     except Unsupported as error:
         return str(error)
     return None
+
+
+def _matmul(policy: ActorCritic) -> str:
+    return precision.chosen(policy.matmul, policy.std_param.device)
 
 
 def of_policy(policy: ActorCritic, minibatch: Minibatch, config: PPOConfig) -> Tensor:
@@ -320,7 +329,7 @@ def of_policy(policy: ActorCritic, minibatch: Minibatch, config: PPOConfig) -> T
         critic_normalizer=policy.critic_normalizer,
         obs_clip=policy.obs_clip,
         value_normalizer=policy.value_normalizer,
-        autocast=policy.autocast,
+        matmul=_matmul(policy),
     )
 
 
@@ -378,7 +387,7 @@ def act_arguments(
         seen = tuple([policy.rounded(x) for x in groups] for groups in seen)
     moments = _moments(policy.actor_normalizer, policy.critic_normalizer)
     of_values = _moments(policy.value_normalizer)
-    options = networks[2], policy.autocast, *moments, policy.obs_clip, *of_values, packed
+    options = networks[2], MATMUL.index(_matmul(policy)), *moments, policy.obs_clip, *of_values, packed
     return *seen, noise, *networks[:2], std, *options, *outputs
 
 

@@ -16,6 +16,7 @@ from pydrone.ppo.distributed import ALONE, MeanGradients, Ranks
 from pydrone.ppo.learner import adam, fused, fused_loss
 from pydrone.ppo.learner.acting import ActAndStore, Acting, FusedActing
 from pydrone.ppo.learner.loss import surrogate_loss, value_loss
+from pydrone.ppo.policy import matmul as precision
 from pydrone.ppo.policy.actor_critic import ActorCritic, PolicyStep
 from pydrone.ppo.policy.recurrent import sequence_batches
 from pydrone.rollout.minibatch import Minibatch
@@ -149,6 +150,10 @@ class Learner:
 
     def compute_gradients(self, minibatch: Any) -> Tensor:
         """Sets the parameters' gradients and returns the METRICS, [4]. Autograd works in chunks of the minibatch."""
+        with precision.products(self.policy.matmul, self.learning_rate.device):
+            return self._compute_gradients(minibatch)
+
+    def _compute_gradients(self, minibatch: Any) -> Tensor:
         config, policy = self.config, self.policy
         size = _size(minibatch)
         self.optimizer.zero_grad(set_to_none=True)

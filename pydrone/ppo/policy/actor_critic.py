@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pydrone.ppo.distributed import ALONE, Ranks
+from pydrone.ppo.policy import matmul as precision
 from pydrone.ppo.policy.distributions import gaussian_entropy, gaussian_kl, gaussian_log_prob, log_normalizer
 from pydrone.ppo.policy.normalization import RunningMoments
 from pydrone.rollout.layout import Spec, parse_obs
@@ -81,7 +82,8 @@ class ActorCritic(nn.Module):
         normalize_values: the critic predicts returns normalised by running statistics, which :meth:`observe_returns`
             updates.
         obs_dtype: a half precision that observations are rounded to first, as in the buffer.
-        autocast: matrix products in bfloat16.
+        matmul: what operands of matrix products are rounded to, one of MATMUL. None: the device's default
+            (:func:`pydrone.ppo.policy.matmul.chosen`).
     """
 
     recurrent = False
@@ -100,12 +102,12 @@ class ActorCritic(nn.Module):
         obs_clip: float = 10.0,
         normalize_values: bool = False,
         obs_dtype: torch.dtype = torch.float32,
-        autocast: bool = False,
+        matmul: str | None = None,
         activation: str = "tanh",
     ) -> None:
         super().__init__()
         self.obs = obs
-        self.autocast, self.obs_clip, self._activation = autocast, obs_clip, activation
+        self.matmul, self.obs_clip, self._activation = matmul, obs_clip, activation
         self.obs_dtype = obs_dtype
         groups, named = parse_obs(obs, torch.float32)
         self.actor_obs, self.critic_obs = _pick_groups(groups, named, tuple(actor_obs), tuple(critic_obs))
@@ -209,9 +211,7 @@ class ActorCritic(nn.Module):
         return values if self.value_normalizer is None else self.value_normalizer.denormalize(values)
 
     def _run(self, network: nn.Module, x: Tensor) -> Tensor:
-        if not self.autocast:
-            return network(x)
-        with torch.autocast(x.device.type, torch.bfloat16):
+        with precision.forward(self.matmul, x.device):
             return network(x).to(x.dtype)
 
     def _actor_input(self, obs: Tensor | Mapping[str, Tensor]) -> Tensor:

@@ -32,7 +32,7 @@ def make_policy(
             "env.actions: expected an int, for continuous actions, or ((), torch.int64) along with "
             f"env.num_discrete_actions, got {actions!r}"
         )
-    names = ("actor_obs", "critic_obs", "normalize_obs", "obs_clip", "normalize_values", "autocast", "activation")
+    names = ("actor_obs", "critic_obs", "normalize_obs", "obs_clip", "normalize_values", "matmul", "activation")
     options: dict[str, Any] = {name: getattr(config, name) for name in names}
     options["obs_dtype"] = getattr(torch, config.obs_dtype)
     kind: type[ActorCritic] = CategoricalActorCritic if discrete else ActorCritic

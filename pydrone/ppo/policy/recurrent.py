@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from pydrone.ppo.policy import matmul as precision
 from pydrone.ppo.policy.actor_critic import ActorCritic, Evaluation, PolicyStep
 from pydrone.ppo.policy.discrete import CategoricalActorCritic
 from pydrone.rollout.sequences import Sequences
@@ -108,7 +109,7 @@ class Recurrent:
         """Features [L, B, rnn_dim] and the last memory [B, S] of inputs [L, B, ...] and the first memory [B, S]."""
         rnn, first = getattr(self, f"{name}_rnn"), memory.unsqueeze(0)
         state = first.contiguous() if self._cell == "gru" else tuple(part.contiguous() for part in first.chunk(2, -1))
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.autocast):
+        with precision.forward(self.matmul, x.device):
             features, state = rnn(x, state)
         state = state if self._cell == "gru" else torch.cat(state, -1)
         return features.to(x.dtype), state.squeeze(0).to(x.dtype)

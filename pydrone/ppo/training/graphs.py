@@ -35,7 +35,7 @@ def why_not(iteration: Iteration) -> str | None:
         return "the policy is recurrent, and its sequences have sizes that the host must know"
     if ppo.max_kl is not None:
         return "with max_kl the host looks at every minibatch"
-    if ppo.autocast:
+    if ppo.matmul == "bfloat16":
         return "autocast in a graph has not been tried"
     if iteration.ranks.several:
         return "the messages of several processes in a graph have not been tried"

@@ -260,7 +260,7 @@ def test_training():
 
 # ---------------------------------------------------------------------------------------------- where there is none
 
-REASON = "autocast is on, and the processor has no AVX512_BF16, or PYDRONE_ISA leaves it out"
+REASON = "matmul is 'bfloat16', and the processor has no AVX512_BF16, or PYDRONE_ISA leaves it out"
 
 
 def test_without_the_instructions_torch_does_it_and_says_why(monkeypatch):
@@ -301,14 +301,14 @@ def test_autocast_on_a_processor_that_emulates_it_is_said_to_be_slow_before_it_s
         monkeypatch.setattr(trainer, "compute", compute)
         with pytest.raises(ZeroDivisionError):
             trainer.train()
-        said = [x for x in lines[: lines.index("started")] if "autocast: this processor has no AVX512_BF16" in x]
+        said = [x for x in lines[: lines.index("started")] if "matmul: this processor has no AVX512_BF16" in x]
         assert len(said) == (autocast and not ours and not torchs)
 
 
 def test_lesser_instructions_have_none():
     code = "import torch, pydrone.ops.native; q = torch.ops.pydrone; assert not q.has_bf16(); x = torch.zeros(1, 1)\n"
-    code += "y = x[0]; q.ppo_act([x], [], x, [x, y], [x, y], y, 0, True, *[None] * 4, 1.0, *[None] * 3, x, y, y, x)"
+    code += "y = x[0]; q.ppo_act([x], [], x, [x, y], [x, y], y, 0, 2, *[None] * 4, 1.0, *[None] * 3, x, y, y, x)"
     done = subprocess.run(
         [sys.executable, "-c", code], env=os.environ | {"PYDRONE_ISA": "baseline"}, capture_output=True
     )
-    assert b"bf16: expected false, this processor has no AVX512_BF16, or PYDRONE_ISA names less" in done.stderr
+    assert b"matmul: expected 0 or 1, this processor has no AVX512_BF16, or PYDRONE_ISA names less" in done.stderr

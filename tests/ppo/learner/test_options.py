@@ -188,7 +188,7 @@ def test_learns_with_observations_in_bfloat16():
 
 def test_autocast_computes_in_bfloat16_and_learns_in_float32():
     policy, cast = make_policy(), make_policy()
-    cast.autocast = True
+    cast.matmul = "bfloat16"
     batch = random_batch(200)
     plain, rounded = policy.mean(batch.obs), cast.mean(batch.obs)
     assert rounded.dtype == torch.float32

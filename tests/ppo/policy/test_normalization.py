@@ -280,5 +280,5 @@ def test_learns_from_normalised_rewards():
 def test_settings_reach_the_policy():
     options = PPOConfig(normalize_obs=True, obs_clip=3.0, normalize_values=True, autocast=True, obs_dtype="bfloat16")
     policy = silent(PointMass(4), config(ppo=vars(options))).policy
-    assert policy.obs_clip == 3.0 and policy.autocast and policy.value_normalizer is not None
+    assert policy.obs_clip == 3.0 and policy.matmul == "bfloat16" and policy.value_normalizer is not None
     assert policy.obs_dtype is torch.bfloat16
