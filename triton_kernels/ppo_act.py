@@ -46,14 +46,11 @@ def layer_by_blocks(
         operands = operands + (operand(blocks[k], PRECISION),)
     outputs = ()
     for first in tl.static_range(0, OUT, ROWS):
-        # A row of blocks is loaded before the first product: the loads' latencies overlap.
-        weights = ()
-        for k in tl.static_range(len(blocks)):
-            weights = weights + (load_block(weight, first, k * COLUMNS, IN, OUT, ROWS, COLUMNS, PRECISION),)
         o = first + tl.arange(0, ROWS)
         total = tl.zeros([blocks[0].shape[0], ROWS], tl.float32)
         for k in tl.static_range(len(blocks)):
-            total = multiply_add(operands[k], tl.trans(weights[k]), total, PRECISION)
+            w = load_block(weight, first, k * COLUMNS, IN, OUT, ROWS, COLUMNS, PRECISION)
+            total = multiply_add(operands[k], tl.trans(w), total, PRECISION)
         total += tl.load(bias + o, mask=o < OUT, other=0.0)[None, :]
         if HIDDEN:
             total = activate(total, ACTIVATION)
