@@ -38,7 +38,7 @@ void ppo_step(const std::vector<Tensor>& end_memory, const std::vector<Tensor>& 
               const Optional& value_shift, const Optional& value_std, const Optional& packed, const Tensor& actions,
               const Tensor& log_probs, const Tensor& values, const Tensor& mean, const Tensor& sigma,
               const std::vector<Tensor>& memory, const std::vector<Tensor>& stored_obs, const Tensor& layout,
-              int64_t slot, int64_t pool_slot);
+              int64_t slot, int64_t pool_slot, const Optional& cursor);
 
 void ppo_gradients(const std::vector<Tensor>& obs, const std::vector<Tensor>& critic_obs, const Tensor& actions,
                    const Tensor& log_probs, const Tensor& advantages, const Optional& returns, const Tensor& values,
@@ -53,7 +53,8 @@ void ppo_gradients(const std::vector<Tensor>& obs, const std::vector<Tensor>& cr
 void clipped_adam(const std::vector<Tensor>& parameters, const std::vector<Tensor>& grads,
                   const std::vector<Tensor>& exp_avgs, const std::vector<Tensor>& exp_avg_sqs,
                   const std::vector<Tensor>& steps, const std::vector<int64_t>& groups, double max_norm,
-                  const Tensor& learning_rate, double beta1, double beta2, double epsilon, const Tensor& norms);
+                  const Tensor& learning_rate, double beta1, double beta2, double epsilon, const Tensor& norms,
+                  const Optional& kl, const std::vector<double>& schedule);
 
 bool has_bf16();
 

@@ -8,18 +8,26 @@ weights of any width pass through registers and shared memory a block at a time.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from pydrone.ops.schema import MATMUL
 
 from .append import LENGTH, NARROW, TILE, copy_fields, place, store_field, store_step, taken_apart
-from .launch import CURSOR_APPENDED, CURSOR_DISCARDED, CURSOR_FLAG, CURSOR_TICKET, on_device_of, take_ticket
+from .launch import CURSOR_APPENDED, CURSOR_DISCARDED, CURSOR_FLAG, CURSOR_TICKET, generation, on_device_of, take_ticket
 from .networks import activate, load_input, multiply_add, operand, padded
 from .ppo_loss import HALF_LOG_2PI
 
-# Units of a block; most actions, and most inputs, which are one block.
-CHUNK, MOST_INPUTS, MOST_WIDTH = 64, 256, 512
+# Environments of a tile: sixteen for each of the warps, as products of tensor cores take them.
+ENVS, WARPS = 64, 4
+# Units of a block. wgmma (generations 9 and 10) takes 64 from shared memory; elsewhere a warp holds a block's operands in
+# registers, and 64 would fill them.
+CHUNKS, FEWEST = {9: 64, 10: 64}, 32
+# Most inputs and units in a layer: a tile's activations stay in registers. Most actions: they are one block.
+MOST_WIDTH, MOST_ACTIONS = 128, 32
 # Triton's name for each of MATMUL. Three products of TF32 are as accurate as one of float32.
 PRECISIONS = dict(zip(MATMUL, ("tf32x3", "tf32", "bfloat16"), strict=True))
 
@@ -166,6 +174,17 @@ def step_kernel(
                 tl.store(cursor + CURSOR_TICKET, 0)
 
 
+def why_not(actor: Sequence[Tensor], critic: Sequence[Tensor]) -> str | None:
+    """Why torch has to act with these networks, or None where :func:`ppo_act` can."""
+    for name, parameters in (("actor", actor), ("critic", critic)):
+        *widths, outputs = _widths(parameters)
+        if max(widths) > MOST_WIDTH:
+            return f"{name}: expected at most {MOST_WIDTH} inputs and units in a layer, got {max(widths)}"
+        if outputs > MOST_ACTIONS:
+            return f"{name}: expected at most {MOST_ACTIONS} outputs, got {outputs}"
+    return None
+
+
 def ppo_act(
     obs,
     critic_obs,
@@ -249,11 +268,10 @@ def _launch(policy: tuple, activation, matmul, end=None, begin=None, cursor=None
     if num_envs == 0:
         return
     critic_obs = critic_obs or obs
-    widths = _widths("actor", obs, actor, num_actions), _widths("critic", critic_obs, critic, 1)
-    if num_actions > CHUNK:
-        raise ValueError(f"noise: expected at most {CHUNK} actions, got {num_actions}")
-    wide = max(max(x) for x in widths) > 2 * CHUNK
-    envs, warps = (32, 8) if wide else (64, 8)
+    reason = why_not(actor, critic)
+    if reason is not None:
+        raise RuntimeError(reason)
+    widths = _widths(actor), _widths(critic)
     constants = {"END_ROW_BYTES": 1, "END_FIELDS": (), "POOL_ROW_BYTES": 1, "FINAL_FIELDS": ()}
     constants |= {"ROW_BYTES": 1, "FIELDS": (), "OUTPUT_FIELDS": (), "LOOKED_AT": 0}
     capacity, into, plane_strides = 0, None, None
@@ -267,12 +285,12 @@ def _launch(policy: tuple, activation, matmul, end=None, begin=None, cursor=None
         at = len(fields) - 5 * length  # the outputs and sigma come last
         produced = fields[at : at + 4 * length]
         for i in (0, 3):  # actions and mean, as wide as the network's padded outputs
-            produced[i * length + TILE.value] = padded_width(num_actions)
+            produced[i * length + TILE.value] = max(16, triton.next_power_of_2(num_actions))
         constants |= {"ROW_BYTES": begin.constants["ROW_BYTES"], "LOOKED_AT": begin.constants["LOOKED_AT"]}
         constants |= {"FIELDS": (*fields[:at], *fields[-length:]), "OUTPUT_FIELDS": tuple(produced)}
         into = rows, (*sources[:-5], sources[-1]), plane, not_finite
     with on_device_of(noise):
-        step_kernel[(triton.cdiv(num_envs, envs), 2)](
+        step_kernel[(triton.cdiv(num_envs, ENVS), 2)](
             tuple(obs), tuple(critic_obs), noise, tuple(actor), tuple(critic), std, obs_moments, critic_moments,
             value_moments, obs_clip, outputs, None if end is None else end.tensors,
             None if end is None else end.strides, into, plane_strides, cursor, num_envs, capacity, *slots,
@@ -281,24 +299,15 @@ def _launch(policy: tuple, activation, matmul, end=None, begin=None, cursor=None
             OBS=tuple(x.shape[1] for x in obs), OBS_STRIDES=_strides(obs),
             CRITIC_OBS=tuple(x.shape[1] for x in critic_obs), CRITIC_STRIDES=_strides(critic_obs),
             ACTOR=widths[0], CRITIC=widths[1], STRIDES=(*noise.stride(), *(n for x in outputs for n in x.stride())),
-            ACTIVATION=activation, PRECISION=PRECISIONS[MATMUL[matmul]], ENVS=envs, CHUNK=CHUNK, NARROW=NARROW,
-            **constants, num_warps=warps, enable_fp_fusion=True,
+            ACTIVATION=activation, PRECISION=PRECISIONS[MATMUL[matmul]], ENVS=ENVS,
+            CHUNK=CHUNKS.get(generation(noise.device), FEWEST), NARROW=NARROW, **constants, num_warps=WARPS,
+            enable_fp_fusion=True,
         )  # fmt: skip
 
 
-def padded_width(width: int) -> int:
-    return max(16, triton.next_power_of_2(width))
-
-
-def _widths(name: str, obs, parameters, outputs: int) -> tuple[int, ...]:
-    """Widths of the network's input and of each of its layers."""
-    widths = sum(x.shape[1] for x in obs), *(x.shape[0] for x in parameters[::2])
-    if widths[0] > MOST_INPUTS or max(widths) > MOST_WIDTH or widths[-1] != outputs:
-        raise ValueError(
-            f"{name}: expected at most {MOST_INPUTS} inputs, {MOST_WIDTH} units a layer and {outputs} outputs, got widths "
-            f"{', '.join(map(str, widths))}"
-        )
-    return widths
+def _widths(parameters: Sequence[Tensor]) -> tuple[int, ...]:
+    """Of a network's input and of each layer."""
+    return parameters[0].shape[1], *(weight.shape[0] for weight in parameters[::2])
 
 
 def _strides(groups) -> tuple[int, ...]:

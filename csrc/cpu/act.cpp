@@ -113,15 +113,16 @@ void ppo_step(const std::vector<Tensor>& end_memory, const std::vector<Tensor>& 
               const Optional& value_shift, const Optional& value_std, const Optional& packed, const Tensor& actions,
               const Tensor& log_probs, const Tensor& values, const Tensor& mean, const Tensor& sigma,
               const std::vector<Tensor>& memory, const std::vector<Tensor>& stored_obs, const Tensor& layout,
-              int64_t slot, int64_t pool_slot) {
+              int64_t slot, int64_t pool_slot, const Optional& cursor) {
   std::vector<Tensor> sources(stored_obs);
   sources.insert(sources.end(), {actions, log_probs, values, mean, sigma, values});  // the last one for a plane
   const Optional none;
   std::function<void()> end;
   if (end_layout)
-    end = checked_append(end_memory, end_sources, *end_layout, dones, truncated, valid, end_slot, end_pool_slot, none,
+    end = checked_append(end_memory, end_sources, *end_layout, dones, truncated, valid, end_slot, end_pool_slot, cursor,
                          true);
-  const auto begin = checked_append(memory, sources, layout, none, none, none, slot, pool_slot, none, false);
+  const auto begin =
+      checked_append(memory, sources, layout, none, none, none, slot, pool_slot, cursor, false, end_layout ? 1 : 0);
   ppo_act(obs, critic_obs, noise, actor, critic, std, activation, matmul, obs_shift, obs_std, critic_shift, critic_std,
           obs_clip, value_shift, value_std, packed, actions, log_probs, values, mean);
   if (end) end();

@@ -52,6 +52,24 @@ PYDRONE_CLONES void update(float* __restrict parameter, float* __restrict exp_av
   }
 }
 
+// The learning rate after a step of divergence `kl`: Learner.adapt_learning_rate. A rate outside the bounds is never
+// moved against the divergence to reach them.
+struct Schedule {
+  double desired_kl, zero_kl, factor, least, most;
+
+  float adapted(float rate, double kl) const {
+    if (kl > 2 * desired_kl) {
+      const double lower = rate / factor;
+      return static_cast<float>(std::min<double>(rate, lower < least ? least : lower));
+    }
+    if (kl > zero_kl && kl < desired_kl / 2) {
+      const double higher = rate * factor;
+      return static_cast<float>(std::max<double>(rate, higher > most ? most : higher));
+    }
+    return rate;
+  }
+};
+
 float& scalar(const char* name, const Tensor& x) {
   check_shape(name, x, {});
   check_dtype(name, x, ScalarType::Float);
@@ -83,7 +101,8 @@ void check_all_apart(std::initializer_list<std::pair<const char*, const std::vec
 void clipped_adam(const std::vector<Tensor>& parameters, const std::vector<Tensor>& grads,
                   const std::vector<Tensor>& exp_avgs, const std::vector<Tensor>& exp_avg_sqs,
                   const std::vector<Tensor>& steps, const std::vector<int64_t>& groups, double max_norm,
-                  const Tensor& learning_rate, double beta1, double beta2, double epsilon, const Tensor& norms) {
+                  const Tensor& learning_rate, double beta1, double beta2, double epsilon, const Tensor& norms,
+                  const Optional& kl, const std::vector<double>& schedule) {
   const size_t count = parameters.size();
   STD_TORCH_CHECK(count > 0, "parameters: expected at least one, got none");
   const auto lists = {std::pair{"grads", &grads}, {"exp_avgs", &exp_avgs}, {"exp_avg_sqs", &exp_avg_sqs}, {"steps", &steps}};
@@ -99,7 +118,16 @@ void clipped_adam(const std::vector<Tensor>& parameters, const std::vector<Tenso
   for (const auto& [name, beta] : {std::pair{"beta1", beta1}, {"beta2", beta2}})
     STD_TORCH_CHECK(beta >= 0 && beta < 1, name, ": expected 0 <= ", name, " < 1, got ", beta);
   STD_TORCH_CHECK(epsilon >= 0 && std::isfinite(epsilon), "epsilon: expected a number of at least 0, got ", epsilon);
-  const float rate = scalar("learning_rate", learning_rate);
+  float& rate = scalar("learning_rate", learning_rate);
+  STD_TORCH_CHECK(schedule.size() == (kl ? 5 : 0), "schedule: expected ", kl ? 5 : 0, " numbers, got ", schedule.size());
+  double divergence = 0;
+  if (kl) {
+    check_shape("kl", *kl, {});
+    check_device("kl", *kl, parameters[0]);
+    const bool wide = kl->scalar_type() == ScalarType::Double;
+    if (!wide) check_dtype("kl", *kl, ScalarType::Float);
+    divergence = wide ? *static_cast<const double*>(kl->data_ptr()) : *static_cast<const float*>(kl->data_ptr());
+  }
   std::vector<Piece> pieces;
   for (size_t i = 0; i < count; ++i) {
     const Tensor& parameter = parameters[i];
@@ -124,6 +152,7 @@ void clipped_adam(const std::vector<Tensor>& parameters, const std::vector<Tenso
   }
   check_all_apart({{"parameters", &parameters}, {"grads", &grads}, {"exp_avgs", &exp_avgs},
                    {"exp_avg_sqs", &exp_avg_sqs}, {"steps", &steps}}, norms);
+  if (kl) rate = Schedule{schedule[0], schedule[1], schedule[2], schedule[3], schedule[4]}.adapted(rate, divergence);
   const auto num_pieces = static_cast<int64_t>(pieces.size());
   torch::stable::parallel_for(0, num_pieces, kGrain, [&](int64_t begin, int64_t end) {
     for (int64_t p = begin; p < end; ++p) pieces[p].squares = sum_of_squares(pieces[p].grad, pieces[p].size);

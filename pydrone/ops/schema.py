@@ -67,12 +67,16 @@ names the argument, what it was and what it must be; the reference and Triton ch
     end_...: append's arguments for the end; end_layout None: no step to end.  memory, layout, slot, pool_slot: append's
     for the beginning of a step with fields stored_obs (its observations), then actions, log_probs, values, mean and
     sigma [N, A]; values also go to a plane.  Outputs are read back: none may share memory with another argument.
+    cursor: the end's step is its next, which the end commits, and the beginning's the one after; None: the slots given.
 
 ``clipped_adam``  clips gradients and takes one Adam step for a list of parameters of any shapes; CPU only.
 
     grads, exp_avgs, exp_avg_sqs: shaped as parameters; steps: float32 [] each; all contiguous. groups: for each
     parameter, the index of its group in norms [groups], which receives the norm of each group's gradients. Gradients
     are not modified; they are used times min(1, max_norm / (norm + 1e-6)). learning_rate: float32 [].
+    kl: None, or float32 or float64 [], the divergence that the learning rate is adapted to before the step, as by
+    ``Learner.adapt_learning_rate``. schedule: then the desired KL, the largest KL that counts as zero, the factor, and
+    the least and most learning rate.
 
 ``has_bf16``  whether the CPU takes bfloat16 in the above: x86-64 with AVX512_BF16, unless PYDRONE_ISA selects less.
 
@@ -131,7 +135,8 @@ CPU_SCHEMAS = {
         "Tensor[] actor, Tensor[] critic, Tensor std, int activation, int matmul, Tensor? obs_shift, Tensor? obs_std, "
         "Tensor? critic_shift, Tensor? critic_std, float obs_clip, Tensor? value_shift, Tensor? value_std, "
         "Tensor(b!)? packed, Tensor(c!) actions, Tensor(d!) log_probs, Tensor(e!) values, Tensor(f!) mean, "
-        "Tensor sigma, Tensor(g!)[] memory, Tensor[] stored_obs, Tensor layout, int slot, int pool_slot) -> ()"
+        "Tensor sigma, Tensor(g!)[] memory, Tensor[] stored_obs, Tensor layout, int slot, int pool_slot, "
+        "Tensor(h!)? cursor=None) -> ()"
     ),
     "ppo_gradients": (
         "(Tensor[] obs, Tensor[] critic_obs, Tensor actions, Tensor log_probs, Tensor advantages, Tensor? returns, "
@@ -142,8 +147,8 @@ CPU_SCHEMAS = {
     ),
     "clipped_adam": (
         "(Tensor(a!)[] parameters, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
-        "Tensor(d!)[] steps, int[] groups, float max_norm, Tensor learning_rate, float beta1, float beta2, "
-        "float epsilon, Tensor(e!) norms) -> ()"
+        "Tensor(d!)[] steps, int[] groups, float max_norm, Tensor(e!) learning_rate, float beta1, float beta2, "
+        "float epsilon, Tensor(f!) norms, Tensor? kl=None, float[] schedule=[]) -> ()"
     ),
 }
 

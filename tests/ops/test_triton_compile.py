@@ -53,7 +53,13 @@ BUDGET = {
     "adam, squares": (64, 64),
     "adam, wide": (128, 128),  # up to sixteen elements of four arrays per thread
     "adam, wide, squares": (64, 64),
+    # Two programs of 128 threads per multiprocessor are one wave of 8192 environments. Shared memory: weights' blocks.
+    "act, bfloat16": (232, 16384),
+    "step": (255, 20480),
+    "step, float32": (255, 40960),
 }
+# Only compiled for the architectures of the slow tests.
+SLOW = {"step, float32"}
 # To stay within 48 or 56 registers, which fits one more program per multiprocessor, ptxas may spill one or two, away
 # from the loads: bytes of stack allowed for it. No other kernel may spill.
 SPILLED = dict.fromkeys(
@@ -81,7 +87,7 @@ def count(kernel: dict, prefix: str) -> int:
 
 
 def test_nothing_is_spilled(kernels):
-    assert kernels.keys() == BUDGET.keys()
+    assert kernels.keys() | SLOW == BUDGET.keys()
     for name, kernel in kernels.items():
         assert kernel["stack"] <= SPILLED.get(name, 0), name
         assert count(kernel, "LDL") + count(kernel, "STL") <= SPILLED.get(name, 0) // 4, name

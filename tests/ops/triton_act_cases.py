@@ -23,7 +23,9 @@ def network(*widths: int) -> list[Tensor]:
     return [x for i, o in itertools.pairwise(widths) for x in (torch.randn(o, i) / i**0.5, torch.randn(o) * 0.3)]
 
 
-def case(num_envs, obs, hidden=(33, 16), actions=3, critic_obs=None, activation="tanh", matmul="float32", moments=False):
+def case(
+    num_envs, obs, hidden=(33, 16), actions=3, critic_obs=None, activation="tanh", matmul="float32", moments=False
+):
     """Arguments of ppo_act without the outputs; ``obs``: widths of the groups."""
 
     def moments_of(width):
@@ -101,11 +103,13 @@ def test_act_sizes(num_envs, activation):
     check(case(num_envs, [3, 1], hidden=(20,), actions=17, activation=activation))
 
 
-@pytest.mark.parametrize("hidden", [(128, 128), (65, 100, 40), (300, 130)], ids=str)
-def test_act_blocks(hidden):
+@pytest.mark.parametrize("chunk", [32, 64])
+@pytest.mark.parametrize("hidden", [(128, 128), (65, 100, 40)], ids=str)
+def test_act_blocks(monkeypatch, hidden, chunk):
     """Layers of several blocks, full and in part, and inputs wider than a block."""
+    monkeypatch.setattr(act_module, "FEWEST", chunk)
     check(case(19, [17], hidden))
-    check(case(3, [130], hidden))
+    check(case(3, [128], hidden))
 
 
 @pytest.mark.parametrize("spread", [False, True])
@@ -148,10 +152,10 @@ def test_act_nothing():
 
 
 def test_act_names_what_it_cannot_serve():
-    with pytest.raises(ValueError, match="critic: expected at most 256 inputs, 512 units a layer and 1 outputs"):
-        run(act_module.ppo_act, case(3, [5], critic_obs=[257]))
-    with pytest.raises(ValueError, match="noise: expected at most 64 actions, got 65"):
-        run(act_module.ppo_act, case(3, [5], actions=65))
+    with pytest.raises(RuntimeError, match="critic: expected at most 128 inputs and units in a layer, got 129"):
+        run(act_module.ppo_act, case(3, [5], critic_obs=[129]))
+    with pytest.raises(RuntimeError, match="actor: expected at most 32 outputs, got 33"):
+        run(act_module.ppo_act, case(3, [5], actions=33))
 
 
 # ------------------------------------------------------------------------------------------------------------- ppo_step
@@ -200,17 +204,17 @@ class Steps:
             {"final_obs": self.draw()} if self.final else {}
         )
 
-    def rollout(self, one: bool, cursor: Tensor | None = None) -> None:
-        """NUM_STEPS steps, by ppo_step or by the calls that it stands for."""
+    def rollout(self, operation=None, cursor: Tensor | None = None) -> None:
+        """NUM_STEPS steps, by ``operation``, a ppo_step, or by the calls that it stands for."""
         ends = None
         for _ in range(NUM_STEPS):
             found, row = self.row(self.draw())
-            if one:
+            if operation is not None:
 
                 def step(end: tuple, begin: tuple, found=found) -> None:
                     if cursor is not None:  # which says where
                         end, begin = (*end[:-2], 0, 0), (*begin[:-2], 0, 0)
-                    act_module.ppo_step(*end, *self.given.values(), *found, self.sigma, *begin, cursor)
+                    operation(*end, *self.given.values(), *found, self.sigma, *begin, cursor)
 
                 assert self.buffer.turn(step, row, ends)
             else:
@@ -242,33 +246,40 @@ class Steps:
     ids=["one", "wraps", "wide", "no final observations"],
 )
 def test_step_is_what_it_stands_for(num_envs, obs, capacity, options, by_cursor):
-    results = []
-    for one in (False, True):
+    def collected(operation=None, by_cursor=False) -> dict[str, Tensor]:
         steps = Steps(num_envs, obs, capacity, **options)
-        cursor = torch.tensor([0, 0, 0, 0, NUM_STEPS]) if by_cursor and one else None
+        cursor = torch.tensor([0, 0, 0, 0, NUM_STEPS]) if by_cursor else None
         for _ in range(3):
-            steps.rollout(one, cursor)
+            steps.rollout(operation, cursor)
             if len(steps.buffer) + NUM_STEPS > capacity:
                 steps.buffer.clear()
                 if cursor is not None:
                     cursor[1] += NUM_STEPS
-        results.append(steps.memory())
         if cursor is not None:
             assert cursor.tolist() == [12, 12 if capacity < 8 else 8, 0, 0, NUM_STEPS]
-    wanted, found = results
+        return steps.memory()
+
+    wanted, found = collected(), collected(act_module.ppo_step, by_cursor)
     assert wanted.keys() == found.keys()
     for name, x in wanted.items():
         y = found[name]
         if name in ("final_obs", "final_rows") and num_envs > 64:
             continue  # several programs: their order in the pool is free
-        assert torch.equal(x.contiguous().view(torch.uint8), y.contiguous().view(torch.uint8)), name
+        assert torch.equal(bits(x), bits(y)), name
+    if by_cursor and DEVICE == "cpu" and native.CPU_MISSING is None:  # the CPU's, by either kind of counter
+        theirs = [collected(torch.ops.pydrone.ppo_step, by_cursor) for by_cursor in (False, True)]
+        assert all(torch.equal(bits(x), bits(theirs[1][name])) for name, x in theirs[0].items())
+
+
+def bits(x: Tensor) -> Tensor:
+    return x.contiguous().view(torch.uint8)
 
 
 def test_step_that_finds_no_room_writes_nothing_but_its_outputs():
     """By the device's counters: a full ring, and one in which only the end has room."""
     for appended, kept in ((4, True), (3, False)):
         steps = Steps(5, {"policy": 5}, NUM_STEPS)
-        steps.rollout(True)
+        steps.rollout(act_module.ppo_step)
         steps.buffer.clear()
         memory = {name: x.clone() for name, x in steps.memory().items()}
         cursor = torch.tensor([appended, 0, 0, 0, NUM_STEPS])
@@ -284,7 +295,10 @@ def test_step_that_finds_no_room_writes_nothing_but_its_outputs():
         assert not any(x.isnan().any() for x in found)
         assert torch.equal(steps.buffer._storage.rows[..., :64], before[..., :64])  # then come pool indices
         now = steps.memory()
-        assert torch.equal(now["dones"], memory["dones"]) == kept and torch.equal(now["rewards"], memory["rewards"]) == kept
+        assert (
+            torch.equal(now["dones"], memory["dones"]) == kept
+            and torch.equal(now["rewards"], memory["rewards"]) == kept
+        )
 
 
 def test_step_looks_for_what_is_not_finite():

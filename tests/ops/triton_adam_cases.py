@@ -19,6 +19,11 @@ GROUPS = [0, 1, 1, 0, 1, 1, 1, 1, 2]
 SCHEDULE = [0.01, ZERO_KL, LEARNING_RATE_FACTOR, *LEARNING_RATE_BOUNDS]
 
 
+OPERATIONS = [adam_module.clipped_adam]
+if DEVICE == "cpu" and native.CPU_MISSING is None:
+    OPERATIONS.append(torch.ops.pydrone.clipped_adam)
+
+
 def state(shapes=SHAPES, scale=1.0, seed=0) -> dict[str, list]:
     generator = torch.Generator().manual_seed(seed)
 
@@ -74,8 +79,8 @@ def check(given, tolerance=2e-7, **options):
         torch.testing.assert_close(y.double(), x.double(), rtol=2e-6, atol=tolerance, equal_nan=True)
     again = run(adam_module.clipped_adam, copied(given), **options)
     assert all(x.view(torch.int32).equal(y.view(torch.int32)) for x, y in zip(found, again, strict=True))
-    if DEVICE == "cpu" and native.CPU_MISSING is None:
-        for x, y in zip(run(torch.ops.pydrone.clipped_adam, copied(given), **options), found, strict=True):
+    for operation in OPERATIONS[1:]:
+        for x, y in zip(run(operation, copied(given), **options), found, strict=True):
             torch.testing.assert_close(y, x, rtol=1e-6, atol=tolerance, equal_nan=True)
 
 
@@ -158,8 +163,9 @@ def test_adam_adapts_the_learning_rate_before_the_step(rate):
         learner.learning_rate.fill_(rate)
         Learner.adapt_learning_rate(learner, torch.tensor(kl, device=DEVICE))
         wanted = learner.learning_rate.item()
-        *_, found = run(adam_module.clipped_adam, state([(3,)]), [0], rate=rate, kl=kl)
-        assert found.item() == wanted, kl
+        for operation in OPERATIONS:
+            *_, found = run(operation, state([(3,)]), [0], rate=rate, kl=kl)
+            assert found.item() == wanted, (operation, kl)
         moved = run(adam_module.clipped_adam, state([(3,)]), [0], rate=rate, kl=kl)[0]
         assert moved.equal(run(adam_module.clipped_adam, state([(3,)]), [0], rate=wanted)[0]), kl
 

@@ -23,12 +23,14 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
+from pydrone._triton import ppo_act as act_module
 from pydrone._triton.append import append
 from pydrone._triton.clipped_adam import clipped_adam
 from pydrone._triton.gae import gae
 from pydrone._triton.gather import gather
+from pydrone._triton.ppo_act import ppo_act, ppo_step
 from pydrone._triton.ppo_loss import ppo_loss
-from pydrone.ops.schema import SCALAR_TYPES, loss_workspace_size, workspace_size
+from pydrone.ops.schema import MATMUL, SCALAR_TYPES, loss_workspace_size, workspace_size
 
 OPCODE = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)", re.MULTILINE)
 EXTREME = re.compile(r"\b(?:min|max)\.[\w.]*(?:f16|f32|f64)\w*")  # of floating numbers
@@ -47,6 +49,7 @@ def compile_only(kernel: JITFunction, *args, grid, warmup, **options) -> None:
 
 
 compiled: list = []
+act_module.generation = lambda device: TARGET.arch // 10
 JITFunction.run = compile_only
 
 
@@ -152,6 +155,31 @@ def launch_adam(hidden: tuple[int, ...]) -> None:
     )  # fmt: skip
 
 
+def launch_act(matmul: str, step: bool = False, num_envs: int = 8192) -> None:
+    wide, scalar, std = torch.empty(num_envs, 4), torch.empty(num_envs), torch.empty(4)
+    obs = torch.empty(num_envs, 17)
+    networks = []
+    for outputs in (4, 1):
+        widths = (17, 128, 128, outputs)
+        networks.append([x for i, o in itertools.pairwise(widths) for x in (torch.empty(o, i), torch.empty(o))])
+    act = [[obs], [], wide, *networks, std, 0, MATMUL.index(matmul), *[None] * 4, 10.0, None, None, None]
+    act += [wide, scalar, scalar, wide]
+    if not step:
+        ppo_act(*act)
+        return
+    plane, flag = torch.empty(num_envs, 4), torch.empty(num_envs, dtype=torch.bool)
+    memory = [torch.empty(4, num_envs, 128, dtype=torch.uint8), plane.to(torch.uint8), plane]
+    pool = [torch.empty(2, num_envs, 96, dtype=torch.uint8), torch.zeros(2, 2, dtype=torch.int32), plane.int()]
+    end = torch.tensor([(0, 1, 1, 0), (0, F32, 17, 1)])
+    fields = [(offset, F32, width, 1) for offset, width in zip(OFFSETS, WIDTHS, strict=True)]
+    begin = torch.tensor([(len(fields), 1, 0, 0), *fields])
+    cursor = torch.zeros(5, dtype=torch.int64)
+    ppo_step(
+        [*memory, *pool], [scalar, obs], end, flag, flag, None, 0, 0, *act, std.expand(num_envs, 4), memory, [obs],
+        begin, 1, 0, cursor,
+    )  # fmt: skip
+
+
 def reports() -> Iterator[dict]:
     yield report("gae rows", launch_gae)
     yield report("gae rows, no statistics", partial(launch_gae, stats=False))
@@ -179,6 +207,10 @@ def reports() -> Iterator[dict]:
     yield report("adam, squares", None, -2)
     yield report("adam, wide", partial(launch_adam, (512, 256, 128)))
     yield report("adam, wide, squares", None, -2)
+    yield report("act, bfloat16", partial(launch_act, "bfloat16"))
+    yield report("step", partial(launch_act, "tf32", step=True))
+    if TARGET.arch != 90:  # the default tests', and this one takes the longest to compile
+        yield report("step, float32", partial(launch_act, "float32", step=True))
 
 
 if __name__ == "__main__":
