@@ -23,8 +23,8 @@ from .ppo_loss import HALF_LOG_2PI
 
 # Environments of a tile: sixteen for each of the warps, as products of tensor cores take them.
 ENVS, WARPS = 64, 4
-# Units of a block. wgmma (generations 9 and 10) takes 64 from shared memory; elsewhere a warp holds a block's operands in
-# registers, and 64 would fill them.
+# Units of a block, by generation. wgmma and tcgen05 read weights in shared memory; elsewhere each warp holds a block of
+# them in registers, where no larger one fits.
 CHUNKS, FEWEST = {9: 64, 10: 64}, 32
 # Most inputs and units in a layer: a tile's activations stay in registers. Most actions: they are one block.
 MOST_WIDTH, MOST_ACTIONS = 128, 32
