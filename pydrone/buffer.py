@@ -334,8 +334,8 @@ class RolloutBuffer(Rollout):
                 raises RuntimeError.
             lazy: gather a minibatch when one of its tensors is first read. The fused learner reads the ring itself and
                 never gathers. Raises RuntimeError at that read if the rollout or its advantages have changed. ``len``,
-                ``repr`` and ``indices`` gather nothing. On the CPU only: ignored on other devices, in captured graphs,
-                and with "minibatch".
+                ``repr`` and ``indices`` gather nothing. On the CPU and CUDA only; ignored in captured graphs, and with
+                "minibatch".
 
         Yields:
             :class:`Minibatch`.
@@ -362,7 +362,7 @@ class RolloutBuffer(Rollout):
             raise ValueError(f"num_minibatches: expected at most one per sample, {samples}, got {count}")
         plan = Plan(samples, count, shuffle == "full", normalize, drop_last, reuse, subset)
         # A captured launch follows the device's counters; a minibatch that is read in the ring follows the host's.
-        lazy = lazy and self.device.type == "cpu" and normalize != "minibatch" and not self._ring.capturing()
+        lazy = lazy and self.device.type in ("cpu", "cuda") and normalize != "minibatch" and not self._ring.capturing()
         return self._draws.iterate(plan, epochs, lazy, self._ring.discards)
 
     def sequences(

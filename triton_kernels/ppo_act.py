@@ -116,7 +116,6 @@ def step_kernel(
         slot, pool_slot = place(cursor, first, capacity, rollouts)
         if first >= room:
             tl.store(cursor + CURSOR_FLAG, 1)
-    row = slot.to(tl.int64) * num_envs + env
     if tl.program_id(1) == 0:
         x = load_input(
             obs, OBS_STRIDES, env, env, exists, obs_moments[0], obs_moments[1], obs_clip, OBS, ACTOR[0]
@@ -140,6 +139,7 @@ def step_kernel(
                 if begin[3] is not None:
                     looked = begin[3] + pool_slot
                 rows = begin[0]
+                row = slot.to(tl.int64) * num_envs + env
                 copy_fields(rows, row, begin[1], env, exists, looked, ROW_BYTES, FIELDS, LOOKED_AT, NARROW)
                 store_field(rows, row, exists, 0, actions, None, ROW_BYTES, OUTPUT_FIELDS, 0)
                 store_field(rows, row, exists, 0, log_probs[:, None], None, ROW_BYTES, OUTPUT_FIELDS, LENGTH)
@@ -163,6 +163,7 @@ def step_kernel(
         tl.store(outputs[2] + env * STRIDES[5], values, mask=exists)
         if begin is not None:  # noqa: SIM102
             if begins:
+                row = slot.to(tl.int64) * num_envs + env
                 store_field(begin[0], row, exists, 0, values[:, None], None, ROW_BYTES, OUTPUT_FIELDS, 2 * LENGTH)
                 plane = begin[2] + env * plane_strides[0] + slot.to(tl.int64) * plane_strides[1]
                 tl.store(plane, values.to(begin[2].dtype.element_ty), mask=exists)
@@ -174,8 +175,8 @@ def step_kernel(
                 tl.store(cursor + CURSOR_TICKET, 0)
 
 
-def why_not(actor: Sequence[Tensor], critic: Sequence[Tensor]) -> str | None:
-    """Why torch has to act with these networks, or None where :func:`ppo_act` can."""
+def why_not(actor: Sequence[Tensor], critic: Sequence[Tensor], matmul: int) -> str | None:
+    """Why torch has to act with these networks, or None where :func:`ppo_act` can, with each of MATMUL."""
     for name, parameters in (("actor", actor), ("critic", critic)):
         *widths, outputs = _widths(parameters)
         if max(widths) > MOST_WIDTH:
@@ -268,7 +269,7 @@ def _launch(policy: tuple, activation, matmul, end=None, begin=None, cursor=None
     if num_envs == 0:
         return
     critic_obs = critic_obs or obs
-    reason = why_not(actor, critic)
+    reason = why_not(actor, critic, matmul)
     if reason is not None:
         raise RuntimeError(reason)
     widths = _widths(actor), _widths(critic)

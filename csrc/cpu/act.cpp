@@ -119,13 +119,16 @@ void ppo_step(const std::vector<Tensor>& end_memory, const std::vector<Tensor>& 
   const Optional none;
   std::function<void()> end;
   if (end_layout)
-    end = checked_append(end_memory, end_sources, *end_layout, dones, truncated, valid, end_slot, end_pool_slot, cursor,
-                         true);
-  const auto begin =
-      checked_append(memory, sources, layout, none, none, none, slot, pool_slot, cursor, false, end_layout ? 1 : 0);
+    end = checked_append(end_memory, end_sources, *end_layout, dones, truncated, valid, end_slot, end_pool_slot,
+                         cursor, true);
+  const auto checked_begin = [&] {
+    return checked_append(memory, sources, layout, none, none, none, slot, pool_slot, cursor, false);
+  };
+  auto begin = checked_begin();
   ppo_act(obs, critic_obs, noise, actor, critic, std, activation, matmul, obs_shift, obs_std, critic_shift, critic_std,
           obs_clip, value_shift, value_std, packed, actions, log_probs, values, mean);
   if (end) end();
+  if (cursor) begin = checked_begin();  // which the end has moved
   begin();
 }
 

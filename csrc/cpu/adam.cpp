@@ -52,32 +52,25 @@ PYDRONE_CLONES void update(float* __restrict parameter, float* __restrict exp_av
   }
 }
 
-// The learning rate after a step of divergence `kl`: Learner.adapt_learning_rate. A rate outside the bounds is never
-// moved against the divergence to reach them.
-struct Schedule {
-  double desired_kl, zero_kl, factor, least, most;
-
-  float adapted(float rate, double kl) const {
-    if (kl > 2 * desired_kl) {
-      const double lower = rate / factor;
-      return static_cast<float>(std::min<double>(rate, lower < least ? least : lower));
-    }
-    if (kl > zero_kl && kl < desired_kl / 2) {
-      const double higher = rate * factor;
-      return static_cast<float>(std::max<double>(rate, higher > most ? most : higher));
-    }
-    return rate;
-  }
-};
-
 float& scalar(const char* name, const Tensor& x) {
   check_shape(name, x, {});
   check_dtype(name, x, ScalarType::Float);
   return *static_cast<float*>(x.data_ptr());
 }
 
+// The learning rate for the next step, in float32 as Learner.adapt_learning_rate computes it.
+float adapted(float rate, float kl, const std::vector<double>& schedule) {
+  const double desired = schedule[0];
+  const float zero = static_cast<float>(schedule[1]), factor = static_cast<float>(schedule[2]),
+              least = static_cast<float>(schedule[3]), most = static_cast<float>(schedule[4]);
+  if (kl > static_cast<float>(2 * desired)) return std::min(rate, std::max(rate / factor, least));
+  if (kl > zero && kl < static_cast<float>(desired / 2)) return std::max(rate, std::min(rate * factor, most));
+  return rate;
+}
+
 // No two of these dense tensors share memory.
-void check_all_apart(std::initializer_list<std::pair<const char*, const std::vector<Tensor>*>> lists, const Tensor& norms) {
+void check_all_apart(std::initializer_list<std::pair<const char*, const std::vector<Tensor>*>> lists, const Tensor& norms,
+                     const Tensor& learning_rate, const Optional& kl) {
   struct Extent {
     uintptr_t first, last;
     const char* name;
@@ -90,6 +83,7 @@ void check_all_apart(std::initializer_list<std::pair<const char*, const std::vec
   for (const auto& [name, list] : lists)
     for (const Tensor& x : *list) add(name, x);
   add("norms", norms);
+  if (kl) add("learning_rate", learning_rate);  // only then is it written
   std::sort(extents.begin(), extents.end(), [](const Extent& x, const Extent& y) { return x.first < y.first; });
   for (size_t i = 1; i < extents.size(); ++i)
     STD_TORCH_CHECK(extents[i - 1].last <= extents[i].first, extents[i].name,
@@ -119,15 +113,10 @@ void clipped_adam(const std::vector<Tensor>& parameters, const std::vector<Tenso
     STD_TORCH_CHECK(beta >= 0 && beta < 1, name, ": expected 0 <= ", name, " < 1, got ", beta);
   STD_TORCH_CHECK(epsilon >= 0 && std::isfinite(epsilon), "epsilon: expected a number of at least 0, got ", epsilon);
   float& rate = scalar("learning_rate", learning_rate);
-  STD_TORCH_CHECK(schedule.size() == (kl ? 5 : 0), "schedule: expected ", kl ? 5 : 0, " numbers, got ", schedule.size());
-  double divergence = 0;
-  if (kl) {
-    check_shape("kl", *kl, {});
-    check_device("kl", *kl, parameters[0]);
-    const bool wide = kl->scalar_type() == ScalarType::Double;
-    if (!wide) check_dtype("kl", *kl, ScalarType::Float);
-    divergence = wide ? *static_cast<const double*>(kl->data_ptr()) : *static_cast<const float*>(kl->data_ptr());
-  }
+  if (kl) check_device("kl", *kl, parameters[0]);
+  const float divergence = kl ? scalar("kl", *kl) : 0;
+  const size_t expected = kl ? 5 : 0;
+  STD_TORCH_CHECK(schedule.size() == expected, "schedule: expected ", expected, " numbers, got ", schedule.size());
   std::vector<Piece> pieces;
   for (size_t i = 0; i < count; ++i) {
     const Tensor& parameter = parameters[i];
@@ -151,8 +140,8 @@ void clipped_adam(const std::vector<Tensor>& parameters, const std::vector<Tenso
     }
   }
   check_all_apart({{"parameters", &parameters}, {"grads", &grads}, {"exp_avgs", &exp_avgs},
-                   {"exp_avg_sqs", &exp_avg_sqs}, {"steps", &steps}}, norms);
-  if (kl) rate = Schedule{schedule[0], schedule[1], schedule[2], schedule[3], schedule[4]}.adapted(rate, divergence);
+                   {"exp_avg_sqs", &exp_avg_sqs}, {"steps", &steps}}, norms, learning_rate, kl);
+  if (kl) rate = adapted(rate, divergence, schedule);
   const auto num_pieces = static_cast<int64_t>(pieces.size());
   torch::stable::parallel_for(0, num_pieces, kGrain, [&](int64_t begin, int64_t end) {
     for (int64_t p = begin; p < end; ++p) pieces[p].squares = sum_of_squares(pieces[p].grad, pieces[p].size);

@@ -444,7 +444,7 @@ void store_ends(uint8_t* to, int64_t stride, int64_t num_envs, const Tensor& don
 std::function<void()> checked_append(const std::vector<Tensor>& memory, const std::vector<Tensor>& sources,
                                      const Tensor& layout, const Optional& dones, const Optional& truncated,
                                      const Optional& valid, int64_t slot, int64_t pool_slot, const Optional& cursor,
-                                     bool commit, int64_t ahead) {
+                                     bool commit) {
   const Step step(memory, sources, layout);
   const Tensor& rows = step.rows;
   const int64_t capacity = rows.size(0), num_envs = rows.size(1), row_bytes = rows.size(2);
@@ -462,11 +462,10 @@ std::function<void()> checked_append(const std::vector<Tensor>& memory, const st
     check_cursor(cursor, rows);
     STD_TORCH_CHECK(capacity > 0, "rows: expected a capacity of at least 1, got 0");
     state = static_cast<int64_t*>(cursor->data_ptr());
-    const int64_t position = state[0] + ahead;
-    if (position - state[1] >= capacity) return [state] { state[2] = 1; };
-    slot = position % capacity;
+    if (state[0] - state[1] >= capacity) return [state] { state[2] = 1; };
+    slot = state[0] % capacity;
     if (pooled || step.not_finite)
-      pool_slot = position / std::max<int64_t>(state[4], 1) % (pooled ? step.pool[0] : *step.not_finite).size(0);
+      pool_slot = state[0] / std::max<int64_t>(state[4], 1) % (pooled ? step.pool[0] : *step.not_finite).size(0);
   }
   check_range("slot", slot, 0, capacity);
   if (step.not_finite) {

@@ -8,11 +8,10 @@
 
 namespace pydrone {
 
-// Checks append's arguments (pydrone/ops/schema.py) and returns the function that writes; they must outlive it. `ahead`:
-// steps that will have been counted by `cursor` before it writes.
+// Checks append's arguments (pydrone/ops/schema.py) and returns the function that writes; they must outlive it.
 std::function<void()> checked_append(const std::vector<Tensor>& memory, const std::vector<Tensor>& sources,
                                      const Tensor& layout, const Optional& dones, const Optional& truncated,
                                      const Optional& valid, int64_t slot, int64_t pool_slot, const Optional& cursor,
-                                     bool commit, int64_t ahead = 0);
+                                     bool commit);
 
 }  // namespace pydrone

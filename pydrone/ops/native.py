@@ -1,8 +1,8 @@
 """Loads the compiled libraries; registers the operations' schemas, fakes and fallbacks with PyTorch.
 
 ``torch.ops.pydrone.<op>`` runs the native CPU or CUDA library where built. Otherwise it runs Triton on CUDA tensors
-and the plain PyTorch reference on all others. The libraries hold implementations only; the schemas are defined here,
-so that the operations exist without a compiler too.
+and the plain PyTorch reference on all others; those of PPO_SCHEMAS have no reference. The libraries hold
+implementations only; the schemas are defined here, so that the operations exist without a compiler too.
 """
 
 from __future__ import annotations
@@ -16,24 +16,26 @@ import torch
 from torch import Tensor
 
 from pydrone.ops import reference, triton
-from pydrone.ops.schema import CPU_QUERIES, CPU_SCHEMAS, LEARNER_SCHEMAS, SCHEMAS
+from pydrone.ops.schema import CPU_QUERIES, LEARNER_SCHEMAS, PPO_SCHEMAS, SCHEMAS
 
 PACKAGE = Path(__file__).resolve().parent.parent
 
 _library = torch.library.Library("pydrone", "DEF")
 
 
-def _fake(name: str):
+def _fake(signature: str):
     """A fake kernel. The operations write into given outputs, so a trace has nothing to compute.
 
     A call that mixes "meta" tensors with real ones is dispatched here too; it is refused, not silently skipped.
     """
-    layout = 2 if name == "append" else None  # always on the CPU
+    names = [x.name for x in torch._C.parse_schema(signature).arguments]
+    layouts = {i: name for i, name in enumerate(names) if name.endswith("layout")}  # always on the CPU
 
     def fake(*args) -> None:
-        if layout is not None and args[layout].device.type != "cpu":
-            raise RuntimeError(f"layout: expected a tensor on the CPU, got one on {args[layout].device}")
-        given = [x for i, x in enumerate(args) if i != layout]
+        for i, layout in layouts.items():
+            if args[i] is not None and args[i].device.type != "cpu":
+                raise RuntimeError(f"{layout}: expected a tensor on the CPU, got one on {args[i].device}")
+        given = [x for i, x in enumerate(args) if i not in layouts]
         tensors = [x for arg in given for x in (arg if isinstance(arg, (list, tuple)) else (arg,))]
         devices = {x.device for x in tensors if isinstance(x, Tensor)}
         if len(devices) > 1:
@@ -68,7 +70,7 @@ def _triton(name: str):
 def define(library: torch.library.Library, name: str, schema: str) -> None:
     """Defines an operation and its fake kernel."""
     library.define(name + schema)
-    torch.library.register_fake(f"{library.ns}::{name}", _fake(name), lib=library)
+    torch.library.register_fake(f"{library.ns}::{name}", _fake(name + schema), lib=library)
 
 
 def fall_back(library: torch.library.Library, name: str) -> None:
@@ -110,7 +112,7 @@ def _load(stem: str) -> str | None:
     return None
 
 
-for _name, _schema in (SCHEMAS | CPU_SCHEMAS | LEARNER_SCHEMAS).items():
+for _name, _schema in (SCHEMAS | PPO_SCHEMAS | LEARNER_SCHEMAS).items():
     define(_library, _name, _schema)
 for _name, _schema in CPU_QUERIES.items():
     _library.define(_name + _schema)
@@ -122,3 +124,5 @@ for _name in (*SCHEMAS, *LEARNER_SCHEMAS):
     fall_back(_library, _name)
     if CUDA_MISSING is not None or _name in LEARNER_SCHEMAS:
         _library.impl(_name, _triton(_name), "CUDA")
+for _name in PPO_SCHEMAS:
+    _library.impl(_name, _triton(_name), "CUDA")

@@ -41,7 +41,7 @@ names the argument, what it was and what it must be; the reference and Triton ch
     stats, A without; returns_out = A + the float32 value at byte value_offset of the row.  subset: int64
     [num_samples], sample numbers n * T + t to draw from; None: all N * T.  indices_out: int64 [B], n * T + t.
 
-``ppo_gradients``  gradients of a minibatch of B samples for two multilayer perceptrons and a Gaussian; CPU only.
+``ppo_gradients``  gradients of a minibatch of B samples for two multilayer perceptrons and a Gaussian.
 
     obs, critic_obs: groups [B, width], concatenated; critic_obs empty: the critic sees obs.  actions, mu, sigma [B, A];
     log_probs, advantages, returns, values [B].  actor, critic: weight [out, in] and bias [out] of each layer in turn.
@@ -57,7 +57,7 @@ names the argument, what it was and what it must be; the reference and Triton ch
     [N, T], stats and subset are as for ``gather``, and returns is None: A + values. Bit-equal to gathering first.
 
 ``ppo_act``  acts for N environments with the same policy: actions = mean + std * noise, their log-probabilities, and
-    values; CPU only.  noise, actions, mean [N, A]; log_probs, values [N]; outputs of any strides.
+    values.  noise, actions, mean [N, A]; log_probs, values [N]; outputs of any strides.
     packed: None, or float32 [packed_size(actor) + packed_size(critic)], zero at first, which keeps packed weights
     between calls; use one for each pair of network shapes and ``matmul``. Weights whose bits changed are repacked.
 
@@ -66,17 +66,17 @@ names the argument, what it was and what it must be; the reference and Triton ch
 
     end_...: append's arguments for the end; end_layout None: no step to end.  memory, layout, slot, pool_slot: append's
     for the beginning of a step with fields stored_obs (its observations), then actions, log_probs, values, mean and
-    sigma [N, A]; values also go to a plane.  Outputs are read back: none may share memory with another argument.
-    cursor: the end's step is its next, which the end commits, and the beginning's the one after; None: the slots given.
+    sigma [N, A]; values also go to a plane.  cursor: moved by the end, then followed by the beginning.  Outputs are
+    read back: none may share memory with another argument.
 
-``clipped_adam``  clips gradients and takes one Adam step for a list of parameters of any shapes; CPU only.
+``clipped_adam``  clips gradients and takes one Adam step for a list of parameters of any shapes.
 
     grads, exp_avgs, exp_avg_sqs: shaped as parameters; steps: float32 [] each; all contiguous. groups: for each
     parameter, the index of its group in norms [groups], which receives the norm of each group's gradients. Gradients
     are not modified; they are used times min(1, max_norm / (norm + 1e-6)). learning_rate: float32 [].
-    kl: None, or float32 or float64 [], the divergence that the learning rate is adapted to before the step, as by
-    ``Learner.adapt_learning_rate``. schedule: then the desired KL, the largest KL that counts as zero, the factor, and
-    the least and most learning rate.
+    kl: None, or float32 []; then schedule is [desired_kl, zero_kl, factor, least, most], and learning_rate is first
+    adapted: where kl > 2 * desired_kl, divided by factor but not below least; where zero_kl < kl < desired_kl / 2,
+    multiplied by it but not above most; a rate beyond these is never moved against that direction to reach them.
 
 ``has_bf16``  whether the CPU takes bfloat16 in the above: x86-64 with AVX512_BF16, unless PYDRONE_ISA selects less.
 
@@ -121,8 +121,8 @@ SCHEMAS = {
     ),
 }
 
-# Implemented by the CPU library only; callers have an alternative where it is missing.
-CPU_SCHEMAS = {
+# Implemented by the CPU library and, on CUDA, by Triton; callers have an alternative where a kernel is missing.
+PPO_SCHEMAS = {
     "ppo_act": (
         "(Tensor[] obs, Tensor[] critic_obs, Tensor noise, Tensor[] actor, Tensor[] critic, Tensor std, "
         "int activation, int matmul, Tensor? obs_shift, Tensor? obs_std, Tensor? critic_shift, Tensor? critic_std, "
@@ -147,8 +147,8 @@ CPU_SCHEMAS = {
     ),
     "clipped_adam": (
         "(Tensor(a!)[] parameters, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
-        "Tensor(d!)[] steps, int[] groups, float max_norm, Tensor(e!) learning_rate, float beta1, float beta2, "
-        "float epsilon, Tensor(f!) norms, Tensor? kl=None, float[] schedule=[]) -> ()"
+        "Tensor(d!)[] steps, int[] groups, float max_norm, Tensor(f!) learning_rate, float beta1, float beta2, "
+        "float epsilon, Tensor(e!) norms, Tensor? kl=None, float[] schedule=[]) -> ()"
     ),
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from importlib import import_module
 from importlib.util import find_spec
 
 import torch
@@ -25,6 +26,27 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
+def serves(device: torch.device) -> bool:
+    """Whether the operations on networks are Triton's on this device."""
+    return device.type == "cuda"
+
+
+def why_not(kernel: str, *subject: object) -> str | None:
+    """Why the Triton kernel ``kernel`` cannot run here, or cannot serve ``subject``; None if it can.
+
+    subject: what the ``why_not`` beside the kernel's launcher takes: for networks the actor's and the critic's
+    parameters (weight and bias of each layer in turn) and the index of the products' precision in MATMUL. A kernel
+    without one serves all that its operation takes.
+    """
+    if (reason := missing()) is not None:
+        return reason
+    name = f"pydrone._triton.{kernel}"
+    if find_spec(name) is None:
+        return f"there is no Triton kernel {kernel} yet"
+    asked = getattr(import_module(name), "why_not", None)
+    return None if asked is None else asked(*subject)
+
+
 def gae(*args) -> None:
     from pydrone._triton.gae import gae as launch
 
@@ -45,5 +67,29 @@ def gather(*args) -> None:
 
 def ppo_loss(*args) -> None:
     from pydrone._triton.ppo_loss import ppo_loss as launch
+
+    launch(*args)
+
+
+def ppo_gradients(*args) -> None:
+    from pydrone._triton.ppo_gradients import ppo_gradients as launch
+
+    launch(*args)
+
+
+def ppo_act(*args) -> None:
+    from pydrone._triton.ppo_act import ppo_act as launch
+
+    launch(*args)
+
+
+def ppo_step(*args) -> None:
+    from pydrone._triton.ppo_act import ppo_step as launch
+
+    launch(*args)
+
+
+def clipped_adam(*args) -> None:
+    from pydrone._triton.clipped_adam import clipped_adam as launch
 
     launch(*args)

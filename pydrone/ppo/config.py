@@ -121,9 +121,9 @@ class PPOConfig:
     activation: Literal["tanh", "elu", "relu", "silu"] = option("tanh", "Activation of the hidden layers.")
     learner: Literal["auto", "torch", "fused"] = option(
         "auto",
-        "How gradients are computed. fused: by one operation of the CPU library, about five times as fast; for "
-        "multilayer perceptrons and continuous actions in float32. On CUDA only the loss, by a Triton kernel. torch: "
-        "autograd. auto: fused where possible.",
+        "How gradients are computed. fused: by one operation, on a CPU about five times as fast; for multilayer "
+        "perceptrons and continuous actions in float32. On CUDA by Triton, or only the loss where its kernel cannot "
+        "serve the networks. torch: autograd. auto: fused where possible.",
     )
     init_std: float = option(1.0, "Initial standard deviation of the actions, which is never below 1e-4.")
     chunk_size: int | None = option(

@@ -113,10 +113,12 @@ class Trainer(Iteration):
             self._log = open_run(self.run_dir, self.recorded, self.iteration)
         for line in self._of_resuming:
             self.echo(line)
+        learner = self.learner
         # A missing library is reported with the buffer already.
-        by_autograd = self.learner.not_fused is not None and self.learner.fused_loss is None
-        if self.config.ppo.learner == "auto" and by_autograd and native.CPU_MISSING is None:
-            self.echo(f"Gradients by autograd: {self.learner.not_fused}.")
+        known = self.device.type == "cpu" and native.CPU_MISSING is not None
+        if self.config.ppo.learner != "torch" and learner.not_fused is not None and not known:
+            part = "Gradients" if learner.fused_loss is None else "The networks' gradients"
+            self.echo(f"{part} by autograd: {learner.not_fused}.")
         if self.config.ppo.matmul == "bfloat16" and self.device.type == "cpu" and fused.lacks_bf16():
             self.echo(
                 "matmul: this processor has no AVX512_BF16. Where products in bfloat16 are emulated, an update takes "

@@ -109,11 +109,16 @@ class Steps:
             memory, sources, layout, dones, truncated, valid, slot, place, cursor, ends is not None
         )
         bump(self.written)
+        if ends is not None:
+            self._count(captured, truncated, valid)
+
+    def _count(self, captured: bool, truncated: Tensor | None, valid: Tensor | None) -> None:
+        """Counts a complete step; a captured one is counted where it is replayed."""
         if captured:
-            ring.captured_truncations |= truncated is not None
-            ring.captured_resets |= valid is not None
-        elif ends is not None:
-            ring.count(truncated is not None, valid is not None)
+            self._ring.captured_truncations |= truncated is not None
+            self._ring.captured_resets |= valid is not None
+        else:
+            self._ring.count(truncated is not None, valid is not None)
 
     def turn(self, run: Callable[[tuple, tuple], None], row: dict[str, object], ends: Mapping | None) -> bool:
         """Ends a step and begins the next, in one operation.
@@ -127,19 +132,21 @@ class Steps:
         Returns False, and stores nothing, if anything is unusual: then call ``end`` and ``begin``, which store the step
         or name the fault.
         """
-        ring = self._ring
+        ring, captured = self._ring, self._ring.capturing()
         step = ring.appended + (ends is not None)
-        if self.begun != (None if ends is None else "begin") or step - ring.discarded >= ring.capacity:
-            return False
-        if ring.capturing():  # the operation follows the host's counters only
+        full = not captured and step - ring.discarded >= ring.capacity
+        if full or self.begun != (None if ends is None else "begin"):
             return False
         end, final, truncated, valid = ((), (), None, None, None, None, 0, 0), (), None, None
         if ends is not None:
             try:
                 ended = Ends(**ends)
-            except TypeError:
+                if self._storage.ops.checks:
+                    final = self.sources.quick_final(ended)
+                else:
+                    ended, final = self.sources.ends(ended)
+            except (TypeError, ValueError):
                 return False
-            final = self.sources.quick_final(ended)
             if final is None:
                 return False
             rewards, dones, truncated, _, valid = ended
@@ -147,16 +154,20 @@ class Steps:
             end = memory, [rewards, *final], layout, dones, truncated, valid, *ring.where(ring.appended)
         fields = dict(row)
         named = self.sources.named(*(fields.pop(x) for x in ("obs", "actions", "values", "log_probs")), fields)
-        sources = self.sources.quick_row(named)
+        try:
+            sources = self.sources.quick_row(named) if self._storage.ops.checks else self.sources.row(named)
+        except (TypeError, ValueError):
+            return False
         if sources is None:
             return False
         memory, layout = self._calls["begin"][0]
+        cursor = ring.cursor if captured else None
         try:
-            run(end, (memory, sources[: len(self._storage.layout.obs)], layout, *ring.where(step)))
+            run(end, (memory, sources[: len(self._storage.layout.obs)], layout, *ring.where(step), cursor))
         except (RuntimeError, TypeError):
             return False
         bump(self.written)
         if ends is not None:
-            ring.count(truncated is not None, valid is not None)
+            self._count(captured, truncated, valid)
         self.begun = "begin"
         return True

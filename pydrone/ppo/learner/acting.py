@@ -66,7 +66,9 @@ class FusedActing:
     def serves(policy: ActorCritic, buffer: RolloutBuffer) -> bool:
         """Whether the operation can store this buffer's fields."""
         fields = [*buffer.layout.stored][len(buffer.layout.obs) :]
-        return buffer.backend == "cpu" and fields == ["actions", "log_probs", "values", "mu", "sigma"]
+        native = buffer.backend == ("cpu" if buffer.device.type == "cpu" else "cuda")
+        triton = buffer.backend == "triton" and buffer.device.type == "cuda"
+        return (native or triton) and fields == ["actions", "log_probs", "values", "mu", "sigma"]
 
     def __init__(self, policy: ActorCritic, buffer: RolloutBuffer, lap: Callable[[str], None]) -> None:
         self._policy, self._buffer, self._lap = policy, buffer, lap

@@ -1,4 +1,4 @@
-"""Gradient clipping and Adam in one operation of the CPU library, on the state of a ``torch.optim.Adam``."""
+"""Gradient clipping and Adam in one operation, on the state of a ``torch.optim.Adam``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from pydrone.ops import dispatch, native
+from pydrone.ops import dispatch, native, triton
 
 # Options of torch.optim.Adam that the operation does not support, with the values it requires.
 _PLAIN = {"weight_decay": 0, "amsgrad": False, "maximize": False, "differentiable": False}
@@ -20,8 +20,6 @@ def why_not(optimizer: torch.optim.Optimizer, groups: Sequence[Sequence[Tensor]]
 
     With ``groups``, also where a parameter is in two of them, which torch would clip twice.
     """
-    if native.CPU_MISSING is not None:
-        return f"the native CPU library is missing: {native.CPU_MISSING}"
     if type(optimizer) is not torch.optim.Adam:  # nor a subclass
         return f"it takes the steps of torch.optim.Adam, this is {type(optimizer).__name__}"
     if len(optimizer.param_groups) != 1:
@@ -33,10 +31,17 @@ def why_not(optimizer: torch.optim.Optimizer, groups: Sequence[Sequence[Tensor]]
     hooks = optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks
     if any((*hooks, _global_optimizer_pre_hooks, _global_optimizer_post_hooks)):
         return "it would not call the optimiser's hooks"
+    device = group["params"][0].device
+    if device.type == "cpu" and native.CPU_MISSING is not None:
+        return f"the native CPU library is missing: {native.CPU_MISSING}"
+    where = "the CPU" if device.type != "cuda" else device
     tensors = [*group["params"], *(x for state in optimizer.state.values() for x in state.values())]
     for x in tensors:
-        if isinstance(x, Tensor) and not (x.is_cpu and x.dtype is torch.float32 and x.is_contiguous()):
-            return f"expected contiguous float32 parameters on the CPU, got {x.dtype} on {x.device}"
+        fits = not isinstance(x, Tensor) or (x.dtype is torch.float32 and x.is_contiguous() and x.device == device)
+        if not fits or device.type not in ("cpu", "cuda"):
+            return f"expected contiguous float32 parameters on {where}, got {x.dtype} on {x.device}"
+    if triton.serves(device) and (reason := triton.why_not("clipped_adam", group["params"])) is not None:
+        return reason
     given = [id(x) for parameters in groups for x in parameters]
     return None if len(given) == len(set(given)) else "a parameter is in two of the groups"
 
@@ -81,14 +86,25 @@ def clipped_step(
 
 
 @torch.no_grad()
-def step(optimizer: torch.optim.Adam, groups: Sequence[Sequence[Tensor]], max_norm: float | None) -> Tensor:
-    """:func:`clipped_step` where :func:`why_not` has been asked, with the groups."""
+def step(
+    optimizer: torch.optim.Adam,
+    groups: Sequence[Sequence[Tensor]],
+    max_norm: float | None,
+    kl: Tensor | None = None,
+    schedule: Sequence[float] = (),
+) -> Tensor:
+    """:func:`clipped_step` where :func:`why_not` has been asked, with the groups.
+
+    With ``kl``, float32 [], the learning rate, a tensor then, is first adapted by ``schedule``, see ``clipped_adam`` in
+    :mod:`pydrone.ops.schema`.
+    """
     (options,) = optimizer.param_groups
     parameters = [x for x in options["params"] if x.grad is not None]
     index = {id(x): i for i, group in enumerate(groups) for x in group}
     if not index.keys() >= {id(x) for x in parameters}:
         raise ValueError("groups: expected each of the optimiser's parameters that has a gradient, one is missing")
-    norms = torch.zeros(len(groups), dtype=torch.float32, device="cpu")
+    device = options["params"][0].device
+    norms = torch.zeros(len(groups), dtype=torch.float32, device=device)
     if not parameters:
         return norms
     states = [optimizer.state[x] or _begin(optimizer, x) for x in parameters]
@@ -100,13 +116,15 @@ def step(optimizer: torch.optim.Adam, groups: Sequence[Sequence[Tensor]], max_no
         *([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq", "step")),
         [index[id(x)] for x in parameters],
         float("inf") if max_norm is None else max_norm,
-        torch.as_tensor(rate, dtype=torch.float32, device="cpu").reshape(()),
+        torch.as_tensor(rate, dtype=torch.float32, device=device).reshape(()),
         beta1,
         beta2,
         options["eps"],
         norms,
+        kl,
+        schedule,
     )
-    dispatch.bump(parameters)
+    dispatch.bump([*parameters, *([] if kl is None else [rate])])
     optimizer._opt_called = True  # a scheduler of the learning rate asks for it
     return norms
 
@@ -114,7 +132,7 @@ def step(optimizer: torch.optim.Adam, groups: Sequence[Sequence[Tensor]], max_no
 def _begin(optimizer: torch.optim.Adam, parameter: Tensor) -> dict[str, Tensor]:
     """Adam's own initial state."""
     optimizer.state[parameter].update(
-        step=torch.zeros((), dtype=torch.float32, device="cpu"),
+        step=torch.zeros((), dtype=torch.float32, device=parameter.device),
         exp_avg=torch.zeros_like(parameter),
         exp_avg_sq=torch.zeros_like(parameter),
     )

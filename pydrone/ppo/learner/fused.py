@@ -1,7 +1,7 @@
-"""PPO's gradients in one pass over a minibatch: one operation of the CPU library instead of some sixty of autograd's.
+"""PPO's gradients in one pass over a minibatch: one operation instead of some sixty of autograd's.
 
-Tiles of 128 samples go through both networks, the loss and back, and stay in the second-level cache; see
-``ppo_gradients`` in :mod:`pydrone.ops.schema`.
+On the CPU, tiles of 128 samples go through both networks, the loss and back, and stay in the second-level cache; on
+CUDA a Triton kernel does the same. See ``ppo_gradients`` in :mod:`pydrone.ops.schema`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pydrone.ops import native
+from pydrone.ops import native, triton
 from pydrone.ops.arguments import check_tensor
 from pydrone.ops.schema import ACTIVATIONS, MATMUL
 from pydrone.ppo.policy import matmul as precision
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from pydrone.ppo.config import PPOConfig
     from pydrone.ppo.policy.normalization import RunningMoments
 
-
-CPU = torch.device("cpu")
+# Where there are kernels for it.
+DEVICES = ("cpu", "cuda")
 
 
 class Network(NamedTuple):
@@ -72,12 +72,13 @@ def fused_update(
 
     Any optimiser, clipping and all-reduce go on from there. The loss is
     surrogate + value_loss_coef * value loss - entropy_coef * entropy, see :mod:`pydrone.ppo.learner.loss` and
-    :mod:`pydrone.ppo.policy.distributions`; B = samples, A = action dimensions. float32, on the CPU; half-precision
-    inputs are widened.
+    :mod:`pydrone.ppo.policy.distributions`; B = samples, A = action dimensions. float32, on the CPU or on CUDA, all on
+    one device; half-precision inputs are widened.
 
     Args:
         actor, critic: ``nn.Sequential`` of ``nn.Linear`` with tanh, ELU, ReLU or SiLU between them.
-        std: [A], the standard deviation, above 0: a parameter, or a function of one (``log_std.exp()``).
+        std: [A], the standard deviation, above 0: a parameter, or a function of one (``log_std.exp()``). On CUDA its
+            numbers are not looked at, which would wait for the device: one below 0 makes the results NaN.
         obs: [B, width], or several such, concatenated to the actor's input.
         actions: [B, A].
         log_probs: [B], of the policy that acted.
@@ -101,13 +102,16 @@ def fused_update(
         Unsupported: a RuntimeError; the operation cannot serve these networks, or this machine.
         TypeError, ValueError, RuntimeError: an argument does not fit; nothing was written.
     """
-    check_tensor("std", std.detach() if isinstance(std, Tensor) else std, CPU, True)
-    if (std <= 0).any():
+    check_tensor("std", std.detach() if isinstance(std, Tensor) else std, None, True)
+    device = std.device
+    if device.type not in DEVICES:
+        raise ValueError(f"std: expected device cpu or cuda, got {device}")
+    if device.type == "cpu" and (std <= 0).any():
         raise ValueError(f"std: expected numbers above 0, got {std.min().item():g}")
     tensors = {"actions": actions, "log_probs": log_probs, "advantages": advantages, "returns": returns}
     tensors |= {"values": values, **({} if mu is None else {"mu": mu}), **({} if sigma is None else {"sigma": sigma})}
     for name, x in tensors.items():
-        check_tensor(name, x, CPU, True, "the policy's gradients do")
+        check_tensor(name, x, device, True, "the policy's gradients do")
     for name, x in (("clip", clip), ("value_clip", 0.0 if value_clip is None else value_clip)):
         _check_number(name, x, 0.0)
     for name, x in (("value_loss_coef", value_loss_coef), ("entropy_coef", entropy_coef)):
@@ -128,7 +132,7 @@ def fused_update(
         if not isinstance(x, (Tensor, list, tuple)):
             raise TypeError(f"{name}: expected a tensor or several, got {type(x).__name__}")
         for y in [x] if isinstance(x, Tensor) else x:
-            check_tensor(name, y, CPU, None, "the policy's gradients do")
+            check_tensor(name, y, device, None, "the policy's gradients do")
     groups = _groups(obs), [] if critic_obs is None else _groups(critic_obs)
     return _gradients(
         actor,
@@ -166,12 +170,13 @@ def _gradients(
     matmul: str,
 ) -> Tensor:
     """``ppo_gradients`` of what it takes first, ``samples``, and last, ``drawn``; the rest as :func:`fused_update`."""
-    ours, theirs, activation = _both(actor, critic)
-    _require(matmul)
+    ours, theirs, activation = _both(actor, critic, std.device)
+    _require("ppo_gradients", ours, theirs, matmul)
     parameters = [*ours, *theirs]
     with torch.no_grad():
         grads = [torch.empty_like(x) for x in parameters]
-        std_grad, metrics = torch.empty(std.shape), torch.empty(3, dtype=torch.float64)
+        std_grad = torch.empty(std.shape, device=std.device)
+        metrics = torch.empty(3, dtype=torch.float64, device=std.device)
         torch.ops.pydrone.ppo_gradients(
             *samples,
             [x.detach() for x in ours],
@@ -208,11 +213,13 @@ def _through_std(std: Tensor, grad: Tensor, entropy_coef: float) -> Tensor:
     return entropy.detach().reshape(1)
 
 
-def _both(actor: nn.Module, critic: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter], int]:
+def _both(
+    actor: nn.Module, critic: nn.Module, device: torch.device
+) -> tuple[list[nn.Parameter], list[nn.Parameter], int]:
     """The parameters of each, and the number of their activation."""
-    if native.CPU_MISSING is not None:
+    if device.type == "cpu" and native.CPU_MISSING is not None:
         raise Unsupported(f"the native CPU library is missing: {native.CPU_MISSING}")
-    networks = take_apart(actor, "actor"), take_apart(critic, "critic")
+    networks = take_apart(actor, "actor", device), take_apart(critic, "critic", device)
     # Without hidden layers any will do.
     kinds = {x.activation for x in networks} - {None} or {ACTIVATIONS[0]}
     if len(kinds) > 1:
@@ -227,9 +234,13 @@ def _check_number(name: str, x: float, least: float) -> None:
         raise ValueError(f"{name}: expected a finite number{f' of at least {least:g}' * (least == 0)}, got {x}")
 
 
-def _require(matmul: str) -> None:
-    """Raises Unsupported where the library, which must be there, has no products of this precision."""
-    if matmul == "bfloat16" and not torch.ops.pydrone.has_bf16():
+def _require(kernel: str, actor: list[nn.Parameter], critic: list[nn.Parameter], matmul: str) -> None:
+    """Raises Unsupported where the device's kernel cannot serve these networks in this precision."""
+    if triton.serves(actor[0].device):
+        reason = triton.why_not(kernel, actor, critic, MATMUL.index(matmul))
+        if reason is not None:
+            raise Unsupported(reason)
+    elif matmul == "bfloat16" and not torch.ops.pydrone.has_bf16():
         raise Unsupported("matmul is 'bfloat16', and the processor has no AVX512_BF16, or PYDRONE_ISA leaves it out")
 
 
@@ -243,8 +254,8 @@ def _moments(*normalizers: RunningMoments | None) -> list[Tensor | None]:
     return [x for y in normalizers for x in ((None, None) if y is None else (y.shift, y.std))]
 
 
-def take_apart(network: nn.Module, name: str) -> Network:
-    """The parameters of a multilayer perceptron; raises Unsupported where it is something else."""
+def take_apart(network: nn.Module, name: str, device: torch.device) -> Network:
+    """The parameters of a multilayer perceptron on ``device``; raises Unsupported where it is something else."""
     if not isinstance(network, nn.Module):
         raise Unsupported(f"{name}: expected a Linear layer or nn.Sequential, got {type(network).__name__}")
     layers = list(network.children()) if isinstance(network, nn.Sequential) else [network]
@@ -261,8 +272,9 @@ def take_apart(network: nn.Module, name: str) -> Network:
             for x in (layer.weight, layer.bias):
                 if x._backward_hooks or getattr(x, "_post_accumulate_grad_hooks", None):
                     raise Unsupported(f"{name}: a parameter in place {i} has hooks, which would not be called")
-                if x.device != CPU or x.dtype != torch.float32:
-                    raise Unsupported(f"{name}: expected float32 parameters on the CPU, got {x.dtype} on {x.device}")
+                if x.device != device or x.dtype != torch.float32:
+                    where = "the CPU" if device.type == "cpu" else device
+                    raise Unsupported(f"{name}: expected float32 parameters on {where}, got {x.dtype} on {x.device}")
             parameters += [layer.weight, layer.bias]
             continue
         kind = type(layer).__name__.lstrip("_").lower()
@@ -287,8 +299,8 @@ def _groups(obs: Tensor | Sequence[Tensor]) -> list[Tensor]:
 def why_not(policy: ActorCritic) -> str | None:
     """Why torch has to compute this policy's gradients, or None where :func:`of_policy` can."""
     parameter = next(policy.parameters())
-    if parameter.device.type != "cpu":
-        return f"it runs on the CPU, the policy is on {parameter.device.type}"
+    if parameter.device.type not in DEVICES:
+        return f"it runs on the CPU and on CUDA, the policy is on {parameter.device.type}"
     if policy.recurrent:
         return "the policy is recurrent"
     if not hasattr(policy, "std_param"):
@@ -298,8 +310,9 @@ def why_not(policy: ActorCritic) -> str | None:
     if parameter.dtype != torch.float32:
         return f"the policy is {str(parameter.dtype).removeprefix('torch.')}"
     try:
-        _both(policy.actor, policy.critic)
-        _require(_matmul(policy))
+        actor, critic, _ = parameters_of(policy)
+        for kernel in ("ppo_gradients", "ppo_act"):
+            _require(kernel, actor, critic, _matmul(policy))
     except Unsupported as error:
         return str(error)
     return None
@@ -369,7 +382,7 @@ def act(policy: ActorCritic, obs: Tensor | Mapping[str, Tensor]) -> PolicyStep:
 
 def parameters_of(policy: ActorCritic) -> tuple[list[nn.Parameter], list[nn.Parameter], int]:
     """The actor's, the critic's, and the number of their activation."""
-    return _both(policy.actor, policy.critic)
+    return _both(policy.actor, policy.critic, policy.std_param.device)
 
 
 def act_arguments(

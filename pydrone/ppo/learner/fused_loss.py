@@ -22,8 +22,9 @@ if TYPE_CHECKING:
 
 def why_not(policy: ActorCritic) -> str | None:
     """Why autograd has to compute this policy's loss, or None where :class:`FusedLoss` can."""
-    if _device(policy) != "cuda":
-        return f"its kernel runs on CUDA, the policy is on {_device(policy)}"
+    device = next(policy.parameters()).device
+    if not triton.serves(device):
+        return f"its kernel runs on CUDA, the policy is on {device.type}"
     if triton.missing() is not None:
         return triton.missing()
     if policy.recurrent:
@@ -31,10 +32,6 @@ def why_not(policy: ActorCritic) -> str | None:
     if not hasattr(policy, "std_param"):
         return "actions are discrete"
     return None
-
-
-def _device(policy: ActorCritic) -> str:
-    return next(policy.parameters()).device.type
 
 
 class FusedLoss:

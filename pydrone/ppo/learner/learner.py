@@ -56,10 +56,8 @@ class Learner:
         self.not_fused = "learner is torch" if config.learner == "torch" else fused.why_not(policy)
         #: computes only the loss by one operation, where ``not_fused``; None: autograd does
         self.fused_loss: fused_loss.FusedLoss | None = None
-        if config.learner != "torch" and device.type == "cuda":
-            self.not_fused = fused_loss.why_not(policy)
-            self.fused_loss = fused_loss.FusedLoss() if self.not_fused is None else None
-            self.not_fused = self.not_fused or "its networks are torch's on CUDA"
+        if config.learner != "torch" and self.not_fused is not None and fused_loss.why_not(policy) is None:
+            self.fused_loss = fused_loss.FusedLoss()
         if config.learner == "fused" and self.not_fused is not None and self.fused_loss is None:
             raise ValueError(f"learner: 'fused' cannot be used: {self.not_fused}")
         self.chunk_size = config.chunk_size
@@ -133,15 +131,21 @@ class Learner:
         metrics = self.compute_gradients(minibatch)
         if self._over_ranks is not None:
             metrics = self._over_ranks(metrics, _size(minibatch))
-        if self.config.schedule == "adaptive":
-            self.adapt_learning_rate(metrics[-1])
-        if self.config.max_kl is not None and metrics[-1] > self.config.max_kl:
-            self._past_max_kl = True
-            return metrics
         # Clipped separately, as in rsl_rl: a large value error must not shorten the actor's step.
         groups = self.policy.actor_parameters(), self.policy.critic_parameters()
-        if self.not_fused is None and adam.why_not(self.optimizer, groups) is None:
-            adam.step(self.optimizer, groups, self.config.max_grad_norm)
+        config, kl, schedule = self.config, None, ()
+        fused_step = self.not_fused is None or self.fused_loss is not None
+        fused_step = fused_step and adam.why_not(self.optimizer, groups) is None
+        if config.schedule == "adaptive":
+            if fused_step and config.max_kl is None:
+                kl, schedule = metrics[-1], (config.desired_kl, ZERO_KL, LEARNING_RATE_FACTOR, *LEARNING_RATE_BOUNDS)
+            else:
+                self.adapt_learning_rate(metrics[-1])
+        if config.max_kl is not None and metrics[-1] > config.max_kl:
+            self._past_max_kl = True
+            return metrics
+        if fused_step:
+            adam.step(self.optimizer, groups, config.max_grad_norm, kl, schedule)
             return metrics
         for parameters in groups:
             nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm, foreach=True)

@@ -552,8 +552,9 @@ def arguments(**changes) -> dict:
     ends = {"rewards": world.rewards, "dones": world.rewards + 1, "truncated": world.rewards + 1}
     with Record():
         acting(world.held, ends | {"final_obs": world.held})
-    names = [x.name for x in operation._schema.arguments if x.name != "cursor"]  # which is not given
-    return dict(zip(names, found[0], strict=True)) | changes
+    names = [x.name for x in operation._schema.arguments]
+    # The dispatcher leaves out what has its default: the cursor.
+    return dict(zip(names, (*found[0], None), strict=True)) | changes
 
 
 def call(given: dict) -> None:

@@ -87,7 +87,7 @@ def test_why_not(monkeypatch):
     assert fused_loss.why_not(policy) == "its kernel runs on CUDA, the policy is on cpu"
     assert Learner(policy, config).fused_loss is None
 
-    monkeypatch.setattr(fused_loss, "_device", lambda policy: "cuda")
+    monkeypatch.setattr(fused_loss.triton, "serves", lambda device: True)
     monkeypatch.setattr(fused_loss.triton, "missing", lambda: "triton is not installed")
     assert fused_loss.why_not(policy) == "triton is not installed"
     monkeypatch.setattr(fused_loss.triton, "missing", lambda: None)

@@ -244,7 +244,7 @@ def test_a_capture_that_fails_leaves_the_iteration_before(on_the_cpu, monkeypatc
     trainer = make(True)
     trainer.iterate()
     before = checkpoint.copied(trainer.learnt())
-    monkeypatch.setattr(trainer.learner, "adapt_learning_rate", lambda kl: kl.item())
+    monkeypatch.setattr(trainer.policy, "bound_std", lambda: trainer.policy.std_param.sum().item())
     with pytest.raises(RuntimeError, match="waits for the device"):
         trainer.iterate()
     assert trainer.before_update is None, "nothing has been computed: the state is that of the trainer"

@@ -133,8 +133,8 @@ LEARNER = [
     Fault(
         "a step that ends before all is checked",
         ACT,
-        "  const auto begin = checked_append(",
-        "  if (end) end();\n  end = nullptr;\n  const auto begin = checked_append(",
+        "  auto begin = checked_begin();",
+        "  if (end) end();\n  end = nullptr;\n  auto begin = checked_begin();",
         OF_ACTING,
     ),
     Fault(
@@ -159,17 +159,24 @@ LEARNER = [
         OF_ACTING,
     ),
     Fault(
+        "a learning rate above its bounds held to them",
+        "csrc/cpu/adam.cpp",
+        "return std::max(rate, std::min(rate * factor, most));",
+        "return std::min(rate * factor, most);",
+        "tests/ppo/learner/test_on_cuda.py",
+    ),
+    Fault(
         "a step's beginning in the slot before",
         STEPS,
-        "layout, *ring.where(step)))",
-        "layout, *ring.where(ring.appended)))",
+        "layout, *ring.where(step), cursor))",
+        "layout, *ring.where(ring.appended), cursor))",
         OF_ACTING,
     ),
     Fault(
         "the next rollout's first step in a full ring",
         STEPS,
-        "or step - ring.discarded >= ring.capacity",
-        "or ring.appended - ring.discarded >= ring.capacity",
+        "and step - ring.discarded >= ring.capacity",
+        "and ring.appended - ring.discarded >= ring.capacity",
         OF_ACTING,
     ),
 ]

@@ -98,10 +98,24 @@ PYTHON = [
         OF_MINIBATCHES,
     ),
     Fault(
+        "a precision of the products that is not given back",
+        "pydrone/ppo/policy/matmul.py",
+        "            x.fp32_precision = was",
+        "            pass",
+        "tests/ppo/policy/test_matmul.py",
+    ),
+    Fault(
+        "a backward pass in the precision of the process",
+        LEARNER,
+        "with precision.products(self.policy.matmul, self.learning_rate.device):",
+        "if True:",
+        "tests/ppo/policy/test_matmul.py",
+    ),
+    Fault(
         "a captured step by the host's counter",
         STEPS,
-        "if ring.capturing():  # the operation",
-        "if False:  # the operation",
+        "        cursor = ring.cursor if captured else None\n        try:",
+        "        cursor = None\n        try:",
         "tests/ppo/learner/test_acting.py",
     ),
     Fault(
