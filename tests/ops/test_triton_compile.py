@@ -65,6 +65,9 @@ SLOW = {"step, float32"}
 SPILLED = dict.fromkeys(
     ("gae rows", "gae rows, second rollout", "gae rows, cursor", "gae rows, wrapped", "append, cursor"), 8
 )
+# Where tensor cores read registers (HMMA: 8.x and 12.0), a tile's activations fill a thread's. What a step needs after
+# the networks is then spilled.
+SPILLED_BESIDE_HMMA = {"step": 400, "step, float32": 640}
 WIDE = ["gae rows", "gae rows, no statistics", "gae rows, second rollout", "gae rows, few", "gae rows, pool"]
 
 
@@ -89,8 +92,9 @@ def count(kernel: dict, prefix: str) -> int:
 def test_nothing_is_spilled(kernels):
     assert kernels.keys() | SLOW == BUDGET.keys()
     for name, kernel in kernels.items():
-        assert kernel["stack"] <= SPILLED.get(name, 0), name
-        assert count(kernel, "LDL") + count(kernel, "STL") <= SPILLED.get(name, 0) // 4, name
+        allowed = SPILLED_BESIDE_HMMA.get(name, 0) if count(kernel, "HMMA") else SPILLED.get(name, 0)
+        assert kernel["stack"] <= allowed, name
+        assert count(kernel, "LDL") + count(kernel, "STL") <= allowed // 4, name
 
 
 def test_registers_and_shared_memory_are_within_budget(kernels):
@@ -165,3 +169,11 @@ def test_adam_reads_and_writes_in_128_bits(kernels):
         assert count(kernels[name], "LDG.E.128") == 4 * accesses, name
         assert count(kernels[name], "STG.E.128") == 3 * accesses, name
         assert count(kernels[f"{name}, squares"], "LDG.E.128") == accesses, name
+
+
+def test_acting_multiplies_on_tensor_cores(kernels):
+    for name in kernels.keys() & {"act, bfloat16", "step", "step, float32"}:
+        kernel = kernels[name]
+        assert sum(count(kernel, opcode) for opcode in ("HMMA", "HGMMA", "UTCHMMA")) >= 56, name
+        assert count(kernel, "LDG.E.128") >= 32, f"{name}: the hidden layers' weights are read in 128 bits"
+        assert count(kernel, "STG.E.128") >= 2, f"{name}: actions and means of contiguous tensors are written so"

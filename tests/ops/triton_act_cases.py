@@ -212,9 +212,10 @@ class Steps:
             if operation is not None:
 
                 def step(end: tuple, begin: tuple, found=found) -> None:
+                    *begin, slot, pool_slot, _ = begin
                     if cursor is not None:  # which says where
-                        end, begin = (*end[:-2], 0, 0), (*begin[:-2], 0, 0)
-                    operation(*end, *self.given.values(), *found, self.sigma, *begin, cursor)
+                        end, slot, pool_slot = (*end[:-2], 0, 0), 0, 0
+                    operation(*end, *self.given.values(), *found, self.sigma, *begin, slot, pool_slot, cursor)
 
                 assert self.buffer.turn(step, row, ends)
             else:
@@ -288,7 +289,7 @@ def test_step_that_finds_no_room_writes_nothing_but_its_outputs():
         before = steps.buffer._storage.rows.clone()
 
         def step(end: tuple, begin: tuple, found=found, cursor=cursor, steps=steps) -> None:
-            act_module.ppo_step(*end, *steps.given.values(), *found, steps.sigma, *begin, cursor)
+            act_module.ppo_step(*end, *steps.given.values(), *found, steps.sigma, *begin[:-1], cursor)
 
         assert steps.buffer.turn(step, row, steps.ends())
         assert cursor.tolist() == [4, 0, 1, 0, NUM_STEPS]

@@ -10,7 +10,52 @@ OF_TRITON = "tests/ops/test_triton.py::test_cases[gae] tests/ops/test_triton.py:
 OF_GATHER = "tests/ops/test_triton.py::test_cases[gather] tests/ops/test_triton.py::test_properties"
 OF_APPEND = "tests/ops/test_triton.py::test_cases[append] tests/ops/test_triton.py::test_properties"
 
+ADAM, ACT = "triton_kernels/clipped_adam.py", "triton_kernels/ppo_act.py"
+OF_ADAM, OF_ACT = "tests/ops/test_triton.py::test_adam", "tests/ops/test_triton.py::test_act"
+
 TRITON = [
+    Fault(
+        "a step that starts with the last learning rate, in Triton",
+        ADAM,
+        "tl.store(learning_rate, rate.to(tl.float32))",
+        "tl.store(learning_rate, tl.load(learning_rate))",
+        OF_ADAM,
+    ),
+    Fault(
+        "a group clipped by the norm of all, in Triton",
+        ADAM,
+        "tl.where(group == described(program, LAYOUT, GROUP), tl.sum(g * g), 0.0)",
+        "tl.where(group >= 0, tl.sum(g * g), 0.0)",
+        OF_ADAM,
+    ),
+    Fault(
+        "bias corrections of the step before, in Triton",
+        ADAM,
+        "tl.store(step, tl.load(step) + 1)",
+        "tl.store(step, tl.load(step) + 0)",
+        OF_ADAM,
+    ),
+    Fault(
+        "a step that begins in the slot where the last one ended, in Triton",
+        ACT,
+        "first = appended + 1",
+        "first = appended + 0",
+        OF_ACT,
+    ),
+    Fault(
+        "values stored as the network has them, not undone, in Triton",
+        ACT,
+        "values = values * tl.load(value_moments[1]) + tl.load(value_moments[0])",
+        "values = values * tl.load(value_moments[1])",
+        OF_ACT,
+    ),
+    Fault(
+        "the second block of a weight read for the first, in Triton",
+        ACT,
+        "load_block(weight, first, k * COLUMNS, IN",
+        "load_block(weight, first, 0, IN",
+        OF_ACT,
+    ),
     Fault(
         "a NaN that a clamp drops, in Triton",
         "triton_kernels/ppo_loss.py",
