@@ -105,7 +105,8 @@ def jobs() -> list[Job]:
         made.append(Job(f"tests/gpu {i + 1} of {shards}", [*pytest, "tests/gpu"], {"PYDRONE_SHARD": f"{i}/{shards}"}))
     shards = max(1, shards // 2)
     for i in range(shards):
-        command = [*pytest, "tests/ops/triton_cases.py", "-m", ""]
+        cases = [f"tests/ops/triton_{name}.py" for name in ("cases", "adam_cases", "act_cases")]
+        command = [*pytest, *cases, "-m", ""]
         made.append(Job(f"triton_cases {i + 1} of {shards}", command, {"PYDRONE_SHARD": f"{i}/{shards}"}))
     made.append(Job("quadrotor as a graph", [*pytest, "-m", "gpu", "tests/envs/test_quadrotor.py"]))
     tool = cuda_tool("compute-sanitizer") or "compute-sanitizer"

@@ -88,18 +88,20 @@ def forward_by_blocks(
     ]
 )  # fmt: skip
 def step_kernel(
-    obs, critic_obs, noise, actor, critic, std, obs_moments, critic_moments, value_moments, obs_clip, outputs, end,
-    end_strides, begin, plane_strides, cursor, num_envs, capacity, end_slot, end_pool_slot, slot, pool_slot,
-    end_rollouts, rollouts, pool_rows, OBS: tl.constexpr, OBS_STRIDES: tl.constexpr, CRITIC_OBS: tl.constexpr,
-    CRITIC_STRIDES: tl.constexpr, ACTOR: tl.constexpr, CRITIC: tl.constexpr, STRIDES: tl.constexpr,
+    obs, critic_obs, noise, actor, critic, std, obs_moments, critic_moments, value_moments, obs_clip, outputs, end_rows,
+    end_sources, end_planes, end_plane_sources, codes, flags, pool, final_sources, pool_count, final_rows, end_strides,
+    rows, sources, plane, not_finite, plane_strides, cursor, num_envs, capacity, end_slot, end_pool_slot, slot,
+    pool_slot, end_rollouts, rollouts, pool_rows, OBS: tl.constexpr, OBS_STRIDES: tl.constexpr,
+    CRITIC_OBS: tl.constexpr, CRITIC_STRIDES: tl.constexpr, ACTOR: tl.constexpr, CRITIC: tl.constexpr, STRIDES: tl.constexpr,
     ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, END_ROW_BYTES: tl.constexpr, END_FIELDS: tl.constexpr,
     POOL_ROW_BYTES: tl.constexpr, FINAL_FIELDS: tl.constexpr, ROW_BYTES: tl.constexpr, FIELDS: tl.constexpr,
     OUTPUT_FIELDS: tl.constexpr, LOOKED_AT: tl.constexpr, ENVS: tl.constexpr, CHUNK: tl.constexpr,
     NARROW: tl.constexpr,
 ):  # fmt: skip
-    """``outputs``: actions, log_probs, values, mean; STRIDES: of noise and these. ``end``: rows to not_finite, as
-    store_step takes them; ``begin``: rows, sources, the values' plane, not_finite; either None. OBS, CRITIC_OBS: widths
-    of the groups; ACTOR, CRITIC: of input and layers. OUTPUT_FIELDS: as FIELDS, of the outputs."""
+    """``outputs``: actions, log_probs, values, mean; STRIDES: of noise and these. end_rows to end_strides: of the end,
+    as store_step takes them; rows to plane_strides: of the beginning, with the values' plane; end_rows or rows None:
+    there is none. OBS, CRITIC_OBS: widths of the groups; ACTOR, CRITIC: of input and layers. OUTPUT_FIELDS: as FIELDS,
+    of the outputs."""
     env = (tl.program_id(0) * ENVS + tl.arange(0, ENVS)).to(tl.int64)
     exists = env < num_envs
     ends = True
@@ -108,7 +110,7 @@ def step_kernel(
         appended = tl.load(cursor + CURSOR_APPENDED)
         first = appended
         room = tl.load(cursor + CURSOR_DISCARDED) + capacity
-        if end is not None:
+        if end_rows is not None:
             ends = appended < room
             end_slot, end_pool_slot = place(cursor, appended, capacity, end_rollouts)
             first = appended + 1
@@ -133,24 +135,23 @@ def step_kernel(
         tl.store(outputs[0] + at * STRIDES[2] + action[None, :] * STRIDES[3], actions, mask=mask)
         tl.store(outputs[1] + env * STRIDES[4], log_probs, mask=exists)
         tl.store(outputs[3] + at * STRIDES[6] + action[None, :] * STRIDES[7], mean, mask=mask)
-        if begin is not None:  # noqa: SIM102, known when the kernel is compiled
+        if rows is not None:  # noqa: SIM102, known when the kernel is compiled
             if begins:
                 looked = None
-                if begin[3] is not None:
-                    looked = begin[3] + pool_slot
-                rows = begin[0]
+                if not_finite is not None:
+                    looked = not_finite + pool_slot
                 row = slot.to(tl.int64) * num_envs + env
-                copy_fields(rows, row, begin[1], env, exists, looked, ROW_BYTES, FIELDS, LOOKED_AT, NARROW)
+                copy_fields(rows, row, sources, env, exists, looked, ROW_BYTES, FIELDS, LOOKED_AT, NARROW)
                 store_field(rows, row, exists, 0, actions, None, ROW_BYTES, OUTPUT_FIELDS, 0)
                 store_field(rows, row, exists, 0, log_probs[:, None], None, ROW_BYTES, OUTPUT_FIELDS, LENGTH)
                 store_field(rows, row, exists, 0, mean, None, ROW_BYTES, OUTPUT_FIELDS, 3 * LENGTH)
     else:
-        if end is not None:  # noqa: SIM102
+        if end_rows is not None:  # noqa: SIM102
             if ends:
                 store_step(
-                    end[0], end[1], end[2], end[3], end[4], end[5], end[6], end[7], end[8], end[9], end[10],
-                    end_strides, env, exists, num_envs, end_slot, end_pool_slot, pool_rows, END_ROW_BYTES, END_FIELDS,
-                    0, POOL_ROW_BYTES, FINAL_FIELDS, NARROW,
+                    end_rows, end_sources, end_planes, end_plane_sources, codes, flags, pool, final_sources, pool_count,
+                    final_rows, None, end_strides, env, exists, num_envs, end_slot, end_pool_slot, pool_rows,
+                    END_ROW_BYTES, END_FIELDS, 0, POOL_ROW_BYTES, FINAL_FIELDS, NARROW,
                 )  # fmt: skip
         x = load_input(
             critic_obs, CRITIC_STRIDES, env, env, exists, critic_moments[0], critic_moments[1], obs_clip, CRITIC_OBS,
@@ -161,13 +162,13 @@ def step_kernel(
         if value_moments[0] is not None:
             values = values * tl.load(value_moments[1]) + tl.load(value_moments[0])
         tl.store(outputs[2] + env * STRIDES[5], values, mask=exists)
-        if begin is not None:  # noqa: SIM102
+        if rows is not None:  # noqa: SIM102
             if begins:
                 row = slot.to(tl.int64) * num_envs + env
-                store_field(begin[0], row, exists, 0, values[:, None], None, ROW_BYTES, OUTPUT_FIELDS, 2 * LENGTH)
-                plane = begin[2] + env * plane_strides[0] + slot.to(tl.int64) * plane_strides[1]
-                tl.store(plane, values.to(begin[2].dtype.element_ty), mask=exists)
-    if (cursor is not None) and (end is not None):  # noqa: SIM102
+                store_field(rows, row, exists, 0, values[:, None], None, ROW_BYTES, OUTPUT_FIELDS, 2 * LENGTH)
+                place_of = plane + env * plane_strides[0] + slot.to(tl.int64) * plane_strides[1]
+                tl.store(place_of, values.to(plane.dtype.element_ty), mask=exists)
+    if (cursor is not None) and (end_rows is not None):  # noqa: SIM102
         if ends:  # noqa: SIM102
             # The last program moves the head; all others have read it by then.
             if take_ticket(cursor + CURSOR_TICKET) == tl.num_programs(0) * 2 - 1:
@@ -275,10 +276,12 @@ def _launch(policy: tuple, activation, matmul, end=None, begin=None, cursor=None
     widths = _widths(actor), _widths(critic)
     constants = {"END_ROW_BYTES": 1, "END_FIELDS": (), "POOL_ROW_BYTES": 1, "FINAL_FIELDS": ()}
     constants |= {"ROW_BYTES": 1, "FIELDS": (), "OUTPUT_FIELDS": (), "LOOKED_AT": 0}
-    capacity, into, plane_strides = 0, None, None
+    capacity, into, plane_strides = 0, (None,) * 4, None
+    ended, end_strides = (None,) * 10, None
     if end is not None:
         constants |= {"END_ROW_BYTES": end.constants["ROW_BYTES"], "END_FIELDS": end.constants["FIELDS"]}
         constants |= {name: end.constants[name] for name in ("POOL_ROW_BYTES", "FINAL_FIELDS")}
+        ended, end_strides = end.tensors[:10], end.strides
     if begin is not None:
         rows, sources, (plane,), *_, not_finite = begin.tensors
         capacity, plane_strides = rows.shape[0], begin.strides[1][0]
@@ -293,9 +296,8 @@ def _launch(policy: tuple, activation, matmul, end=None, begin=None, cursor=None
     with on_device_of(noise):
         step_kernel[(triton.cdiv(num_envs, ENVS), 2)](
             tuple(obs), tuple(critic_obs), noise, tuple(actor), tuple(critic), std, obs_moments, critic_moments,
-            value_moments, obs_clip, outputs, None if end is None else end.tensors,
-            None if end is None else end.strides, into, plane_strides, cursor, num_envs, capacity, *slots,
-            1 if end is None else end.num_rollouts, 1 if begin is None else begin.num_rollouts,
+            value_moments, obs_clip, outputs, *ended, end_strides, *into, plane_strides, cursor, num_envs, capacity,
+            *slots, 1 if end is None else end.num_rollouts, 1 if begin is None else begin.num_rollouts,
             0 if end is None else end.pool_rows,
             OBS=tuple(x.shape[1] for x in obs), OBS_STRIDES=_strides(obs),
             CRITIC_OBS=tuple(x.shape[1] for x in critic_obs), CRITIC_STRIDES=_strides(critic_obs),

@@ -67,7 +67,7 @@ SPILLED = dict.fromkeys(
 )
 # Where tensor cores read registers (HMMA: 8.x and 12.0), a tile's activations fill a thread's. What a step needs after
 # the networks is then spilled.
-SPILLED_BESIDE_HMMA = {"step": 400, "step, float32": 640}
+SPILLED_BESIDE_HMMA = {"step": 400, "step, float32": 900}
 WIDE = ["gae rows", "gae rows, no statistics", "gae rows, second rollout", "gae rows, few", "gae rows, pool"]
 
 

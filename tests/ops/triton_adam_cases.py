@@ -70,7 +70,7 @@ def by_torch(given, groups=GROUPS, max_norm=1.0, rate=0.01, betas=(0.9, 0.999), 
     found = [x.detach() for x in parameters]
     for name in ("exp_avg", "exp_avg_sq", "step"):
         found += [x[name] for x in states]
-    return [*found, torch.stack(norms), torch.tensor(rate)]
+    return [*found, torch.stack(norms), torch.tensor(rate, device=DEVICE)]
 
 
 def check(given, tolerance=2e-7, **options):
