@@ -93,9 +93,9 @@ def step_kernel(
     rows, sources, plane, not_finite, plane_strides, cursor, num_envs, capacity, end_slot, end_pool_slot, slot,
     pool_slot, end_rollouts, rollouts, pool_rows, OBS: tl.constexpr, OBS_STRIDES: tl.constexpr,
     CRITIC_OBS: tl.constexpr, CRITIC_STRIDES: tl.constexpr, ACTOR: tl.constexpr, CRITIC: tl.constexpr,
-    STRIDES: tl.constexpr, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, END_ROW_BYTES: tl.constexpr, END_FIELDS: tl.constexpr,
-    POOL_ROW_BYTES: tl.constexpr, FINAL_FIELDS: tl.constexpr, ROW_BYTES: tl.constexpr, FIELDS: tl.constexpr,
-    OUTPUT_FIELDS: tl.constexpr, LOOKED_AT: tl.constexpr, ENVS: tl.constexpr, CHUNK: tl.constexpr,
+    STRIDES: tl.constexpr, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, END_ROW_BYTES: tl.constexpr,
+    END_FIELDS: tl.constexpr, POOL_ROW_BYTES: tl.constexpr, FINAL_FIELDS: tl.constexpr, ROW_BYTES: tl.constexpr,
+    FIELDS: tl.constexpr, OUTPUT_FIELDS: tl.constexpr, LOOKED_AT: tl.constexpr, ENVS: tl.constexpr, CHUNK: tl.constexpr,
     NARROW: tl.constexpr,
 ):  # fmt: skip
     """``outputs``: actions, log_probs, values, mean; STRIDES: of noise and these. end_rows to end_strides: of the end,
