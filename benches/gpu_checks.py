@@ -105,7 +105,8 @@ def jobs() -> list[Job]:
         made.append(Job(f"tests/gpu {i + 1} of {shards}", [*pytest, "tests/gpu"], {"PYDRONE_SHARD": f"{i}/{shards}"}))
     shards = max(1, shards // 2)
     for i in range(shards):
-        command = [*pytest, "tests/ops/triton_cases.py", "tests/ops/triton_gradients_cases.py", "-m", ""]
+        names = ("triton_cases", "triton_gradients_cases", "triton_adam_cases", "triton_act_cases", "step_cases")
+        command = [*pytest, *(f"tests/ops/{name}.py" for name in names), "-m", ""]
         made.append(Job(f"triton_cases {i + 1} of {shards}", command, {"PYDRONE_SHARD": f"{i}/{shards}"}))
     made.append(Job("quadrotor as a graph", [*pytest, "-m", "gpu", "tests/envs/test_quadrotor.py"]))
     tool = cuda_tool("compute-sanitizer") or "compute-sanitizer"

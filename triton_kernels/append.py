@@ -7,6 +7,8 @@ does not move loads above stores that might alias, so each field would otherwise
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -152,6 +154,15 @@ def store_step(
                 tl.store(final_row, tl.full(env.shape, -1, tl.int32), mask=wanted)
 
 
+@triton.jit
+def place(cursor, position, capacity, num_pools):
+    """Slot and rollout of the step at ``position``, counted from the first ever appended."""
+    num_steps = tl.maximum(tl.load(cursor + CURSOR_NUM_STEPS), 1)
+    position = position.to(tl.uint64)
+    pool_slot = (position // num_steps.to(tl.uint64) % num_pools.to(tl.uint64)).to(tl.int32)
+    return (position % capacity.to(tl.uint64)).to(tl.int32), pool_slot
+
+
 @triton.jit(do_not_specialize=["num_envs", "capacity", "slot", "pool_slot", "num_pools", "pool_rows"])
 def append_kernel(
     rows, sources, planes, plane_sources, codes, flags, pool, final_sources, pool_count, final_rows, not_finite, cursor,
@@ -172,10 +183,7 @@ def append_kernel(
     else:
         appended = tl.load(cursor + CURSOR_APPENDED)
         if appended - tl.load(cursor + CURSOR_DISCARDED) < capacity:
-            slot = (appended.to(tl.uint64) % capacity.to(tl.uint64)).to(tl.int32)
-            if (pool_count is not None) or (not_finite is not None):
-                num_steps = tl.maximum(tl.load(cursor + CURSOR_NUM_STEPS), 1)
-                pool_slot = (appended.to(tl.uint64) // num_steps.to(tl.uint64) % num_pools.to(tl.uint64)).to(tl.int32)
+            slot, pool_slot = place(cursor, appended, capacity, num_pools)
             store_step(
                 rows, sources, planes, plane_sources, codes, flags, pool, final_sources, pool_count, final_rows,
                 not_finite, strides, env, exists, num_envs, slot, pool_slot, pool_rows, ROW_BYTES, FIELDS, LOOKED_AT,
@@ -192,12 +200,34 @@ def append_kernel(
 
 def append(memory, sources, layout, dones, truncated, valid, slot, pool_slot, cursor, commit) -> None:
     """Stores one step of all environments, see :mod:`pydrone.ops.schema`."""
-    (num_fields, num_planes, _, looked_at), *described = layout.tolist()
-    *memory, not_finite = memory if looked_at else (*memory, None)
-    rows, planes = memory[0], memory[2 : 2 + num_planes]
-    capacity, num_envs, row_bytes = rows.shape
+    capacity, num_envs, _ = memory[0].shape
     if num_envs == 0:
         return
+    numbers = layout.tolist()
+    envs = power_of_2(MAX_TILE // max([1, *(width for _, _, width, _ in numbers[1:])]), 1, ENVS)
+    step = taken_apart(memory, sources, numbers, dones, truncated, valid, MAX_TILE // envs)
+    with on_device_of(memory[0]):
+        append_kernel[(triton.cdiv(num_envs, envs),)](
+            *step.tensors, cursor, step.strides, num_envs, capacity, slot, pool_slot, step.num_rollouts, step.pool_rows,
+            **step.constants, COMMIT=commit, ENVS=envs, NARROW=NARROW, num_warps=WARPS, enable_fp_fusion=True,
+        )  # fmt: skip
+
+
+class TakenApart(NamedTuple):
+    """append's arguments as :func:`store_step` takes them."""
+
+    tensors: tuple  # rows to not_finite
+    strides: tuple
+    num_rollouts: int
+    pool_rows: int
+    constants: dict[str, object]
+
+
+def taken_apart(memory, sources, layout: list, dones, truncated, valid, widest_tile: int) -> TakenApart:
+    """``layout``: as nested lists; ``widest_tile``: most columns of a tile."""
+    (num_fields, num_planes, _, looked_at), *described = layout
+    *memory, not_finite = memory if looked_at else (*memory, None)
+    rows, planes = memory[0], memory[2 : 2 + num_planes]
     codes = None if dones is None else memory[1]
     # Without truncations nothing goes to the pool.
     final_obs, count, final_rows = (truncated is not None and memory[2 + num_planes :]) or (None, None, None)
@@ -205,10 +235,10 @@ def append(memory, sources, layout, dones, truncated, valid, slot, pool_slot, cu
     plane_sources = sources[num_fields : num_fields + num_planes]
     final_sources = [] if final_obs is None else sources[num_fields + num_planes :]
     pool_bytes = final_obs.shape[2] if final_sources else 1
-    widest = max((width for _, _, width, _ in described), default=1)
-    envs = power_of_2(MAX_TILE // max(widest, 1), 1, ENVS)
-    fields = _fields("sources", given, described[:num_fields], row_bytes, MAX_TILE // envs)
-    final_fields = _fields("final sources", final_sources, described[num_fields:], pool_bytes, MAX_TILE // envs)
+    tensors = (
+        rows, tuple(given), tuple(planes), tuple(plane_sources), codes, (dones, truncated, valid), final_obs,
+        tuple(final_sources), count, final_rows, not_finite,
+    )  # fmt: skip
     strides = (
         tuple(0 if flag is None else flag.stride(0) for flag in (dones, truncated, valid)),
         tuple(plane.stride() for plane in planes),
@@ -217,15 +247,15 @@ def append(memory, sources, layout, dones, truncated, valid, slot, pool_slot, cu
         (0, 0) if final_rows is None else final_rows.stride(),
         (0, 0) if count is None else count.stride(),
     )
+    constants = {
+        "ROW_BYTES": rows.shape[2],
+        "FIELDS": _fields("sources", given, described[:num_fields], rows.shape[2], widest_tile),
+        "LOOKED_AT": looked_at,
+        "POOL_ROW_BYTES": pool_bytes,
+        "FINAL_FIELDS": _fields("final sources", final_sources, described[num_fields:], pool_bytes, widest_tile),
+    }
     num_rollouts = next((x.shape[0] for x in (count, not_finite) if x is not None), 1)
-    with on_device_of(rows):
-        append_kernel[(triton.cdiv(num_envs, envs),)](
-            rows, tuple(given), tuple(planes), tuple(plane_sources), codes, (dones, truncated, valid), final_obs,
-            tuple(final_sources), count, final_rows, not_finite, cursor, strides, num_envs, capacity, slot, pool_slot,
-            num_rollouts, final_obs.shape[1] if final_sources else 0,
-            ROW_BYTES=row_bytes, FIELDS=fields, LOOKED_AT=looked_at, POOL_ROW_BYTES=pool_bytes,
-            FINAL_FIELDS=final_fields, COMMIT=commit, ENVS=envs, NARROW=NARROW, num_warps=WARPS, enable_fp_fusion=True,
-        )  # fmt: skip
+    return TakenApart(tensors, strides, num_rollouts, final_obs.shape[1] if final_sources else 0, constants)
 
 
 def _fields(name: str, sources, described, row_bytes: int, widest_tile: int) -> tuple:

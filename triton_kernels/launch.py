@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 
 import torch
 import triton
@@ -45,6 +46,12 @@ def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager:
     if not tensor.is_cuda or tensor.get_device() == torch.cuda.current_device():
         return contextlib.nullcontext()
     return torch.cuda.device(tensor.device)
+
+
+@functools.lru_cache
+def generation(device: torch.device) -> int:
+    """The major compute capability; 0 where kernels are interpreted."""
+    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
 
 
 def power_of_2(number: int, least: int, most: int) -> int:

@@ -45,6 +45,14 @@ def test_gradients():
     run(CASES.with_name("triton_gradients_cases.py"), "-m", "not slow")
 
 
+def test_adam():
+    run(CASES.with_name("triton_adam_cases.py"))
+
+
+def test_act():
+    run(CASES.with_name("triton_act_cases.py"))
+
+
 def test_properties():
     run(CASES.with_name("triton_properties.py"), "--hypothesis-profile", "few", interpreted=True)
 

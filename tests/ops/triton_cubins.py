@@ -23,11 +23,14 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
+from pydrone._triton import ppo_act as act_module
 from pydrone._triton import ppo_gradients as gradients_module
 from pydrone._triton.append import append
+from pydrone._triton.clipped_adam import clipped_adam
 from pydrone._triton.gae import gae
 from pydrone._triton.gather import gather
 from pydrone._triton.layers import activate, activate_backward
+from pydrone._triton.ppo_act import ppo_act, ppo_step
 from pydrone._triton.ppo_loss import ppo_loss
 from pydrone.envs import Randomization, fused
 from pydrone.envs.drone import DroneState
@@ -62,6 +65,7 @@ def compile_only(kernel: JITFunction, *args, grid, warmup, **options) -> None:
 
 
 compiled: list = []
+act_module.generation = lambda device: TARGET.arch // 10
 JITFunction.run = compile_only
 
 
@@ -70,9 +74,9 @@ def tool(name: str, *arguments: str) -> str:
     return subprocess.run([path, *arguments], capture_output=True, text=True, check=True).stdout
 
 
-def report(name: str, launch: Callable[[], int | None], which: int = -1) -> dict:
-    """Of the kernel that ``launch`` launches last, or of another."""
-    estimate = launch()
+def report(name: str, launch: Callable[[], int | None] | None, which: int = -1) -> dict:
+    """Of the kernel that ``launch`` launches last, or of another; ``launch`` None: the last launches."""
+    estimate = None if launch is None else launch()
     kernel = compiled[which]
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
@@ -211,6 +215,44 @@ def launch_gradients(
     return gradients_module.shared_memory((obs, *hidden, actions), config.samples, config.precision)
 
 
+def launch_adam(hidden: tuple[int, ...]) -> None:
+    shapes = []
+    for outputs in (4, 1):
+        widths = (17, *hidden, outputs)
+        shapes += [x for i, o in itertools.pairwise(widths) for x in ((o, i), (o,))]
+    lists = [[torch.empty(shape) for shape in [*shapes, (4,)]] for _ in range(4)]
+    groups = [0] * (len(shapes) // 2) + [1] * (len(shapes) // 2) + [0]
+    clipped_adam(
+        *lists, [torch.empty(()) for _ in groups], groups, 1.0, torch.empty(()), 0.9, 0.999, 1e-8, torch.empty(2),
+        torch.empty((), dtype=torch.float64), [0.01, 1e-6, 1.5, 1e-5, 1e-2],
+    )  # fmt: skip
+
+
+def launch_act(matmul: str, step: bool = False, num_envs: int = 8192) -> None:
+    wide, scalar, std = torch.empty(num_envs, 4), torch.empty(num_envs), torch.empty(4)
+    obs = torch.empty(num_envs, 17)
+    networks = []
+    for outputs in (4, 1):
+        widths = (17, 128, 128, outputs)
+        networks.append([x for i, o in itertools.pairwise(widths) for x in (torch.empty(o, i), torch.empty(o))])
+    act = [[obs], [], wide, *networks, std, 0, MATMUL.index(matmul), *[None] * 4, 10.0, None, None, None]
+    act += [wide, scalar, scalar, wide]
+    if not step:
+        ppo_act(*act)
+        return
+    plane, flag = torch.empty(num_envs, 4), torch.empty(num_envs, dtype=torch.bool)
+    memory = [torch.empty(4, num_envs, 128, dtype=torch.uint8), plane.to(torch.uint8), plane]
+    pool = [torch.empty(2, num_envs, 96, dtype=torch.uint8), torch.zeros(2, 2, dtype=torch.int32), plane.int()]
+    end = torch.tensor([(0, 1, 1, 0), (0, F32, 17, 1)])
+    fields = [(offset, F32, width, 1) for offset, width in zip(OFFSETS, WIDTHS, strict=True)]
+    begin = torch.tensor([(len(fields), 1, 0, 0), *fields])
+    cursor = torch.zeros(5, dtype=torch.int64)
+    ppo_step(
+        [*memory, *pool], [scalar, obs], end, flag, flag, None, 0, 0, *act, std.expand(num_envs, 4), memory, [obs],
+        begin, 1, 0, cursor,
+    )  # fmt: skip
+
+
 def reports() -> Iterator[dict]:
     yield report("gae rows", launch_gae)
     yield report("gae rows, no statistics", partial(launch_gae, stats=False))
@@ -234,8 +276,8 @@ def reports() -> Iterator[dict]:
     yield report("loss, one action", partial(launch_loss, 1))
     yield report("loss, 17 actions", partial(launch_loss, 17))
     yield report("loss, float64", partial(launch_loss, dtype=torch.float64))
-    yield report("step", launch_step)
-    yield report("step, all options", partial(launch_step, course=True, **OPTIONS))
+    yield report("env step", launch_step)
+    yield report("env step, all options", partial(launch_step, course=True, **OPTIONS))
     yield report("task", partial(launch_step, physics=False))
     yield report("task, all options", partial(launch_step, physics=False, course=True, **OPTIONS))
     for i, name in enumerate(ACTIVATIONS):
@@ -250,6 +292,14 @@ def reports() -> Iterator[dict]:
         yield report("gradients, float32", partial(launch_gradients, "float32", (32, 32)), -2)
         yield report("gradients, as many inputs as units", partial(launch_gradients, "tf32", (64, 64), 48, "silu"), -2)
     yield report("gradients, sum", partial(launch_gradients, "tf32", (64, 64)))
+    yield report("adam", partial(launch_adam, (128, 128)))
+    yield report("adam, squares", None, -2)
+    yield report("adam, wide", partial(launch_adam, (512, 256, 128)))
+    yield report("adam, wide, squares", None, -2)
+    yield report("act, bfloat16", partial(launch_act, "bfloat16"))
+    yield report("step", partial(launch_act, "tf32", step=True))
+    if TARGET.arch != 90:  # the default tests', and this one takes the longest to compile
+        yield report("step, float32", partial(launch_act, "float32", step=True))
 
 
 if __name__ == "__main__":

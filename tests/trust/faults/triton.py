@@ -16,6 +16,9 @@ OF_LAYER = "tests/ops/test_triton.py::test_cases[layer]"
 STEP = "triton_kernels/quadrotor.py"
 OF_STEP = "tests/ops/test_triton.py::test_steps"
 
+ADAM, ACT = "triton_kernels/clipped_adam.py", "triton_kernels/ppo_act.py"
+OF_ADAM, OF_ACT = "tests/ops/test_triton.py::test_adam", "tests/ops/test_triton.py::test_act"
+
 TRITON = [
     Fault(
         "an infinite action taken for the largest one, in Triton",
@@ -72,6 +75,48 @@ TRITON = [
         "return tl.where(x > high, high, tl.where(x < low, low, x))",
         "return tl.minimum(tl.maximum(x, low), high)",
         "tests/ops/test_triton_compile.py::test_no_minimum_or_maximum_drops_a_nan",
+    ),
+    Fault(
+        "a step that starts with the last learning rate, in Triton",
+        ADAM,
+        "tl.store(learning_rate, rate.to(tl.float32))",
+        "tl.store(learning_rate, tl.load(learning_rate))",
+        OF_ADAM,
+    ),
+    Fault(
+        "a group clipped by the norm of all, in Triton",
+        ADAM,
+        "tl.where(group == described(program, LAYOUT, GROUP), tl.sum(g * g), 0.0)",
+        "tl.where(group >= 0, tl.sum(g * g), 0.0)",
+        OF_ADAM,
+    ),
+    Fault(
+        "bias corrections of the step before, in Triton",
+        ADAM,
+        "tl.store(step, tl.load(step) + 1)",
+        "tl.store(step, tl.load(step) + 0)",
+        OF_ADAM,
+    ),
+    Fault(
+        "a step that begins in the slot where the last one ended, in Triton",
+        ACT,
+        "first = appended + 1",
+        "first = appended + 0",
+        OF_ACT,
+    ),
+    Fault(
+        "values stored as the network has them, not undone, in Triton",
+        ACT,
+        "values = values * tl.load(value_moments[1]) + tl.load(value_moments[0])",
+        "values = values * tl.load(value_moments[1])",
+        OF_ACT,
+    ),
+    Fault(
+        "the second block of a weight read for the first, in Triton",
+        ACT,
+        "load_block(weight, first, k * COLUMNS, IN",
+        "load_block(weight, first, 0, IN",
+        OF_ACT,
     ),
     Fault(
         "a NaN that a clamp drops, in Triton",

@@ -38,7 +38,7 @@ void ppo_act(const std::vector<Tensor>&, const std::vector<Tensor>&, const Tenso
              const Tensor&, const Tensor&, const Tensor&);
 void clipped_adam(const std::vector<Tensor>&, const std::vector<Tensor>&, const std::vector<Tensor>&,
                   const std::vector<Tensor>&, const std::vector<Tensor>&, const std::vector<int64_t>&, double,
-                  const Tensor&, double, double, double, const Tensor&);
+                  const Tensor&, double, double, double, const Tensor&, const Optional&, const std::vector<double>&);
 }  // namespace pydrone
 
 namespace {
@@ -188,7 +188,7 @@ void run_adam(int64_t width) {
   std::vector<Tensor> steps;
   for (size_t i = 0; i < parameters.size(); ++i) steps.push_back(make<float>({}));
   pydrone::clipped_adam(parameters, grads, exp_avgs, exp_avg_sqs, steps, {0, 0, 0, 0, 1, 1}, 0.5, learning_rate, 0.9,
-                        0.999, 1e-8, norms[0]);
+                        0.999, 1e-8, norms[0], {}, {});
   std::printf("adam %lld: %.6g\n", (long long)width, sum(parameters[2]) + sum(norms[0]));
 }
 
