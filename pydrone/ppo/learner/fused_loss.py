@@ -49,7 +49,7 @@ class FusedLoss:
         plain = type(policy) is ActorCritic and policy.std_param.dtype == torch.float32
         try:
             for network in (policy.actor, policy.critic) if plain else ():
-                fused.take_apart(network, "network")
+                fused.take_apart(network, "network", policy.std_param.device)
         except fused.Unsupported:
             plain = False
         self._layers = Layers(precision.chosen(policy.matmul, policy.std_param.device)) if plain else None

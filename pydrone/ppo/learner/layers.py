@@ -26,7 +26,7 @@ class Layers:
 
     def __call__(self, network: nn.Module, x: Tensor) -> Tensor:
         """[B, out] of x [B, in], float32. Raises Unsupported for other networks than ``fused_update`` serves."""
-        parameters, activation = take_apart(network, "network")
+        parameters, activation = take_apart(network, "network", x.device)
         hidden = -1 if activation is None else ACTIVATIONS.index(activation)
         for i in range(0, len(parameters), 2):
             x = _Layer.apply(x, *parameters[i : i + 2], hidden if i + 2 < len(parameters) else -1, self)
