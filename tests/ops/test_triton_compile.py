@@ -85,7 +85,7 @@ SPILLED = dict.fromkeys(
 )
 # Tiles of 32 samples do not quite fit: a percent of the instructions. With tiles of 16, which fit, weights would be
 # read from shared memory twice as often.
-SPILLED |= {"gradients": 160, "gradients, bfloat16": 320, "gradients, as many inputs as units": 8}
+SPILLED |= {"gradients": 160, "gradients, bfloat16": 320, "gradients, as many inputs as units": 12}
 # There, the compiler keeps the weights in registers, not in shared memory.
 SPILLED_ON_100 = {"gradients": 3000, "gradients, bfloat16": 1600, "gradients, as many inputs as units": 320}
 # Where tensor cores read registers (HMMA: 8.x and 12.0), a tile's activations fill a thread's. What a step needs after
