@@ -60,6 +60,12 @@ def power_of_2(number: int, least: int, most: int) -> int:
 
 
 @triton.jit
+def clamp(x, low, high):
+    """``x`` within [low, high]. By selects, which keep a NaN: compiled tl.minimum, tl.maximum and tl.clamp drop it."""
+    return tl.where(x > high, high, tl.where(x < low, low, x))
+
+
+@triton.jit
 def encode(done, truncated, valid):
     """Converts flags (booleans; the last two may be None) to codes."""
     code = tl.where(done, TERMINATED, RUNNING)

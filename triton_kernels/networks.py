@@ -11,6 +11,8 @@ import triton.language as tl
 
 from pydrone.ops import schema
 
+from .launch import clamp
+
 # The interpreter multiplies the bits of bfloat16 numbers: there, rounded numbers stay float32.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 TANH, ELU, RELU = (tl.constexpr(schema.ACTIVATIONS.index(name)) for name in ("tanh", "elu", "relu"))
@@ -97,9 +99,7 @@ def load_input(groups, strides, slot, env, exists, shift, std, clip, GROUPS: tl.
         middle = tl.load(shift + column, mask=column < WIDTH, other=0.0)
         spread = tl.load(std + column, mask=column < WIDTH, other=1.0)
         x = (x - middle) / spread
-        # By selects, which keep a NaN: compiled tl.minimum and tl.maximum drop it.
-        x = tl.where(x > clip, clip, tl.where(x < -clip, -clip, x))
-        x = tl.where(exists[:, None], x, 0.0)
+        x = tl.where(exists[:, None], clamp(x, -clip, clip), 0.0)
     return x
 
 

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import on_device_of, power_of_2, take_ticket
+from .launch import clamp, on_device_of, power_of_2, take_ticket
 
 # Elements of a program's tile [samples, actions], eight of each argument per thread; most samples per program; warps.
 TILE, SAMPLES, WARPS = 2048, 512, 8
@@ -32,12 +32,6 @@ def load_rows(source, strides, row, action, mask, other, dtype: tl.constexpr, NU
 @triton.jit
 def load_scalars(source, stride, row, exists, dtype: tl.constexpr):
     return tl.load(source + row * stride, mask=exists, other=0.0).to(dtype)
-
-
-@triton.jit
-def clamp(x, low, high):
-    """``x`` within [low, high]. By selects, which keep a NaN: compiled tl.minimum, tl.maximum and tl.clamp drop it."""
-    return tl.where(x > high, high, tl.where(x < low, low, x))
 
 
 @triton.jit

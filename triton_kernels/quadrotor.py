@@ -11,11 +11,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .launch import on_device_of, take_ticket
+from .launch import clamp, on_device_of, take_ticket
 from .vectors import (
     INF,
     angle,
-    clip,
     columns,
     cross,
     finite_or_0,
@@ -46,7 +45,7 @@ def rotate_inverse(w, x, y, z, vx, vy, vz):
 @triton.jit
 def clipped(a):
     """An action clipped to [-1, 1]; NaN where it is NaN or infinite."""
-    return tl.where(tl.abs(a) < INF, clip(a, -1.0, 1.0), float("nan"))
+    return tl.where(tl.abs(a) < INF, clamp(a, -1.0, 1.0), float("nan"))
 
 
 @triton.jit
@@ -150,10 +149,10 @@ def observation(pos, quat, lin_vel, ang_vel, target, row, mask, normal, std, c, 
     tx, ty, tz = target
     near, fast, turning = c.pos_scale, c.lin_vel_scale, c.ang_vel_scale
     return (
-        clip((tx - px) * near, -1.0, 1.0), clip((ty - py) * near, -1.0, 1.0), clip((tz - pz) * near, -1.0, 1.0),
+        clamp((tx - px) * near, -1.0, 1.0), clamp((ty - py) * near, -1.0, 1.0), clamp((tz - pz) * near, -1.0, 1.0),
         qw, qx, qy, qz,
-        clip(vx * fast, -1.0, 1.0), clip(vy * fast, -1.0, 1.0), clip(vz * fast, -1.0, 1.0),
-        clip(wx * turning, -1.0, 1.0), clip(wy * turning, -1.0, 1.0), clip(wz * turning, -1.0, 1.0),
+        clamp(vx * fast, -1.0, 1.0), clamp(vy * fast, -1.0, 1.0), clamp(vz * fast, -1.0, 1.0),
+        clamp(wx * turning, -1.0, 1.0), clamp(wy * turning, -1.0, 1.0), clamp(wz * turning, -1.0, 1.0),
     )  # fmt: skip
 
 
@@ -175,7 +174,7 @@ def crash_and_finite(pos, quat, lin_vel, ang_vel, a, target, c, TILT: tl.constex
     flying = (tl.abs(target[0] - px) <= c.max_xy) & (tl.abs(target[1] - py) <= c.max_xy)
     flying = flying & (tl.abs(target[2] - pz) <= c.max_z) & (pz >= c.min_height) & finite
     if TILT:
-        sine = clip(2 * (w * y - z * x), -1.0, 1.0)
+        sine = clamp(2 * (w * y - z * x), -1.0, 1.0)
         flying = flying & (angle(2 * (w * x + y * z), 1 - 2 * (x * x + y * y)) <= c.max_tilt)
         flying = flying & (angle(sine, tl.sqrt((1 - sine) * (1 + sine))) <= c.max_tilt)
     return flying == 0, finite

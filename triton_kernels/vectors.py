@@ -72,12 +72,6 @@ def columns(x):
 
 
 @triton.jit
-def clip(x, low, high):
-    """By selects, which keep a NaN."""
-    return tl.where(x > high, high, tl.where(x < low, low, x))
-
-
-@triton.jit
 def finite_or_0(x):
     return tl.where(tl.abs(x) < INF, x, 0.0)
 
