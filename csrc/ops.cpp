@@ -44,11 +44,11 @@ void ppo_gradients(const std::vector<Tensor>& obs, const std::vector<Tensor>& cr
                    const Tensor& log_probs, const Tensor& advantages, const Optional& returns, const Tensor& values,
                    const Optional& mu, const Optional& sigma, const std::vector<Tensor>& actor,
                    const std::vector<Tensor>& critic, const Tensor& std, int64_t activation, int64_t matmul,
-                   double clip, double value_clip, double value_loss_coef, const Optional& obs_shift,
-                   const Optional& obs_std, const Optional& critic_shift, const Optional& critic_std, double obs_clip,
-                   const Optional& value_shift, const Optional& value_std, const std::vector<Tensor>& grads,
-                   const Tensor& metrics, const std::vector<int64_t>& drawn, const Optional& stats,
-                   const Optional& subset, const Optional& cursor);
+                   double clip, double value_clip, double value_loss_coef, double entropy_coef,
+                   const Optional& obs_shift, const Optional& obs_std, const Optional& critic_shift,
+                   const Optional& critic_std, double obs_clip, const Optional& value_shift, const Optional& value_std,
+                   const std::vector<Tensor>& grads, const Tensor& metrics, const std::vector<int64_t>& drawn,
+                   const Optional& stats, const Optional& subset, const Optional& cursor);
 
 void clipped_adam(const std::vector<Tensor>& parameters, const std::vector<Tensor>& grads,
                   const std::vector<Tensor>& exp_avgs, const std::vector<Tensor>& exp_avg_sqs,

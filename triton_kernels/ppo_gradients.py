@@ -23,7 +23,7 @@ from pydrone.ops.schema import MATMUL
 from .gather import _words, locate, moments_of, oldest_rollout, round_keys
 from .launch import on_device_of
 from .networks import derivative, forward, load_input, load_network, multiply, multiply_add, operand, padded
-from .ppo_loss import divergence_from, policy_loss, squared_error
+from .ppo_loss import HALF_LOG_2PI, divergence_from, policy_loss, squared_error
 
 # Places of a minibatch's fields in their tuple; strides are three for each: of slot, environment and column.
 ACTIONS, LOG_PROBS, VALUES, MU, SIGMA, RETURNS = (tl.constexpr(i) for i in range(6))
@@ -227,10 +227,11 @@ def ppo_gradients_kernel(
 
 @triton.jit(do_not_specialize=["programs", "batch"])
 def add_partials_kernel(
-    partials, figures, grads, metrics, programs, batch,
-    FIRST: tl.constexpr, ELEMENTS: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    partials, figures, std, entropy_coef, grads, metrics, programs, batch,
+    FIRST: tl.constexpr, STD: tl.constexpr, ELEMENTS: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Adds the programs' rows to the gradients, whose elements start at FIRST, and their figures to the metrics."""
+    """Adds the programs' rows to the gradients, whose elements start at FIRST, and their figures to the metrics; then
+    the entropy's part. STD: the standard deviation's place among the gradients."""
     element = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([ROWS, BLOCK], tl.float32)
     first = 0
@@ -240,6 +241,9 @@ def add_partials_kernel(
         total += tl.load(partials + row[:, None] * ELEMENTS + element[None, :], mask=mask, other=0.0)
         first += ROWS
     grad = tl.sum(total, 0)
+    of_std = (element >= FIRST[STD]) & (element < FIRST[STD + 1])
+    s = tl.load(std + (element - FIRST[STD]), mask=of_std, other=1.0)
+    grad = tl.where(of_std, grad - entropy_coef / s, grad)
     for i in tl.static_range(len(grads)):
         inside = (element >= FIRST[i]) & (element < FIRST[i + 1])
         tl.store(grads[i] + (element - FIRST[i]), grad, mask=inside)
@@ -249,10 +253,15 @@ def add_partials_kernel(
         first = 0
         while first < programs:
             row = first + tl.arange(0, ROWS)
-            mask = (row < programs)[:, None] & (column < 3)[None, :]
-            sums += tl.load(figures + row[:, None] * 3 + column[None, :], mask=mask, other=0.0)
+            mask = (row < programs)[:, None] & (column != 2)[None, :]
+            place = tl.where(column < 2, column, 2)
+            sums += tl.load(figures + row[:, None] * 3 + place[None, :], mask=mask, other=0.0)
             first += ROWS
-        tl.store(metrics + column, tl.sum(sums, 0) / batch, mask=column < 3)
+        NUM_ACTIONS: tl.constexpr = FIRST[STD + 1] - FIRST[STD]
+        action = tl.arange(0, padded(NUM_ACTIONS))
+        spread = tl.load(std + action, mask=action < NUM_ACTIONS, other=1.0).to(tl.float64)
+        entropy = tl.sum(tl.where(action < NUM_ACTIONS, tl.log(spread) + (HALF_LOG_2PI + 0.5), 0.0), 0)
+        tl.store(metrics + column, tl.where(column == 2, entropy, tl.sum(sums, 0) / batch).to(tl.float32))
 
 
 class Config(NamedTuple):
@@ -337,6 +346,7 @@ def ppo_gradients(
     clip,
     value_clip,
     value_loss_coef,
+    entropy_coef,
     obs_shift,
     obs_std,
     critic_shift,
@@ -389,8 +399,8 @@ def ppo_gradients(
             CLIPPED=value_clip >= 0, num_warps=config.warps, num_stages=1, enable_fp_fusion=True,
         )  # fmt: skip
         add_partials_kernel[(triton.cdiv(elements, BLOCK),)](
-            partials, figures, ordered, metrics, programs, batch, FIRST=tuple(ends), ELEMENTS=elements, BLOCK=BLOCK,
-            ROWS=ROWS, num_warps=ADD_WARPS, enable_fp_fusion=True,
+            partials, figures, std, entropy_coef, ordered, metrics, programs, batch, FIRST=tuple(ends), STD=len(actor),
+            ELEMENTS=elements, BLOCK=BLOCK, ROWS=ROWS, num_warps=ADD_WARPS, enable_fp_fusion=True,
         )  # fmt: skip
 
 

@@ -8,8 +8,6 @@
 namespace pydrone {
 namespace {
 
-constexpr double kHalfLog2Pi = 0.91893853320467274178;
-
 void check_output(const char* name, const Tensor& x, const Tensor& like) {
   check_dtype(name, x, ScalarType::Float);
   check_device(name, x, like);

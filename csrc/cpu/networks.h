@@ -12,6 +12,8 @@
 namespace pydrone {
 namespace {
 
+constexpr double kHalfLog2Pi = 0.91893853320467274178;
+
 int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 
 // Scratch memory, aligned to a cache line. Each calling thread keeps one buffer, as large as its largest call needed.

@@ -115,11 +115,11 @@ void ppo_gradients(const std::vector<Tensor>& obs, const std::vector<Tensor>& cr
                    const Tensor& log_probs, const Tensor& advantages, const Optional& returns, const Tensor& values,
                    const Optional& mu, const Optional& sigma, const std::vector<Tensor>& actor,
                    const std::vector<Tensor>& critic, const Tensor& std, int64_t activation, int64_t matmul,
-                   double clip, double value_clip, double value_loss_coef, const Optional& obs_shift,
-                   const Optional& obs_std, const Optional& critic_shift, const Optional& critic_std, double obs_clip,
-                   const Optional& value_shift, const Optional& value_std, const std::vector<Tensor>& grads,
-                   const Tensor& metrics, const std::vector<int64_t>& drawn, const Optional& stats,
-                   const Optional& subset, const Optional& cursor) {
+                   double clip, double value_clip, double value_loss_coef, double entropy_coef,
+                   const Optional& obs_shift, const Optional& obs_std, const Optional& critic_shift,
+                   const Optional& critic_std, double obs_clip, const Optional& value_shift, const Optional& value_std,
+                   const std::vector<Tensor>& grads, const Tensor& metrics, const std::vector<int64_t>& drawn,
+                   const Optional& stats, const Optional& subset, const Optional& cursor) {
   const bool drawing = !drawn.empty();
   Drawn source(drawn, actions);
   if (!drawing) check_shape("actions", actions, {-1, -1});
@@ -154,8 +154,8 @@ void ppo_gradients(const std::vector<Tensor>& obs, const std::vector<Tensor>& cr
   check_grads("grads", actor, grads.data(), actions);
   check_grads("grads", critic, grads.data() + actor.size(), actions);
   check_grads("grads", {std}, &grads.back(), actions);
-  check_shape("metrics", metrics, {3});
-  check_dtype("metrics", metrics, ScalarType::Double);
+  check_shape("metrics", metrics, {4});
+  check_dtype("metrics", metrics, ScalarType::Float);
   check_contiguous("metrics", metrics);
   check_device("metrics", metrics, actions);
   STD_TORCH_CHECK(samples > 0, "actions: expected at least one sample, got shape ", shape_of(actions));
@@ -268,17 +268,21 @@ void ppo_gradients(const std::vector<Tensor>& obs, const std::vector<Tensor>& cr
   write_grads(pi, grads.data(), sums);
   write_grads(v, grads.data() + actor.size(), sums);
   auto* std_grad = static_cast<float*>(grads.back().data_ptr());
-  auto* results = static_cast<double*>(metrics.data_ptr());
+  double entropy = 0;
   for (int64_t j = 0; j < num_actions; ++j) {
     std_grad[j] = 0;
     for (const PpoTile& x : state) std_grad[j] += x.std_grad[j];
+    std_grad[j] -= static_cast<float>(entropy_coef) / loss.std[j];
+    entropy += std::log(static_cast<double>(loss.std[j])) + kHalfLog2Pi + 0.5;
   }
-  for (int64_t i = 0; i < 3; ++i) {
-    results[i] = 0;
-    for (const PpoTile& x : state) results[i] += x.sums[i];
-    results[i] /= static_cast<double>(samples);
+  auto* results = static_cast<float*>(metrics.data_ptr());
+  for (const auto& [from, to] : {std::pair{0, 0}, {1, 1}, {2, 3}}) {
+    double sum = 0;
+    for (const PpoTile& x : state) sum += x.sums[from];
+    results[to] = static_cast<float>(sum / static_cast<double>(samples));
   }
-  if (!mu) results[2] = std::nan("");
+  results[2] = static_cast<float>(entropy);
+  if (!mu) results[3] = std::nanf("");
 }
 
 }  // namespace pydrone

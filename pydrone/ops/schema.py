@@ -50,8 +50,8 @@ names the argument, what it was and what it must be; the reference and Triton ch
     else is float32. The CPU computes TF32 in float32.  value_clip below 0: no value clipping.
     obs_shift, obs_std [width], critic_shift, critic_std, value_shift, value_std []: inputs become (x - shift) / std,
     observations clipped to +-obs_clip; None: unchanged.  grads: of actor, critic and std, same shapes, of
-    surrogate + value_loss_coef * value loss (pydrone/ppo/learner/loss.py).  metrics: float64 [3]: surrogate, value
-    loss, KL(mu, sigma || new), which is NaN without mu and sigma.
+    surrogate + value_loss_coef * value loss - entropy_coef * entropy (pydrone/ppo/learner/loss.py).  metrics: float32
+    [4], summed in float64: surrogate, value loss, entropy, KL(mu, sigma || new), which is NaN without mu and sigma.
     drawn: empty, or [num_steps, start, num_samples, key, rollout, epoch, shuffle, first, B] as for ``gather``. Then
     obs, critic_obs, actions, log_probs, values, mu and sigma are fields of the ring's rows, [C, N, ...], advantages is
     [N, T], stats, subset and cursor are as for ``gather``, and returns is None: A + values. Bit-equal to gathering
@@ -152,10 +152,10 @@ PPO_SCHEMAS = {
     "ppo_gradients": (
         "(Tensor[] obs, Tensor[] critic_obs, Tensor actions, Tensor log_probs, Tensor advantages, Tensor? returns, "
         "Tensor values, Tensor? mu, Tensor? sigma, Tensor[] actor, Tensor[] critic, Tensor std, int activation, "
-        "int matmul, float clip, float value_clip, float value_loss_coef, Tensor? obs_shift, Tensor? obs_std, "
-        "Tensor? critic_shift, Tensor? critic_std, float obs_clip, Tensor? value_shift, Tensor? value_std, "
-        "Tensor(a!)[] grads, Tensor(b!) metrics, int[] drawn=[], Tensor? stats=None, Tensor? subset=None, "
-        "Tensor? cursor=None) -> ()"
+        "int matmul, float clip, float value_clip, float value_loss_coef, float entropy_coef, Tensor? obs_shift, "
+        "Tensor? obs_std, Tensor? critic_shift, Tensor? critic_std, float obs_clip, Tensor? value_shift, "
+        "Tensor? value_std, Tensor(a!)[] grads, Tensor(b!) metrics, int[] drawn=[], Tensor? stats=None, "
+        "Tensor? subset=None, Tensor? cursor=None) -> ()"
     ),
     "clipped_adam": (
         "(Tensor(a!)[] parameters, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "

@@ -208,8 +208,8 @@ def launch_gradients(
     last = [[4, 0, 4 * batch, 1, 2, 3, 1, 0, batch], make(3, dtype=torch.float64)] if drawn else []
     gradients_module.ppo_gradients(
         [field(obs)], [], *columns, field(actions), field(actions), actor, critic, std, ACTIVATIONS.index(activation),
-        MATMUL.index(matmul), 0.2, 0.2, 1.0, *[None] * 4, 10.0, None, None,
-        [torch.empty_like(x) for x in (*actor, *critic, std)], make(3, dtype=torch.float64), *last,
+        MATMUL.index(matmul), 0.2, 0.2, 1.0, 0.01, *[None] * 4, 10.0, None, None,
+        [torch.empty_like(x) for x in (*actor, *critic, std)], make(4), *last,
     )  # fmt: skip
     config = gradients_module.config_of(actor, critic, MATMUL.index(matmul), SHARED)
     return gradients_module.shared_memory((obs, *hidden, actions), config.samples, config.precision)

@@ -15,7 +15,7 @@ from pydrone.buffer import RolloutBuffer
 from pydrone.ops import native
 from pydrone.ops.schema import ACTIVATIONS, MATMUL
 from pydrone.ppo.learner.loss import surrogate_loss, value_loss
-from pydrone.ppo.policy.distributions import gaussian_kl, gaussian_log_prob
+from pydrone.ppo.policy.distributions import gaussian_entropy, gaussian_kl, gaussian_log_prob
 
 if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
     raise RuntimeError("no CUDA device: set TRITON_INTERPRET=1")
@@ -28,8 +28,8 @@ FUNCTIONS = {"tanh": torch.tanh, "elu": torch.nn.functional.elu, "relu": torch.r
 LAST = ("drawn", "stats", "subset")
 NAMES = (
     "obs", "critic_obs", "actions", "log_probs", "advantages", "returns", "values", "mu", "sigma", "actor", "critic",
-    "std", "activation", "matmul", "clip", "value_clip", "value_loss_coef", "obs_shift", "obs_std", "critic_shift",
-    "critic_std", "obs_clip", "value_shift", "value_std",
+    "std", "activation", "matmul", "clip", "value_clip", "value_loss_coef", "entropy_coef", "obs_shift", "obs_std",
+    "critic_shift", "critic_std", "obs_clip", "value_shift", "value_std",
 )  # fmt: skip
 
 
@@ -68,6 +68,7 @@ def case(size: int, obs=(7,), critic_obs=(), actions=3, hidden=(16, 16), critic_
         "clip": 0.2,
         "value_clip": 0.2,
         "value_loss_coef": 0.7,
+        "entropy_coef": 0.03,
         "obs_clip": 10.0,
     }
     assert options.keys() <= {*made, *LAST}
@@ -78,7 +79,7 @@ def run(given: dict, operation=None) -> list[Tensor]:
     """The gradients, then the metrics."""
     given = given | {"activation": ACTIVATIONS.index(given["activation"]), "matmul": MATMUL.index(given["matmul"])}
     grads = [torch.full_like(x, NAN) for x in (*given["actor"], *given["critic"], given["std"])]
-    metrics = torch.full((3,), NAN, dtype=torch.float64)
+    metrics = torch.full((4,), NAN)
     last = [given.get("drawn", []), given.get("stats"), given.get("subset")]
     (operation or module.ppo_gradients)(*(given[name] for name in NAMES), grads, metrics, *last)
     return [*grads, metrics]
@@ -105,9 +106,10 @@ def by_autograd(given: dict, dtype: torch.dtype = torch.float64) -> list[Tensor]
     log_probs = gaussian_log_prob(x["actions"], mean, std)
     surrogate = surrogate_loss(log_probs, x["log_probs"], x["advantages"], x["clip"])
     value = value_loss(new, old, returns, x["value_clip"] if x["value_clip"] >= 0 else None)
-    (surrogate + x["value_loss_coef"] * value).backward()
+    entropy = gaussian_entropy(std)
+    (surrogate + x["value_loss_coef"] * value - x["entropy_coef"] * entropy).backward()
     kl = torch.full_like(value, NAN) if x["mu"] is None else gaussian_kl(x["mu"], x["sigma"], mean, std)
-    return [*(y.grad for y in (*networks[0], *networks[1], std)), torch.stack([surrogate, value, kl]).detach()]
+    return [*(y.grad for y in (*networks[0], *networks[1], std)), torch.stack([surrogate, value, entropy, kl]).detach()]
 
 
 def check(given: dict, tolerance: float = 1e-5) -> None:
@@ -220,7 +222,7 @@ def test_gradients_show_what_is_not_a_number(name):
     actor = name not in ("returns", "values", "mu", "sigma")
     assert all(x.isnan().any() == actor for x in (*of_actor, found[-2]))
     assert all(x.isnan().any() == (name in ("returns", "values") and name != "") for x in of_critic) or name == "values"
-    wrong = {"returns": [1], "values": [1], "mu": [2], "sigma": [2], "obs": [0, 2], "actions": [0]}.get(name, [0])
+    wrong = {"returns": [1], "values": [1], "mu": [3], "sigma": [3], "obs": [0, 3], "actions": [0]}.get(name, [0])
     assert found[-1].isnan().nonzero().flatten().tolist() == wrong
 
 
@@ -237,7 +239,7 @@ def test_gradients_show_a_weight_that_is_not_a_number(place):
     given = case(20)
     given["critic"][place == "bias"].view(-1)[0] = NAN
     found = run(given)
-    assert found[-1].isnan().tolist() == [False, True, False]
+    assert found[-1].isnan().tolist() == [False, True, False, False]
     assert not any(x.isnan().any() for x in (*found[: len(given["actor"])], found[-2]))
     assert all(x.isnan().any() for x in found[len(given["actor"]) : -2])
 

@@ -18,7 +18,6 @@ from pydrone.ops.arguments import check_tensor
 from pydrone.ops.schema import ACTIVATIONS, MATMUL
 from pydrone.ppo.policy import matmul as precision
 from pydrone.ppo.policy.actor_critic import ActorCritic, PolicyStep
-from pydrone.ppo.policy.distributions import gaussian_entropy
 from pydrone.rollout.minibatch import Drawn, Minibatch
 
 if TYPE_CHECKING:
@@ -176,7 +175,7 @@ def _gradients(
     with torch.no_grad():
         grads = [torch.empty_like(x) for x in parameters]
         std_grad = torch.empty(std.shape, device=std.device)
-        metrics = torch.empty(3, dtype=torch.float64, device=std.device)
+        metrics = torch.empty(4, device=std.device)
         torch.ops.pydrone.ppo_gradients(
             *samples,
             [x.detach() for x in ours],
@@ -187,6 +186,7 @@ def _gradients(
             clip,
             -1.0 if value_clip is None else value_clip,
             value_loss_coef,
+            entropy_coef,
             *_moments(obs_normalizer, critic_normalizer),
             obs_clip,
             *_moments(value_normalizer),
@@ -195,22 +195,26 @@ def _gradients(
             *drawn,
         )
         for parameter, grad in zip(parameters, grads):
-            if not parameter.requires_grad:
-                continue
-            if parameter.grad is not None:
-                parameter.grad.add_(grad)
-            else:
-                parameter.grad = grad
-    return torch.cat((metrics[:2].float(), _through_std(std, std_grad, entropy_coef), metrics[2:].float()))
+            _add(parameter, grad)
+    _through_std(std, std_grad)
+    return metrics
 
 
-def _through_std(std: Tensor, grad: Tensor, entropy_coef: float) -> Tensor:
-    """Propagates ``grad`` and the entropy bonus's gradient through ``std``; returns the entropy, [1]."""
-    with torch.enable_grad():
-        entropy = gaussian_entropy(std)
-        if std.requires_grad:
-            torch.autograd.backward([std, entropy], [grad, torch.full_like(entropy, -entropy_coef)])
-    return entropy.detach().reshape(1)
+def _add(parameter: Tensor, grad: Tensor) -> None:
+    if not parameter.requires_grad:
+        return
+    if parameter.grad is not None:
+        parameter.grad.add_(grad)
+    else:
+        parameter.grad = grad
+
+
+def _through_std(std: Tensor, grad: Tensor) -> None:
+    """Propagates ``grad`` to what ``std`` was computed from. Autograd would copy a parameter's."""
+    if not std.is_leaf or std._backward_hooks or getattr(std, "_post_accumulate_grad_hooks", None):
+        torch.autograd.backward([std], [grad])
+    else:
+        _add(std, grad)
 
 
 def _both(
@@ -323,7 +327,10 @@ def _matmul(policy: ActorCritic) -> str:
 
 
 def of_policy(policy: ActorCritic, minibatch: Minibatch, config: PPOConfig) -> Tensor:
-    """:func:`fused_update` of a policy and a minibatch of its rollout buffer, read in the ring where it can be."""
+    """:func:`fused_update` of a policy and a minibatch of its rollout buffer, read in the ring where it can be.
+
+    Call ``policy.bound_std()`` before: ``std_param`` is then the standard deviation, and needs no launch.
+    """
     samples, drawn = _in_ring(policy, minibatch) if isinstance(minibatch, Drawn) else (None, ())
     if samples is None:
         advantages = minibatch.advantages, minibatch.returns
@@ -331,7 +338,7 @@ def of_policy(policy: ActorCritic, minibatch: Minibatch, config: PPOConfig) -> T
     return _gradients(
         policy.actor,
         policy.critic,
-        policy.std,
+        policy.std_param,
         samples,
         drawn,
         clip=config.clip,

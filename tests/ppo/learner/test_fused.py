@@ -240,7 +240,7 @@ def arguments(operation: str, size: int = 5) -> tuple:
     grads = [torch.full_like(x, math.nan) for x in (*parameters[0], *parameters[1], std)]
     given = [obs], [critic_obs], wide, *[scalar] * 4, wide, wide.abs() + 1
     values = (torch.tensor(0.5), torch.tensor(2.0))
-    return *given, *parameters, std, 1, False, 0.2, 0.2, 1.0, *moments, 10.0, *values, grads, torch.zeros(3).double()
+    return *given, *parameters, std, 1, False, 0.2, 0.2, 1.0, 0.01, *moments, 10.0, *values, grads, torch.zeros(4)
 
 
 @pytest.mark.parametrize("operation", ["ppo_act", "ppo_gradients"])

@@ -218,8 +218,8 @@ def arguments(**change) -> tuple:
         x["mu"],
         x["sigma"],
     )
-    settings = (*networks, std, 0, False, 0.2, 0.2, 1.0, None, None, None, None, 10.0, None, None)
-    return *given, *settings, grads, torch.full((3,), math.nan).double(), x["drawn"], x["stats"], x["subset"]
+    settings = (*networks, std, 0, False, 0.2, 0.2, 1.0, 0.01, None, None, None, None, 10.0, None, None)
+    return *given, *settings, grads, torch.full((4,), math.nan), x["drawn"], x["stats"], x["subset"]
 
 
 def test_opcheck():
@@ -228,7 +228,7 @@ def test_opcheck():
     assert torch.library.opcheck(torch.ops.pydrone.ppo_gradients.default, arguments(), test_utils=tests)
     run = arguments(subset=torch.arange(N * T))
     torch.ops.pydrone.ppo_gradients(*run)
-    assert all(x.isfinite().all() for x in (*run[24], run[25]))
+    assert all(x.isfinite().all() for x in (*run[25], run[26]))
 
 
 def numbers(i: int, x: int) -> list[int]:
@@ -268,7 +268,7 @@ def test_wrong_arguments_are_named(change, message):
     given = arguments(**change)
     with pytest.raises(RuntimeError, match=message):
         torch.ops.pydrone.ppo_gradients(*given)
-    assert all(x.isnan().all() for x in (*given[24], given[25]))
+    assert all(x.isnan().all() for x in (*given[25], given[26]))
 
 
 def test_samples_that_do_not_exist_lead_nowhere():
@@ -277,4 +277,4 @@ def test_samples_that_do_not_exist_lead_nowhere():
     runs = [arguments(subset=x) for x in (wild, tame)]
     for run in runs:
         torch.ops.pydrone.ppo_gradients(*run)
-    assert all(torch.equal(x, y) for x, y in zip(runs[0][24], runs[1][24]))
+    assert all(torch.equal(x, y) for x, y in zip(runs[0][25], runs[1][25]))

@@ -123,9 +123,9 @@ LEARNER = [
     ),
     Fault(
         "the entropy bonus as a penalty",
-        "pydrone/ppo/learner/fused.py",
-        "torch.full_like(entropy, -entropy_coef)",
-        "torch.full_like(entropy, entropy_coef)",
+        GRADIENTS,
+        "std_grad[j] -= static_cast<float>(entropy_coef)",
+        "std_grad[j] += static_cast<float>(entropy_coef)",
         OF_FUSED,
     ),
     Fault("weights packed once for all", NETWORKS, "!std::memcmp(weight, x.weight, weights) && ", "", OF_ACTING),
