@@ -16,6 +16,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from pydrone.ops import native
+
 pytest.importorskip("triton")
 
 CASES = Path(__file__).with_name("triton_cases.py")
@@ -51,6 +53,11 @@ def test_adam():
 
 def test_act():
     run(CASES.with_name("triton_act_cases.py"))
+
+
+@pytest.mark.skipif(native.CPU_MISSING is not None, reason=f"no native library: {native.CPU_MISSING}")
+def test_launches():
+    run(CASES.with_name("launch_cases.py"), interpreted=True)
 
 
 def test_properties():

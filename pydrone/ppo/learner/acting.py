@@ -59,7 +59,8 @@ class Acting:
 class FusedActing:
     """One operation for all of it, ``ppo_step``. Networks are taken apart once, weights packed once.
 
-    Changes of the weights or the running statistics, however made, take effect at the next step.
+    Changes of the weights or the running statistics, however made, take effect at the next step. The standard deviation
+    is raised to its floor at a rollout's first step.
     """
 
     @staticmethod
@@ -74,9 +75,8 @@ class FusedActing:
         self._policy, self._buffer, self._lap = policy, buffer, lap
         like, num_envs = policy.std_param, buffer.num_envs
         with torch.inference_mode(False):
-            self._std, self._mean = like.new_empty(len(like)), like.new_empty(num_envs, len(like))
+            self._mean = like.new_empty(num_envs, len(like))
             self._values, self._log_probs = like.new_empty(2, num_envs).unbind()
-        self._sigma = self._std.expand_as(self._mean)
         self._parts: list[object] = []
 
     def __call__(self, obs: Obs, ends: Ends | None = None) -> Tensor:
@@ -89,13 +89,15 @@ class FusedActing:
         if len(parts) != len(self._parts) or not all(map(operator.is_, parts, self._parts)):
             self._networks = fused.parameters_of(policy)
             with torch.inference_mode(False):
-                self._packed = self._std.new_zeros(sum(packed_size(x) for x in self._networks[:2]))
+                self._packed = self._mean.new_zeros(sum(packed_size(x) for x in self._networks[:2]))
             self._parts = parts
-        self._std.copy_(policy.std)
-        mean, sigma, values, log_probs = self._mean, self._sigma, self._values, self._log_probs
+        if ends is None:
+            policy.bound_std()  # the parameter is then the standard deviation, which needs no launch
+        std = policy.std_param.detach()
+        mean, sigma, values, log_probs = self._mean, std.expand_as(self._mean), self._values, self._log_probs
         actions = torch.empty_like(mean)  # a new tensor, since the environment may keep it
         outputs, noise = (actions, log_probs, values, mean), torch.randn_like(mean)
-        act = fused.act_arguments(policy, obs, self._networks, self._std, noise, self._packed, outputs)
+        act = fused.act_arguments(policy, obs, self._networks, std, noise, self._packed, outputs)
         row = {"obs": obs, "actions": actions, "values": values, "log_probs": log_probs, "mu": mean, "sigma": sigma}
 
         def run(end: tuple, begin: tuple) -> None:

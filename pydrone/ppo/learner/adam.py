@@ -104,9 +104,9 @@ def step(
     if not index.keys() >= {id(x) for x in parameters}:
         raise ValueError("groups: expected each of the optimiser's parameters that has a gradient, one is missing")
     device = options["params"][0].device
-    norms = torch.zeros(len(groups), dtype=torch.float32, device=device)
     if not parameters:
-        return norms
+        return torch.zeros(len(groups), dtype=torch.float32, device=device)
+    norms = torch.empty(len(groups), dtype=torch.float32, device=device)
     states = [optimizer.state[x] or _begin(optimizer, x) for x in parameters]
     rate = options["lr"]
     beta1, beta2 = options["betas"]

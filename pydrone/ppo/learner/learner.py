@@ -5,6 +5,7 @@ It waits for the device only with ``max_kl`` and with recurrent policies, once p
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -91,18 +92,18 @@ class Learner:
         """
         policy = self.policy
         policy.observe_returns(buffer, ranks=self.ranks)
-        totals = torch.zeros(len(self.METRICS), device=self.learning_rate.device)
-        done, self._past_max_kl = 0, False
+        found: list[Tensor] = []
+        self._past_max_kl = False
         for minibatch in self._minibatches(buffer):
-            totals += self.step(minibatch)
-            done += 1
+            found.append(self.step(minibatch))
             if self._past_max_kl:
                 break
-        totals /= done
+        # Averaged at once: a sum after each minibatch would be a launch.
+        means = torch.stack(found).mean(0) if found else self.learning_rate.new_full((len(self.METRICS),), math.nan)
         policy.observe(buffer, self.ranks)
-        figures = {**dict(zip(self.METRICS, totals.unbind())), "learning_rate": self.learning_rate.clone()}
+        figures = {**dict(zip(self.METRICS, means.unbind())), "learning_rate": self.learning_rate.clone()}
         if self.config.max_kl is not None:
-            figures["minibatches"] = totals.new_tensor(done)
+            figures["minibatches"] = means.new_tensor(len(found))
         return figures
 
     def _minibatches(self, buffer: RolloutBuffer) -> Iterable[Any]:

@@ -17,7 +17,7 @@ from pydrone.ppo.config import PPOConfig, TrainConfig
 from pydrone.ppo.learner import fused
 from pydrone.ppo.learner.acting import Acting, FusedActing
 from pydrone.ppo.learner.learner import Learner
-from pydrone.ppo.policy.actor_critic import ActorCritic
+from pydrone.ppo.policy.actor_critic import MIN_STD, ActorCritic
 from pydrone.ppo.policy.make import make_policy
 from pydrone.ppo.trainer import Trainer
 from pydrone.ppo.training.iteration import stored_obs
@@ -336,6 +336,19 @@ def test_weights_that_change_within_a_rollout_are_acted_by(change):
     steps = [[buffer._storage.views[name][i] for name in stored] for i in range(3)]
     assert torch.equal(before, repeated) and all(map(torch.equal, steps[0], steps[1]))
     assert not all(map(torch.equal, steps[1], steps[2]))
+
+
+def test_a_standard_deviation_below_its_floor_is_raised_to_it():
+    world, found = World(), []
+    for make in (by_calls, by_one):
+        policy = policy_of(5)
+        policy.std_param.data[1] = -0.5
+        buffer = buffer_of(policy, world)
+        torch.manual_seed(2)
+        actions = make(policy, buffer)(world.held)
+        stored = (buffer._storage.views[name][0] for name in ("log_probs", "mu", "sigma"))
+        found.append((actions, *stored))
+    assert all(map(torch.equal, *found)) and found[0][-1][0, 1] == pytest.approx(MIN_STD)
 
 
 def test_weights_are_packed_once():

@@ -15,6 +15,7 @@ OF_FUSED = "tests/ppo/learner/test_fused.py"
 OF_ACTING = "tests/ppo/learner/test_acting.py"
 ADAM = "csrc/cpu/adam.cpp"
 OF_ADAM = "tests/ppo/learner/test_adam.py"
+OF_LAUNCHES = "tests/ops/test_triton.py::test_launches"
 OF_DRAWN = "tests/ppo/learner/test_fused_ring.py"
 
 LEARNER = [
@@ -147,9 +148,30 @@ LEARNER = [
     Fault(
         "the standard deviation of a rollout's first step",
         ACTING,
-        "        self._std.copy_(policy.std)\n",
-        "        if ends is None:\n            self._std.copy_(policy.std)\n",
+        "        std = policy.std_param.detach()\n",
+        '        std = self.__dict__.setdefault("_std", policy.std_param.detach().clone())\n',
         OF_ACTING,
+    ),
+    Fault(
+        "a standard deviation that is acted by below its floor",
+        ACTING,
+        "        if ends is None:\n            policy.bound_std()",
+        "        if ends is None:\n            pass",
+        OF_ACTING,
+    ),
+    Fault(
+        "a launch for the standard deviation in each step",
+        ACTING,
+        "std = policy.std_param.detach()",
+        "std = policy.std.detach()",
+        OF_LAUNCHES,
+    ),
+    Fault(
+        "a launch for the standard deviation in each minibatch",
+        "pydrone/ppo/learner/fused.py",
+        "        policy.std_param,\n",
+        "        policy.std,\n",
+        OF_LAUNCHES,
     ),
     Fault(
         "actions written over while the environment has them",

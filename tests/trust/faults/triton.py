@@ -251,4 +251,11 @@ TRITON = [
         "(tl.sum(grad, 0),)",
         OF_GRADIENTS,
     ),
+    Fault(
+        "the entropy bonus as a penalty, in Triton",
+        TRITON_GRADIENTS,
+        "grad - entropy_coef / s",
+        "grad + entropy_coef / s",
+        OF_GRADIENTS,
+    ),
 ]
