@@ -48,11 +48,13 @@ def on_the_cpu(monkeypatch) -> list[str]:
 
 
 def make(capture: bool, ppo: dict | None = None, env: dict | None = None, kind: type = Quadrotor, **config) -> Trainer:
-    settings = PPOConfig(hidden_dims=(16,), num_epochs=2, num_minibatches=3, learner="torch", **(ppo or {}))
+    sizes = {"hidden_dims": (16,), "num_epochs": 2, "num_minibatches": 3, "learner": "torch"}
+    settings = PPOConfig(**sizes | (ppo or {}))
     env = kind(N, seed=3, max_episode_length=9, **(env or {}))
     config = TrainConfig(**{"num_steps": T, "iterations": ITERATIONS, "capture": capture, "ppo": settings} | config)
     trainer = Trainer(env, config, echo=lambda line: None)
-    trainer.learner.fused_loss = fused_loss.FusedLoss(trainer.policy)  # as on CUDA
+    if settings.learner == "torch":
+        trainer.learner.fused_loss = fused_loss.FusedLoss(trainer.policy)  # as on CUDA
     return trainer
 
 
@@ -77,6 +79,7 @@ def adams(trainer: Trainer) -> dict[str, torch.Tensor]:
 VARIED = Randomization(mass=(0.8, 1.2), motor_lag=(0.01, 0.05), latency=(0, 2), wind=(0, 0.02), gyro_noise=(0, 0.1))
 CASES = {
     "plain": {},
+    "fused": {"ppo": {"learner": "fused", "init_std": 1e-6}},
     "normalised": {"ppo": {"normalize_obs": True, "normalize_values": True, "normalize_rewards": True}},
     "minibatches": {"ppo": {"schedule": "linear", "advantage_scope": "minibatch", "obs_dtype": "bfloat16"}},
     "randomised": {"env": {"randomization": VARIED}, "random_episode_starts": False, "ppo": {"reward_scale": 0.1}},
