@@ -7,9 +7,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from clock import Clock
-from contenders import PER, contenders
+from contenders import KERNELS, PER, contenders
 from harness import Harness
 from measurement import Comparison
+from peers.kernels import Agreement
 from peers.train import Setting, Sound
 from workload import GPU_SCAN_SIZES, SIZES, Rollout, Size, Truth
 
@@ -19,6 +20,7 @@ SWEEP_SIZES = [
     *((n, 100) for n in (256, 1024, 4096, 16384)),
     *((1024, t) for t in (12, 48, 192, 768)),
 ]
+TRAININGS = ("update", "training", "training on Genesis")
 SWEPT = ("gae", "append", "minibatch epoch")
 # Seconds of timed turns for each comparison.
 BUDGET = {
@@ -26,8 +28,10 @@ BUDGET = {
     "append": 3.0,
     "minibatch epoch": 4.0,
     "iteration": 6.0,
+    **dict.fromkeys(KERNELS, 3.0),
     "update": 20.0,
     "training": 20.0,
+    "training on Genesis": 20.0,
     "sweep": 0.6,
 }
 # On a CPU hot and cold are whole calls. An iteration's memory leaves every cache before it is used again.
@@ -36,9 +40,12 @@ FIGURES = {
     "cuda": {
         **dict.fromkeys(("gae", "append", "minibatch epoch"), ("hot", "cold", "eager")),
         "iteration": ("cold", "eager"),
+        # What a graph's replays repeat on the same memory: larger than the cache, or in it as in a training.
+        **dict.fromkeys(KERNELS, ("cold", "eager")),
         # Thousands of launches, most of them the simulator's or autograd's: only whole calls and counts.
         "update": ("eager",),
         "training": ("eager",),
+        "training on Genesis": ("eager",),
     },
 }
 
@@ -74,7 +81,7 @@ def sizes(operation: str, kind: str, chosen: list[Size] | None) -> list[Size]:
         return chosen
     if operation.startswith("sweep"):
         found = SWEEP_SIZES
-    elif operation in ("update", "training"):
+    elif operation in (*KERNELS, *TRAININGS):
         found = TRAINING_SIZES[kind]
     elif kind == "cuda":
         found = GPU_SCAN_SIZES if operation == "gae" else SIZES[:1]  # the sweep has others
@@ -123,8 +130,8 @@ class Suite:
         return self.comparisons[key]
 
     def _inputs(self, operation: str, size: Size):  # type: ignore[no-untyped-def]
-        if operation in ("update", "training"):
-            return Setting(size, self.clock.device), Sound()
+        if operation in (*KERNELS, *TRAININGS):
+            return Setting(size, self.clock.device), Sound() if operation in TRAININGS else Agreement()
         key = (operation == "gae", size)
         if self._made is None or self._made[0] != key:
             self._made = None
