@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -31,8 +32,9 @@ from pydrone.ppo.training import graphs
 
 from .train import Setting
 
-# Isaac Lab's and mjlab's networks.
-WIDE = {"hidden_dims": (512, 256, 128), "activation": "elu"}
+# Isaac Lab's and mjlab's networks; where kernels are interpreted, which takes long, small ones.
+SMALL = triton.interpreted()
+WIDE = {"hidden_dims": (12, 10, 8) if SMALL else (512, 256, 128), "activation": "elu"}
 # Allowed error by the products' precision, relative to the largest number; docs/learner.md has what was measured.
 BOUNDS = {"float32": 1e-4, "tf32": 2e-2, "bfloat16": 0.15}
 
@@ -65,7 +67,8 @@ class Filled:
 
     def __init__(self, setting: Setting, **ppo: Any) -> None:
         torch.manual_seed(1)
-        self.setting, self.config = setting, PPOConfig(num_minibatches=NUM_MINIBATCHES, **ppo)
+        sizes = {"hidden_dims": (8, 8)} if SMALL else {}
+        self.setting, self.config = setting, PPOConfig(num_minibatches=NUM_MINIBATCHES, **sizes | ppo)
         self.device, (num_envs, num_steps) = torch.device(setting.device), setting.size
         policy = make_policy(NUM_OBS, NUM_ACTIONS, self.config).to(self.device)
         self.learner = Learner(policy, self.config)
@@ -101,16 +104,17 @@ class Filled:
             raise Absent(self.learner.not_fused)
 
 
-class _Samples(dict):
+class _Samples(SimpleNamespace):
     """A minibatch's tensors in float64."""
 
-    __getattr__ = dict.__getitem__
+    def __getitem__(self, name: str) -> Tensor:
+        return getattr(self, name)
 
 
 def _doubled(minibatch: Any) -> _Samples:
     own, fields = ("obs", "actions", "values", "log_probs", "advantages", "returns"), ("mu", "sigma")
     found = {name: getattr(minibatch, name) for name in own} | {name: minibatch[name] for name in fields}
-    return _Samples({name: x.double() for name, x in found.items()})
+    return _Samples(**{name: x.double() for name, x in found.items()})
 
 
 def _flat(parameters: list[Tensor]) -> Tensor:
@@ -200,6 +204,8 @@ def clipped_adam(setting: Setting, by_torch: bool = False) -> Run:
     def captured() -> None:
         with graphs.capturable(learner):
             call()
+
+    call()  # makes Adam's state
 
     def outputs() -> dict[str, Any]:
         state = {x: {name: y.double() for name, y in optimizer.state[x].items()} for g in groups for x in g}
