@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from clock import Clock
 from contenders import KERNELS, PER, contenders
@@ -102,6 +103,8 @@ class Suite:
         self.keep: Callable[[list[Comparison]], None] = lambda comparisons: None
         self.harness = Harness(clock)
         self.comparisons: dict[tuple[str, Size], Comparison] = {}
+        #: comparisons of an earlier session, as its report has them, which are not measured again
+        self.before: list[dict[str, Any]] = []
         self._made: tuple[tuple, Rollout, Truth] | None = None
 
     def cases(self, operation: str, chosen: list[Size] | None) -> list[Case]:
@@ -111,7 +114,9 @@ class Suite:
         return [Case(operation, s, f, n) for s in found for f in figures(operation, kind) for n in names]
 
     def comparison(self, operation: str, size: Size) -> Comparison | None:
-        """The comparison, measured now or before; None if the time is up."""
+        """The comparison, measured now or before; None if the time is up, or an earlier session has it."""
+        if self.is_known(operation, size):
+            return None
         key, name = (operation, size), operation.removeprefix("sweep: ")
         if key not in self.comparisons:
             if self.until is not None and time.monotonic() > self.until:
@@ -128,6 +133,10 @@ class Suite:
             )
             self.keep(list(self.comparisons.values()))
         return self.comparisons[key]
+
+    def is_known(self, operation: str, size: Size) -> bool:
+        """Whether an earlier session has measured it."""
+        return any((x["operation"], x["num_envs"], x["num_steps"]) == (operation, *size) for x in self.before)
 
     def _inputs(self, operation: str, size: Size):  # type: ignore[no-untyped-def]
         if operation in (*KERNELS, *TRAININGS):
