@@ -140,7 +140,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="folder for <gpu>-train.json; nothing is written without it")
     parser.add_argument("--resume", action="store_true", help="do only what is not in that file, of this commit")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: to try it out")
-    parser.add_argument("--parts", nargs="+", choices=("memory", "hover", "curves"), default=["memory", "hover", "curves"])
+    parser.add_argument(
+        "--parts", nargs="+", choices=("memory", "hover", "curves"), default=["memory", "hover", "curves"]
+    )
     parser.add_argument("--limit", type=float, default=420.0, help="begin no part after so many seconds")
     parser.add_argument("--num-envs", type=int, default=8192)
     parser.add_argument("--num-steps", type=int, default=100)

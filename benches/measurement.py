@@ -30,6 +30,8 @@ class Kernels(NamedTuple):
     """Several launches over more memory than the cache holds, or over all of the rollout if that is less."""
     check: Callable[..., None]
     """Given the truth: raises AssertionError unless the launches write what they must."""
+    generators: tuple[torch.Generator, ...] = ()
+    """As for Graphed."""
 
 
 class Graphed(NamedTuple):

@@ -41,8 +41,6 @@ def _scans(size: tuple[int, int]) -> list[Target]:
     return found + [Target("gae", "pydrone", f"{x}, over a copy's", f"{x}_over_memcpy", 1.3, **at) for x in CACHES]
 
 
-
-
 TARGETS = (
     Target("gae", "pydrone", "device, hot", "hot", 4.5, "us"),
     Target("gae", "pydrone", "device, cold", "cold", 5.5, "us"),

@@ -32,9 +32,8 @@ from pydrone.ppo.training import graphs
 
 from .train import Setting
 
-# Isaac Lab's and mjlab's networks; where kernels are interpreted, which takes long, small ones.
-SMALL = triton.interpreted()
-WIDE = {"hidden_dims": (12, 10, 8) if SMALL else (512, 256, 128), "activation": "elu"}
+# Isaac Lab's and mjlab's networks.
+WIDE = {"hidden_dims": (512, 256, 128), "activation": "elu"}
 # Allowed error by the products' precision, relative to the largest number; docs/learner.md has what was measured.
 BOUNDS = {"float32": 1e-4, "tf32": 2e-2, "bfloat16": 0.15}
 
@@ -48,6 +47,11 @@ def interpret() -> None:
     _registered.append(torch.library.Library("pydrone", "IMPL"))
     for name in (*PPO_SCHEMAS, *LEARNER_SCHEMAS):
         _registered[0].impl(name, native._triton(name), "CPU", allow_override=True)
+
+
+def _scaled(widths: tuple[int, ...]) -> tuple[int, ...]:
+    """``widths``, or small ones where kernels are interpreted, which takes long."""
+    return tuple(max(8, width // 32) for width in widths) if triton.interpreted() else widths
 
 
 class Agreement:
@@ -67,8 +71,8 @@ class Filled:
 
     def __init__(self, setting: Setting, **ppo: Any) -> None:
         torch.manual_seed(1)
-        sizes = {"hidden_dims": (8, 8)} if SMALL else {}
-        self.setting, self.config = setting, PPOConfig(num_minibatches=NUM_MINIBATCHES, **sizes | ppo)
+        config = PPOConfig(num_minibatches=NUM_MINIBATCHES, **ppo)
+        self.setting, self.config = setting, dataclasses.replace(config, hidden_dims=_scaled(config.hidden_dims))
         self.device, (num_envs, num_steps) = torch.device(setting.device), setting.size
         policy = make_policy(NUM_OBS, NUM_ACTIONS, self.config).to(self.device)
         self.learner = Learner(policy, self.config)
@@ -331,7 +335,7 @@ class _Layers:
     def __init__(self, setting: Setting) -> None:
         torch.manual_seed(1)
         rows, where = -(-setting.size.samples // NUM_MINIBATCHES), {"device": setting.device}
-        widths = WIDE["hidden_dims"]
+        widths = _scaled(WIDE["hidden_dims"])
         self.index = ACTIVATIONS.index(WIDE["activation"])
         self.x = [torch.randn(rows, width, **where) for width in widths]
         self.bias = [torch.randn(width, **where) for width in widths]
