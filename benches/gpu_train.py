@@ -12,7 +12,6 @@ status is 1 if memory grew or a part failed. `make gpu-train` runs it. ``--devic
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""The figures to reach on an H200, at 8192 x 100 unless a target says otherwise, and what a report measured for each."""
+"""The figures to reach on an H200, at 8192 x 100 unless a target says otherwise, and what a report has of each."""
 
 from __future__ import annotations
 

@@ -435,6 +435,32 @@ def test_targets_name_what_is_measured():
         assert known or target.operation == targets.HOVER, target
 
 
+def test_what_an_earlier_session_has_measured_is_kept():
+    import report
+    from workload import Size
+
+    first = suite("cpu")
+    document = report.document([first.comparison("append", Size(5, 8))], first.clock)
+    again = suite("cpu")
+    again.before = document["comparisons"]
+    assert again.comparison("append", Size(5, 8)) is None and again.is_known("append", Size(5, 8))
+    assert not again.is_known("append", Size(5, 9)) and not again.is_known("gae", Size(5, 8))
+    assert report.document([], again.clock, again.before)["comparisons"] == document["comparisons"]
+
+
+def test_only_results_of_this_commit_and_machine_are_kept(tmp_path):
+    import clock
+    import machine
+
+    now, path = machine.provenance(clock.CpuClock()), tmp_path / "x.json"
+    assert machine.kept(path, now) is None
+    for change, known in (({}, True), ({"commit": "another"}, False), ({"device": "another"}, False)):
+        machine.write(path, now | change | {"sizes": {"num_envs": 5}})
+        assert (machine.kept(path, now) is not None) == known
+        assert machine.kept(path, now, {"num_envs": 6}) is None
+
+
+@pytest.mark.slow
 def test_a_session_that_goes_on_keeps_what_was_measured(tmp_path):
     report = ("--pydrone-device", "cpu", "--pydrone-report", str(tmp_path))
     assert bench("benches/bench_append.py", *QUICK, *report).returncode == 0

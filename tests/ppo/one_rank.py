@@ -1,4 +1,4 @@
-"""One process that sends its messages, to itself, trains as one that sends none: for gloo here, for NCCL in tests/gpu."""
+"""One process that sends its messages trains as one that sends none: gloo's here, NCCL's in tests/gpu."""
 
 from __future__ import annotations
 
