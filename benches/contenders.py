@@ -9,7 +9,17 @@ import cases
 from clock import Clock
 from measurement import Absent, Contender, Run
 from peers import by_hand, gpu_kernels, kernels, ours, rl_games, rsl_rl, sb3, skrl, torchrl, train, update
-from workload import BATCH_BYTES, GAE_BYTES, NUM_EPOCHS, NUM_MINIBATCHES, POLICY_BYTES, ROW_BYTES, Size
+from workload import (
+    BATCH_BYTES,
+    GAE_BYTES,
+    NUM_ACTIONS,
+    NUM_EPOCHS,
+    NUM_MINIBATCHES,
+    NUM_OBS,
+    POLICY_BYTES,
+    ROW_BYTES,
+    Size,
+)
 
 import pydrone
 
@@ -220,39 +230,53 @@ def ppo_minibatch(clock: Clock) -> list[Contender]:
     ]
 
 
-def _beside_torch(prepare: Callable, useful: int, clock: Clock, operation: str, **theirs: object) -> list[Contender]:
-    some = partial(Contender, useful_bytes=useful, capturable=True)
-    by_torch = partial(prepare, **(theirs or {"by_torch": True}))
-    return [some("pydrone", prepare), some("torch", by_torch), _copy(useful, clock, operation)]
+def _beside_torch(prepare: Callable, copy: Contender, **theirs: object) -> list[Contender]:
+    some = partial(Contender, useful_bytes=copy.useful_bytes, capturable=True)
+    return [some("pydrone", prepare), some("torch", partial(prepare, **(theirs or {"by_torch": True}))), copy]
+
+
+def _copy_of(nbytes: Callable[[Size], int]) -> Contender:
+    """A memcpy of ``nbytes``, where these are not so many bytes for each sample of a rollout."""
+
+    def prepare(setting: train.Setting) -> Run:
+        return by_hand.memcpy(16)(train.Setting(Size(max(1, nbytes(setting.size) // 16), 1), setting.device))
+
+    return Contender(COPY, prepare, capturable=True)
 
 
 def clipped_adam(clock: Clock) -> list[Contender]:
-    """The useful bytes of these kernels are not counted, except for layers: launches bound them, not bandwidth."""
-    return _beside_torch(kernels.clipped_adam, 0, clock, "clipped adam")
+    """Of each parameter: its value, gradient and two moments are read, all but the gradient written."""
+    parameters = 2 * (NUM_OBS + 1) * 128 + 2 * 129 * 128 + 129 * (NUM_ACTIONS + 1)
+    return _beside_torch(kernels.clipped_adam, _copy_of(lambda size: 7 * 4 * parameters))
 
 
 def act(clock: Clock) -> list[Contender]:
-    found = _beside_torch(kernels.act, 0, clock, "act")
+    """Of each environment: observation and noise are read, actions, mean, value and log-probability written."""
+    nbytes = 4 * (NUM_OBS + 3 * NUM_ACTIONS + 2)
+    found = _beside_torch(kernels.act, _copy_of(lambda size: nbytes * size.num_envs))
     precisions = [(f"pydrone, {x}", partial(kernels.act, matmul=x)) for x in ("float32", "bfloat16")]
     return found[:1] + [Contender(*x, capturable=True) for x in precisions] + found[1:]
 
 
 def act_and_store(clock: Clock) -> list[Contender]:
-    return _beside_torch(kernels.act_and_store, 0, clock, "act and store")
+    """What is stored is read and written, as by append."""
+    return _beside_torch(kernels.act_and_store, _copy(2 * (ROW_BYTES + POLICY_BYTES), clock, "append"))
 
 
 def environment_step(clock: Clock) -> list[Contender]:
-    return _beside_torch(kernels.environment, 0, clock, "environment step", fused=False)
+    """Of each drone: the state is read and written, actions are read, two observations and a reward written."""
+    nbytes = 4 * (2 * 13 + NUM_ACTIONS + 2 * NUM_OBS + 1)
+    return _beside_torch(kernels.environment, _copy_of(lambda size: nbytes * size.num_envs), fused=False)
 
 
 def layer_forward(clock: Clock) -> list[Contender]:
     """Each activation is read once and written once."""
-    return _beside_torch(kernels.layer_forward, _layer_bytes(2), clock, "layer forward")
+    return _beside_torch(kernels.layer_forward, _copy(_layer_bytes(2), clock, "layer forward"))
 
 
 def layer_backward(clock: Clock) -> list[Contender]:
     """Gradient and activation are read once, the other gradient is written once."""
-    return _beside_torch(kernels.layer_backward, _layer_bytes(3), clock, "layer backward")
+    return _beside_torch(kernels.layer_backward, _copy(_layer_bytes(3), clock, "layer backward"))
 
 
 def _layer_bytes(accesses: int) -> int:

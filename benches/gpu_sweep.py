@@ -53,7 +53,7 @@ class Ready(NamedTuple):
 
 
 class Row:
-    """In place of a Case: a row of bench_ppo.py, prepared anew for each variant, whose constants its memory may need."""
+    """In place of a Case: a row of bench_ppo.py, prepared anew for each variant, since its memory may depend on it."""
 
     PREPARE = {
         "ppo_gradients tf32": partial(kernels.gradients, matmul="tf32"),

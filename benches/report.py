@@ -120,6 +120,9 @@ def print_summary(line: Callable[[str], None], document: dict[str, Any]) -> None
             line(
                 f"  {row['name']:28}{cells}{launches:>10}{waits if gpu else share:>8}  {row['problem'] or ''}".rstrip()
             )
+            if gpu and row.get("stages_ms"):
+                stages = ", ".join(f"{name} {ms:.2f}" for name, ms in row["stages_ms"].items() if name != "iteration")
+                line(f"    by stage, ms: {stages}")
     if "targets" in document:
         for text in ["", *targets.table(document["targets"])]:
             line(text)
