@@ -177,7 +177,7 @@ def training(clock: Clock) -> list[Contender]:
     return [
         Contender("pydrone", train.ours),
         Contender("rsl_rl", train.rsl_rl),
-        Contender("rsl_rl on pydrone", partial(train.rsl_rl, algorithm="pydrone.integrations.rsl_rl:PPO")),
+        Contender("rsl_rl on pydrone", partial(train.rsl_rl, class_name="pydrone.integrations.rsl_rl:PPO")),
         Contender(COPY, copies, _iteration_bytes()[1]),
         # Last: a capture that fails can leave CUDA unusable.
         Contender("pydrone, --capture", partial(train.ours, capture=True)),

@@ -5,8 +5,8 @@
 Its parts, in this order: ``memory`` compares what is allocated after the fourth and after the last of 301 iterations;
 ``hover`` times the command from process start until the drones hover, four times, as the first may compile kernels;
 ``curves`` trains three seeds with pydrone's kernels and with ``--learner torch``. <gpu>-train.json is written after
-each part. A second run with ``--resume`` does only what is not in it; no part begins after ``--limit`` seconds. The exit
-status is 1 if memory grew or a part failed. `make gpu-train` runs it. ``--device cpu`` tries it out.
+each part. A second run with ``--resume`` does only what is not in it; no part begins after ``--limit`` seconds. The
+exit status is 1 if memory grew or a part failed. `make gpu-train` runs it. ``--device cpu`` tries it out.
 """
 
 from __future__ import annotations

@@ -181,11 +181,11 @@ def _runner_config(setting: Setting) -> dict[str, Any]:
     }
 
 
-def rsl_rl(setting: Setting, algorithm: str = "PPO") -> Run:
-    """``OnPolicyRunner.learn(1)``. GAE's share is the time of ``compute_returns``. ``algorithm``: the class's name."""
+def rsl_rl(setting: Setting, class_name: str = "PPO") -> Run:
+    """``OnPolicyRunner.learn(1)``. GAE's share is the time of ``compute_returns``. ``class_name``: the algorithm's."""
     runners = need("rsl_rl.runners")
     env, lap, config = _vec_env(setting), Lap(setting.device), _runner_config(setting)
-    config["algorithm"]["class_name"] = algorithm
+    config["algorithm"]["class_name"] = class_name
     with contextlib.redirect_stdout(io.StringIO()):
         runner = runners.OnPolicyRunner(env, config, log_dir=None, device=setting.device)
     algorithm, compute_returns = runner.alg, runner.alg.compute_returns
@@ -201,6 +201,10 @@ def rsl_rl(setting: Setting, algorithm: str = "PPO") -> Run:
             runner.learn(1)
 
     def outputs() -> dict[str, Any]:
+        networks = (algorithm.actor, algorithm.critic)
+        count = sum(x.numel() for network in networks for x in network.parameters())
+        if class_name != "PPO":  # pydrone's storage has discarded the rollout
+            return {"figures": {}, "parameters": count}
         storage, obs = algorithm.storage, env.get_observations()
         with torch.inference_mode():
             compute_returns(obs)
@@ -208,8 +212,6 @@ def rsl_rl(setting: Setting, algorithm: str = "PPO") -> Run:
         names, config = ("rewards", "values", "dones"), _config(setting).ppo
         planes = (getattr(storage, name) for name in names)
         _, returns = pydrone.gae(*planes, last_values, config.gamma, config.lam, time_dim=0)
-        networks = (algorithm.actor, algorithm.critic)
-        count = sum(x.numel() for network in networks for x in network.parameters())
         return {"figures": {}, "parameters": count, "returns": [(storage.returns, returns)]}
 
     return Run(call, outputs, lap.seconds)
