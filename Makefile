@@ -26,7 +26,7 @@ SOURCES := $(shell find csrc -type f 2>/dev/null)
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .PHONY: help venv build train test test-slow sanitize faults install-check soak lint bench compare gpu gpu-build gpu-checks \
-    gpu-bench gpu-sweep gpu-profile wheel clean
+    gpu-bench gpu-genesis gpu-train gpu-sweep gpu-profile wheel clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -100,9 +100,10 @@ GPU_RUN = env -u TRITON_INTERPRET -u PYDRONE_BACKEND PYTHONSAFEPATH=1 \
     PYTHONPATH="$(CURDIR)/$(GPU_BUILD)$${PYTHONPATH:+:$$PYTHONPATH}" $(GPU_PYTHON)
 
 # No comparison starts after 7 minutes; the report names those that were left out.
-GPU_BENCH = $(GPU_RUN) benches/gpu_checks.py --benchmarks && $(GPU_RUN) -m pytest benches/ -q -p no:cacheprovider \
+GPU_PYTEST = $(GPU_RUN) benches/gpu_checks.py --benchmarks && $(GPU_RUN) -m pytest -q -p no:cacheprovider \
     --benchmark-only --benchmark-columns=median,iqr,rounds --pydrone-device cuda --pydrone-limit 420 \
-    --pydrone-report benches/results $(ARGS)
+    --pydrone-report benches/results
+GPU_BENCH = $(GPU_PYTEST) benches/ --ignore benches/bench_genesis.py $(ARGS)
 
 gpu: $(GPU_STAMP) ## Build, test, sanitize and time on this machine's GPU, with the torch of GPU_PYTHON; needs no network
 	@$(GPU_RUN) benches/gpu_checks.py; checked=$$?; $(GPU_BENCH) && exit $$checked
@@ -110,10 +111,16 @@ gpu: $(GPU_STAMP) ## Build, test, sanitize and time on this machine's GPU, with 
 gpu-build: $(GPU_STAMP) ## The build of `make gpu` alone
 
 gpu-checks: $(GPU_STAMP) ## The tests and sanitizers of `make gpu` alone
-	@$(GPU_RUN) benches/gpu_checks.py
+	@$(GPU_RUN) benches/gpu_checks.py $(ARGS)
 
 gpu-bench: $(GPU_STAMP) ## The benchmarks of `make gpu` alone
 	@$(GPU_BENCH)
+
+gpu-genesis: $(GPU_STAMP) ## Time a training iteration on Genesis, where genesis-world is installed
+	@$(GPU_PYTEST) benches/bench_genesis.py $(ARGS)
+
+gpu-train: $(GPU_STAMP) ## Train on the GPU: memory over 301 iterations, the time to hover, learning curves beside autograd's
+	@$(GPU_RUN) benches/gpu_train.py --out benches/results $(ARGS)
 
 gpu-sweep: $(GPU_STAMP) ## Time each GPU kernel with other launch parameters and the other layout
 	@$(GPU_RUN) benches/gpu_sweep.py --out benches/results $(ARGS)

@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import time
 
+import torch
 from cases import COLD
 from clock import Plan, Turn
 from cuda_device import CudaDevice, StandIn
-from measurement import Absent, Call, Contender, Graphed, Result, Run
+from measurement import Absent, Call, Contender, Graphed, Result, Run, nothing
 
 MOST_IN_A_GRAPH = 20_000
 EAGER_ROW = 0.02  # seconds of calls in a row: makes the final wait for the device negligible
@@ -64,8 +65,9 @@ class CudaClock:
         if self._held(contender, runs[0], result):
             graphs = [run.graph or Graphed(run.call) for run in runs]
             result.device_time = "graph"
-            times = 1 if runs[0].graph else int(max(1, self.on.in_a_graph // (in_a_call * len(runs))))
-            turn = self.replayed([x.call for x in graphs], 1, times, graphs[0].before)
+            times = int(max(1, self.on.in_a_graph // (in_a_call * len(runs))))
+            times = times if graphs[0].before is nothing else 1
+            turn = self.replayed([x.call for x in graphs], 1, times, graphs[0].before, graphs[0].generators)
             graphs[0].check()
             return turn
         result.device_time = "profiler"
@@ -76,7 +78,14 @@ class CudaClock:
 
         return profiled
 
-    def replayed(self, launches: list[Call], per: int, times: int, before: Call = lambda: None) -> Turn:
+    def replayed(
+        self,
+        launches: list[Call],
+        per: int,
+        times: int,
+        before: Call = nothing,
+        generators: tuple[torch.Generator, ...] = (),
+    ) -> Turn:
         """Device seconds for ``per`` of ``launches``: one graph makes them in turn, ``times`` times over.
 
         ``before`` is the host's part of a replay.
@@ -89,7 +98,7 @@ class CudaClock:
 
         before()
         call()  # loads kernels, which a capture cannot
-        replay = self.on.captured(call)
+        replay = self.on.captured(call, generators)
 
         def once(turn: int) -> float:
             def ahead() -> None:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import clock
+import machine
 import pytest
 import report
 import torch
@@ -32,6 +33,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--pydrone-sizes", metavar="NxT,...", help="sizes instead of those of suite.py")
     group.addoption("--pydrone-time", type=float, default=1.0, metavar="FACTOR", help="multiplies the time budgets")
     group.addoption("--pydrone-limit", type=float, metavar="SECONDS", help="start no comparison after so long")
+    kept = "keep the comparisons that the report of this commit and machine has already, and measure the others"
+    group.addoption("--pydrone-resume", action="store_true", help=kept)
 
 
 SUITE = pytest.StashKey[Suite]()
@@ -53,8 +56,14 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Writes the report after each comparison, so that a killed session leaves what it has measured."""
     suite, path = session.config.stash[SUITE], _path(session)
-    if path is not None:
-        suite.keep = lambda comparisons: report.write(path, comparisons, suite.clock, chart=False)
+    if path is None:
+        return
+    if session.config.getoption("--pydrone-resume"):
+        known = machine.kept(path, machine.provenance(suite.clock)) or {"comparisons": []}
+        suite.before = known["comparisons"]
+    suite.keep = lambda comparisons: report.write(
+        path, report.document(comparisons, suite.clock, suite.before), chart=False
+    )
 
 
 def _path(session: pytest.Session) -> Path | None:
@@ -104,7 +113,8 @@ def replay(request: pytest.FixtureRequest, case: Case, benchmark) -> Callable[[]
     def run() -> None:
         comparison = request.config.stash[SUITE].comparison(case.operation, case.size)
         if comparison is None:
-            pytest.skip("not begun: --pydrone-limit")
+            known = request.config.stash[SUITE].is_known(case.operation, case.size)
+            pytest.skip("measured before: --pydrone-resume" if known else "not begun: --pydrone-limit")
         result = comparison.results[case.contender]
         if result.wrong or result.failed:
             pytest.fail(f"{case.contender}, {case.size}: {result.problem}", pytrace=False)
@@ -123,11 +133,11 @@ def replay(request: pytest.FixtureRequest, case: Case, benchmark) -> Callable[[]
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     suite = config.stash[SUITE]
     comparisons = list(suite.comparisons.values())
-    if not comparisons:
+    if not comparisons and not suite.before:
         return
-    line = terminalreporter.write_line
-    report.print_summary(line, report.document(comparisons, suite.clock))
+    line, found = terminalreporter.write_line, report.document(comparisons, suite.clock, suite.before)
+    report.print_summary(line, found)
     path = _path(terminalreporter._session)
     if path is not None:
-        for file in report.write(path, comparisons, suite.clock):
+        for file in report.write(path, found):
             line(f"written: {file}")

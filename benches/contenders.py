@@ -8,12 +8,23 @@ from functools import partial
 import cases
 from clock import Clock
 from measurement import Absent, Contender, Run
-from peers import by_hand, gpu_kernels, ours, rl_games, rsl_rl, sb3, skrl, torchrl, train, update
-from workload import BATCH_BYTES, GAE_BYTES, NUM_EPOCHS, NUM_MINIBATCHES, POLICY_BYTES, ROW_BYTES, Size
+from peers import by_hand, gpu_kernels, kernels, ours, rl_games, rsl_rl, sb3, skrl, torchrl, train, update
+from workload import (
+    BATCH_BYTES,
+    GAE_BYTES,
+    NUM_ACTIONS,
+    NUM_EPOCHS,
+    NUM_MINIBATCHES,
+    NUM_OBS,
+    POLICY_BYTES,
+    ROW_BYTES,
+    Size,
+)
 
 import pydrone
 
 LEAN = "pydrone (no mean, std)"
+WIDE = "pydrone, 512 256 128"  # ELU, as Isaac Lab and mjlab have them
 COPY = "memcpy"  # of the bytes that the operation must read and write
 TRITON = ", triton"  # the second backend of a GPU; "pydrone" is on the default one
 
@@ -21,6 +32,7 @@ TRITON = ", triton"  # the second backend of a GPU; "pydrone" is on the default 
 PER: dict[str, Callable[[Size], int]] = {
     "append": lambda size: size.num_steps,
     "minibatch epoch": lambda size: NUM_MINIBATCHES,
+    "act and store": lambda size: size.num_steps,
 }
 
 
@@ -149,6 +161,7 @@ def ppo_update(clock: Clock) -> list[Contender]:
         some("pydrone", update.ours),
         some("pydrone, --autocast", partial(update.ours, autocast=True)),
         some("pydrone, --learner torch", partial(update.ours, learner="torch")),
+        some("pydrone, captured", partial(update.ours, capture=True)),
         some("rsl_rl", update.rsl_rl),
         some("rsl_rl, torch.compile", partial(update.rsl_rl, compile_mode="default")),
         some(COPY, by_hand.memcpy(NUM_EPOCHS * (BATCH_BYTES + POLICY_BYTES))),
@@ -164,10 +177,110 @@ def training(clock: Clock) -> list[Contender]:
     return [
         Contender("pydrone", train.ours),
         Contender("rsl_rl", train.rsl_rl),
+        Contender("rsl_rl on pydrone", partial(train.rsl_rl, class_name="pydrone.integrations.rsl_rl:PPO")),
         Contender(COPY, copies, _iteration_bytes()[1]),
         # Last: a capture that fails can leave CUDA unusable.
         Contender("pydrone, --capture", partial(train.ours, capture=True)),
     ]
+
+
+def training_on_genesis(clock: Clock) -> list[Contender]:
+    """The same with the Genesis simulator, on a GPU alone. One scene serves all: building it takes a minute."""
+    copies = by_hand.memcpy(_iteration_bytes()[1], 1 + NUM_EPOCHS)
+    return [
+        Contender("pydrone", partial(train.on_genesis, train.ours)),
+        Contender("rsl_rl", partial(train.on_genesis, train.rsl_rl)),
+        Contender(COPY, copies, _iteration_bytes()[1]),
+        Contender("pydrone, --capture", partial(train.on_genesis, train.ours, capture="auto")),
+    ]
+
+
+def _precisions(prepare: Callable, clock: Clock, **rest: object) -> list[Contender]:
+    """pydrone's kernel in each precision of the products, and torch in the default one and in float32.
+
+    Where no kernel serves float32, its row is what pydrone does instead.
+    """
+    some = partial(Contender, **rest)
+    on_cuda = clock.kind == "cuda"
+    return [
+        some("pydrone", prepare, capturable=True),
+        some("pydrone, bfloat16", partial(prepare, matmul="bfloat16"), capturable=True),
+        some("pydrone, float32", partial(prepare, matmul="float32", served=not on_cuda)),
+        some("pydrone, --learner torch", partial(prepare, served=False, learner="torch")),
+        some("the same, float32", partial(prepare, served=False, learner="torch", matmul="float32")),
+        some("the same, bfloat16", partial(prepare, served=False, learner="torch", matmul="bfloat16")),
+    ]
+
+
+def ppo_gradients(clock: Clock) -> list[Contender]:
+    """Gradients of one minibatch, both networks, loss included. The useful bytes are its samples, read once."""
+    useful = (BATCH_BYTES + POLICY_BYTES) // NUM_MINIBATCHES
+    return [*_precisions(kernels.gradients, clock, useful_bytes=useful), _copy(useful, clock, "ppo gradients")]
+
+
+def ppo_minibatch(clock: Clock) -> list[Contender]:
+    """Gradients and Adam of one minibatch; also for wide networks, which go layer by layer on CUDA."""
+    useful = (BATCH_BYTES + POLICY_BYTES) // NUM_MINIBATCHES
+    some, wide = partial(Contender, useful_bytes=useful), partial(kernels.minibatch, served=False, **kernels.WIDE)
+    return [
+        *_precisions(kernels.minibatch, clock, useful_bytes=useful),
+        some(WIDE, wide),
+        some(f"{WIDE}, --learner torch", partial(wide, learner="torch"), against=WIDE),
+        _copy(useful, clock, "ppo minibatch"),
+    ]
+
+
+def _beside_torch(prepare: Callable, copy: Contender, **theirs: object) -> list[Contender]:
+    some = partial(Contender, useful_bytes=copy.useful_bytes, capturable=True)
+    return [some("pydrone", prepare), some("torch", partial(prepare, **(theirs or {"by_torch": True}))), copy]
+
+
+def _copy_of(nbytes: Callable[[Size], int]) -> Contender:
+    """A memcpy of ``nbytes``, where these are not so many bytes for each sample of a rollout."""
+
+    def prepare(setting: train.Setting) -> Run:
+        return by_hand.memcpy(16)(train.Setting(Size(max(1, nbytes(setting.size) // 16), 1), setting.device))
+
+    return Contender(COPY, prepare, capturable=True)
+
+
+def clipped_adam(clock: Clock) -> list[Contender]:
+    """Of each parameter: its value, gradient and two moments are read, all but the gradient written."""
+    parameters = 2 * (NUM_OBS + 1) * 128 + 2 * 129 * 128 + 129 * (NUM_ACTIONS + 1)
+    return _beside_torch(kernels.clipped_adam, _copy_of(lambda size: 7 * 4 * parameters))
+
+
+def act(clock: Clock) -> list[Contender]:
+    """Of each environment: observation and noise are read, actions, mean, value and log-probability written."""
+    nbytes = 4 * (NUM_OBS + 3 * NUM_ACTIONS + 2)
+    found = _beside_torch(kernels.act, _copy_of(lambda size: nbytes * size.num_envs))
+    precisions = [(f"pydrone, {x}", partial(kernels.act, matmul=x)) for x in ("float32", "bfloat16")]
+    return found[:1] + [Contender(*x, capturable=True) for x in precisions] + found[1:]
+
+
+def act_and_store(clock: Clock) -> list[Contender]:
+    """What is stored is read and written, as by append."""
+    return _beside_torch(kernels.act_and_store, _copy(2 * (ROW_BYTES + POLICY_BYTES), clock, "append"))
+
+
+def environment_step(clock: Clock) -> list[Contender]:
+    """Of each drone: the state is read and written, actions are read, two observations and a reward written."""
+    nbytes = 4 * (2 * 13 + NUM_ACTIONS + 2 * NUM_OBS + 1)
+    return _beside_torch(kernels.environment, _copy_of(lambda size: nbytes * size.num_envs), fused=False)
+
+
+def layer_forward(clock: Clock) -> list[Contender]:
+    """Each activation is read once and written once."""
+    return _beside_torch(kernels.layer_forward, _copy(_layer_bytes(2), clock, "layer forward"))
+
+
+def layer_backward(clock: Clock) -> list[Contender]:
+    """Gradient and activation are read once, the other gradient is written once."""
+    return _beside_torch(kernels.layer_backward, _copy(_layer_bytes(3), clock, "layer backward"))
+
+
+def _layer_bytes(accesses: int) -> int:
+    return accesses * 4 * sum(kernels.WIDE["hidden_dims"]) // NUM_MINIBATCHES
 
 
 OPERATIONS = {
@@ -175,9 +288,21 @@ OPERATIONS = {
     "append": append,
     "minibatch epoch": epoch,
     "iteration": iteration,
+    "ppo gradients": ppo_gradients,
+    "ppo minibatch": ppo_minibatch,
+    "clipped adam": clipped_adam,
+    "act": act,
+    "act and store": act_and_store,
+    "environment step": environment_step,
+    "layer forward": layer_forward,
+    "layer backward": layer_backward,
     "update": ppo_update,
     "training": training,
+    "training on Genesis": training_on_genesis,
 }
+# Of OPERATIONS, those of benches/bench_ppo.py; and the one that `make gpu-bench` leaves out.
+KERNELS = tuple(OPERATIONS)[4:12]
+APART = "training on Genesis"
 # The sweep's contenders: enough to see the slope.
 SWEEP = ("pydrone", COPY, "rsl_rl")
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 import torch
 from clock import dispatched
 from measurement import Call
+
+from pydrone.ops import triton
 
 LAUNCHES = ("cudaLaunch", "cuLaunch", "cudaGraphLaunch", "cudaMemcpyAsync", "cudaMemsetAsync")
 WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cudaMemcpy")
@@ -32,10 +35,15 @@ class CudaDevice:
     def wait(self) -> None:
         torch.cuda.synchronize()
 
-    def captured(self, call: Call) -> Call:
-        """Captures ``call``, which must have run before, and returns the graph's replay."""
+    def captured(self, call: Call, generators: Sequence[torch.Generator] = ()) -> Call:
+        """Captures ``call``, which must have run before, and returns the graph's replay.
+
+        ``generators``: those that it draws from, besides torch's own.
+        """
         self.wait()
         graph = torch.cuda.CUDAGraph()
+        for generator in generators:
+            graph.register_generator_state(generator)
         # The default capture mode forbids the loading that a kernel's first launch may do.
         with torch.cuda.graph(graph, capture_error_mode="relaxed"):
             call()
@@ -99,10 +107,17 @@ class CudaDevice:
 class StandIn:
     """A CPU in place of a GPU, to run the CUDA clock's code without one. Its figures mean nothing.
 
-    A graph is the call itself, a launch is an operation that PyTorch dispatches, and nothing waits.
+    A graph is the call itself, a launch is an operation that PyTorch dispatches, and nothing waits. With
+    ``TRITON_INTERPRET=1`` Triton's kernels, interpreted, compute the learner's operations.
     """
 
     real, in_a_graph, name, cache_bytes = False, 1, "cpu", 1 << 12
+
+    def __init__(self) -> None:
+        if triton.interpreted():
+            from peers import kernels
+
+            kernels.interpret()
 
     def available_bytes(self) -> int:
         return 1 << 30
@@ -110,7 +125,7 @@ class StandIn:
     def wait(self) -> None:
         pass
 
-    def captured(self, call: Call) -> Call:
+    def captured(self, call: Call, generators: Sequence[torch.Generator] = ()) -> Call:
         return call
 
     def seconds(self, call: Call, before: Call) -> float:

@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 LOGS = ROOT / "build" / "gpu-logs"
+PASSED = LOGS / "passed.txt"
 SECONDS, TOTAL = 300, 480  # limits for one job, and for all of them
 WORK = (
     "the native CUDA library: not built",
@@ -156,6 +157,14 @@ def run(job: Job, until: float) -> Outcome:
     return Outcome(job, problem, time.perf_counter() - start, text)
 
 
+def passed_since_the_build() -> set[str]:
+    """Names of the jobs that an earlier run has passed."""
+    stamp = ROOT / "build" / "gpu" / ".stamp"
+    if not PASSED.is_file() or not stamp.is_file() or PASSED.stat().st_mtime < stamp.stat().st_mtime:
+        return set()
+    return set(PASSED.read_text().splitlines())
+
+
 def last_words(outcome: Outcome) -> str:
     """pytest's or the sanitizer's summary line, from the end of the log."""
     lines = [line for line in outcome.log.splitlines() if re.search(r"passed|failed|ERROR SUMMARY|RACECHECK", line)]
@@ -166,6 +175,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--machine", action="store_true", help="only report what the machine has")
     parser.add_argument("--benchmarks", action="store_true", help="only check whether the benchmarks can run")
+    parser.add_argument("--resume", action="store_true", help="leave out what has passed since the build")
     options = parser.parse_args()
     if options.benchmarks:
         problem = without_benchmarks()
@@ -183,12 +193,16 @@ def main() -> int:
         return 1
     if options.machine:
         return 0
+    passed = passed_since_the_build() if options.resume else set()
     LOGS.mkdir(parents=True, exist_ok=True)
     for path in LOGS.glob("*.log"):
         path.unlink()
     until = time.perf_counter() + TOTAL
     with ThreadPoolExecutor(max_workers=max(2, os.cpu_count() or 1)) as pool:
-        outcomes = list(pool.map(partial(run, until=until), jobs()))
+        outcomes = list(pool.map(partial(run, until=until), [job for job in jobs() if job.name not in passed]))
+    PASSED.write_text("\n".join(sorted(passed | {x.job.name for x in outcomes if not x.problem})))
+    if passed:
+        print(f"passed before: {', '.join(sorted(passed))}")
     failed = [outcome for outcome in outcomes if outcome.problem]
     for outcome in failed:
         print(f"--- {outcome.job.name}: {outcome.problem}", *outcome.log.splitlines()[-60:], sep="\n")

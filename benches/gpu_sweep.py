@@ -12,14 +12,14 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import math
 import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,7 +35,10 @@ from cases import Case
 from clock import Turn
 from clock_cuda import CudaClock
 from gpu_variants import KERNELS, Variant
-from measurement import in_a_line
+from measurement import Absent, Call, Graphed, Kernels, in_a_line
+from peers import kernels
+from peers.kernels import Agreement
+from peers.train import Setting
 from workload import Rollout, Size, Truth
 
 FOLDER = machine.ROOT / "build" / "gpu-sweep"
@@ -49,11 +52,36 @@ class Ready(NamedTuple):
     cold: Turn | None = None
 
 
+class Row:
+    """In place of a Case: a row of bench_ppo.py, prepared anew for each variant, since its memory may depend on it."""
+
+    PREPARE = {
+        "ppo_gradients tf32": partial(kernels.gradients, matmul="tf32"),
+        "ppo_gradients bfloat16": partial(kernels.gradients, matmul="bfloat16"),
+        "clipped_adam": kernels.clipped_adam,
+        "ppo_act": kernels.act,
+        "quadrotor": kernels.environment,
+        "layers": kernels.layer_backward,
+    }
+
+    def __init__(self, kernel: str, setting: Setting) -> None:
+        self._prepare, self._setting = self.PREPARE[kernel], setting
+
+    def check(self, operation: None, truth: Agreement) -> None:
+        self._run = self._prepare(self._setting)
+        self._run.call()
+        truth.check(self._run.outputs())
+
+    def kernels(self, operation: None) -> Kernels:
+        graph = self._run.graph or Graphed(self._run.call)
+        return Kernels([graph.call], [graph.call], lambda truth: None, graph.generators)
+
+
 class Bench(NamedTuple):
     """A kernel's launches, the truth to check their outputs against, and the clock to time them with."""
 
-    case: Case
-    truth: Truth
+    case: Case | Row
+    truth: Truth | Agreement
     clock: CudaClock
     repeats: int
 
@@ -69,6 +97,8 @@ class Bench(NamedTuple):
             if self.clock.on.real:
                 return self._captured(row, variants.loaded(variant, path.stem, path))
             row["compiled"] = True
+        except Absent as reason:
+            row["absent"] = str(reason)
         except Exception as error:  # wrong, not to be compiled, or not to be launched
             row["failed"] = in_a_line(error)
         return Ready(row)
@@ -77,8 +107,13 @@ class Bench(NamedTuple):
         self.case.check(operation, self.truth)
         self.clock.wait()
         kernels, least = self.case.kernels(operation), self.clock.on.in_a_graph
-        each = (kernels.hot, kernels.cold)
-        return Ready(row, *(self.clock.replayed(x, 1, times=max(1, least // len(x))) for x in each))
+
+        def turn(launches: list[Call]) -> Turn:
+            times = max(1, least // len(launches))
+            return self.clock.replayed(launches, 1, times, generators=kernels.generators)
+
+        hot = turn(kernels.hot)
+        return Ready(row, hot, hot if kernels.cold == kernels.hot else turn(kernels.cold))
 
     def time_in_turn(self, ready: list[Ready]) -> None:
         """Writes medians over the rounds into the rows. A round ends with the default again, to show the spread."""
@@ -94,7 +129,7 @@ class Bench(NamedTuple):
 
 
 def table(rows: list[dict]) -> str:
-    lines = [f"{'us':21}{'hot':>9}{'cold':>9}"]
+    lines = [f"{'us':32}{'hot':>9}{'cold':>9}"]
     for _, group in itertools.groupby(rows, lambda row: (row["kernel"], row["backend"])):
         for row in sorted(group, key=lambda row: row.get("cold_us", math.inf)):
             constants = [*KERNELS[row["kernel"]][row["backend"] == "triton"], "rows of a warp"]
@@ -103,9 +138,9 @@ def table(rows: list[dict]) -> str:
                 notes.append("the default")
             if "hot_again_us" in row:
                 notes.append(f"again {row['hot_again_us']:.2f} and {row['cold_again_us']:.2f}")
-            notes += [row.get("failed") or "compiled"] if "hot_us" not in row else []
+            notes += [row.get("failed") or row.get("absent") or "compiled"] if "hot_us" not in row else []
             figures = [f"{row[x]:.2f}" if x in row else "" for x in ("hot_us", "cold_us")]
-            lines.append(f"{row['kernel']:13}{row['backend']:8}{figures[0]:>9}{figures[1]:>9}  {'; '.join(notes)}")
+            lines.append(f"{row['kernel']:24}{row['backend']:8}{figures[0]:>9}{figures[1]:>9}  {'; '.join(notes)}")
     return "\n".join(lines)
 
 
@@ -119,6 +154,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--num-envs", type=int, default=8192)
     parser.add_argument("--num-steps", type=int, default=100)
     parser.add_argument("--repeats", type=int, default=30)
+    parser.add_argument("--resume", action="store_true", help="leave out the kernels that the file of this commit has")
+    parser.add_argument("--limit", type=float, default=420.0, help="begin no kernel after so many seconds")
     options = parser.parse_args()
     refuse(parser, options)
     return options
@@ -144,13 +181,21 @@ def chosen(options: argparse.Namespace) -> dict[tuple[str, str], list[Variant]]:
     return {key: group[: options.variants] for key, group in found.items()}
 
 
-def sweep(options: argparse.Namespace, clock: CudaClock, keep: Callable[[list[dict]], None]) -> list[dict]:
-    """A row for each variant; ``keep`` gets them after each kernel. Graphs are timed: nvcc does not delay these."""
-    rollout, rows = Rollout(Size(options.num_envs, options.num_steps), clock.device), []
+def sweep(
+    options: argparse.Namespace, clock: CudaClock, keep: Callable[[list[dict]], None], known: Sequence[dict] = ()
+) -> list[dict]:
+    """A row for each variant; ``keep`` gets them after each kernel. Graphs are timed: nvcc does not delay these.
+
+    ``known``: rows of an earlier run, whose kernels are left out. No kernel begins after ``options.limit`` seconds.
+    """
+    size, rows, until = Size(options.num_envs, options.num_steps), list(known), time.monotonic() + options.limit
+    rollout = Rollout(size, clock.device)
     truth, real = Truth(rollout), clock.on.real
     architecture = "{}{}".format(*torch.cuda.get_device_capability()) if real else "90"
     backend = None if real else "reference"
-    groups, make = chosen(options), {"gae": cases.gae, "append": cases.append, "gather": cases.gather}
+    done = {(row["kernel"], row["backend"]) for row in known}
+    groups = {key: group for key, group in chosen(options).items() if key not in done}
+    make = {"gae": cases.gae, "append": cases.append, "gather": cases.gather}
     with ThreadPoolExecutor(max(1, (os.cpu_count() or 2) - 1)) as pool:
         libraries = {
             key: [
@@ -161,9 +206,17 @@ def sweep(options: argparse.Namespace, clock: CudaClock, keep: Callable[[list[di
             if key[1] == "cuda"
         }
         for key, group in groups.items():
-            operation, *layout = key[0].split()
-            case = make[operation](rollout, backend, clock.cache_bytes, *layout)
-            bench = Bench(case, truth, clock, options.repeats)
+            if time.monotonic() > until:
+                print(f"{key[0]}, {key[1]}: not begun within {options.limit:g} s; --resume does it")
+                for library in libraries.get(key, ()):
+                    library.cancel()
+                continue
+            if key[0] in variants.ROWS:
+                bench = Bench(Row(key[0], Setting(size, clock.device)), Agreement(), clock, options.repeats)
+            else:
+                operation, *layout = key[0].split()
+                case = make[operation](rollout, backend, clock.cache_bytes, *layout)
+                bench = Bench(case, truth, clock, options.repeats)
             ready = [bench.prepare(x, library) for x, library in zip(group, libraries.get(key, [None] * len(group)))]
             bench.time_in_turn(ready)
             rows += [x.row for x in ready]
@@ -173,22 +226,23 @@ def sweep(options: argparse.Namespace, clock: CudaClock, keep: Callable[[list[di
 
 def main() -> None:
     options, began = parse(), time.perf_counter()
+    if options.device == "stand-in":
+        os.environ["TRITON_INTERPRET"] = "1"  # read as the kernels are imported
     try:
         clock = clocks.for_device(options.device)
     except ValueError as error:
         raise SystemExit(f"gpu_sweep.py: {error}: nothing was timed") from error
-    if not clock.on.real:
-        os.environ["TRITON_INTERPRET"] = "1"  # read as the kernels are imported
     torch.manual_seed(0)
+    path = options.out and options.out / f"{machine.name(clock)}-sweep.json"
+    sizes = {"num_envs": options.num_envs, "num_steps": options.num_steps, "repeats": options.repeats}
 
     def keep(rows: list[dict]) -> None:
-        if options.out is not None:
-            sizes = {"num_envs": options.num_envs, "num_steps": options.num_steps, "repeats": options.repeats}
-            found = machine.provenance(clock) | {"sizes": sizes, "rows": rows}
-            options.out.mkdir(parents=True, exist_ok=True)
-            (options.out / f"{machine.name(clock)}-sweep.json").write_text(json.dumps(found, indent=1) + "\n")
+        if path:
+            machine.write(path, machine.provenance(clock) | {"sizes": sizes, "rows": rows})
 
-    rows = sweep(options, clock, keep)
+    kept = machine.kept(path, machine.provenance(clock), sizes) if options.resume and path else None
+    known = kept["rows"] if kept else []
+    rows = sweep(options, clock, keep, known)
     print(table(rows))
     trial = "" if clock.on.real else "A trial on the CPU: the figures mean nothing."
     print(f"\n{time.perf_counter() - began:.0f} s", trial)

@@ -7,12 +7,14 @@ a namespace of its own, so that one process can call all variants.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import re
 import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -53,7 +55,17 @@ KERNELS = {
     "gae columns": (("kColumnThreads", "kSteps"), ("COLUMNS", "COLUMN_STEPS")),
     "append": (("kThreads", "kUnroll"), ("ENVS", "WARPS")),
     "gather": (("kSamples", "kThreads", "kUnroll", "kStaged"), ("SAMPLES", "WARPS")),
+    "ppo_gradients tf32": ((), ("TILES", "WARPS", "ROWS", "ADD_WARPS")),
+    "ppo_gradients bfloat16": ((), ("TILES", "WARPS", "ROWS", "ADD_WARPS")),
+    "clipped_adam": ((), ("LEAST", "MOST", "PROGRAMS", "WARPS")),
+    "ppo_act": ((), ("ENVS", "WARPS", "CHUNKS")),
+    "quadrotor": ((), ("BLOCK", "WARPS")),
+    "layers": ((), ("COLUMNS", "WARPS")),
 }
+# Of KERNELS, those of the learner and the environment: only Triton has them, and whole rows of bench_ppo.py are timed.
+ROWS = tuple(KERNELS)[4:]
+# Samples in a tile, each for networks of any size.
+TILES = tuple({samples: 1 << 20} for samples in (16, 32, 64))
 
 
 def _rows(warps: int, many: int, blocks: int, text: dict[str, str]) -> Variant:
@@ -101,21 +113,50 @@ def triton() -> list[Variant]:
         *_each("append", "triton", "ENVS WARPS", "16 4, 32 2, 32 8, 64 4, 64 8, 128 4, 128 8"),
         Variant("gather", "triton"),
         *_each("gather", "triton", "SAMPLES WARPS", "128 8, 64 2, 64 4, 64 8, 32 1, 32 2, 32 4, 256 8"),
-    ]
+        *_gradients("tf32"),
+        *_gradients("bfloat16"),
+        Variant("clipped_adam", "triton"),
+        *_each("clipped_adam", "triton", "LEAST WARPS", "256 2, 512 2, 1024 4, 1024 8, 2048 4"),
+        Variant("ppo_act", "triton"),
+        *(Variant("ppo_act", "triton", {"ENVS": envs, "WARPS": warps, "CHUNKS": dict.fromkeys(range(8, 13), chunk)})
+          for envs, warps in ((16, 1), (32, 2), (64, 4), (64, 8), (128, 8)) for chunk in (32, 64)),
+        Variant("quadrotor", "triton"),
+        *_each("quadrotor", "triton", "BLOCK WARPS", "32 1, 64 1, 64 2, 128 2, 128 4"),
+        Variant("layers", "triton"),
+        *_each("layers", "triton", "COLUMNS WARPS", "64 4, 64 8, 128 4, 256 8"),
+    ]  # fmt: skip
+
+
+def _gradients(matmul: str) -> list[Variant]:
+    kernel, tiles = f"ppo_gradients {matmul}", [{"TILES": x, "WARPS": warps} for x in TILES for warps in (4, 8)]
+    sums = [{"ROWS": rows, "ADD_WARPS": 4} for rows in (8, 32)]
+    return [Variant(kernel, "triton", x) for x in ({}, *tiles, *sums)]
 
 
 @contextlib.contextmanager
 def launched_with(variant: Variant) -> Iterator[Operation]:
-    """Triton's launcher with the variant's constants; the module's own are restored afterwards."""
+    """Triton's launcher with the variant's constants; the module's own are restored afterwards.
+
+    For a kernel of ROWS None, as whole rows call it.
+    """
     module = importlib.import_module(f"pydrone._triton.{variant.operation}")
     before = {name: getattr(module, name) for name in variant.parameters}
     try:
         for name, x in variant.parameters.items():
             setattr(module, name, x)
-        yield getattr(module, variant.operation)
+        _forget(module)
+        yield None if variant.kernel in ROWS else getattr(module, variant.operation)
     finally:
         for name, x in before.items():
             setattr(module, name, x)
+        _forget(module)
+
+
+def _forget(module: ModuleType) -> None:
+    """Empties the caches of what a launcher has derived from its constants."""
+    for x in vars(module).values():
+        if isinstance(x, functools._lru_cache_wrapper):
+            x.cache_clear()
 
 
 def constants(variant: Variant) -> dict[str, str]:

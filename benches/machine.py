@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
 import platform
 import re
@@ -113,3 +114,17 @@ def _output_of(*command: str) -> str | None:
     except OSError:
         return None
     return done.stdout.strip() if done.returncode == 0 else None
+
+
+def write(path: Path, document: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+
+
+def kept(path: Path, now: dict[str, Any], sizes: dict[str, Any] | None = None) -> dict[str, Any] | None:
+    """The document at ``path`` if it was written on this device at this commit, with these sizes; else None."""
+    if not path.is_file():
+        return None
+    found = json.loads(path.read_text(encoding="utf-8"))
+    same = all(found.get(name) == now[name] for name in ("device", "commit", "python"))
+    return found if same and (sizes is None or found.get("sizes") == sizes) else None

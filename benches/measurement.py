@@ -7,9 +7,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 Call = Callable[[], object]
+
+
+def nothing() -> None:
+    """Does nothing."""
 
 
 class Absent(Exception):
@@ -25,16 +30,20 @@ class Kernels(NamedTuple):
     """Several launches over more memory than the cache holds, or over all of the rollout if that is less."""
     check: Callable[..., None]
     """Given the truth: raises AssertionError unless the launches write what they must."""
+    generators: tuple[torch.Generator, ...] = ()
+    """As for Graphed."""
 
 
 class Graphed(NamedTuple):
     """The part of a contender that a CUDA graph captures."""
 
     call: Call
-    before: Call = lambda: None
+    before: Call = nothing
     """What the host does before the call and before each replay."""
-    check: Call = lambda: None
+    check: Call = nothing
     """Raises if a replay so far has gone wrong."""
+    generators: tuple[torch.Generator, ...] = ()
+    """Besides torch's own, those that the call draws from."""
 
 
 class Run(NamedTuple):

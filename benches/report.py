@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import machine
 import targets
 from clock import Clock
-from contenders import OPERATIONS
+from contenders import APART, KERNELS, OPERATIONS
 from measurement import Comparison, Result
 
 FIGURES = ("hot", "cold", "eager")
@@ -55,10 +55,13 @@ def _figures(result: Result, ours: Result, memcpy: Result | None, figure: str) -
     }
 
 
-def document(comparisons: list[Comparison], clock: Clock) -> dict[str, Any]:
-    """The content of the JSON file: provenance, comparisons with a row for each contender, on a GPU the targets."""
+def document(comparisons: list[Comparison], clock: Clock, before: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
+    """The content of the JSON file: provenance, comparisons with a row for each contender, on a GPU the targets.
+
+    ``before``: comparisons of an earlier session, as its file has them.
+    """
     found = machine.provenance(clock)
-    found["comparisons"] = [
+    found["comparisons"] = [*before] + [
         {
             "operation": x.operation,
             "num_envs": x.num_envs,
@@ -117,6 +120,9 @@ def print_summary(line: Callable[[str], None], document: dict[str, Any]) -> None
             line(
                 f"  {row['name']:28}{cells}{launches:>10}{waits if gpu else share:>8}  {row['problem'] or ''}".rstrip()
             )
+            if gpu and row.get("stages_ms"):
+                stages = ", ".join(f"{name} {ms:.2f}" for name, ms in row["stages_ms"].items() if name != "iteration")
+                line(f"    by stage, ms: {stages}")
     if "targets" in document:
         for text in ["", *targets.table(document["targets"])]:
             line(text)
@@ -140,15 +146,16 @@ def _cells(figures: dict[str, Any] | None, scale: float, profiled: bool) -> str:
 def file_name(operations: set[str], clock: Clock) -> str:
     """MACHINE.json if all operations were measured, else MACHINE-OPERATIONS.json."""
     some = [name for name in OPERATIONS if name in operations]
-    suffix = "" if len(some) == len(OPERATIONS) else "-" + "-".join(some).replace(" ", "-")
+    whole = [name for name in OPERATIONS if name != APART]
+    if set(KERNELS) <= operations and some != whole:
+        some = ["kernels", *(name for name in some if name not in KERNELS)]
+    suffix = "" if some in (whole, list(OPERATIONS)) else "-" + "-".join(some).replace(" ", "-")
     return f"{machine.name(clock)}{suffix}.json"
 
 
-def write(path: Path, comparisons: list[Comparison], clock: Clock, chart: bool = True) -> list[Path]:
-    """Writes the document to ``path``, and a chart beside it if matplotlib is installed. Returns the files."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    found = document(comparisons, clock)
-    path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+def write(path: Path, found: dict[str, Any], chart: bool = True) -> list[Path]:
+    """Writes a document to ``path``, and a chart beside it if matplotlib is installed. Returns the files."""
+    machine.write(path, found)
     if not chart:
         return [path]
     try:

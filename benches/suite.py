@@ -5,11 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from clock import Clock
-from contenders import PER, contenders
+from contenders import KERNELS, PER, contenders
 from harness import Harness
 from measurement import Comparison
+from peers.kernels import Agreement
 from peers.train import Setting, Sound
 from workload import GPU_SCAN_SIZES, SIZES, Rollout, Size, Truth
 
@@ -19,6 +21,7 @@ SWEEP_SIZES = [
     *((n, 100) for n in (256, 1024, 4096, 16384)),
     *((1024, t) for t in (12, 48, 192, 768)),
 ]
+TRAININGS = ("update", "training", "training on Genesis")
 SWEPT = ("gae", "append", "minibatch epoch")
 # Seconds of timed turns for each comparison.
 BUDGET = {
@@ -26,8 +29,10 @@ BUDGET = {
     "append": 3.0,
     "minibatch epoch": 4.0,
     "iteration": 6.0,
+    **dict.fromkeys(KERNELS, 3.0),
     "update": 20.0,
     "training": 20.0,
+    "training on Genesis": 20.0,
     "sweep": 0.6,
 }
 # On a CPU hot and cold are whole calls. An iteration's memory leaves every cache before it is used again.
@@ -36,9 +41,12 @@ FIGURES = {
     "cuda": {
         **dict.fromkeys(("gae", "append", "minibatch epoch"), ("hot", "cold", "eager")),
         "iteration": ("cold", "eager"),
+        # What a graph's replays repeat on the same memory: larger than the cache, or in it as in a training.
+        **dict.fromkeys(KERNELS, ("cold", "eager")),
         # Thousands of launches, most of them the simulator's or autograd's: only whole calls and counts.
         "update": ("eager",),
         "training": ("eager",),
+        "training on Genesis": ("eager",),
     },
 }
 
@@ -74,7 +82,7 @@ def sizes(operation: str, kind: str, chosen: list[Size] | None) -> list[Size]:
         return chosen
     if operation.startswith("sweep"):
         found = SWEEP_SIZES
-    elif operation in ("update", "training"):
+    elif operation in (*KERNELS, *TRAININGS):
         found = TRAINING_SIZES[kind]
     elif kind == "cuda":
         found = GPU_SCAN_SIZES if operation == "gae" else SIZES[:1]  # the sweep has others
@@ -95,6 +103,8 @@ class Suite:
         self.keep: Callable[[list[Comparison]], None] = lambda comparisons: None
         self.harness = Harness(clock)
         self.comparisons: dict[tuple[str, Size], Comparison] = {}
+        #: comparisons of an earlier session, as its report has them, which are not measured again
+        self.before: list[dict[str, Any]] = []
         self._made: tuple[tuple, Rollout, Truth] | None = None
 
     def cases(self, operation: str, chosen: list[Size] | None) -> list[Case]:
@@ -104,7 +114,9 @@ class Suite:
         return [Case(operation, s, f, n) for s in found for f in figures(operation, kind) for n in names]
 
     def comparison(self, operation: str, size: Size) -> Comparison | None:
-        """The comparison, measured now or before; None if the time is up."""
+        """The comparison, measured now or before; None if the time is up, or an earlier session has it."""
+        if self.is_known(operation, size):
+            return None
         key, name = (operation, size), operation.removeprefix("sweep: ")
         if key not in self.comparisons:
             if self.until is not None and time.monotonic() > self.until:
@@ -122,9 +134,13 @@ class Suite:
             self.keep(list(self.comparisons.values()))
         return self.comparisons[key]
 
+    def is_known(self, operation: str, size: Size) -> bool:
+        """Whether an earlier session has measured it."""
+        return any((x["operation"], x["num_envs"], x["num_steps"]) == (operation, *size) for x in self.before)
+
     def _inputs(self, operation: str, size: Size):  # type: ignore[no-untyped-def]
-        if operation in ("update", "training"):
-            return Setting(size, self.clock.device), Sound()
+        if operation in (*KERNELS, *TRAININGS):
+            return Setting(size, self.clock.device), Sound() if operation in TRAININGS else Agreement()
         key = (operation == "gae", size)
         if self._made is None or self._made[0] != key:
             self._made = None

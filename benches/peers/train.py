@@ -1,4 +1,4 @@
-"""A whole training iteration on pydrone's quadrotor: pydrone's Trainer, and rsl_rl's OnPolicyRunner.
+"""A whole training iteration on pydrone's quadrotor or on Genesis: pydrone's Trainer, and rsl_rl's OnPolicyRunner.
 
 Both use TrainConfig's defaults. Neither writes files.
 """
@@ -6,8 +6,10 @@ Both use TrainConfig's defaults. Neither writes files.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import io
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,7 +17,9 @@ from measurement import Absent, Run
 from workload import Size
 
 import pydrone
+import pydrone.envs
 from pydrone.envs.quadrotor import Quadrotor
+from pydrone.ppo.training.meters import Stopwatch
 
 from . import Lap, need
 
@@ -30,6 +34,31 @@ class Setting:
 
     def clone(self) -> Setting:
         return self
+
+    def env(self) -> Any:
+        """The environment."""
+        return Quadrotor(self.size.num_envs, self.device)
+
+
+class OnGenesis(Setting):
+    """Its environment is built once in a process, for all contenders."""
+
+    built: dict[Size, Any] = {}
+
+    def env(self) -> Any:
+        if self.size not in self.built:
+            options = {"num_envs": self.size.num_envs, "device": self.device}
+            self.built[self.size] = pydrone.envs.make("genesis-hover", **options)
+        return self.built[self.size]
+
+
+def on_genesis(prepare: Callable[..., Run], setting: Setting, **options: Any) -> Run:
+    """``prepare`` on the Genesis hover task."""
+    if torch.device(setting.device).type != "cuda":
+        raise Absent("make compare measures it on a CPU")
+    if importlib.util.find_spec("genesis") is None:
+        raise Absent("genesis-world is not installed")
+    return prepare(OnGenesis(setting.size, setting.device), **options)
 
 
 class Sound:
@@ -56,14 +85,41 @@ def _config(setting: Setting, **options: Any):  # type: ignore[no-untyped-def]
     return TrainConfig(env="quadrotor", num_steps=num_steps, num_envs=num_envs, **options)
 
 
-def ours(setting: Setting, capture: bool = False) -> Run:
+class GraphWatch(Stopwatch):
+    """Its laps become part of a CUDA graph that is being captured; each replay takes the time again."""
+
+    def _record(self, stage: str | None) -> None:
+        event = torch.cuda.Event(enable_timing=True, external=True)
+        event.record()
+        self._laps.append((stage, event))
+
+
+def stages_in_a_graph(trainer: Any, watch: Stopwatch) -> dict[str, float]:
+    """Seconds by stage of a captured iteration, captured anew with ``watch`` in it, which costs a little time."""
+    compute = trainer.compute
+
+    def timed() -> Any:
+        watch.start()
+        return compute(watch.lap)
+
+    trainer.compute = timed
+    trainer._graph.forget()
+    try:
+        for _ in range(2):
+            trainer.iterate()
+        return watch.seconds()
+    finally:
+        del trainer.compute
+        trainer._graph.forget()
+
+
+def ours(setting: Setting, capture: bool | str = False) -> Run:
     """``Trainer.iterate``. GAE's share includes the values of the final observations."""
     from pydrone.ppo.trainer import Trainer
 
     if capture and torch.device(setting.device).type != "cuda":
         raise Absent("needs a CUDA device")
-    config, env = _config(setting, capture=capture), Quadrotor(setting.size.num_envs, setting.device)
-    trainer = Trainer(env, config, echo=lambda line: None)
+    trainer = Trainer(setting.env(), _config(setting, capture=capture), echo=lambda line: None)
     laps: list[float] = []
     figures: dict[str, float] = {}
 
@@ -73,6 +129,9 @@ def ours(setting: Setting, capture: bool = False) -> Run:
             laps.append(figures["time/gae"])
 
     def stages() -> dict[str, float]:
+        if trainer._graph is not None:
+            with contextlib.suppress(RuntimeError, TypeError):  # an older torch has no such events
+                return stages_in_a_graph(trainer, GraphWatch(trainer.device))
         return {name.removeprefix("time/"): x for name, x in figures.items() if name.startswith("time/")}
 
     def outputs() -> dict[str, Any]:
@@ -86,7 +145,7 @@ def _vec_env(setting: Setting):  # type: ignore[no-untyped-def]
     need("rsl_rl.env")
     from pydrone.integrations.rsl_rl_env import VecEnvWrapper
 
-    env = VecEnvWrapper(Quadrotor(setting.size.num_envs, setting.device))
+    env = VecEnvWrapper(setting.env())
     env.env.randomize_episode_lengths()
     return env
 
@@ -122,12 +181,13 @@ def _runner_config(setting: Setting) -> dict[str, Any]:
     }
 
 
-def rsl_rl(setting: Setting) -> Run:
-    """``OnPolicyRunner.learn(1)``. GAE's share is the time of ``PPO.compute_returns``."""
+def rsl_rl(setting: Setting, class_name: str = "PPO") -> Run:
+    """``OnPolicyRunner.learn(1)``. GAE's share is the time of ``compute_returns``. ``class_name``: the algorithm's."""
     runners = need("rsl_rl.runners")
-    env, lap = _vec_env(setting), Lap(setting.device)
+    env, lap, config = _vec_env(setting), Lap(setting.device), _runner_config(setting)
+    config["algorithm"]["class_name"] = class_name
     with contextlib.redirect_stdout(io.StringIO()):
-        runner = runners.OnPolicyRunner(env, _runner_config(setting), log_dir=None, device=setting.device)
+        runner = runners.OnPolicyRunner(env, config, log_dir=None, device=setting.device)
     algorithm, compute_returns = runner.alg, runner.alg.compute_returns
 
     def timed(obs: Any) -> None:
@@ -141,6 +201,10 @@ def rsl_rl(setting: Setting) -> Run:
             runner.learn(1)
 
     def outputs() -> dict[str, Any]:
+        networks = (algorithm.actor, algorithm.critic)
+        count = sum(x.numel() for network in networks for x in network.parameters())
+        if class_name != "PPO":  # pydrone's storage has discarded the rollout
+            return {"figures": {}, "parameters": count}
         storage, obs = algorithm.storage, env.get_observations()
         with torch.inference_mode():
             compute_returns(obs)
@@ -148,8 +212,6 @@ def rsl_rl(setting: Setting) -> Run:
         names, config = ("rewards", "values", "dones"), _config(setting).ppo
         planes = (getattr(storage, name) for name in names)
         _, returns = pydrone.gae(*planes, last_values, config.gamma, config.lam, time_dim=0)
-        networks = (algorithm.actor, algorithm.critic)
-        count = sum(x.numel() for network in networks for x in network.parameters())
         return {"figures": {}, "parameters": count, "returns": [(storage.returns, returns)]}
 
     return Run(call, outputs, lap.seconds)

@@ -10,7 +10,8 @@ import dataclasses
 import io
 from typing import Any
 
-from measurement import Run
+import torch
+from measurement import Absent, Run
 
 from pydrone.envs.quadrotor import Quadrotor
 
@@ -18,20 +19,24 @@ from . import need
 from .train import Setting, _config, _runner_config, _vec_env
 
 
-def ours(setting: Setting, learner: str = "auto", autocast: bool = False) -> Run:
-    """``Learner.update``."""
+def ours(setting: Setting, learner: str = "auto", autocast: bool = False, capture: bool = False) -> Run:
+    """``Learner.update``, or replays of it."""
     from pydrone.ppo.trainer import Trainer
+    from pydrone.ppo.training.graphs import UpdateGraph
 
-    config = _config(setting)
+    if capture and torch.device(setting.device).type != "cuda":
+        raise Absent("needs a CUDA device")
+    config = _config(setting, capture=False)
     config = dataclasses.replace(config, ppo=dataclasses.replace(config.ppo, learner=learner, autocast=autocast))
     trainer = Trainer(Quadrotor(setting.size.num_envs, setting.device), config)
     trainer.start()
     last_values, bootstrap = trainer.collect()
     trainer.buffer.compute_gae(last_values, config.ppo.gamma, config.ppo.lam, **bootstrap)
     figures: dict[str, Any] = {}
+    update = UpdateGraph(trainer.learner, trainer.device) if capture else trainer.learner.update
 
     def call() -> None:
-        figures.update(trainer.learner.update(trainer.buffer))
+        figures.update(update(trainer.buffer))
 
     def outputs() -> dict[str, Any]:
         losses = {name: float(figures[name]) for name in ("surrogate_loss", "value_loss", "kl")}

@@ -142,9 +142,9 @@ def test_a_copy_stands_beside_every_operation(device):
     for operation in OPERATIONS:
         names = [c.name for c in contenders(operation, for_device(device))]
         assert names.count("memcpy") == 1 and len(set(names)) == len(names)
-        assert names[0] == "pydrone" and ("pydrone, triton" in names) == (
-            device == "stand-in" and operation not in ("update", "training")
-        )
+        two = ("gae", "append", "minibatch epoch", "iteration")  # operations that have two GPU backends
+        assert names[0] == "pydrone"
+        assert ("pydrone, triton" in names) == (device == "stand-in" and operation in two)
 
 
 @pytest.mark.parametrize("operation, per, most", [("append", 8, 9), ("minibatch epoch", 4, 4), ("iteration", 1, 30)])
@@ -379,6 +379,103 @@ def test_targets_are_reached_missed_or_not_measured():
     found[3]["contenders"][0]["device_time"] = "profiler"
     (verdict,) = [x for x in targets.judge(found) if x["key"] == "rsl_rl_over_graph" and x["contender"] == "pydrone"]
     assert verdict["verdict"] == "not measured"  # the sum of kernel times is not a graph's time
+
+
+def test_targets_with_sizes_of_their_own_and_without_a_second_backend():
+    import targets
+
+    def comparison(operation: str, size: tuple[int, int], **rows: dict) -> dict:
+        found = [{"name": name.replace("__", ", "), **row} for name, row in rows.items()]
+        return {"operation": operation, "num_envs": size[0], "num_steps": size[1], "per": 1, "contenders": found}
+
+    def row(launches: int | None = None, **ms: float) -> dict:
+        cache = {figure: {"median_ms": x} for figure, x in ms.items()}
+        return {"cache": cache, "device_time": "graph", "launches": launches}
+
+    found = [
+        comparison("gae", (256, 2048), pydrone=row(hot=1.0, cold=1.1), memcpy=row(hot=1.0)),
+        comparison("gae", (8192, 100), pydrone=row(eager=2.6), memcpy=row(eager=1.0)),
+        comparison("ppo minibatch", (8192, 100), pydrone=row(launches=5, eager=1.0)),
+        comparison("iteration", (8192, 100), pydrone=row(cold=1.1)),
+        comparison("update", (8192, 100), **{"pydrone, captured": row(eager=9.0)}),
+        comparison(targets.HOVER, (8192, 100), **{"pydrone train": row(eager=5000.0)}),
+    ]
+    found[0]["contenders"].append({"name": "rl-triton", **row(hot=0.9, cold=1.2)})
+    verdicts = {
+        (x["operation"], x["key"], x["size"], x["limit"]): x["verdict"]
+        for x in targets.judge(found)
+        if not x["contender"].endswith("triton")
+    }
+    at = (256, 2048)
+    assert verdicts["gae", "hot_over_rl-triton", at, 1.0] == "missed"
+    assert verdicts["gae", "cold_over_rl-triton", at, 1.0] == "reached"
+    assert verdicts["gae", "hot_over_memcpy", at, 1.3] == "reached"
+    assert verdicts["gae", "cold_over_memcpy", at, 1.3] == "not measured"
+    size = targets.SIZE
+    assert verdicts["gae", "eager_over_memcpy", size, 2.5] == "missed"
+    assert verdicts["ppo minibatch", "launches", size, 5] == "reached"
+    assert verdicts["iteration", "graph", size, 1.0] == "missed"
+    assert verdicts["update", "eager", size, 13] == "reached" and verdicts["update", "eager", size, 8] == "missed"
+    assert verdicts[targets.HOVER, "eager", size, 6] == "reached"
+    assert verdicts[targets.HOVER, "eager", size, 3] == "missed"
+    lines = targets.table(targets.judge(found))
+    assert any("hot, over rl-triton's, 256x2048" in line for line in lines)
+    assert len({(x.operation, x.contender, x.name, x.size) for x in targets.TARGETS}) == len(targets.TARGETS)
+
+
+def test_targets_name_what_is_measured():
+    """Each has a comparison and a contender, or is gpu_train.py's."""
+    import targets
+    from clock import for_device
+    from contenders import OPERATIONS, contenders
+
+    names = {(x, c.name) for x in OPERATIONS for c in contenders(x, for_device("stand-in"))}
+    for target in targets.TARGETS:
+        known = (target.operation, target.contender) in names
+        assert known or target.operation == targets.HOVER, target
+
+
+def test_what_an_earlier_session_has_measured_is_kept():
+    import report
+    from workload import Size
+
+    first = suite("cpu")
+    document = report.document([first.comparison("append", Size(5, 8))], first.clock)
+    again = suite("cpu")
+    again.before = document["comparisons"]
+    assert again.comparison("append", Size(5, 8)) is None and again.is_known("append", Size(5, 8))
+    assert not again.is_known("append", Size(5, 9)) and not again.is_known("gae", Size(5, 8))
+    assert report.document([], again.clock, again.before)["comparisons"] == document["comparisons"]
+
+
+def test_only_results_of_this_commit_and_machine_are_kept(tmp_path):
+    import clock
+    import machine
+
+    now, path = machine.provenance(clock.CpuClock()), tmp_path / "x.json"
+    assert machine.kept(path, now) is None
+    for change, known in (({}, True), ({"commit": "another"}, False), ({"device": "another"}, False)):
+        machine.write(path, now | change | {"sizes": {"num_envs": 5}})
+        assert (machine.kept(path, now) is not None) == known
+        assert machine.kept(path, now, {"num_envs": 6}) is None
+
+
+@pytest.mark.slow
+def test_a_session_that_goes_on_keeps_what_was_measured(tmp_path):
+    report = ("--pydrone-device", "cpu", "--pydrone-report", str(tmp_path))
+    assert bench("benches/bench_append.py", *QUICK, *report).returncode == 0
+    (path,) = tmp_path.glob("*-append.json")
+    found = json.loads(path.read_text())
+    found["comparisons"][0]["contenders"][0]["cache"]["hot"]["median_ms"] = 123.0
+    path.write_text(json.dumps(found))
+    done = bench("benches/bench_append.py", *QUICK, *report, "--pydrone-resume", "-rs")
+    assert done.returncode in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED), done.stdout
+    assert "measured before: --pydrone-resume" in done.stdout and "123.000" in done.stdout
+    assert json.loads(path.read_text())["comparisons"] == found["comparisons"]
+    found["commit"] = "another"
+    path.write_text(json.dumps(found))
+    done = bench("benches/bench_append.py", *QUICK, *report, "--pydrone-resume", "-rs")
+    assert "measured before" not in done.stdout and "123.000" not in done.stdout
 
 
 def test_packages_that_were_built_come_before_the_source_tree():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import subprocess
 import sys
@@ -67,6 +68,90 @@ def test_every_triton_variant_is_right():
     assert done.returncode == 0, done.stdout
 
 
+def rows_are_right(*names: str) -> None:
+    command = [sys.executable, str(Path(__file__).with_name("kernel_rows.py")), *names]
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
+    right = {line.removesuffix(": right") for line in done.stdout.splitlines() if line.endswith(": right")}
+    kernels = ("ppo gradients", "ppo minibatch", "clipped adam", "act", "act and store", "environment step")
+    assert {f"{kernel}, pydrone" for kernel in (*kernels, "layer forward", "layer backward")} <= right
+
+
+def test_rows_of_the_learners_kernels_are_right_when_interpreted():
+    pytest.importorskip("triton")
+    rows_are_right("pydrone")
+
+
+@pytest.mark.slow
+def test_every_row_of_the_learners_kernels_is_right_when_interpreted():
+    pytest.importorskip("triton")
+    rows_are_right()
+
+
+def test_a_row_that_is_wrong_is_not_timed():
+    from peers.kernels import Agreement
+
+    exact = torch.tensor([1.0, 4.0])
+    Agreement().check({"pairs": [("x", exact + 1e-5, exact.double(), 1e-5)]})
+    with pytest.raises(AssertionError, match=r"^x is off by"):
+        Agreement().check({"pairs": [("x", exact + 1e-4, exact.double(), 1e-5)]})
+    with pytest.raises(AssertionError, match=r"^x is off by nan"):
+        Agreement().check({"pairs": [("x", exact * float("nan"), exact.double(), 1e-5)]})
+
+
+def test_a_training_on_a_gpu_can_be_tried_on_a_cpu(monkeypatch, capsys):
+    import gpu_train
+
+    sizes = ("--num-envs", "8", "--num-steps", "8", "--iterations", "2", "--memory-iterations", "5")
+    monkeypatch.setattr(gpu_train, "SEEDS", (3,))
+    monkeypatch.setattr(sys, "argv", ["gpu_train.py", "--device", "cpu", "--parts", "memory", "curves", *sizes])
+    gpu_train.main()
+    said = capsys.readouterr().out
+    assert "memory: constant" in said and "curves, seed 3, --learner torch: 2 iterations" in said
+    assert said.count("not measured") == 2
+
+
+@pytest.mark.slow
+def test_the_command_can_be_timed():
+    sizes = ("--num-envs", "8", "--num-steps", "8", "--iterations", "2")
+    done = run("gpu_train.py", "--device", "cpu", "--parts", "hover", *sizes)
+    assert done.returncode == 0 and done.stdout.count("hover ") >= 4, done.stdout + done.stderr
+
+
+def test_what_a_training_has_done_is_not_done_again(monkeypatch, tmp_path, capsys):
+    import clock
+    import gpu_train
+    import machine
+
+    asked = []
+    found = {"memory": {"after": [{"iteration": 4}] * 2, "grew": False}, "hover 1": {"seconds": 9.0, "said": []}}
+
+    def part(name: str):
+        def do() -> dict:
+            asked.append(name)
+            if name == "hover 1" and asked.count(name) == 1:
+                raise RuntimeError("no such thing")
+            return found[name]
+
+        return do
+
+    monkeypatch.setattr(gpu_train, "parts", lambda options: {name: part(name) for name in found})
+    monkeypatch.setattr(clock, "for_device", lambda device: clock.CpuClock())
+    monkeypatch.setattr(sys, "argv", ["gpu_train.py", "--out", str(tmp_path), "--resume"])
+    with pytest.raises(SystemExit, match="a part failed"):
+        gpu_train.main()
+    assert "hover 1: FAILED: RuntimeError: no such thing" in capsys.readouterr().out
+    gpu_train.main()
+    assert asked == ["memory", "hover 1", "hover 1"]
+    (path,) = tmp_path.glob("*-train.json")
+    assert machine.kept(path, machine.provenance(clock.CpuClock()))["parts"] == found
+    found["memory"] = {**found["memory"], "grew": True}
+    monkeypatch.setattr(sys, "argv", ["gpu_train.py", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit, match="memory grew"):
+        gpu_train.main()
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc not found")
 def test_cuda_variants_compile():
@@ -121,6 +206,28 @@ def test_triton_constants_come_back_after_a_failure():
         assert twice == gae.WARPS
         raise RuntimeError
     assert before == gae.WARPS
+
+
+def test_what_was_derived_from_other_constants_is_forgotten():
+    pytest.importorskip("triton")
+    import gpu_variants as variants
+    from gpu_variants import Variant
+
+    from pydrone._triton import clipped_adam
+
+    sizes, groups = (5000, 100), (0, 1)
+    usual = clipped_adam._layout(sizes, groups)
+    with variants.launched_with(Variant("clipped_adam", "triton", {"LEAST": 128, "MOST": 128})):
+        assert clipped_adam._layout(sizes, groups) != usual
+    assert clipped_adam._layout(sizes, groups) == usual
+
+
+def test_triton_variants_name_constants_that_there_are():
+    pytest.importorskip("triton")
+    import gpu_variants as variants
+
+    for variant in variants.triton():
+        assert set(variants.KERNELS[variant.kernel][1]) <= set(variants.constants(variant)), variant
 
 
 @pytest.mark.parametrize("name", ["gae", "append", "gather"])

@@ -9,22 +9,27 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from pydrone.buffer import RolloutBuffer
 from pydrone.envs import Randomization
 from pydrone.envs.quadrotor import Quadrotor
+from pydrone.ops.schema import MATMUL
 from pydrone.ppo.config import PPOConfig, TrainConfig
+from pydrone.ppo.learner.learner import ZERO_KL, Learner
+from pydrone.ppo.policy import matmul as precision
+from pydrone.ppo.policy.make import make_policy
 from pydrone.ppo.trainer import Trainer
-from pydrone.ppo.training import checkpoint
+from pydrone.ppo.training import checkpoint, graphs
 
 if not torch.cuda.is_available():
     pytest.skip("no CUDA device", allow_module_level=True)
 
 pytestmark = pytest.mark.gpu
 
-N, T, ITERATIONS = 256, 12, 4
+N, T, ITERATIONS, DEVICE = 256, 12, 4, "cuda"
 
 
 def make(capture: bool, resume: str | None = None, **ppo: object) -> Trainer:
-    env = Quadrotor(N, "cuda", seed=3, max_episode_length=20)
+    env = Quadrotor(N, DEVICE, seed=3, max_episode_length=20)
     config = TrainConfig(num_steps=T, capture=capture, resume=resume, ppo=PPOConfig(hidden_dims=(32, 32), **ppo))
     return Trainer(env, config, echo=lambda line: None)
 
@@ -80,6 +85,103 @@ def test_captured_training_resumes_from_its_checkpoint(tmp_path):
     resumed = make(True, resume=str(path))
     for figures in expected[2:]:
         assert compared(resumed.iterate()) == pytest.approx(figures, rel=1e-3, abs=1e-4, nan_ok=True)
+
+
+class NotCapturable(Quadrotor):
+    capturable = False
+
+
+def test_the_update_captured_alone_equals_eager_training():
+    """As for Genesis, whose steps a capture forbids."""
+    rows = []
+    for capture in (False, "auto"):
+        env = NotCapturable(N, DEVICE, seed=3, max_episode_length=20)
+        config = TrainConfig(num_steps=T, capture=capture, ppo=PPOConfig(hidden_dims=(32, 32)))
+        trainer = Trainer(env, config, echo=lambda line: None)
+        rows.append([compared(trainer.iterate()) for _ in range(ITERATIONS)])
+        assert trainer._graph is None and (trainer.update_graph is None) == (capture is False)
+    assert trainer.update_graph._replay is not None
+    for ours, theirs in zip(*rows, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-4, nan_ok=True)
+
+
+@pytest.mark.parametrize("matmul", MATMUL)
+def test_before_the_first_step_the_policy_is_the_one_that_acted(matmul):
+    """Acting and learning round alike: the KL divergence of a rollout's first minibatch counts as zero."""
+    trainer = make(False, matmul=matmul)
+    trainer.start()
+    last_values, bootstrap = trainer.collect()
+    trainer.buffer.compute_gae(last_values, **bootstrap)
+    minibatches = iter(trainer.learner._minibatches(trainer.buffer))
+    kl = trainer.learner.compute_gradients(next(minibatches))[-1].item()
+    assert abs(kl) <= ZERO_KL, kl
+
+
+@pytest.mark.parametrize("capacity", [T, T + 5, 2 * T])
+def test_acting_and_learning_in_a_ring_replayed(capacity):
+    """The device's counters say where a replay's steps go, and which rollout its minibatches read."""
+
+    def rollout(learner: Learner, buffer: RolloutBuffer) -> None:
+        with torch.no_grad():
+            acting, ends = learner.acting(buffer), None
+            for t in range(T):
+                acting(obs[t], ends)
+                ends = {"rewards": rewards[t], "dones": dones[t]}
+            buffer.end(**ends)
+        buffer.compute_gae(learner.policy.value(obs[T]).detach(), check=False)
+        learner.update(buffer)
+
+    obs = torch.randn(T + 1, N, 7, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    rewards, dones = obs[:, :, 0], obs[:, :, 1] > 1.5
+    found = []
+    for captured in (False, True):
+        torch.manual_seed(1)
+        config = PPOConfig(hidden_dims=(32, 32), num_minibatches=3, num_epochs=2)
+        learner = Learner(make_policy(7, 2, config).to(DEVICE), config)
+        options = {"fields": learner.policy.fields(), "capacity": capacity, "final_obs_rows": 0}
+        buffer = RolloutBuffer(N, T, obs=7, actions=2, device=DEVICE, **options)
+        if not captured:
+            for _ in range(ITERATIONS):
+                rollout(learner, buffer)
+                buffer.clear()
+        else:
+            stream, replay = graphs.side_stream(torch.device(DEVICE)), None
+
+            def on_the_device(learner=learner, buffer=buffer) -> None:
+                with buffer.as_captured():
+                    rollout(learner, buffer)
+
+            for i in range(ITERATIONS):
+                buffer.advance(T)
+                if i == 1:
+                    with graphs.capturable(learner):
+                        replay = graphs.capture(on_the_device, (), stream)
+                if replay is None:
+                    graphs.aside(on_the_device, stream)
+                else:
+                    replay()
+                buffer.check()
+                buffer.clear()
+        found.append([x.detach().clone() for x in learner.policy.parameters()])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("matmul", ["float32", "tf32"])
+def test_the_precision_of_torchs_products_holds_in_a_graph(matmul):
+    x, w = torch.randn(512, 256, device=DEVICE), torch.randn(256, 128, device=DEVICE)
+
+    def product() -> torch.Tensor:
+        with precision.products(matmul, torch.device(DEVICE)):
+            return x @ w
+
+    exact, eager = x.double() @ w.double(), product()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        replayed = product()
+    graph.replay()
+    errors = [((y - exact).abs().max() / exact.abs().max()).item() for y in (eager, replayed)]
+    assert all(x < 2e-6 if matmul == "float32" else 2e-5 < x < 2e-3 for x in errors), errors
 
 
 def test_the_loss_kernel_equals_autograd():

@@ -13,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+import one_rank
 import pytest
 import ranks_worker as worker
 import torch
@@ -163,6 +164,10 @@ def test_one_process_sends_nothing(monkeypatch):
     trainer = Trainer(worker.Points(0, 3), worker.settings(ppo={"normalize_obs": True}), echo=lambda _: None)
     trainer.iterate(), trainer.save()
     assert trainer.learner._over_ranks is None
+
+
+def test_one_process_that_sends_its_messages_trains_as_one_that_does_not(tmp_path):
+    one_rank.compare("cpu", "gloo", tmp_path)
 
 
 def test_a_parameter_without_a_gradient_counts_as_zeros():
@@ -336,8 +341,9 @@ SMALL = ("--env", "quadrotor", "--device", "cpu", "--num-envs", "8", "--num-step
 SMALL += ("--no-tensorboard", "--num-epochs", "1", "--no-live")
 
 
-def torchrun(*argv: str) -> subprocess.Popen:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "pydrone"]
+def torchrun(*argv: str, processes: int = 2) -> subprocess.Popen:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    command += ["-m", "pydrone"]
     return subprocess.Popen(
         [*command, "train", *argv],
         stdout=subprocess.PIPE,
@@ -379,6 +385,16 @@ def test_the_command_trains_resumes_and_is_bit_equal(tmp_path):
     assert same(first, second)
     assert len(learning_curve.read(whole)) == 6 and (whole / "learning_curve.png").exists()
     assert cli.main(["eval", str(whole), "--episodes", "4", "--steps", "20"]) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("installed")
+def test_torchrun_with_one_process_is_the_command_alone(tmp_path):
+    folders = tmp_path / "torchrun", tmp_path / "alone"
+    finished(torchrun(*SMALL, "--iterations", "2", "--run-dir", str(folders[0]), processes=1))
+    assert cli.main(["train", *SMALL, "--iterations", "2", "--run-dir", str(folders[1])]) == 0
+    first, second = (checkpoint.load(folder / "model_2.pt") for folder in folders)
+    assert same(first["policy"], second["policy"]) and same(first["learner"], second["learner"])
 
 
 @pytest.mark.slow
