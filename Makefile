@@ -13,7 +13,8 @@ GPU_PYTHON ?= python3
 PY := $(VENV)/bin/python
 # A file's tests share expensive fixtures, so each file stays in one process. Files with few tests may be the longest: in
 # their own order they do not come last.
-TEST := $(PY) -m pytest -q --numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
+# With its bytecode: the processes that tests start import what others have compiled.
+TEST := env -u PYTHONDONTWRITEBYTECODE $(PY) -m pytest -q --numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 PIP := $(PY) -m pip --disable-pip-version-check --quiet
 # The editable install skips the native code: NATIVE builds it, and compiles only what changed.
 # (PYTHONWARNINGS: setuptools warns at every editable install whose folders are not named as its packages.)

@@ -95,9 +95,19 @@ def test_a_gpu_that_is_not_there():
     assert "--pydrone-device cuda: no CUDA device is seen by torch" in done.stderr
 
 
+def config_of(**options):
+    """pytest's, with these options of benches/conftest.py."""
+    given = {"--pydrone-threads": torch.get_num_threads(), "--pydrone-time": 1.0}
+    given |= {f"--pydrone-{name}": x for name, x in options.items()}
+    return type("Config", (), {"stash": pytest.Stash(), "getoption": lambda self, name: given.get(name)})()
+
+
 def test_a_stand_ins_figures_are_not_kept(tmp_path):
-    done = bench("benches/bench_gae.py", "--pydrone-device", "stand-in", "--pydrone-report", str(tmp_path))
-    assert done.returncode == pytest.ExitCode.USAGE_ERROR and "a stand-in's figures are no GPU's" in done.stderr
+    import conftest_of_benches as conftest
+
+    with pytest.raises(pytest.UsageError, match="a stand-in's figures are no GPU's"):
+        conftest.pytest_configure(config_of(device="stand-in", report=str(tmp_path)))
+    conftest.pytest_configure(config_of(device="stand-in"))
 
 
 def test_the_device_that_is_there_is_measured(monkeypatch):
@@ -107,8 +117,7 @@ def test_the_device_that_is_there_is_measured(monkeypatch):
 
     asked = []
     monkeypatch.setattr(clock, "for_device", lambda device: asked.append(device) or clock.CpuClock())
-    options = {"--pydrone-threads": torch.get_num_threads(), "--pydrone-time": 1.0}
-    config = type("Config", (), {"stash": pytest.Stash(), "getoption": lambda self, name: options.get(name)})()
+    config = config_of()
     for there, wanted in ((True, "cuda"), (False, "cpu")):
         monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
         conftest.pytest_configure(config)

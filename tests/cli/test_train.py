@@ -115,6 +115,7 @@ def test_train_from_beginning_to_end(run, tmp_path):
     assert result.stdout.count("iterations are done") == 1
 
 
+@pytest.mark.slow  # the default tests train in Genesis in tests/envs/test_genesis.py, where it is built already
 @pytest.mark.genesis
 def test_train_in_genesis(run, tmp_path):
     """64 drones, a few iterations; in its own process, as Genesis is initialised once, for one device."""

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -11,9 +12,11 @@ from pydrone.envs.drone import propeller_rpm, roll_pitch, yaw
 from pydrone.envs.genesis_hover import GenesisHover
 from pydrone.envs.hover_task import observe
 from pydrone.envs.quadrotor import Quadrotor, QuadrotorCourse
+from pydrone.ppo.config import TrainConfig
+from pydrone.ppo.trainer import Trainer
 
-pytest.importorskip("genesis")
-pytestmark = pytest.mark.genesis
+# Not imported here: importing it takes ten seconds, in each of the processes that collect the tests.
+pytestmark = [pytest.mark.genesis, pytest.mark.skipif(find_spec("genesis") is None, reason="genesis not found")]
 
 N = 64
 LIMIT = 40
@@ -241,6 +244,15 @@ def test_what_is_not_finite_ends_its_own_episode_alone(env: GenesisHover) -> Non
     assert torch.equal(run(True)[:, others], expected[:, others])
     env.drone.set_propellers_rpm(torch.zeros(N, 4))  # a step that an exception leaves
     assert env.reset().isfinite().all() and torch.equal(run(False), expected)
+
+
+def test_a_policy_learns_from_it(env: GenesisHover) -> None:
+    trainer = Trainer(env, TrainConfig(num_envs=N, num_steps=LIMIT, iterations=2, device="cpu"))
+    before = [x.detach().clone() for x in trainer.policy.parameters()]
+    for _ in range(2):
+        assert trainer.iterate()["episodes"] > 0
+    assert all(x.isfinite().all() for x in trainer.policy.parameters())
+    assert not all(torch.equal(x, y) for x, y in zip(before, trainer.policy.parameters(), strict=True))
 
 
 def test_another_device_than_genesis_has_is_refused(env: GenesisHover) -> None:

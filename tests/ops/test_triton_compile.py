@@ -77,7 +77,7 @@ BUDGET = {
 }
 # Only compiled for the architectures of the slow tests: each takes seconds.
 NOT_ON_90 = {"gradients, bfloat16", "gradients, float32", "gradients, as many inputs as units"}
-NOT_ON_90 |= {"act, bfloat16", "step, float32"}
+NOT_ON_90 |= {"act, bfloat16", "step, float32", "gae columns, pool", "task, all options"}
 # To stay within 48 or 56 registers, which fits one more program per multiprocessor, ptxas may spill one or two, away
 # from the loads: bytes of stack allowed for it. No other kernel may spill.
 SPILLED = dict.fromkeys(
@@ -196,14 +196,14 @@ def test_the_loss_is_read_and_written_in_128_bits(kernels):
     assert kernel["loads before the first store"] >= 8 + 2 * 5, "everything is in flight before the first result"
 
 
-@pytest.mark.parametrize("name", ["env step", "env step, all options", "task", "task, all options"])
-def test_a_step_is_loaded_before_anything_is_stored(kernels, name):
+def test_a_step_is_loaded_before_anything_is_stored(kernels):
     """Loads are not moved above stores. Later: partial sums and, in the steps of several programs, late actions."""
-    kernel = kernels[name]
-    early = kernel["loads before the first store"]
-    sums = count(kernel, "LDG.E.128.STRONG")
-    late = 1 if name == "env step, all options" else 0
-    assert count(kernel, "LDG") - early <= sums + late
+    for name in kernels.keys() & {"env step", "env step, all options", "task", "task, all options"}:
+        kernel = kernels[name]
+        early = kernel["loads before the first store"]
+        sums = count(kernel, "LDG.E.128.STRONG")
+        late = 1 if name == "env step, all options" else 0
+        assert count(kernel, "LDG") - early <= sums + late, name
 
 
 def test_rows_of_four_are_read_and_written_in_128_bits(kernels):

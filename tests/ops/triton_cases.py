@@ -25,6 +25,7 @@ from pydrone._triton import ppo_loss as loss_module
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 NAN = float("nan")
+SLOW = pytest.mark.slow  # of each kind, others are in the default tests
 
 
 @pytest.fixture(autouse=True)
@@ -119,7 +120,7 @@ def test_gae_shapes(shape, layout):
 
 
 @pytest.mark.parametrize("layout", ["env", "time"])
-@pytest.mark.parametrize("ends", [0.0, 0.03, 1.0])
+@pytest.mark.parametrize("ends", [pytest.param(0.0, marks=SLOW), 0.03, pytest.param(1.0, marks=SLOW)])
 def test_gae_64_by_100(layout, ends):
     Rollout(64, 100, layout=layout, ends=ends).check()
 
@@ -158,7 +159,8 @@ def test_gae_bootstraps(layout, bootstrap, pooled):
 @pytest.mark.parametrize("layout", ["env", "time"])
 @pytest.mark.parametrize(
     "dtype",
-    [torch.bool, torch.uint8, torch.int8, torch.int16, torch.int64, torch.float16, torch.float32, torch.float64],
+    [torch.bool, torch.uint8, torch.int64, torch.float32]
+    + [pytest.param(x, marks=SLOW) for x in (torch.int8, torch.int16, torch.float16, torch.float64)],
 )
 def test_gae_flags(layout, dtype):
     rollout = Rollout(9, 30, layout=layout)

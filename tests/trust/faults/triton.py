@@ -7,11 +7,11 @@ from .fault import Fault
 TRITON_GAE = "triton_kernels/gae.py"
 TRITON_GATHER = "triton_kernels/gather.py"
 OF_TRITON = "tests/ops/test_triton.py::test_cases[gae] tests/ops/test_triton.py::test_properties"
-OF_GATHER = "tests/ops/test_triton.py::test_cases[gather] tests/ops/test_triton.py::test_properties"
+OF_GATHER = "tests/ops/test_triton.py::test_cases[append-gather] tests/ops/test_triton.py::test_properties"
 TRITON_GRADIENTS, TRITON_NETWORKS = "triton_kernels/ppo_gradients.py", "triton_kernels/networks.py"
 OF_GRADIENTS = "tests/ops/test_triton.py::test_gradients"
-OF_APPEND = "tests/ops/test_triton.py::test_cases[append] tests/ops/test_triton.py::test_properties"
-OF_LAYER = "tests/ops/test_triton.py::test_cases[layer]"
+OF_APPEND = "tests/ops/test_triton.py::test_cases[append-gather] tests/ops/test_triton.py::test_properties"
+OF_LAYER = "tests/ops/test_triton.py::test_cases[loss-layer]"
 
 STEP = "triton_kernels/quadrotor.py"
 OF_STEP = "tests/ops/test_triton.py::test_steps"
@@ -123,7 +123,7 @@ TRITON = [
         "triton_kernels/ppo_loss.py",
         "(advantage >= 0) & (log_ratio > most)",
         "log_ratio != log_ratio",
-        "tests/ops/test_triton.py::test_cases[loss]",
+        "tests/ops/test_triton.py::test_cases[loss-layer]",
     ),
     Fault(
         "a product instead of the select of the carry, in Triton",
