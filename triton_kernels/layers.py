@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from pydrone.ops.schema import LAYER_ROWS, layer_programs
+from pydrone.ops.schema import LAYER_ROWS, LAYER_TICKETS, layer_programs
 
 from .launch import on_device_of, power_of_2, take_ticket
 from .networks import activate as activation
@@ -17,6 +17,8 @@ from .networks import derivative
 
 # Columns of a tile, 32 lanes of 128 bits, and its warps.
 COLUMNS, WARPS = 128, 8
+
+TICKETS = tl.constexpr(LAYER_TICKETS)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -56,7 +58,7 @@ def activate_backward_kernel(
             tl.store(out + at, d, mask=inside)
         total += d
         first += programs * ROWS
-    partials = workspace + tl.num_programs(1)
+    partials = workspace + TICKETS
     tl.store(partials + tl.program_id(0) * WIDTH + column, tl.sum(total, 0).to(tl.float64), mask=exists)
     ticket = (workspace + tl.program_id(1)).to(tl.pointer_type(tl.int32), bitcast=True)
     if take_ticket(ticket) == programs - 1:
@@ -91,6 +93,8 @@ def activate_backward(grad, kept, activation, out, bias_grad, workspace) -> None
         bias_grad.zero_()
         return
     columns = power_of_2(width, 16, COLUMNS)
+    if triton.cdiv(width, columns) > LAYER_TICKETS:
+        raise RuntimeError(f"grad: expected at most {LAYER_TICKETS * columns} columns, got {width}")
     with on_device_of(grad):
         activate_backward_kernel[(layer_programs(rows), triton.cdiv(width, columns))](
             grad, kept, out, bias_grad, workspace, rows, WIDTH=width, ACTIVATION=activation,

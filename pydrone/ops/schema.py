@@ -243,6 +243,8 @@ def loss_workspace_size(num_samples: int, num_actions: int) -> int:
 
 # Rows that a program of ``activate_backward`` adds up at a time.
 LAYER_ROWS = 32
+# Blocks of columns that it has tickets for; at a fixed place, as layers of other widths use the same workspace.
+LAYER_TICKETS = 1024
 
 
 def layer_programs(num_rows: int) -> int:
@@ -251,6 +253,6 @@ def layer_programs(num_rows: int) -> int:
 
 
 def layer_workspace_size(num_rows: int, width: int) -> int:
-    """Elements of ``activate_backward``'s float64 workspace: a ticket per block of 16 columns at least, then the sums
-    of each program."""
-    return -(-width // 16) + layer_programs(num_rows) * width
+    """Elements of ``activate_backward``'s float64 workspace: a ticket per block of columns, then each program's sums.
+    Layers of other sizes may share it."""
+    return LAYER_TICKETS + layer_programs(num_rows) * width

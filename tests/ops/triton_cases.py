@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pydrone.ops import reference
-from pydrone.ops.schema import ACTIVATIONS, SCALAR_TYPES, workspace_size
+from pydrone.ops.schema import ACTIVATIONS, SCALAR_TYPES, layer_workspace_size, workspace_size
 
 if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
     raise RuntimeError("no CUDA device: set TRITON_INTERPRET=1")
@@ -555,6 +555,16 @@ def test_layer_several_tiles_and_partial_sums(monkeypatch):
     monkeypatch.setattr(layers_module, "LAYER_ROWS", 8)  # 20 programs, which add up 16 sums at a time
     monkeypatch.setattr(layers_module, "layer_programs", lambda rows: 20)
     layer_cases.check(layers_module.activate, layers_module.activate_backward, 500, 3, "elu", programs=20)
+
+
+def test_layers_of_different_widths_share_a_workspace():
+    """As the layers of a network do, minibatch after minibatch."""
+    rows, widths = 10, (512, 256, 128)
+    workspace = torch.zeros(layer_workspace_size(rows, max(widths)), dtype=torch.float64)
+    for width in widths * 2:
+        grad, bias_grad = torch.randn(rows, width), torch.full((width,), torch.nan)
+        layers_module.activate_backward(grad, None, -1, None, bias_grad, workspace)
+        torch.testing.assert_close(bias_grad, grad.sum(0))
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

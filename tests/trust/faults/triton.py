@@ -258,4 +258,11 @@ TRITON = [
         "grad + entropy_coef / s",
         OF_GRADIENTS,
     ),
+    Fault(
+        "tickets where the sums of a narrower layer were",
+        "triton_kernels/layers.py",
+        "partials = workspace + TICKETS",
+        "partials = workspace + tl.num_programs(1)",
+        OF_LAYER,
+    ),
 ]
