@@ -1,7 +1,8 @@
 """Compiles the Triton kernels without a GPU and prints figures of their machine code as JSON.
 
 test_triton_compile.py runs it in a process without TRITON_INTERPRET. It calls the real launchers; instead of a launch,
-the kernel is compiled for the compute capability given as the argument (80, 90, 120).
+the kernel is compiled for the compute capability given as the argument (80, 90, 120). A second one, "few", leaves out
+what takes seconds.
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ from pydrone.ops.schema import (
 OPCODE = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)", re.MULTILINE)  # and its address
 EXTREME = re.compile(r"\b(?:min|max)\.[\w.]*(?:f16|f32|f64)\w*")  # of floating numbers
 TARGET = GPUTarget("cuda", int(sys.argv[1]), 32)
+FEW = "few" in sys.argv[2:]
 F32 = SCALAR_TYPES[torch.float32]
 # Bytes of shared memory that a program may have.
 SHARED = {80: 163, 90: 227, 100: 227}.get(TARGET.arch, 99) * 1024
@@ -287,7 +289,7 @@ def reports() -> Iterator[dict]:
     yield report("gae rows, long", partial(launch_gae, num_steps=2048, capacity=2048, num_envs=64))
     yield report("gae rows, float64", partial(launch_gae, dtype=torch.float64))
     yield report("gae columns", partial(launch_gae, time_major=True))
-    if TARGET.arch != 90:  # which is compiled for in the default tests: what takes seconds has another case there
+    if not FEW:
         yield report("gae columns, pool", partial(launch_gae, time_major=True, pool=True))
     yield report("append", partial(launch_append, False))
     yield report("append, cursor", partial(launch_append, True))
@@ -302,7 +304,7 @@ def reports() -> Iterator[dict]:
     yield report("env step", launch_step)
     yield report("env step, all options", partial(launch_step, course=True, **OPTIONS))
     yield report("task", partial(launch_step, physics=False))
-    if TARGET.arch != 90:
+    if not FEW:
         yield report("task, all options", partial(launch_step, physics=False, course=True, **OPTIONS))
     for i, name in enumerate(ACTIVATIONS):
         yield report(f"layer, {name}", partial(launch_layer, i, False))
@@ -312,7 +314,7 @@ def reports() -> Iterator[dict]:
     hidden = (128, 128) if SHARED > 200 * 1024 else (64, 64)
     yield report("gradients", partial(launch_gradients, "tf32", hidden, drawn=True), -2)
     yield report("gradients, sum", None)
-    if TARGET.arch != 90:
+    if not FEW:
         yield report("gradients, bfloat16", partial(launch_gradients, "bfloat16", (128, 128)), -2)
         yield report("gradients, float32", partial(launch_gradients, "float32", (32, 32)), -2)
         yield report("gradients, as many inputs as units", partial(launch_gradients, "tf32", (64, 64), 48, "silu"), -2)
@@ -321,7 +323,7 @@ def reports() -> Iterator[dict]:
     yield report("adam, wide", partial(launch_adam, (512, 256, 128)))
     yield report("adam, wide, squares", None, -2)
     yield report("step", partial(launch_act, "tf32", step=True))
-    if TARGET.arch != 90:
+    if not FEW:
         yield report("act, bfloat16", partial(launch_act, "bfloat16"))
         yield report("step, float32", partial(launch_act, "float32", step=True))
 
