@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from pydrone.ppo.training import graphs
+
 # Names of operator packets. multinomial reads the sum of the probabilities.
 WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "unique", "equal", "multinomial"}
 
@@ -84,9 +86,11 @@ def written(func: torch._ops.OpOverload, args: tuple, kwargs: dict) -> Iterator[
             yield from tensors(args[i] if i < len(args) else kwargs.get(argument.name))
 
 
-def capture(run: Callable[[], None], generators: Sequence[torch.Generator], stream: None) -> Callable[[], None]:
+def capture(
+    run: Callable[[], None], generators: Sequence[torch.Generator], stream: None, env: object = None
+) -> Callable[[], None]:
     """Replaces pydrone.ppo.training.graphs.capture."""
     recorder = Recorder(list(generators))
-    with recorder:
+    with graphs.outside(env, lambda call: recorder.operations.append((call, (), {}, None))), recorder:
         run()
     return torch.no_grad()(recorder.replay)

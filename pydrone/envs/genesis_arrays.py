@@ -28,11 +28,11 @@ class GenesisArrays:
 
     Args:
         scene, drone: a built scene and its only moving entity, a ``gs.morphs.Drone``.
-        first: [N, 7] where :meth:`reset` places drones: position, quaternion (w, x, y, z).
+        first: [N, 7] where drones begin: position, quaternion (w, x, y, z).
     """
 
     def __init__(self, scene: Any, drone: Any, first: Tensor) -> None:
-        from genesis.engine.solvers.rigid.abd.forward_kinematics import kernel_masked_forward_kinematics_links_geoms
+        from genesis.engine.solvers.rigid.abd import forward_kinematics
         from genesis.utils.misc import qd_to_torch
 
         def view(array: Any, *shape: int) -> Tensor:
@@ -41,7 +41,8 @@ class GenesisArrays:
                 raise ValueError(f"an array of shape {tuple(found.shape)}, expected {shape}, contiguous")
             return found
 
-        self._rigid, self._drone, self._kinematics = scene.rigid_solver, drone, kernel_masked_forward_kinematics_links_geoms
+        self._rigid, self._drone = scene.rigid_solver, drone
+        self._kinematics = forward_kinematics.kernel_masked_forward_kinematics_links_geoms
         links, n = self._rigid.dyn_state.links, len(first)
         base, propellers = drone.base_link.idx, drone._propellers_link_idx.tolist()
         rows = slice(propellers[0], propellers[0] + ACTION_DIM)
@@ -95,15 +96,17 @@ class GenesisArrays:
         rows = torch.cat((self.solver.qpos.t(), self.solver.vel.t()), dim=1)
         return rows.masked_fill_((self.solver.error > 0)[:, None], math.nan)
 
-    def reset(self, ended: Tensor) -> None:
-        """Drones of ``ended`` [N] bool to their first place, at rest: ``drone.set_qpos``, to the bit."""
+    def rewind(self, ended: Tensor) -> None:
+        """Writes the coordinates of drones of ``ended`` [N] bool: at their first place, at rest. Then :meth:`place`.
+
+        Both together are ``drone.set_qpos(first, envs_idx=ended, zero_velocity=True)``, to the bit.
+        """
         own = self.solver
         torch.where(ended, self._first_rows, own.qpos, out=own.qpos)
         own.vel.masked_fill_(ended, 0)
         own.error.masked_fill_(ended, 0)
-        self.placed(ended)
 
-    def placed(self, ended: Tensor) -> None:
+    def place(self, ended: Tensor) -> None:
         """Computes what follows from the coordinates of ``ended`` [N] bool, which were written; a kernel of Genesis."""
         own = self._rigid
         self._kinematics(ended, own.dyn_state, own.dyn_info, own.rigid_info, own.rigid_config)
@@ -137,7 +140,9 @@ class GenesisArrays:
             raise ValueError("forces differ from those of set_propellers_rpm")
         rigid.clear_external_force()
         own.error.fill_(1)
-        self.reset(torch.ones(n, dtype=torch.bool, device=self._first.device))
+        everyone = torch.ones(n, dtype=torch.bool, device=self._first.device)
+        self.rewind(everyone)
+        self.place(everyone)
         place = torch.cat((own.base_pos, self._base_quat), dim=1)
         if not _close(place, self._first) or rigid.get_error_envs_mask().any() or drone.get_dofs_velocity().any():
             raise ValueError("a reset leads elsewhere than set_qpos")
@@ -154,9 +159,8 @@ def of_scene(scene: Any, drone: Any, first: Tensor) -> tuple[GenesisArrays | Non
         drone._prev_prop_t = None  # else Genesis would refuse the next step after a proof that failed halfway
         reason = f"Genesis {genesis.__version__} has other internals: {type(err).__name__}: {err}"
         if first.is_cuda:
-            warnings.warn(
-                f"each step makes dozens of further launches around Genesis' own: {reason}", RuntimeWarning, stacklevel=3
-            )
+            text = f"each step makes dozens of further launches around Genesis' own: {reason}"
+            warnings.warn(text, RuntimeWarning, stacklevel=3)
         return None, reason
     return arrays, None
 

@@ -11,6 +11,7 @@ time.) What surrounds ``scene.step`` goes straight to and from Genesis' arrays w
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any, ClassVar
 
@@ -61,6 +62,10 @@ def init_genesis(device: torch.device, seed: int, performance_mode: bool = True,
     return gs
 
 
+def now(call: Callable[[], None]) -> None:
+    call()
+
+
 class GenesisHover:
     """N drones that learn to hover: 17 observations, 4 actions, see :mod:`pydrone.envs.hover_task`.
 
@@ -94,6 +99,8 @@ class GenesisHover:
     obs = OBS_DIM
     actions = ACTION_DIM
     task_type: ClassVar[type[HoverTask]] = HoverTask
+    #: does what a CUDA graph cannot hold, the simulator's step and kinematics, in each step
+    outside: Callable[[Callable[[], None]], None] = staticmethod(now)
 
     @torch.inference_mode(False)
     def __init__(
@@ -179,37 +186,29 @@ class GenesisHover:
         self._open()
         actions = check_actions(actions, self.num_envs, ACTION_DIM, self.device)
         task, arrays = self.task, self.arrays
-        fused = task.fused if isinstance(task, HoverTask) else None  # None: something watches the task's steps
-        if arrays is not None and fused is not None:
-            fused.propel(task, actions, arrays.solver, arrays.thrust, arrays.moments)
-            self.scene.step(update_visualizer=False)
+        if arrays is not None and isinstance(task, HoverTask) and task.fused is not None:
+            task.fused.propel(task, actions, arrays.solver, arrays.thrust, arrays.moments)
+            self.outside(self._simulate)
             task.draw()
-            result = fused(task, arrays.solver, actions)
-            arrays.placed(result.dones)
-            self._weigh()
+            result = task.fused(task, arrays.solver, actions)
+            self.outside(lambda: self._place(result.dones))
             return result
         actions = clip_actions(actions)
         drawn = task.randomizer
         rpm = propeller_rpm(actions, self.config) if drawn is None else drawn.propeller_rpm(actions)
         rpm = rpm.nan_to_num(self.config.hover_rpm)  # the task ends these episodes
-        wind = drawn.wind if drawn is not None and drawn.blows else None
-        if arrays is not None:
-            arrays.propellers(rpm)
-            if wind is not None:
-                arrays.wind(wind)
-        else:
-            self.drone.set_propellers_rpm(rpm)
-            if wind is not None:
-                self.drone.apply_links_external_wrench(wind[:, None], links_idx_local=0)
-        self.scene.step(update_visualizer=self._draws)
+        if drawn is not None and drawn.blows:
+            if arrays is not None:
+                arrays.wind(drawn.wind)
+            else:
+                self.drone.apply_links_external_wrench(drawn.wind[:, None], links_idx_local=0)
+        self.outside(lambda: self._simulate(rpm))
         result = task.step(self.state(), actions)
         # on the CPU the check is free, and most steps end no episode
-        if self.device.type != "cpu" or bool(result.dones.any()):
+        if self.device.type != "cpu" or self.outside is not now or bool(result.dones.any()):
             if arrays is not None:
-                arrays.reset(result.dones)
-            else:
-                self.drone.set_qpos(self._first_qpos, envs_idx=result.dones, zero_velocity=True)
-            self._weigh()
+                arrays.rewind(result.dones)
+            self.outside(lambda: self._place(result.dones))
         return result
 
     def state(self) -> DroneState:
@@ -225,6 +224,16 @@ class GenesisHover:
         pos, quat, lin_vel, ang_vel = row.split((3, 4, 3, 3), dim=1)
         return DroneState(pos, quat, rotate_inverse(quat, lin_vel), ang_vel)
 
+    @property
+    def capturable(self) -> bool:
+        """Whether CUDA graphs can capture a step but for what it gives to ``outside``, see ``pydrone.envs.Env``."""
+        return self.arrays is not None
+
+    @property
+    def generator(self) -> torch.Generator:
+        """The source of all random numbers."""
+        return self.task.generator
+
     def randomize_episode_lengths(self) -> None:
         """Sets every running episode to a random age."""
         self.task.randomize_ages()
@@ -234,6 +243,19 @@ class GenesisHover:
         if self.scene is not None:
             self.scene.destroy()
         self.scene = self.drone = self.camera = self.arrays = None
+
+    def _simulate(self, rpm: Tensor | None = None) -> None:
+        if rpm is not None:
+            (self.drone.set_propellers_rpm if self.arrays is None else self.arrays.propellers)(rpm)
+        self.scene.step(update_visualizer=self._draws)
+
+    def _place(self, ended: Tensor) -> None:
+        """What Genesis derives from the coordinates of drones that begin a new episode."""
+        if self.arrays is None:
+            self.drone.set_qpos(self._first_qpos, envs_idx=ended, zero_velocity=True)
+        else:
+            self.arrays.place(ended)
+        self._weigh()
 
     def _weigh(self) -> None:
         """Passes the drawn masses and inertias to Genesis; all of them, since selecting some would synchronise."""

@@ -6,6 +6,7 @@ import operator
 from collections.abc import Iterator
 from types import ModuleType, SimpleNamespace
 
+import capture_emulation
 import pytest
 import torch
 
@@ -15,6 +16,10 @@ from pydrone.envs.genesis_arrays import of_scene
 from pydrone.envs.genesis_hover import GenesisHover
 from pydrone.envs.hover_task import HoverTask, observe
 from pydrone.envs.quadrotor import Quadrotor, QuadrotorCourse
+from pydrone.ppo.config import PPOConfig, TrainConfig
+from pydrone.ppo.learner.fused_loss import FusedLoss
+from pydrone.ppo.trainer import Trainer
+from pydrone.ppo.training import graphs
 
 pytest.importorskip("genesis")
 pytestmark = pytest.mark.genesis
@@ -274,11 +279,40 @@ def compare(env: GenesisHover, monkeypatch: pytest.MonkeyPatch, steps: int, wind
         torch.testing.assert_close(found, expected, rtol=0, atol=wind_error, equal_nan=True)
 
 
+def test_a_training_in_graphs_around_the_simulator_is_the_uncaptured_one(env: GenesisHover, monkeypatch) -> None:
+    monkeypatch.setattr(graphs, "why_not_update", lambda iteration: None)  # as on CUDA
+    monkeypatch.setattr(graphs, "side_stream", lambda device: None)
+    monkeypatch.setattr(graphs, "aside", lambda run, stream: run())
+    monkeypatch.setattr(graphs, "waiting", lambda call: call())
+    monkeypatch.setattr(graphs, "capture", capture_emulation.capture)
+    simulated, step = [], env.scene.step
+    monkeypatch.setattr(env.scene, "step", lambda **options: simulated.append(step(**options)))
+
+    def train(capture: bool) -> tuple[list[dict[str, float]], dict[str, torch.Tensor], torch.Tensor]:
+        env.task.generator.manual_seed(5)
+        ppo = PPOConfig(hidden_dims=(16,), num_epochs=1, num_minibatches=2, learner="torch")
+        trainer = Trainer(env, TrainConfig(num_steps=5, iterations=4, capture=capture, ppo=ppo), echo=lambda line: None)
+        trainer.learner.fused_loss = FusedLoss(trainer.policy)  # as on CUDA
+        assert graphs.why_not(trainer) is None
+        figures = [trainer.iterate() for _ in range(4)]
+        return figures, trainer.policy.state_dict(), torch.cat(env.state(), dim=1)
+
+    expected, weights, state = train(False)
+    assert len(simulated) == 4 * 5
+    found, weights_found, state_found = train(True)
+    assert len(simulated) == 2 * 4 * 5, "the capture simulates nothing"
+    for ours, theirs in zip(found, expected, strict=True):
+        for name in theirs.keys() - {x for x in theirs if x.startswith("time/")} - {"steps_per_second"}:
+            assert ours[name] == pytest.approx(theirs[name], abs=0, rel=0, nan_ok=True), name
+    assert all(torch.equal(x, weights[name]) for name, x in weights_found.items())
+    assert torch.equal(state_found, state) and sum(x["episodes"] for x in found) > 0
+
+
 @pytest.mark.parametrize(
     ("owner", "name", "value", "reason"),
     [
         ("genesis.engine.solvers.rigid.abd.forward_kinematics", "kernel_masked_forward_kinematics_links_geoms", None,
-         "ImportError: cannot import name"),
+         "AttributeError: module "),
         ("genesis.utils.misc", "qd_to_torch", lambda x, copy: x.to_torch()[..., :1], "ValueError: an array of shape"),
         ("genesis", "use_zerocopy", False, "'copy=False' is not supported"),
         ("rigid", "set_drone_rpm", None, "AttributeError: "),

@@ -35,9 +35,9 @@ def on_the_cpu(monkeypatch) -> list[str]:
         with self._ring.as_captured():
             return evaluate(self, *arguments)
 
-    def recorded(run, generators, stream):
+    def recorded(run, generators, stream, env=None):
         seen.append(run.__name__)
-        return capture_emulation.capture(run, generators, stream)
+        return capture_emulation.capture(run, generators, stream, env)
 
     monkeypatch.setattr(Scan, "_evaluate", of_the_whole_pool)
     monkeypatch.setattr(graphs, "why_not", lambda trainer: None)
