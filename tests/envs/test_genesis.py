@@ -281,10 +281,7 @@ def compare(env: GenesisHover, monkeypatch: pytest.MonkeyPatch, steps: int, wind
 
 def test_a_training_in_graphs_around_the_simulator_is_the_uncaptured_one(env: GenesisHover, monkeypatch) -> None:
     monkeypatch.setattr(graphs, "why_not_update", lambda iteration: None)  # as on CUDA
-    monkeypatch.setattr(graphs, "side_stream", lambda device: None)
-    monkeypatch.setattr(graphs, "aside", lambda run, stream: run())
-    monkeypatch.setattr(graphs, "waiting", lambda call: call())
-    monkeypatch.setattr(graphs, "capture", capture_emulation.capture)
+    captured = capture_emulation.emulate(monkeypatch)
     simulated, step = [], env.scene.step
     monkeypatch.setattr(env.scene, "step", lambda **options: simulated.append(step(**options)))
 
@@ -300,7 +297,7 @@ def test_a_training_in_graphs_around_the_simulator_is_the_uncaptured_one(env: Ge
     expected, weights, state = train(False)
     assert len(simulated) == 4 * 5
     found, weights_found, state_found = train(True)
-    assert len(simulated) == 2 * 4 * 5, "the capture simulates nothing"
+    assert captured == ["_compute"] and len(simulated) == 2 * 4 * 5, "the capture simulates nothing"
     for ours, theirs in zip(found, expected, strict=True):
         for name in theirs.keys() - {x for x in theirs if x.startswith("time/")} - {"steps_per_second"}:
             assert ours[name] == pytest.approx(theirs[name], abs=0, rel=0, nan_ok=True), name
