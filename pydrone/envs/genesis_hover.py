@@ -1,7 +1,7 @@
 """The hover task in the Genesis simulator: a Crazyflie 2.x (cf2x) over a plane, as in Genesis' own drone example.
 
 Needs ``genesis-world`` (1.4 or later), imported when an environment is built. Building the scene compiles kernels for
-10 to 80 s the first time; later processes find most of them in Genesis' cache.
+10 to 80 s the first time, about half of that in later processes (docs/environments.md).
 
 A step makes no host synchronisation of its own: drones are reset by mask. (Genesis reads its error flags from time to
 time.) What surrounds ``scene.step`` goes straight to and from Genesis' arrays where this version of it has them, see
