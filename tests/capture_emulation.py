@@ -9,9 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from pydrone.ppo.training import graphs
+from pydrone.rollout.scan import Scan
 
 # Names of operator packets. multinomial reads the sum of the probabilities.
 WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "unique", "equal", "multinomial"}
@@ -36,7 +40,7 @@ class Recorder(TorchDispatchMode):
         super().__init__()
         self.generators = [torch.default_generator, *generators]
         self.operations: list[tuple[Callable, tuple, dict, Any]] = []
-        self.before: dict[int, tuple[Tensor, Tensor]] = {}
+        self.before: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
 
     def __enter__(self) -> Recorder:
         self.states = [x.get_state() for x in self.generators]
@@ -55,9 +59,11 @@ class Recorder(TorchDispatchMode):
             raise RuntimeError(reason)
         for x in written(func, args, kwargs):
             storage = x.untyped_storage()
-            if storage.data_ptr() not in self.before:
+            # views that another library has made of one allocation are storages that begin alike and overlap
+            place = storage.data_ptr(), storage.nbytes()
+            if place not in self.before:
                 memory = torch.empty(0, dtype=torch.uint8).set_(storage)
-                self.before[storage.data_ptr()] = memory, memory.clone()
+                self.before[place] = memory, memory.clone()
         result = func(*args, **kwargs)
         self.operations.append((func, args, kwargs, result))
         return result
@@ -84,9 +90,33 @@ def written(func: torch._ops.OpOverload, args: tuple, kwargs: dict) -> Iterator[
             yield from tensors(args[i] if i < len(args) else kwargs.get(argument.name))
 
 
-def capture(run: Callable[[], None], generators: Sequence[torch.Generator], stream: None) -> Callable[[], None]:
+def capture(
+    run: Callable[[], None], generators: Sequence[torch.Generator], stream: None, env: object = None
+) -> Callable[[], None]:
     """Replaces pydrone.ppo.training.graphs.capture."""
     recorder = Recorder(list(generators))
-    with recorder:
+    with graphs.outside(env, lambda call: recorder.operations.append((call, (), {}, None))), recorder:
         run()
     return torch.no_grad()(recorder.replay)
+
+
+def emulate(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Captures as if the CPU had graphs. Returns what is captured."""
+    seen, evaluate = [], Scan._evaluate
+
+    def of_the_whole_pool(self, *arguments):
+        """A CPU values the rows in use, whose number it knows; CUDA all of them, and products of other sizes round
+        otherwise."""
+        with self._ring.as_captured():
+            return evaluate(self, *arguments)
+
+    def recorded(run, *arguments):
+        seen.append(run.__name__)
+        return capture(run, *arguments)
+
+    monkeypatch.setattr(Scan, "_evaluate", of_the_whole_pool)
+    monkeypatch.setattr(graphs, "side_stream", lambda device: None)
+    monkeypatch.setattr(graphs, "aside", lambda run, stream: run())
+    monkeypatch.setattr(graphs, "waiting", lambda call: call())
+    monkeypatch.setattr(graphs, "capture", recorded)
+    return seen

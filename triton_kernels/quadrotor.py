@@ -260,6 +260,33 @@ def forget(varied, row, ended, zero, num_envs):
 
 
 @triton.jit
+def simulated(solver, row, live, num_envs):
+    """The drones in Genesis' arrays, a row a coordinate; NaN where it could not integrate the step."""
+    q, v, n = solver.qpos + row, solver.vel + row, num_envs
+    bad = tl.where(tl.load(solver.error + row, mask=live, other=0) > 0, float("nan"), 0.0)
+    pos = (tl.load(q, mask=live) + bad, tl.load(q + n, mask=live) + bad, tl.load(q + 2 * n, mask=live) + bad)
+    quat = (
+        tl.load(q + 3 * n, mask=live) + bad, tl.load(q + 4 * n, mask=live) + bad,
+        tl.load(q + 5 * n, mask=live) + bad, tl.load(q + 6 * n, mask=live) + bad,
+    )  # fmt: skip
+    vel = (tl.load(v, mask=live) + bad, tl.load(v + n, mask=live) + bad, tl.load(v + 2 * n, mask=live) + bad)
+    spin = (
+        tl.load(v + 3 * n, mask=live) + bad, tl.load(v + 4 * n, mask=live) + bad, tl.load(v + 5 * n, mask=live) + bad,
+    )  # fmt: skip
+    return pos, quat, vel, spin
+
+
+@triton.jit
+def place(solver, row, ended, first, num_envs):
+    """Drones whose episode ended at their first place in Genesis' arrays, at rest, without an error."""
+    for k in tl.static_range(7):
+        tl.store(solver.qpos + k * num_envs + row, first[k], mask=ended)
+    for k in tl.static_range(6):
+        tl.store(solver.vel + k * num_envs + row, 0.0, mask=ended)
+    tl.store(solver.error + row, 0, mask=ended)
+
+
+@triton.jit
 def merge_programs(own, scratch, log, num_envs, NUM_SUMS: tl.constexpr, PARTIALS: tl.constexpr, MEANS: tl.constexpr):
     """Stores a program's sums [16]; the last program adds up all of them, and writes means and sums."""
     programs = tl.num_programs(0)
@@ -282,12 +309,15 @@ def merge_programs(own, scratch, log, num_envs, NUM_SUMS: tl.constexpr, PARTIALS
 
 @triton.jit(do_not_specialize=["num_envs"])
 def step_kernel(
-    drones, actions, task, varied, draws, out, scratch, c, body, num_envs,
+    drones, solver, actions, task, varied, draws, out, scratch, c, body, num_envs,
     POS: tl.constexpr, QUAT: tl.constexpr, LIN_VEL: tl.constexpr, ANG_VEL: tl.constexpr, UNIFORMS: tl.constexpr,
     NORMALS: tl.constexpr, SUBSTEPS: tl.constexpr, RESAMPLE: tl.constexpr, NEAR: tl.constexpr, TILT: tl.constexpr,
     WAYPOINTS: tl.constexpr, NUM_SUMS: tl.constexpr, BLOCK: tl.constexpr, PARTIALS: tl.constexpr,
 ):  # fmt: skip
-    """``body`` None: ``drones`` are after the simulator's step, with body-frame velocities, and are only read."""
+    """``body`` None: ``drones`` are after the simulator's step, with body-frame velocities, and are only read.
+
+    ``drones`` None: they are in the simulator's ``solver``, and are reset there.
+    """
     PHYSICS: tl.constexpr = body is not None
     VARIED: tl.constexpr = varied is not None
     SENSES: tl.constexpr = NORMALS >= 24
@@ -298,8 +328,11 @@ def step_kernel(
     nothing, still = (zero, zero, zero, zero), (zero, zero, zero)
 
     # Everything is loaded before the first store, which no load may overtake.
-    pos, quat = load3(drones.pos, row, live, POS), load4(drones.quat, row, live, QUAT)
-    vel, ang_vel = load3(drones.lin_vel, row, live, LIN_VEL), load3(drones.ang_vel, row, live, ANG_VEL)
+    if solver is not None:
+        pos, quat, vel, ang_vel = simulated(solver, row, live, num_envs)
+    else:
+        pos, quat = load3(drones.pos, row, live, POS), load4(drones.quat, row, live, QUAT)
+        vel, ang_vel = load3(drones.lin_vel, row, live, LIN_VEL), load3(drones.ang_vel, row, live, ANG_VEL)
     target, last_pos = load3(task.target, row, live), load3(task.last_pos, row, live)
     last_actions = load4(task.last_actions, row, live)
     age = tl.load(task.age + row, mask=live, other=0) + 1
@@ -312,6 +345,7 @@ def step_kernel(
     if PHYSICS:
         rpm = propeller_rpm(a, row, live, varied, c, num_envs)
         pos, quat, vel, ang_vel = moved(pos, quat, vel, ang_vel, rpm, row, live, varied, body, SUBSTEPS)
+    if PHYSICS or solver is not None:
         lin_vel = rotate_inverse(quat[0], quat[1], quat[2], quat[3], vel[0], vel[1], vel[2])
 
     crash, finite = crash_and_finite(pos, quat, lin_vel, ang_vel, a, target, c, TILT)
@@ -390,6 +424,8 @@ def step_kernel(
         store4(drones.quat, row, live, select4(dones, upright, quat))
         store3(drones.lin_vel, row, live, select3(dones, still, vel))
         store3(drones.ang_vel, row, live, select3(dones, still, ang_vel))
+    if solver is not None:
+        place(solver, row, ended, (start[0], start[1], start[2], zero + 1, zero, zero, zero), num_envs)
     if VARIED:
         for k in tl.static_range(13):
             tl.store(varied.drawn + row * DRAWN + k, new[k], mask=ended)
@@ -423,14 +459,16 @@ def programs(num_envs: int) -> int:
     return triton.cdiv(num_envs, BLOCK)
 
 
-def step(drones, actions, task, varied, draws, out, scratch, constants, body, substeps, resample, near, tilt) -> None:
+def step(
+    drones, solver, actions, task, varied, draws, out, scratch, constants, body, substeps, resample, near, tilt
+) -> None:
     """A step of the task, and of the quadrotor if ``body`` is not None, see :mod:`pydrone.envs.fused`."""
     num_envs = len(actions)
+    strides = (0, 0, 0, 0) if drones is None else [x.stride(0) for x in drones]
     with on_device_of(actions):
         step_kernel[(programs(num_envs),)](
-            drones, actions, task, varied, draws, out, scratch, constants, body, num_envs,
-            POS=drones.pos.stride(0), QUAT=drones.quat.stride(0), LIN_VEL=drones.lin_vel.stride(0),
-            ANG_VEL=drones.ang_vel.stride(0), UNIFORMS=draws.uniform.stride(0),
+            drones, solver, actions, task, varied, draws, out, scratch, constants, body, num_envs,
+            *strides, UNIFORMS=draws.uniform.stride(0),
             NORMALS=0 if draws.normal is None else draws.normal.stride(0), SUBSTEPS=substeps, RESAMPLE=resample,
             NEAR=near, TILT=tilt, WAYPOINTS=0 if task.waypoints is None else len(task.waypoints), NUM_SUMS=SUMS,
             BLOCK=BLOCK, PARTIALS=32, num_warps=WARPS, enable_fp_fusion=True,

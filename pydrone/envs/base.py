@@ -79,6 +79,10 @@ class Env(Protocol):
     If it also has ``state_dict()`` and ``load_state_dict(state)`` (:mod:`pydrone.envs.state`), a resumed training
     continues it bit for bit; otherwise all episodes start anew.
 
+    With ``capturable = True`` CUDA graphs capture its steps: they have fixed shapes, wait for nothing, write
+    observations to the same memory, and draw from ``generator`` alone. If it also has ``outside``, a function that
+    calls the function it is given, ``step`` passes to it what a graph cannot hold; a capture replaces it.
+
     It may also say what becomes of a policy's actions, which an export then does to them. ``action_limits = (low,
     high)``: they are clipped to these bounds, numbers or one for each dimension; None: they are not. ``action_range =
     (low, high)``: what the limits are mapped onto. ``action_integers``: whether fractions are dropped.

@@ -109,6 +109,32 @@ class TaskNumbers(NamedTuple):
     hold_steps: int
 
 
+class Solver(NamedTuple):
+    """Views of the memory of Genesis' rigid solver, see :mod:`pydrone.envs.genesis_arrays`; N is the last axis but one
+    of vectors. Forces and torques are those on the drone, negated, and 0 after a step."""
+
+    qpos: Tensor
+    """[7, N]: position, quaternion (w, x, y, z)."""
+    vel: Tensor
+    """[6, N]: velocity in the world, angular velocity in the body frame."""
+    error: Tensor
+    """int32 [N]; not 0 where a step could not be integrated."""
+    quat: Tensor
+    """[4, N, 4]: of the propellers' inertial frames."""
+    arm: Tensor
+    """[4, N, 3]: from the drone's centre of mass to the propellers'."""
+    force: Tensor
+    """[4, N, 3]: on the propellers."""
+    torque: Tensor
+    """[4, N, 3]: about the drone's centre of mass."""
+    base_pos: Tensor
+    """[N, 3]: where the wind acts."""
+    base_com: Tensor
+    """[N, 3]: the drone's centre of mass."""
+    base_force: Tensor
+    base_torque: Tensor
+
+
 class Body(NamedTuple):
     """The numbers of the quadrotor's physics, see :mod:`pydrone.envs.quadrotor`; ``wrench`` by rows."""
 
@@ -193,8 +219,31 @@ class FusedStep:
             hold_steps=task._hold_steps,
         )
 
+    def propel(self, task: Any, actions: Tensor, solver: Solver, thrust: float, moments: tuple[float, ...]) -> None:
+        """Writes the forces of ``actions`` [N, 4], clipped or not, and of the wind for the simulator's next step.
+
+        Latency and motor lag included, as :meth:`~pydrone.envs.randomizer.Randomizer.propeller_rpm` computes them.
+
+        Args:
+            task: the one that the constructor was given.
+            actions: NaN and infinite ones turn the propellers at hover speed.
+            solver: to whose forces and torques they are added.
+            thrust, moments: of a propeller, and about the axis of each of the four, at a speed of 1 rpm.
+        """
+        triton.task_propel(actions.contiguous(), self._varied(task), solver, self._numbers, thrust, moments)
+
+    def _varied(self, task: Any) -> Varied | None:
+        drawn = task.randomizer
+        if drawn is None:
+            return None
+        history = drawn._history if len(drawn._history) else None
+        return Varied(
+            drawn._drawn, drawn.wind, history, len(drawn._history) - 1, drawn._rpm if drawn._lags else None,
+            *self._ranges,
+        )  # fmt: skip
+
     def __call__(
-        self, task: Any, state: DroneState, actions: Tensor, body: Body | None = None, substeps: int = 1
+        self, task: Any, state: DroneState | Solver, actions: Tensor, body: Body | None = None, substeps: int = 1
     ) -> StepResult:
         """The result of a step, as ``HoverTask.step`` returns it.
 
@@ -202,28 +251,27 @@ class FusedStep:
             task: the one that the constructor was given. Its random numbers must have been drawn.
             state: the drones after the step. With ``body``: before it, velocities in the world, to be overwritten by
                 their state after it and after the reset of those whose episode ended. Without, rows may be strided.
+                A :class:`Solver`: Genesis' own memory after the step, where those whose episode ended are reset.
             actions: [N, 4], clipped or not.
             body: the physics to compute; None: none.
             substeps: integration steps of the physics.
         """
-        out, drawn, config = self._out, task.randomizer, task.config
-        if body is not None and not all(x.is_contiguous() for x in state):
+        out, config = self._out, task.config
+        solver = state if isinstance(state, Solver) else None
+        drones = None if isinstance(state, Solver) else state
+        if body is not None and (drones is None or not all(x.is_contiguous() for x in drones)):
             raise ValueError("pos, quat, vel, ang_vel: expected contiguous tensors, which the step overwrites")
-        varied = None
-        if drawn is not None:
-            history = drawn._history if len(drawn._history) else None
-            varied = Varied(
-                drawn._drawn, drawn.wind, history, len(drawn._history) - 1, drawn._rpm if drawn._lags else None,
-                *self._ranges,
-            )  # fmt: skip
+        if drones is not None:
+            drones = DroneState(*(x if x.stride(1) == 1 else x.contiguous() for x in drones))
         triton.task_step(
-            DroneState(*(x if x.stride(1) == 1 else x.contiguous() for x in state)),
+            drones,
+            solver,
             actions.contiguous(),
             Task(
                 task.target, task.last_pos, task.last_actions, task.age, task.held, getattr(task, "leg", None),
                 getattr(task, "_waypoints", None), task._stats._sums,
             ),
-            varied, Draws(*task.draws), out, self._scratch, self._numbers, body, substeps,
+            self._varied(task), Draws(*task.draws), out, self._scratch, self._numbers, body, substeps,
             bool(task.resample_targets), bool(config.weight_near), config.max_tilt < 180.0,
         )  # fmt: skip
         dispatch.written(out.obs, out.final_obs, out.rewards)

@@ -1,15 +1,17 @@
 """The hover task in the Genesis simulator: a Crazyflie 2.x (cf2x) over a plane, as in Genesis' own drone example.
 
 Needs ``genesis-world`` (1.4 or later), imported when an environment is built. Building the scene compiles kernels for
-10 to 80 s the first time; later processes find most of them in Genesis' cache.
+10 to 80 s the first time, about half of that in later processes (docs/environments.md).
 
 A step makes no host synchronisation of its own: drones are reset by mask. (Genesis reads its error flags from time to
-time.)
+time.) What surrounds ``scene.step`` goes straight to and from Genesis' arrays where this version of it has them, see
+:mod:`pydrone.envs.genesis_arrays`.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any, ClassVar
 
@@ -26,6 +28,7 @@ from pydrone.envs.drone import (
     propeller_rpm,
     rotate_inverse,
 )
+from pydrone.envs.genesis_arrays import GenesisArrays, of_scene
 from pydrone.envs.hover_task import OBS_DIM, HoverTask
 from pydrone.envs.randomization import Randomization
 from pydrone.ops.packages import needed
@@ -59,6 +62,10 @@ def init_genesis(device: torch.device, seed: int, performance_mode: bool = True,
     return gs
 
 
+def now(call: Callable[[], None]) -> None:
+    call()
+
+
 class GenesisHover:
     """N drones that learn to hover: 17 observations, 4 actions, see :mod:`pydrone.envs.hover_task`.
 
@@ -82,6 +89,8 @@ class GenesisHover:
             inertia vary, Genesis stores them per environment (``batch_links_info``).
         fused: whether a Triton kernel computes the task, in one launch after the simulator's step; None: on CUDA where
             Triton is installed, see :class:`~pydrone.envs.hover_task.HoverTask`.
+        direct: whether steps use Genesis' arrays, where they can; ``not_direct`` is the reason where they do not, else
+            None. With ``fused`` too, a step is three launches beside the simulator's and those of the random numbers.
         config: other constants of the task.
     """
 
@@ -90,6 +99,8 @@ class GenesisHover:
     obs = OBS_DIM
     actions = ACTION_DIM
     task_type: ClassVar[type[HoverTask]] = HoverTask
+    #: does what a CUDA graph cannot hold, the simulator's step and kinematics, in each step
+    outside: Callable[[Callable[[], None]], None] = staticmethod(now)
 
     @torch.inference_mode(False)
     def __init__(
@@ -107,6 +118,7 @@ class GenesisHover:
         camera: dict[str, Any] | None = None,
         randomization: Randomization | None = None,
         fused: bool | None = None,
+        direct: bool = True,
         **config: Any,
     ) -> None:
         cfg = self.task_type.config_type(dt=dt, max_episode_length=max_episode_length, **config)
@@ -147,9 +159,18 @@ class GenesisHover:
         # as Genesis read them from the URDF file
         link = self.drone.base_link
         self._mass, self._inertia = link.desc.mass, torch.as_tensor(link.desc.inertia).to(first)
-        # compiles the masked reset now, not in the first step that ends an episode
-        nobody = torch.zeros(num_envs, dtype=torch.bool, device=self.device)
-        self.drone.set_qpos(self._first_qpos, envs_idx=nobody, zero_velocity=True)
+        self.arrays: GenesisArrays | None = None
+        self.not_direct: str | None = "direct is False"
+        if collisions:
+            self.not_direct = "contacts are Genesis' own to clear"
+        elif self._draws:
+            self.not_direct = "propellers turn in pictures"
+        elif direct:
+            self.arrays, self.not_direct = of_scene(self.scene, self.drone, self._first_qpos)
+        if self.arrays is None:
+            # compiles the masked reset now, not in the first step that ends an episode
+            nobody = torch.zeros(num_envs, dtype=torch.bool, device=self.device)
+            self.drone.set_qpos(self._first_qpos, envs_idx=nobody, zero_velocity=True)
         self._weigh()
 
     def reset(self) -> Tensor:
@@ -163,29 +184,55 @@ class GenesisHover:
     def step(self, actions: Tensor) -> StepResult:
         """Applies ``actions`` [N, 4], clipped to [-1, 1], for one step."""
         self._open()
-        actions = clip_actions(check_actions(actions, self.num_envs, ACTION_DIM, self.device))
-        drawn = self.task.randomizer
+        actions = check_actions(actions, self.num_envs, ACTION_DIM, self.device)
+        task, arrays = self.task, self.arrays
+        if arrays is not None and isinstance(task, HoverTask) and task.fused is not None:
+            task.fused.propel(task, actions, arrays.solver, arrays.thrust, arrays.moments)
+            self.outside(self._simulate)
+            task.draw()
+            result = task.fused(task, arrays.solver, actions)
+            self.outside(lambda: self._place(result.dones))
+            return result
+        actions = clip_actions(actions)
+        drawn = task.randomizer
         rpm = propeller_rpm(actions, self.config) if drawn is None else drawn.propeller_rpm(actions)
-        self.drone.set_propellers_rpm(rpm.nan_to_num(self.config.hover_rpm))  # the task ends these episodes
+        rpm = rpm.nan_to_num(self.config.hover_rpm)  # the task ends these episodes
         if drawn is not None and drawn.blows:
-            self.drone.apply_links_external_wrench(drawn.wind[:, None], links_idx_local=0)
-        self.scene.step(update_visualizer=self._draws)
-        result = self.task.step(self.state(), actions)
+            if arrays is not None:
+                arrays.wind(drawn.wind)
+            else:
+                self.drone.apply_links_external_wrench(drawn.wind[:, None], links_idx_local=0)
+        self.outside(lambda: self._simulate(rpm))
+        result = task.step(self.state(), actions)
         # on the CPU the check is free, and most steps end no episode
-        if self.device.type != "cpu" or bool(result.dones.any()):
-            self.drone.set_qpos(self._first_qpos, envs_idx=result.dones, zero_velocity=True)
-            self._weigh()
+        if self.device.type != "cpu" or self.outside is not now or bool(result.dones.any()):
+            if arrays is not None:
+                arrays.rewind(result.dones)
+            self.outside(lambda: self._place(result.dones))
         return result
 
     def state(self) -> DroneState:
         """The state of the drones, read from the simulator; NaN where it could not integrate a step."""
-        # Genesis stores a row per coordinate, the task needs a row per drone
-        row = torch.cat((self.drone.get_qpos(), self.drone.get_dofs_velocity()), dim=1)
-        # Genesis keeps the state before the step there, and raises at a later step unless the drone is reset
-        row.masked_fill_(self.scene.rigid_solver.get_error_envs_mask()[:, None], math.nan)
+        if self.arrays is not None:
+            row = self.arrays.rows()
+        else:
+            # Genesis stores a row per coordinate, the task needs a row per drone
+            row = torch.cat((self.drone.get_qpos(), self.drone.get_dofs_velocity()), dim=1)
+            # Genesis keeps the state before the step there, and raises at a later step unless the drone is reset
+            row.masked_fill_(self.scene.rigid_solver.get_error_envs_mask()[:, None], math.nan)
         # a free joint has its linear velocity in the world frame and its angular velocity in the body frame
         pos, quat, lin_vel, ang_vel = row.split((3, 4, 3, 3), dim=1)
         return DroneState(pos, quat, rotate_inverse(quat, lin_vel), ang_vel)
+
+    @property
+    def capturable(self) -> bool:
+        """Whether CUDA graphs can capture a step but for what it gives to ``outside``, see ``pydrone.envs.Env``."""
+        return self.arrays is not None
+
+    @property
+    def generator(self) -> torch.Generator:
+        """The source of all random numbers."""
+        return self.task.generator
 
     def randomize_episode_lengths(self) -> None:
         """Sets every running episode to a random age."""
@@ -195,7 +242,20 @@ class GenesisHover:
         """Destroys the scene. Genesis stays initialised, so that another environment can be built."""
         if self.scene is not None:
             self.scene.destroy()
-        self.scene = self.drone = self.camera = None
+        self.scene = self.drone = self.camera = self.arrays = None
+
+    def _simulate(self, rpm: Tensor | None = None) -> None:
+        if rpm is not None:
+            (self.drone.set_propellers_rpm if self.arrays is None else self.arrays.propellers)(rpm)
+        self.scene.step(update_visualizer=self._draws)
+
+    def _place(self, ended: Tensor) -> None:
+        """What Genesis derives from the coordinates of drones that begin a new episode."""
+        if self.arrays is None:
+            self.drone.set_qpos(self._first_qpos, envs_idx=ended, zero_velocity=True)
+        else:
+            self.arrays.place(ended)
+        self._weigh()
 
     def _weigh(self) -> None:
         """Passes the drawn masses and inertias to Genesis; all of them, since selecting some would synchronise."""

@@ -114,6 +114,13 @@ def task_step(*args) -> None:
     launch(*args)
 
 
+def task_propel(*args) -> None:
+    """The forces before a simulator's step, see :mod:`pydrone.envs.fused`."""
+    from pydrone._triton.propellers import propel as launch
+
+    launch(*args)
+
+
 def task_programs(num_envs: int) -> int:
     """How many programs a step of ``num_envs`` drones takes."""
     from pydrone._triton.quadrotor import programs

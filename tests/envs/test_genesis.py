@@ -1,19 +1,26 @@
 from __future__ import annotations
 
+import importlib
 import math
+import operator
 from collections.abc import Iterator
 from importlib.util import find_spec
+from types import ModuleType, SimpleNamespace
 
+import capture_emulation
 import pytest
 import torch
 
 from pydrone.envs import Randomization, make
 from pydrone.envs.drone import propeller_rpm, roll_pitch, yaw
+from pydrone.envs.genesis_arrays import of_scene
 from pydrone.envs.genesis_hover import GenesisHover
-from pydrone.envs.hover_task import observe
+from pydrone.envs.hover_task import HoverTask, observe
 from pydrone.envs.quadrotor import Quadrotor, QuadrotorCourse
-from pydrone.ppo.config import TrainConfig
+from pydrone.ppo.config import PPOConfig, TrainConfig
+from pydrone.ppo.learner.fused_loss import FusedLoss
 from pydrone.ppo.trainer import Trainer
+from pydrone.ppo.training import graphs
 
 # Not imported here: importing it takes ten seconds, in each of the processes that collect the tests.
 pytestmark = [pytest.mark.genesis, pytest.mark.skipif(find_spec("genesis") is None, reason="genesis not found")]
@@ -203,6 +210,147 @@ def test_randomization_and_the_course_are_those_of_the_quadrotor() -> None:
         torch.testing.assert_close(env.drone.get_links_mass()[:, :1], 0.027 * drawn.mass)
     finally:
         env.close()
+
+
+# What pydrone.envs.genesis_arrays uses of each version, below the scene's rigid_solver and the drone.
+INTERNALS = {
+    "1.4.5": {
+        "rigid_solver": (
+            "_errno",
+            "clear_external_force",
+            "dyn_info",
+            "dyn_state.dofs.vel",
+            *(f"dyn_state.links.{name}" for name in ("pos", "quat", "root_COM", "i_pos", "i_quat")),
+            *(f"dyn_state.links.cfrc_applied_{name}" for name in ("ang", "vel")),
+            "n_links",
+            "rigid_config",
+            "rigid_info.qpos",
+            "set_drone_rpm",
+        ),
+        "drone": ("KF", "KM", "_model", "_prev_prop_t", "_propellers_link_idx", "_propellers_revs", "_propellers_spin"),
+    }
+}
+
+
+def test_this_version_of_genesis_has_the_internals(env: GenesisHover) -> None:
+    version = pytest.importorskip("genesis").__version__
+    assert version in INTERNALS, f"find out what Genesis {version} has of {INTERNALS}"
+    for names, owner in zip(INTERNALS[version].values(), (env.scene.rigid_solver, env.drone), strict=True):
+        for name in names:
+            operator.attrgetter(name)(owner)
+    assert env.not_direct is None and env.arrays is not None
+
+
+def test_straight_to_the_arrays_steps_are_the_same_to_the_bit(env: GenesisHover, monkeypatch) -> None:
+    """With all that is randomised in this scene; mass and inertia: below."""
+    ranges = Randomization(thrust=(0.9, 1.1), motor_lag=(0.0, 0.05), latency=(0, 2), wind=(0.01, 0.05))
+    monkeypatch.setattr(env, "task", HoverTask(N, "cpu", 1, env.config, ranges))
+    compare(env, monkeypatch, 200, 0)
+
+
+def compare(env: GenesisHover, monkeypatch: pytest.MonkeyPatch, steps: int, wind_error: float) -> None:
+    """Flies twice, by the arrays and by Genesis' public methods, which drones end that cannot go on."""
+
+    def fly() -> list[torch.Tensor]:
+        env.task.generator.manual_seed(5)
+        env.reset()
+        env.randomize_episode_lengths()
+        g, seen = torch.Generator().manual_seed(2), []
+        links = env.arrays_tried.solver
+        for t in range(steps):
+            actions = 0.3 * torch.randn(N, 4, generator=g)
+            if t % 10 == 3:
+                actions[1, 2], actions[2, 0], actions[3, 3] = math.nan, math.inf, -math.inf
+                velocity = env.drone.get_dofs_velocity()
+                velocity[4, 1], velocity[5, 3] = math.nan, 1e38  # which Genesis flags as an error
+                env.drone.set_dofs_velocity(velocity)
+            result = env.step(actions)
+            errors.append(int(result.log["non_finite"] * N))
+            state = torch.cat(env.state(), dim=1)
+            seen += [x.clone() for x in (*result[:5], state, *links) if x is not None]
+        return seen
+
+    errors: list[int] = []
+    env.arrays_tried = env.arrays
+    straight = fly()
+    monkeypatch.setattr(env, "arrays", None)
+    public = fly()
+    assert sum(errors) >= 2 * 5 * (steps // 10) and sum(x.sum() for x in public if x.dtype == torch.bool) > steps
+    for found, expected in zip(straight, public, strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=wind_error, equal_nan=True)
+
+
+def test_a_training_in_graphs_around_the_simulator_is_the_uncaptured_one(env: GenesisHover, monkeypatch) -> None:
+    monkeypatch.setattr(graphs, "why_not_update", lambda iteration: None)  # as on CUDA
+    captured = capture_emulation.emulate(monkeypatch)
+    simulated, step = [], env.scene.step
+    monkeypatch.setattr(env.scene, "step", lambda **options: simulated.append(step(**options)))
+
+    def train(capture: bool) -> tuple[list[dict[str, float]], dict[str, torch.Tensor], torch.Tensor]:
+        env.task.generator.manual_seed(5)
+        ppo = PPOConfig(hidden_dims=(16,), num_epochs=1, num_minibatches=2, learner="torch")
+        trainer = Trainer(env, TrainConfig(num_steps=5, iterations=4, capture=capture, ppo=ppo), echo=lambda line: None)
+        trainer.learner.fused_loss = FusedLoss(trainer.policy)  # as on CUDA
+        assert graphs.why_not(trainer) is None
+        figures = [trainer.iterate() for _ in range(4)]
+        return figures, trainer.policy.state_dict(), torch.cat(env.state(), dim=1)
+
+    expected, weights, state = train(False)
+    assert len(simulated) == 4 * 5
+    found, weights_found, state_found = train(True)
+    assert captured == ["_compute"] and len(simulated) == 2 * 4 * 5, "the capture simulates nothing"
+    for ours, theirs in zip(found, expected, strict=True):
+        for name in theirs.keys() - {x for x in theirs if x.startswith("time/")} - {"steps_per_second"}:
+            assert ours[name] == pytest.approx(theirs[name], abs=0, rel=0, nan_ok=True), name
+    assert all(torch.equal(x, weights[name]) for name, x in weights_found.items())
+    assert torch.equal(state_found, state) and sum(x["episodes"] for x in found) > 0
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "value", "reason"),
+    [
+        ("genesis.engine.solvers.rigid.abd.forward_kinematics", "kernel_masked_forward_kinematics_links_geoms", None,
+         "AttributeError: module "),
+        ("genesis.utils.misc", "qd_to_torch", lambda x, copy: x.to_torch()[..., :1], "ValueError: an array of shape"),
+        ("genesis", "use_zerocopy", False, "'copy=False' is not supported"),
+        ("rigid", "set_drone_rpm", None, "AttributeError: "),
+        ("rigid", "set_drone_rpm", lambda *args: None, "ValueError: forces differ from those of set_propellers_rpm"),
+        ("drone", "set_propellers_rpm", lambda rpm: None, "ValueError: forces differ"),
+        ("rigid", "get_error_envs_mask", lambda: torch.ones(N), "ValueError: a reset leads elsewhere"),
+    ],
+)  # fmt: skip
+def test_without_an_internal_the_public_methods_are_called(env, owner, name, value, reason, monkeypatch) -> None:
+    owned = {"rigid": env.scene.rigid_solver, "drone": env.drone}
+    owner = owned[owner] if owner in owned else importlib.import_module(owner)
+    if value is None and isinstance(owner, ModuleType):
+        monkeypatch.delattr(owner, name)
+    elif value is None:
+        monkeypatch.delattr(type(owner), name)
+    else:
+        monkeypatch.setattr(owner, name, value)
+    arrays, why = of_scene(env.scene, env.drone, env._first_qpos)
+    assert arrays is None and why.startswith("Genesis 1.") and reason in why
+    monkeypatch.undo()
+    env.scene.rigid_solver.clear_external_force()
+    monkeypatch.setattr(env, "arrays", None)
+    env.reset()
+    assert not env.step(torch.zeros(N, 4)).dones.any()
+
+
+def test_on_cuda_a_warning_says_why_not() -> None:
+    with pytest.warns(RuntimeWarning, match="dozens of further launches .*: Genesis .* has other internals: Attribute"):
+        of_scene(None, SimpleNamespace(), SimpleNamespace(is_cuda=True))
+
+
+@pytest.mark.slow
+def test_with_mass_and_inertia_too_steps_are_the_same(monkeypatch) -> None:
+    ranges = Randomization(mass=(0.7, 1.3), inertia=(0.7, 1.4), thrust=(0.9, 1.1), latency=(0, 2), wind=(0.01, 0.05))
+    made = make("genesis-course", N, seed=1, max_episode_length=LIMIT, randomization=ranges)
+    try:
+        assert made.not_direct is None
+        compare(made, monkeypatch, 200, 0)
+    finally:
+        made.close()
 
 
 def test_runs_repeat(env: GenesisHover) -> None:

@@ -1,5 +1,5 @@
-"""The Triton kernels against the reference: triton_cases.py, triton_properties.py and step_cases.py (the environments'
-steps), each in its own process.
+"""The Triton kernels against the reference: triton_cases.py, triton_properties.py, step_cases.py (the environments'
+steps) and genesis_cases.py (what surrounds the simulator's), each in its own process.
 
 Triton decides at import, for the whole process, whether kernels are interpreted, and other tests may have imported it
 already. On a machine with a GPU the cases run compiled; the properties use CPU tensors and are always interpreted here
@@ -41,6 +41,10 @@ def test_cases(operations):
 
 def test_steps():
     run(CASES.with_name("step_cases.py"), "-m", "not slow")
+
+
+def test_steps_of_genesis():
+    run(CASES.with_name("genesis_cases.py"))
 
 
 def test_gradients():

@@ -202,6 +202,23 @@ def launch_step(course: bool = False, physics: bool = True, num_envs: int = 8192
     fused.FusedStep(task)(task, state, actions, *((env._body, env.substeps) if physics else ()))
 
 
+def solver_of(n: int) -> fused.Solver:
+    shapes = {"qpos": (7, n), "vel": (6, n), "error": (n,), "quat": (4, n, 4)}
+    shapes |= dict.fromkeys(("arm", "force", "torque"), (4, n, 3))
+    made = {name: torch.empty(shapes.get(name, (n, 3))) for name in fused.Solver._fields}
+    return fused.Solver(**made | {"error": made["error"].int()})
+
+
+def launch_around_simulator(propel: bool, num_envs: int = 8192, **options) -> None:
+    """Before and after Genesis' own step."""
+    task, actions = (QuadrotorCourse if options else Quadrotor)(num_envs, **options).task, torch.empty(num_envs, 4)
+    made, solver = fused.FusedStep(task), solver_of(num_envs)
+    if propel:
+        made.propel(task, actions, solver, 3.16e-10, (-7.94e-12, 7.94e-12, -7.94e-12, 7.94e-12))
+    else:
+        made(task, solver, actions)
+
+
 def launch_layer(activation: int, backward: bool, width: int = 512, batch: int = 8192 * 25) -> None:
     x = torch.empty(batch, width)
     out = torch.empty_like(x) if activation >= 0 and (backward or activation == ACTIVATIONS.index("silu")) else None
@@ -304,8 +321,12 @@ def reports() -> Iterator[dict]:
     yield report("env step", launch_step)
     yield report("env step, all options", partial(launch_step, course=True, **OPTIONS))
     yield report("task", partial(launch_step, physics=False))
+    yield report("propellers", partial(launch_around_simulator, True))
+    yield report("task in a solver", partial(launch_around_simulator, False))
     if not FEW:
         yield report("task, all options", partial(launch_step, physics=False, course=True, **OPTIONS))
+        yield report("propellers, all options", partial(launch_around_simulator, True, **OPTIONS))
+        yield report("task in a solver, all options", partial(launch_around_simulator, False, **OPTIONS))
     for i, name in enumerate(ACTIVATIONS):
         yield report(f"layer, {name}", partial(launch_layer, i, False))
         yield report(f"layer back, {name}", partial(launch_layer, i, True))

@@ -81,7 +81,8 @@ class Graph:
         if self._warm and self._replay is None:
             self._capture()
         if self._replay is None:
-            aside(self._compute, self._stream)
+            with outside(iteration.env, waiting):
+                aside(self._compute, self._stream)
             self._warm = True
         else:
             self._replay()
@@ -109,7 +110,7 @@ class Graph:
         iteration, before = self._iteration, places(self._iteration.observations)
         try:
             with capturable(iteration.learner):
-                replay = capture(self._compute, self._generators, self._stream)
+                replay = capture(self._compute, self._generators, self._stream, iteration.env)
         finally:
             iteration.before_update = None  # nothing has been computed yet
         if before != places(iteration.observations):
@@ -180,17 +181,74 @@ def aside(run: Callable[[], None], stream: torch.cuda.Stream) -> None:
 
 
 def capture(
-    run: Callable[[], None], generators: Sequence[torch.Generator], stream: torch.cuda.Stream
+    run: Callable[[], None], generators: Sequence[torch.Generator], stream: torch.cuda.Stream, env: Any = None
 ) -> Callable[[], None]:
-    """Captures ``run`` and returns its replay. Nothing is computed yet."""
+    """Captures ``run`` and returns its replay. Nothing is computed yet.
+
+    Where ``env`` gives something to its ``outside``, a graph ends and the next one begins: a replay does it in between.
+    """
     torch.cuda.synchronize(stream.device)
+    if not hasattr(env, "outside"):
+        graph = _graph(generators)
+        # relaxed: a library may still load or allocate.
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="relaxed"):
+            run()
+        return graph.replay
+    # One pool, since the graphs are replayed in their order, and what one computes the next ones read.
+    pool, replays, graphs = torch.cuda.graph_pool_handle(), [], []
+
+    def begin() -> None:
+        graphs.append(_graph(generators))
+        graphs[-1].capture_begin(pool=pool, capture_error_mode="relaxed")
+
+    def end() -> None:
+        graphs[-1].capture_end()
+        replays.append(graphs[-1].replay)
+
+    def between(call: Callable[[], None]) -> None:
+        end()
+        replays.append(call)
+        begin()
+
+    with torch.cuda.stream(stream), outside(env, between):
+        begin()
+        try:
+            run()
+        finally:
+            end()
+
+    def replay() -> None:
+        for each in replays:
+            each()
+
+    return replay
+
+
+def _graph(generators: Sequence[torch.Generator]) -> torch.cuda.CUDAGraph:
     graph = torch.cuda.CUDAGraph()
     for generator in generators:
         graph.register_generator_state(generator)
-    # relaxed: a library may still load or allocate.
-    with torch.cuda.graph(graph, stream=stream, capture_error_mode="relaxed"):
-        run()
-    return graph.replay
+    return graph
+
+
+@contextlib.contextmanager
+def outside(env: Any, run: Callable[[Callable[[], None]], None]) -> Iterator[None]:
+    """In it ``run`` is given what ``env`` keeps out of graphs, if it does."""
+    if not hasattr(env, "outside"):
+        yield
+        return
+    env.outside, before = run, env.outside
+    try:
+        yield
+    finally:
+        env.outside = before
+
+
+def waiting(call: Callable[[], None]) -> None:
+    """Calls a simulator whose kernels run on a stream that does not wait for a side stream, nor the other way round."""
+    torch.cuda.synchronize()
+    call()
+    torch.cuda.synchronize()
 
 
 def places(obs: Tensor | dict[str, Tensor]) -> list[int]:

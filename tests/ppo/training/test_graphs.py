@@ -18,7 +18,6 @@ from pydrone.ppo.learner import fused_loss
 from pydrone.ppo.trainer import NotFinite, Trainer, progress_line
 from pydrone.ppo.training import checkpoint, graphs
 from pydrone.ppo.training.meters import Stopwatch
-from pydrone.rollout.scan import Scan
 
 cpu = pytest.mark.skipif(pydrone.backends()["cpu"] is not None, reason=str(pydrone.backends()["cpu"]))
 N, T, ITERATIONS = 12, 6, 4
@@ -27,24 +26,8 @@ N, T, ITERATIONS = 12, 6, 4
 @pytest.fixture
 def on_the_cpu(monkeypatch) -> list[str]:
     """Graphs as if the CPU had them. Returns what was captured."""
-    seen, evaluate = [], Scan._evaluate
-
-    def of_the_whole_pool(self, *arguments):
-        """A CPU values the rows in use, whose number it knows; CUDA all of them, and products of other sizes round
-        otherwise."""
-        with self._ring.as_captured():
-            return evaluate(self, *arguments)
-
-    def recorded(run, generators, stream):
-        seen.append(run.__name__)
-        return capture_emulation.capture(run, generators, stream)
-
-    monkeypatch.setattr(Scan, "_evaluate", of_the_whole_pool)
     monkeypatch.setattr(graphs, "why_not", lambda trainer: None)
-    monkeypatch.setattr(graphs, "side_stream", lambda device: None)
-    monkeypatch.setattr(graphs, "aside", lambda run, stream: run())
-    monkeypatch.setattr(graphs, "capture", recorded)
-    return seen
+    return capture_emulation.emulate(monkeypatch)
 
 
 def make(capture: bool, ppo: dict | None = None, env: dict | None = None, kind: type = Quadrotor, **config) -> Trainer:

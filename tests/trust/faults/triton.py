@@ -15,11 +15,33 @@ OF_LAYER = "tests/ops/test_triton.py::test_cases[loss-layer]"
 
 STEP = "triton_kernels/quadrotor.py"
 OF_STEP = "tests/ops/test_triton.py::test_steps"
+PROPELLERS, OF_GENESIS = "triton_kernels/propellers.py", "tests/ops/test_triton.py::test_steps_of_genesis"
 
 ADAM, ACT = "triton_kernels/clipped_adam.py", "triton_kernels/ppo_act.py"
 OF_ADAM, OF_ACT = "tests/ops/test_triton.py::test_adam", "tests/ops/test_triton.py::test_act"
 
 TRITON = [
+    Fault(
+        "a force that is not negated in Genesis' arrays, in Triton",
+        PROPELLERS,
+        "(fx - force[0], fy - force[1], fz - force[2])",
+        "(fx + force[0], fy + force[1], fz + force[2])",
+        OF_GENESIS,
+    ),
+    Fault(
+        "a drone that Genesis could not integrate flies on, in Triton",
+        STEP,
+        'tl.where(tl.load(solver.error + row, mask=live, other=0) > 0, float("nan"), 0.0)',
+        "0.0 * tl.load(solver.error + row, mask=live, other=0)",
+        OF_GENESIS,
+    ),
+    Fault(
+        "drones that fly on placed at the start in Genesis, in Triton",
+        STEP,
+        "place(solver, row, ended, (start",
+        "place(solver, row, live, (start",
+        OF_GENESIS,
+    ),
     Fault(
         "an infinite action taken for the largest one, in Triton",
         STEP,
