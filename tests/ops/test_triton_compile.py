@@ -92,6 +92,7 @@ SPILLED = dict.fromkeys(
 # Tiles of 32 samples do not quite fit: a percent of the instructions. With tiles of 16, which fit, weights would be
 # read from shared memory twice as often.
 SPILLED |= {"gradients": 160, "gradients, bfloat16": 320, "gradients, as many inputs as units": 12}
+SPILLED |= {"step, float32": 144}  # whose operands are split in two
 # There, the compiler keeps the weights in registers, not in shared memory.
 SPILLED_ON_100 = {"gradients": 3000, "gradients, bfloat16": 1600, "gradients, as many inputs as units": 320}
 # Where tensor cores read registers (HMMA: 8.x and 12.0), a tile's activations fill a thread's. What a step needs after
@@ -157,7 +158,8 @@ def test_layers_are_read_and_written_in_128_bits(kernels, name):
     forward, back = kernels[f"layer, {name}"], kernels[f"layer back, {name}"]
     # Four of a tile; one of the bias. SiLU also stores what it is given.
     assert count(forward, "LDG.E.128") == 4 + 1 and count(forward, "STG.E.128") == (8 if name == "silu" else 4)
-    assert count(back, "LDG.E.128") == 2 * 4 and count(back, "STG.E.128") == 4
+    sums = count(back, "LDG.E.128.STRONG")
+    assert count(back, "LDG.E.128") - sums == 2 * 4 and count(back, "STG.E.128") == 4
 
 
 def test_gae_rows_scan_without_barrier_or_shared_memory(kernels):
