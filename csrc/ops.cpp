@@ -23,11 +23,11 @@ void gather(const Tensor& rows, const std::vector<int64_t>& offsets, const std::
             const Optional& advantages_out, const Optional& returns_out, const Optional& indices_out);
 
 void ppo_act(const std::vector<Tensor>& obs, const std::vector<Tensor>& critic_obs, const Tensor& noise,
-             const std::vector<Tensor>& actor, const std::vector<Tensor>& critic, const Tensor& std, int64_t activation,
-             int64_t matmul, const Optional& obs_shift, const Optional& obs_std, const Optional& critic_shift,
+             const std::vector<Tensor>& actor, const std::vector<Tensor>& critic, const Optional& std,
+             int64_t activation, int64_t matmul, const Optional& obs_shift, const Optional& obs_std, const Optional& critic_shift,
              const Optional& critic_std, double obs_clip, const Optional& value_shift, const Optional& value_std,
              const Optional& packed, const Tensor& actions, const Tensor& log_probs, const Tensor& values,
-             const Tensor& mean);
+             const Tensor& mean, const std::vector<int64_t>& categories);
 
 void ppo_step(const std::vector<Tensor>& end_memory, const std::vector<Tensor>& end_sources, const Optional& end_layout,
               const Optional& dones, const Optional& truncated, const Optional& valid, int64_t end_slot,
@@ -43,12 +43,13 @@ void ppo_step(const std::vector<Tensor>& end_memory, const std::vector<Tensor>& 
 void ppo_gradients(const std::vector<Tensor>& obs, const std::vector<Tensor>& critic_obs, const Tensor& actions,
                    const Tensor& log_probs, const Tensor& advantages, const Optional& returns, const Tensor& values,
                    const Optional& mu, const Optional& sigma, const std::vector<Tensor>& actor,
-                   const std::vector<Tensor>& critic, const Tensor& std, int64_t activation, int64_t matmul,
+                   const std::vector<Tensor>& critic, const Optional& std, int64_t activation, int64_t matmul,
                    double clip, double value_clip, double value_loss_coef, double entropy_coef,
                    const Optional& obs_shift, const Optional& obs_std, const Optional& critic_shift,
                    const Optional& critic_std, double obs_clip, const Optional& value_shift, const Optional& value_std,
                    const std::vector<Tensor>& grads, const Tensor& metrics, const std::vector<int64_t>& drawn,
-                   const Optional& stats, const Optional& subset, const Optional& cursor);
+                   const Optional& stats, const Optional& subset, const Optional& cursor,
+                   const std::vector<int64_t>& categories, bool value_max);
 
 void clipped_adam(const std::vector<Tensor>& parameters, const std::vector<Tensor>& grads,
                   const std::vector<Tensor>& exp_avgs, const std::vector<Tensor>& exp_avg_sqs,

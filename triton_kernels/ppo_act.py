@@ -17,6 +17,7 @@ from torch import Tensor
 from pydrone.ops.schema import MATMUL
 
 from .append import LENGTH, NARROW, TILE, copy_fields, place, store_field, store_step, taken_apart
+from .categorical import check_categories, choices_of, draw_choice
 from .launch import CURSOR_APPENDED, CURSOR_DISCARDED, CURSOR_FLAG, CURSOR_TICKET, generation, on_device_of, take_ticket
 from .networks import activate, load_input, multiply_add, operand, padded
 from .ppo_loss import HALF_LOG_2PI
@@ -96,7 +97,7 @@ def step_kernel(
     STRIDES: tl.constexpr, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, END_ROW_BYTES: tl.constexpr,
     END_FIELDS: tl.constexpr, POOL_ROW_BYTES: tl.constexpr, FINAL_FIELDS: tl.constexpr, ROW_BYTES: tl.constexpr,
     FIELDS: tl.constexpr, OUTPUT_FIELDS: tl.constexpr, LOOKED_AT: tl.constexpr, ENVS: tl.constexpr, CHUNK: tl.constexpr,
-    NARROW: tl.constexpr,
+    NARROW: tl.constexpr, CATEGORIES: tl.constexpr,
 ):  # fmt: skip
     """``outputs``: actions, log_probs, values, mean; STRIDES: of noise and these. end_rows to end_strides: of the end,
     as store_step takes them; rows to plane_strides: of the beginning, with the values' plane; end_rows or rows None:
@@ -128,11 +129,20 @@ def step_kernel(
         mask = exists[:, None] & (action < NUM_ACTIONS)[None, :]
         at = env[:, None]
         z = tl.load(noise + at * STRIDES[0] + action[None, :] * STRIDES[1], mask=mask, other=0.0).to(tl.float32)
-        deviation = tl.load(std + action, mask=action < NUM_ACTIONS, other=1.0)
-        lacking = tl.sum(tl.where(action < NUM_ACTIONS, tl.log(deviation) + HALF_LOG_2PI, 0.0), 0)
-        actions = mean + z * deviation[None, :]
-        log_probs = -0.5 * tl.sum(z * z, 1) - lacking
-        tl.store(outputs[0] + at * STRIDES[2] + action[None, :] * STRIDES[3], actions, mask=mask)
+        if std is not None:
+            deviation = tl.load(std + action, mask=action < NUM_ACTIONS, other=1.0)
+            lacking = tl.sum(tl.where(action < NUM_ACTIONS, tl.log(deviation) + HALF_LOG_2PI, 0.0), 0)
+            actions = mean + z * deviation[None, :]
+            log_probs = -0.5 * tl.sum(z * z, 1) - lacking
+            tl.store(outputs[0] + at * STRIDES[2] + action[None, :] * STRIDES[3], actions, mask=mask)
+        else:
+            head, choice = choices_of(action, CATEGORIES)
+            log_probs = tl.zeros([ENVS], tl.float32)
+            for i in range(len(CATEGORIES)):
+                best, log_prob = draw_choice(mean, z, (head == i)[None, :])
+                drawn = tl.sum(tl.where(action[None, :] == best[:, None], choice[None, :], 0), 1)
+                tl.store(outputs[0] + env * STRIDES[2] + i * STRIDES[3], drawn.to(tl.float32), mask=exists)
+                log_probs += log_prob
         tl.store(outputs[1] + env * STRIDES[4], log_probs, mask=exists)
         tl.store(outputs[3] + at * STRIDES[6] + action[None, :] * STRIDES[7], mean, mask=mask)
         if rows is not None:  # noqa: SIM102, known when the kernel is compiled
@@ -208,11 +218,12 @@ def ppo_act(
     log_probs,
     values,
     mean,
+    categories=(),
 ) -> None:
     """Acts for one step, see :mod:`pydrone.ops.schema`. ``packed`` is not used."""
     moments = (obs_shift, obs_std), (critic_shift, critic_std), (value_shift, value_std)
     policy = obs, critic_obs, noise, actor, critic, std, *moments, obs_clip, (actions, log_probs, values, mean)
-    _launch(policy, activation, matmul)
+    _launch(policy, activation, matmul, categories=categories)
 
 
 def ppo_step(
@@ -264,9 +275,13 @@ def ppo_step(
     _launch(policy, activation, matmul, end, begin, cursor, (end_slot, end_pool_slot, slot, pool_slot))
 
 
-def _launch(policy: tuple, activation, matmul, end=None, begin=None, cursor=None, slots=(0, 0, 0, 0)) -> None:
+def _launch(
+    policy: tuple, activation, matmul, end=None, begin=None, cursor=None, slots=(0, 0, 0, 0), categories=()
+) -> None:
     obs, critic_obs, noise, actor, critic, std, obs_moments, critic_moments, value_moments, obs_clip, outputs = policy
-    num_envs, num_actions = noise.shape
+    num_envs, num_outputs = noise.shape
+    if std is None:
+        check_categories(categories, outputs[0].shape[1], num_outputs)
     if num_envs == 0:
         return
     critic_obs = critic_obs or obs
@@ -289,7 +304,7 @@ def _launch(policy: tuple, activation, matmul, end=None, begin=None, cursor=None
         at = len(fields) - 5 * length  # the outputs and sigma come last
         produced = fields[at : at + 4 * length]
         for i in (0, 3):  # actions and mean, as wide as the network's padded outputs
-            produced[i * length + TILE.value] = max(16, triton.next_power_of_2(num_actions))
+            produced[i * length + TILE.value] = max(16, triton.next_power_of_2(num_outputs))
         constants |= {"ROW_BYTES": begin.constants["ROW_BYTES"], "LOOKED_AT": begin.constants["LOOKED_AT"]}
         constants |= {"FIELDS": (*fields[:at], *fields[-length:]), "OUTPUT_FIELDS": tuple(produced)}
         into = rows, (*sources[:-5], sources[-1]), plane, not_finite
@@ -303,8 +318,8 @@ def _launch(policy: tuple, activation, matmul, end=None, begin=None, cursor=None
             CRITIC_OBS=tuple(x.shape[1] for x in critic_obs), CRITIC_STRIDES=_strides(critic_obs),
             ACTOR=widths[0], CRITIC=widths[1], STRIDES=(*noise.stride(), *(n for x in outputs for n in x.stride())),
             ACTIVATION=activation, PRECISION=PRECISIONS[MATMUL[matmul]], ENVS=ENVS,
-            CHUNK=CHUNKS.get(generation(noise.device), FEWEST), NARROW=NARROW, **constants, num_warps=WARPS,
-            enable_fp_fusion=True,
+            CHUNK=CHUNKS.get(generation(noise.device), FEWEST), NARROW=NARROW, CATEGORIES=tuple(categories),
+            **constants, num_warps=WARPS, enable_fp_fusion=True,
         )  # fmt: skip
 
 

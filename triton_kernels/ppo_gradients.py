@@ -18,13 +18,16 @@ import triton.language as tl
 from torch import Tensor
 
 from pydrone.ops import reference
-from pydrone.ops.schema import MATMUL
+from pydrone.ops.schema import MATMUL, NUM_METRICS
 
+from .categorical import categorical_loss, check_categories, choices_of
 from .gather import _words, locate, moments_of, oldest_rollout, round_keys
 from .launch import on_device_of
 from .networks import derivative, forward, load_input, load_network, multiply, multiply_add, operand, padded
 from .ppo_loss import HALF_LOG_2PI, divergence_from, policy_loss, squared_error
 
+# A program's sums for the metrics.
+FIGURES = tl.constexpr(NUM_METRICS)
 # Places of a minibatch's fields in their tuple; strides are three for each: of slot, environment and column.
 ACTIONS, LOG_PROBS, VALUES, MU, SIGMA, RETURNS = (tl.constexpr(i) for i in range(6))
 
@@ -85,12 +88,13 @@ def backward(
 @triton.jit
 def learn(
     groups, group_strides, parameters, shift, spread, obs_clip, fields, strides, advantages, advantage_strides, std,
-    value_moments, stats, subset, keys, numbers, clip, value_clip, value_loss_coef, partials, figures,
-    GROUPS: tl.constexpr, WIDTHS: tl.constexpr, ACTOR: tl.constexpr, ACTIVATION: tl.constexpr,
-    PRECISION: tl.constexpr, SAMPLES: tl.constexpr, NUM_STEPS: tl.constexpr, SHUFFLE: tl.constexpr,
-    CLIPPED: tl.constexpr,
+    value_moments, stats, subset, keys, numbers, clip, value_clip, value_loss_coef, entropy_coef, partials, figures,
+    GROUPS: tl.constexpr, WIDTHS: tl.constexpr, ELEMENTS: tl.constexpr, AT: tl.constexpr, ACTOR: tl.constexpr,
+    ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, SAMPLES: tl.constexpr, NUM_STEPS: tl.constexpr,
+    SHUFFLE: tl.constexpr, CLIPPED: tl.constexpr, GREATER: tl.constexpr, CATEGORIES: tl.constexpr,
+    ESTIMATES: tl.constexpr,
 ):  # fmt: skip
-    """One network's gradients of this program's tiles, to ``partials``, and the sums of its losses, to ``figures``."""
+    """One network's gradients of this program's tiles, to ``partials``, and its sums of the metrics, to ``figures``."""
     batch, first, start, num_envs, capacity, num_samples, a, b = numbers
     OUT: tl.constexpr = WIDTHS[len(WIDTHS) - 1]
     WITH_KL: tl.constexpr = fields[MU] is not None
@@ -107,9 +111,13 @@ def learn(
     total = batch.to(tl.float32)
     losses = tl.zeros([SAMPLES], tl.float64)
     if ACTOR:
-        s = tl.load(std + column, mask=column < OUT, other=1.0)
-        std_grad = tl.zeros([padded(OUT)], tl.float32)
-        divergences = tl.zeros([SAMPLES], tl.float64)
+        if std is not None:
+            s = tl.load(std + column, mask=column < OUT, other=1.0)
+            std_grad = tl.zeros([padded(OUT)], tl.float32)
+        nats = tl.zeros([SAMPLES], tl.float64)  # a Gaussian's divergences, or the entropies of discrete actions
+        if ESTIMATES:
+            estimates = tl.zeros([SAMPLES], tl.float64)
+            outside = tl.zeros([SAMPLES], tl.int32)
     elif value_moments[0] is not None:
         value_shift = tl.load(value_moments[0])
         value_spread = tl.load(value_moments[1])
@@ -136,18 +144,29 @@ def learn(
         if ACTOR:
             mask = exists[:, None] & (column < OUT)[None, :]
             mean = tl.where(mask, out, 0.0)
-            actions = load_matrix(fields, strides, ACTIONS, slot, env, column, mask, 0.0)
             advantage = tl.load(source, mask=exists, other=0.0).to(tl.float32)
             if NUM_STEPS > 0 and stats is not None:
                 advantage = (advantage - middle) * scale
             old = load_column(fields, strides, LOG_PROBS, slot, env, exists)
-            gained, grad, by_std = policy_loss(mean, actions, s, old, advantage, exists, total, clip, OUT)
-            losses += gained.to(tl.float64)
-            std_grad += by_std
-            if WITH_KL:
+            if std is not None:
+                actions = load_matrix(fields, strides, ACTIONS, slot, env, column, mask, 0.0)
+                of_samples, grad, by_std = policy_loss(mean, actions, s, old, advantage, exists, total, clip, OUT)
+                std_grad += by_std
+            else:
+                action, _ = choices_of(column, CATEGORIES)
+                actions = load_matrix(fields, strides, ACTIONS, slot, env, action, mask, 0.0)
+                of_samples, entropies, grad = categorical_loss(
+                    mean, actions, old, advantage, exists, total, clip, entropy_coef, CATEGORIES
+                )
+                nats += entropies.to(tl.float64)
+            losses += of_samples[0].to(tl.float64)
+            if ESTIMATES:  # which take registers
+                estimates += of_samples[1].to(tl.float64)
+                outside += of_samples[2].to(tl.int32)
+            if WITH_KL:  # last, for the sake of registers
                 old_mean = load_matrix(fields, strides, MU, slot, env, column, mask, 0.0)
                 old_std = load_matrix(fields, strides, SIGMA, slot, env, column, mask, 1.0)
-                divergences += divergence_from(old_mean, old_std, mean, s, mask).to(tl.float64)
+                nats += divergence_from(old_mean, old_std, mean, s, mask).to(tl.float64)
         else:
             old = load_column(fields, strides, VALUES, slot, env, exists)
             if NUM_STEPS > 0:
@@ -158,7 +177,7 @@ def learn(
                 old = (old - value_shift) / value_spread
                 target = (target - value_shift) / value_spread
             new = tl.sum(tl.where(column[None, :] == 0, out, 0.0), 1)
-            error, by_value = squared_error(new, old, target, value_clip, CLIPPED)
+            error, by_value = squared_error(new, old, target, value_clip, CLIPPED, GREATER)
             losses += tl.where(exists, error, 0.0).to(tl.float64)
             by_value = tl.where(exists, by_value * (value_loss_coef / total), 0.0)
             grad = tl.where(column[None, :] == 0, by_value[:, None], 0.0)
@@ -167,7 +186,10 @@ def learn(
         )
         tile += tl.num_programs(0)
 
-    # As the parameters lie in memory, one after the other.
+    # Addresses are computed here, not to take registers before. Parameters' gradients lie one after the other.
+    program = tl.program_id(0).to(tl.int64)
+    figures += program * FIGURES
+    partials += program * ELEMENTS + AT
     for i in tl.static_range(len(WIDTHS) - 1):
         o = tl.arange(0, padded(WIDTHS[i + 1]))
         k = tl.arange(0, padded(WIDTHS[i]))
@@ -181,9 +203,15 @@ def learn(
         tl.store(partials + o, bias_grads[i], mask=o < WIDTHS[i + 1])
         partials += WIDTHS[i + 1]
     if ACTOR:
-        tl.store(partials + column, std_grad, mask=column < OUT)
+        if std is not None:
+            tl.store(partials + column, std_grad, mask=column < OUT)
         tl.store(figures, -tl.sum(losses, 0))
-        tl.store(figures + 2, tl.where(WITH_KL, tl.sum(divergences, 0), float("nan")))
+        summed = tl.sum(nats, 0)
+        tl.store(figures + 2, summed)
+        tl.store(figures + 3, tl.where(WITH_KL, summed, float("nan")))
+        if ESTIMATES:
+            tl.store(figures + 4, tl.sum(estimates, 0))
+            tl.store(figures + 5, tl.sum(outside.to(tl.float64), 0))
     else:
         tl.store(figures + 1, tl.sum(losses, 0))
 
@@ -194,11 +222,11 @@ def ppo_gradients_kernel(
     groups, group_strides, actor, obs_shift, obs_std, critic_groups, critic_strides, critic, critic_shift, critic_std,
     obs_clip, fields, strides, advantages, advantage_strides, std, value_moments, stats, subset, cursor,
     key_low, key_high, rollout_low, rollout_high, epoch, num_envs, capacity, start, first, batch, num_samples, a, b,
-    clip, value_clip, value_loss_coef, partials, figures,
+    clip, value_clip, value_loss_coef, entropy_coef, partials, figures,
     GROUPS: tl.constexpr, WIDTHS: tl.constexpr, CRITIC_GROUPS: tl.constexpr, CRITIC_WIDTHS: tl.constexpr,
     ELEMENTS: tl.constexpr, CRITIC_AT: tl.constexpr, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
-    SAMPLES: tl.constexpr, NUM_STEPS: tl.constexpr, SHUFFLE: tl.constexpr,
-    CLIPPED: tl.constexpr,
+    SAMPLES: tl.constexpr, NUM_STEPS: tl.constexpr, SHUFFLE: tl.constexpr, CLIPPED: tl.constexpr, GREATER: tl.constexpr,
+    CATEGORIES: tl.constexpr, ESTIMATES: tl.constexpr,
 ):  # fmt: skip
     """``fields``: actions, log_probs, values, mu, sigma and returns. NUM_STEPS: 0 where the minibatch is not drawn.
     ELEMENTS: of a row of ``partials``; the critic's are at CRITIC_AT."""
@@ -206,32 +234,31 @@ def ppo_gradients_kernel(
         start, rollout_low, rollout_high = oldest_rollout(cursor, capacity, NUM_STEPS)
     keys = round_keys(key_low, key_high, rollout_low, rollout_high, epoch)
     numbers = (batch, first, start, num_envs, capacity, num_samples, a, b)
-    program = tl.program_id(0).to(tl.int64)
-    partials += program * ELEMENTS
-    figures += program * 3
     # A branch for each network: they may differ in all widths.
     if tl.program_id(1) == 0:
         learn(
             groups, group_strides, actor, obs_shift, obs_std, obs_clip, fields, strides, advantages, advantage_strides,
-            std, value_moments, stats, subset, keys, numbers, clip, value_clip, value_loss_coef, partials, figures,
-            GROUPS, WIDTHS, True, ACTIVATION, PRECISION, SAMPLES, NUM_STEPS, SHUFFLE, CLIPPED,
+            std, value_moments, stats, subset, keys, numbers, clip, value_clip, value_loss_coef, entropy_coef, partials,
+            figures, GROUPS, WIDTHS, ELEMENTS, 0, True,
+            ACTIVATION, PRECISION, SAMPLES, NUM_STEPS, SHUFFLE, CLIPPED, GREATER, CATEGORIES, ESTIMATES,
         )  # fmt: skip
     else:
         learn(
             critic_groups, critic_strides, critic, critic_shift, critic_std, obs_clip, fields, strides, advantages,
             advantage_strides, std, value_moments, stats, subset, keys, numbers, clip, value_clip, value_loss_coef,
-            partials + CRITIC_AT, figures,
-            CRITIC_GROUPS, CRITIC_WIDTHS, False, ACTIVATION, PRECISION, SAMPLES, NUM_STEPS, SHUFFLE, CLIPPED,
+            entropy_coef, partials, figures, CRITIC_GROUPS, CRITIC_WIDTHS, ELEMENTS, CRITIC_AT, False,
+            ACTIVATION, PRECISION, SAMPLES, NUM_STEPS, SHUFFLE, CLIPPED, GREATER, CATEGORIES, ESTIMATES,
         )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["programs", "batch"])
 def add_partials_kernel(
     partials, figures, std, entropy_coef, grads, metrics, programs, batch,
-    FIRST: tl.constexpr, STD: tl.constexpr, ELEMENTS: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    FIRST: tl.constexpr, STD: tl.constexpr, ELEMENTS: tl.constexpr, MEASURED: tl.constexpr, BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Adds the programs' rows to the gradients, whose elements start at FIRST, and their figures to the metrics; then
-    the entropy's part. STD: the standard deviation's place among the gradients."""
+    """Adds the programs' rows to the gradients, whose elements start at FIRST, and MEASURED of their figures to the
+    metrics; then a Gaussian's entropy. STD: the standard deviation's place among the gradients."""
     element = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([ROWS, BLOCK], tl.float32)
     first = 0
@@ -241,27 +268,30 @@ def add_partials_kernel(
         total += tl.load(partials + row[:, None] * ELEMENTS + element[None, :], mask=mask, other=0.0)
         first += ROWS
     grad = tl.sum(total, 0)
-    of_std = (element >= FIRST[STD]) & (element < FIRST[STD + 1])
-    s = tl.load(std + (element - FIRST[STD]), mask=of_std, other=1.0)
-    grad = tl.where(of_std, grad - entropy_coef / s, grad)
+    if std is not None:
+        of_std = (element >= FIRST[STD]) & (element < FIRST[STD + 1])
+        s = tl.load(std + (element - FIRST[STD]), mask=of_std, other=1.0)
+        grad = tl.where(of_std, grad - entropy_coef / s, grad)
     for i in tl.static_range(len(grads)):
         inside = (element >= FIRST[i]) & (element < FIRST[i + 1])
         tl.store(grads[i] + (element - FIRST[i]), grad, mask=inside)
     if tl.program_id(0) == 0:
-        column = tl.arange(0, 4)
-        sums = tl.zeros([ROWS, 4], tl.float64)
+        column = tl.arange(0, 8)
+        sums = tl.zeros([ROWS, 8], tl.float64)
         first = 0
         while first < programs:
             row = first + tl.arange(0, ROWS)
-            mask = (row < programs)[:, None] & (column != 2)[None, :]
-            place = tl.where(column < 2, column, 2)
-            sums += tl.load(figures + row[:, None] * 3 + place[None, :], mask=mask, other=0.0)
+            mask = (row < programs)[:, None] & (column < MEASURED)[None, :]
+            sums += tl.load(figures + row[:, None] * FIGURES + column[None, :], mask=mask, other=0.0)
             first += ROWS
-        NUM_ACTIONS: tl.constexpr = FIRST[STD + 1] - FIRST[STD]
-        action = tl.arange(0, padded(NUM_ACTIONS))
-        spread = tl.load(std + action, mask=action < NUM_ACTIONS, other=1.0).to(tl.float64)
-        entropy = tl.sum(tl.where(action < NUM_ACTIONS, tl.log(spread) + (HALF_LOG_2PI + 0.5), 0.0), 0)
-        tl.store(metrics + column, tl.where(column == 2, entropy, tl.sum(sums, 0) / batch).to(tl.float32))
+        means = tl.sum(sums, 0) / batch
+        if std is not None:
+            NUM_ACTIONS: tl.constexpr = FIRST[STD + 1] - FIRST[STD]
+            action = tl.arange(0, padded(NUM_ACTIONS))
+            spread = tl.load(std + action, mask=action < NUM_ACTIONS, other=1.0).to(tl.float64)
+            entropy = tl.sum(tl.where(action < NUM_ACTIONS, tl.log(spread) + (HALF_LOG_2PI + 0.5), 0.0), 0)
+            means = tl.where(column == 2, entropy, means)
+        tl.store(metrics + column, means.to(tl.float32), mask=column < MEASURED)
 
 
 class Config(NamedTuple):
@@ -360,6 +390,8 @@ def ppo_gradients(
     stats=None,
     subset=None,
     cursor=None,
+    categories=(),
+    value_max=True,
 ) -> None:
     """The gradients of a minibatch, see :mod:`pydrone.ops.schema`. ``cursor``: as for ``gather``, for CUDA graphs."""
     config = config_of(actor, critic, matmul, _shared_memory_of(actions.device))
@@ -375,32 +407,38 @@ def ppo_gradients(
     if batch == 0:
         raise RuntimeError(f"actions: expected at least one sample, got shape {list(actions.shape)}")
     widths, critic_widths = _widths(actor), _widths(critic)
+    if std is None:
+        check_categories(categories, actions.shape[-1], widths[-1])
     critic_groups = critic_obs or obs
     fields = (actions, log_probs, values, mu, sigma, returns)
-    ordered = (*grads[: len(actor)], grads[-1], *grads[len(actor) : -1])
+    # As the kernel stores them: the actor's, the standard deviation's, the critic's.
+    at = len(actor)
+    ordered = tuple(grads) if std is None else (*grads[:at], grads[-1], *grads[at:-1])
     ends = [0]
     for grad in ordered:
         ends.append(ends[-1] + grad.numel())
     elements = -(-ends[-1] // 4) * 4  # rows start at multiples of 16 bytes
     programs = min(triton.cdiv(batch, config.samples), _programs(config, actions.device))
     partials = torch.empty(programs, elements, dtype=torch.float32, device=actions.device)
-    figures = torch.empty(programs, 3, dtype=torch.float64, device=actions.device)
+    figures = torch.empty(programs, NUM_METRICS, dtype=torch.float64, device=actions.device)
     with on_device_of(actions):
         ppo_gradients_kernel[(programs, 2)](
             tuple(obs), _strides(obs, drawn), tuple(actor), obs_shift, obs_std,
             tuple(critic_groups), _strides(critic_groups, drawn), tuple(critic), critic_shift, critic_std, obs_clip,
             fields, _strides(fields, drawn), advantages, (*advantages.stride(), 0)[:2], std, (value_shift, value_std),
             stats, subset, cursor, *_words(key), *_words(rollout), _words(epoch)[0], num_envs, capacity, start, first,
-            batch, num_samples, *sides, clip, value_clip, value_loss_coef, partials, figures,
+            batch, num_samples, *sides, clip, value_clip, value_loss_coef, entropy_coef, partials, figures,
             GROUPS=tuple(x.shape[-1] for x in obs), WIDTHS=widths,
             CRITIC_GROUPS=tuple(x.shape[-1] for x in critic_groups), CRITIC_WIDTHS=critic_widths,
-            ELEMENTS=elements, CRITIC_AT=ends[len(actor) + 1], ACTIVATION=activation, PRECISION=config.precision,
-            SAMPLES=config.samples, NUM_STEPS=num_steps, SHUFFLE=bool(shuffle),
-            CLIPPED=value_clip >= 0, num_warps=config.warps, num_stages=1, enable_fp_fusion=True,
+            ELEMENTS=elements, CRITIC_AT=ends[at + (std is not None)], ACTIVATION=activation,
+            PRECISION=config.precision, SAMPLES=config.samples, NUM_STEPS=num_steps, SHUFFLE=bool(shuffle),
+            CLIPPED=value_clip >= 0, GREATER=value_max, CATEGORIES=tuple(categories), ESTIMATES=len(metrics) > 4,
+            num_warps=config.warps, num_stages=1, enable_fp_fusion=True,
         )  # fmt: skip
         add_partials_kernel[(triton.cdiv(elements, BLOCK),)](
-            partials, figures, std, entropy_coef, ordered, metrics, programs, batch, FIRST=tuple(ends), STD=len(actor),
-            ELEMENTS=elements, BLOCK=BLOCK, ROWS=ROWS, num_warps=ADD_WARPS, enable_fp_fusion=True,
+            partials, figures, std, entropy_coef, ordered, metrics, programs, batch, FIRST=tuple(ends), STD=at,
+            ELEMENTS=elements, MEASURED=len(metrics), BLOCK=BLOCK, ROWS=ROWS, num_warps=ADD_WARPS,
+            enable_fp_fusion=True,
         )  # fmt: skip
 
 

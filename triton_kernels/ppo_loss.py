@@ -35,23 +35,32 @@ def load_scalars(source, stride, row, exists, dtype: tl.constexpr):
 
 
 @triton.jit
-def surrogate(log_prob, old_log_prob, advantage, clip):
-    """A sample's clipped surrogate, to be maximised, and its derivative with respect to the log-probability."""
-    log_ratio = log_prob - old_log_prob
+def surrogate(log_prob, old_log_prob, advantage, exists, total, clip):
+    """Of each sample the clipped surrogate, to be maximised, the divergence as its ratio estimates it, and whether the
+    ratio is outside of the clip; then the gradient of minus the surrogates' sum / ``total`` with respect to the
+    log-probability. All are 0 where a sample does not exist."""
+    log_ratio = tl.where(exists, log_prob - old_log_prob, 0.0)
+    advantage = tl.where(exists, advantage, 0.0)
+    ratio = tl.exp(log_ratio)
+    moved = ratio - 1
+    estimate = moved - log_ratio
+    outside = (moved > clip) | (moved < -clip)
     # Far above the clip, a ratio matters only to negative advantages; for others it is held, as inf * 0 is NaN.
     most = tl.log(1 + clip) + 1
-    ratio = tl.exp(tl.where((advantage >= 0) & (log_ratio > most), most, log_ratio))
+    ratio = tl.where((advantage >= 0) & (log_ratio > most), tl.exp(most), ratio)
     kept = clamp(ratio, 1 - clip, 1 + clip)
     plain = ratio * advantage
     clipped = kept * advantage
     # As torch differentiates minimum and clamp: the unclipped term's gradient, unless the clipped term is smaller.
     grad = tl.where(plain <= clipped, plain, tl.where(plain != plain, plain, 0.0))
-    return tl.where(plain <= clipped, plain, tl.where(clipped < plain, clipped, plain + clipped)), grad
+    gained = tl.where(plain <= clipped, plain, tl.where(clipped < plain, clipped, plain + clipped))
+    return (gained, estimate, outside), -grad / total
 
 
 @triton.jit
-def squared_error(new, old, target, clip, CLIPPED: tl.constexpr):
-    """A sample's value loss and its derivative with respect to ``new``."""
+def squared_error(new, old, target, clip, CLIPPED: tl.constexpr, GREATER: tl.constexpr):
+    """A sample's value loss and its derivative with respect to ``new``. GREATER: of the clipped and the plain error,
+    not the clipped one alone."""
     error = new - target
     square = error * error
     grad = 2.0 * error
@@ -60,24 +69,28 @@ def squared_error(new, old, target, clip, CLIPPED: tl.constexpr):
         held = clamp(moved, -clip, clip)
         other = held + (old - target)
         squared = other * other
-        grad = tl.where(squared > square, tl.where(moved == held, 2.0 * other, 0.0), grad)
-        square = tl.where(squared <= square, square, squared)  # propagates NaN
+        by_other = tl.where(moved == held, 2.0 * other, 0.0)
+        if GREATER:
+            grad = tl.where(squared > square, by_other, grad)
+            square = tl.where(squared <= square, square, squared)  # propagates NaN
+        else:
+            grad = by_other
+            square = squared
     return square, grad
 
 
 @triton.jit
 def policy_loss(mean, actions, s, old_log_prob, advantage, exists, total, clip, NUM_ACTIONS: tl.constexpr):
-    """Each sample's clipped surrogate; the gradients of minus their sum / ``total`` with respect to the means [SAMPLES,
-    ACTIONS] and the standard deviations ``s`` [ACTIONS]. Where masked, mean and actions are 0 and ``s`` is 1."""
+    """The figures of :func:`surrogate`; its gradients with respect to the means [SAMPLES, ACTIONS] and the standard
+    deviations ``s`` [ACTIONS]. Where masked, mean and actions are 0 and ``s`` is 1."""
     action = tl.arange(0, s.shape[0])
     inverse = 1.0 / s
     z = (actions - mean) * inverse[None, :]
     lacking = tl.sum(tl.where(action < NUM_ACTIONS, tl.log(s) + HALF_LOG_2PI, 0.0), 0)
-    gained, grad = surrogate(-0.5 * tl.sum(z * z, 1) - lacking, old_log_prob, advantage, clip)
-    grad = tl.where(exists, -grad / total, 0.0)
+    figures, grad = surrogate(-0.5 * tl.sum(z * z, 1) - lacking, old_log_prob, advantage, exists, total, clip)
     mask = exists[:, None] & (action < NUM_ACTIONS)[None, :]
     by_std = tl.sum(tl.where(mask, grad[:, None] * (z * z - 1.0) * inverse[None, :], 0.0), 0)
-    return tl.where(exists, gained, 0.0), grad[:, None] * z * inverse[None, :], by_std
+    return figures, grad[:, None] * z * inverse[None, :], by_std
 
 
 @triton.jit
@@ -175,19 +188,19 @@ def ppo_loss_kernel(
         old = (old - shift) / spread
         target = (target - shift) / spread
 
-    gained, along, by_std = policy_loss(
+    figures, along, by_std = policy_loss(
         mean, actions, s, old_log_prob, advantage, exists, total_samples.to(dtype), clip, NUM_ACTIONS
     )
     tl.store(mean_grad + row[:, None] * NUM_ACTIONS + action[None, :], along, mask=mask)
     divergence = tl.zeros((), dtype)
     if WITH_KL:
         divergence = tl.sum(divergence_from(old_mean, old_std, mean, s, mask), 0)
-    error, value_by = squared_error(new, old, target, held, CLIPPED)
+    error, value_by = squared_error(new, old, target, held, CLIPPED, True)
     scale = tl.full((), value_loss_coef, dtype) / total_samples.to(dtype)
     tl.store(value_grad + row, value_by * scale, mask=exists)
     merge_programs(
         metrics, std, std_stride, std_grad, workspace,
-        (by_std.to(tl.float64), tl.sum(gained, 0).to(tl.float64),
+        (by_std.to(tl.float64), tl.sum(figures[0], 0).to(tl.float64),
          tl.sum(tl.where(exists, error, 0.0), 0).to(tl.float64), divergence.to(tl.float64)),
         entropy_coef, num_samples, total_samples, NUM_ACTIONS, ACTIONS, PARTIALS, WITH_KL, dtype,
     )  # fmt: skip

@@ -18,23 +18,39 @@ float& element(const Tensor& x, int64_t i, int64_t j = 0) {
   return static_cast<float*>(x.data_ptr())[i * x.stride(0) + (x.dim() > 1 ? j * x.stride(1) : 0)];
 }
 
+// The choice whose exponential clock, `times` over its probability, rings first, as torch.multinomial draws it; and its
+// log-probability, NaN where a logit is.
+std::pair<int64_t, double> draw_choice(const float* logits, const float* times, int64_t choices) {
+  const float most = *std::max_element(logits, logits + choices);
+  double sum = 0;
+  int64_t best = 0;
+  float highest = -INFINITY;
+  for (int64_t j = 0; j < choices; ++j) {
+    const float p = std::exp(logits[j] - most);
+    sum += p;
+    if (p / times[j] > highest) highest = p / times[j], best = j;
+  }
+  return {best, logits[best] - most - std::log(sum)};
+}
+
 }  // namespace
 
 void ppo_act(const std::vector<Tensor>& obs, const std::vector<Tensor>& critic_obs, const Tensor& noise,
-             const std::vector<Tensor>& actor, const std::vector<Tensor>& critic, const Tensor& std, int64_t activation,
+             const std::vector<Tensor>& actor, const std::vector<Tensor>& critic, const Optional& std, int64_t activation,
              int64_t matmul, const Optional& obs_shift, const Optional& obs_std, const Optional& critic_shift,
              const Optional& critic_std, double obs_clip, const Optional& value_shift, const Optional& value_std,
              const Optional& packed, const Tensor& actions, const Tensor& log_probs, const Tensor& values,
-             const Tensor& mean) {
+             const Tensor& mean, const std::vector<int64_t>& categories) {
   check_shape("noise", noise, {-1, -1});
-  const int64_t num_envs = noise.size(0), num_actions = noise.size(1);
-  const Column drawn = column("noise", noise, num_envs, num_actions, noise);
-  Networks networks(obs, critic_obs, actor, critic, std, activation, matmul, num_envs, num_actions, obs_shift, obs_std,
+  const int64_t num_envs = noise.size(0), width = noise.size(1);
+  check_categories(std, categories, width);
+  const int64_t num_actions = std ? width : static_cast<int64_t>(categories.size());
+  const Column drawn = column("noise", noise, num_envs, width, noise);
+  Networks networks(obs, critic_obs, actor, critic, std, activation, matmul, num_envs, width, obs_shift, obs_std,
                     critic_shift, critic_std, obs_clip, value_shift, value_std, noise);
-  for (const auto& [name, out] : {std::pair{"actions", &actions}, {"mean", &mean}}) {
-    check_shape(name, *out, {num_envs, num_actions});
-    check_output(name, *out, noise);
-  }
+  check_shape("actions", actions, {num_envs, num_actions});
+  check_shape("mean", mean, {num_envs, width});
+  for (const auto& [name, out] : {std::pair{"actions", &actions}, {"mean", &mean}}) check_output(name, *out, noise);
   for (const auto& [name, out] : {std::pair{"log_probs", &log_probs}, {"values", &values}}) {
     check_shape(name, *out, {num_envs});
     check_output(name, *out, noise);
@@ -51,7 +67,7 @@ void ppo_act(const std::vector<Tensor>& obs, const std::vector<Tensor>& critic_o
   const int64_t threads = std::min<int64_t>(tiles, std::max<int64_t>(1, torch::stable::get_num_threads()));
   const int64_t work = std::max(networks.actor.work_size(), networks.critic.work_size());
   const int64_t inputs = kTile * (networks.actor_input.ld + networks.critic_input.ld);
-  Arena arena((packed ? 0 : networks.packed_size()) + threads * (work + inputs + kTile * num_actions + 256));
+  Arena arena((packed ? 0 : networks.packed_size()) + threads * (work + inputs + kTile * width + 256));
   if (packed) {
     Arena there(static_cast<float*>(packed->data_ptr()), kept);
     networks.actor.repack(there);
@@ -60,28 +76,39 @@ void ppo_act(const std::vector<Tensor>& obs, const std::vector<Tensor>& critic_o
     networks.pack(arena, false);
   }
   std::vector<float*> memory;
-  for (int64_t t = 0; t < threads; ++t) memory.push_back(arena.take(work + inputs + kTile * num_actions + 64));
-  const auto* deviation = static_cast<const float*>(std.data_ptr());
+  for (int64_t t = 0; t < threads; ++t) memory.push_back(arena.take(work + inputs + kTile * width + 64));
+  const auto* deviation = std ? static_cast<const float*>(std->data_ptr()) : nullptr;
   double lacking = 0;
-  for (int64_t j = 0; j < num_actions; ++j) lacking += std::log(static_cast<double>(deviation[j])) + kHalfLog2Pi;
+  for (int64_t j = 0; std && j < num_actions; ++j) lacking += std::log(static_cast<double>(deviation[j])) + kHalfLog2Pi;
 
   torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
       float* const actor_obs = memory[t];
       float* const critic_obs_tile = actor_obs + kTile * networks.actor_input.ld;
       float* const z = critic_obs_tile + kTile * networks.critic_input.ld;
-      float* const outputs = z + round_up(kTile * num_actions, 16);
+      float* const outputs = z + round_up(kTile * width, 16);
       const MlpNet pi = networks.actor.view(), v = networks.critic.view();
       for (int64_t tile = tiles * t / threads; tile < tiles * (t + 1) / threads; ++tile) {
         const int64_t first = tile * kTile, count = std::min(kTile, num_envs - first);
         networks.actor_input.fill(first, count, actor_obs, networks.obs_normalizer);
-        copy_tile(drawn, first, count, kTile, z, num_actions, 1);
+        copy_tile(drawn, first, count, kTile, z, width, 1);
         const float* y = networks.version.forward(pi, actor_obs, networks.actor_input.ld, count, outputs);
         int64_t ld = networks.actor.layers.back().ld;
-        for (int64_t i = 0; i < count; ++i) {
+        for (int64_t i = 0; !std && i < count; ++i) {
+          const float *logits = y + i * ld, *times = z + i * width;
+          double log_prob = 0;
+          for (int64_t h = 0, j = 0; h < num_actions; j += categories[h++]) {
+            const auto [choice, by] = draw_choice(logits + j, times + j, categories[h]);
+            element(actions, first + i, h) = static_cast<float>(choice);
+            log_prob += by;
+          }
+          element(log_probs, first + i) = static_cast<float>(log_prob);
+          for (int64_t j = 0; j < width; ++j) element(mean, first + i, j) = logits[j];
+        }
+        for (int64_t i = 0; std && i < count; ++i) {
           float squares = 0;
           for (int64_t j = 0; j < num_actions; ++j) {
-            const float m = y[i * ld + j], e = z[i * num_actions + j];
+            const float m = y[i * ld + j], e = z[i * width + j];
             squares += e * e;
             element(mean, first + i, j) = m;
             element(actions, first + i, j) = m + e * deviation[j];
@@ -124,7 +151,7 @@ void ppo_step(const std::vector<Tensor>& end_memory, const std::vector<Tensor>& 
   };
   auto begin = checked_begin();
   ppo_act(obs, critic_obs, noise, actor, critic, std, activation, matmul, obs_shift, obs_std, critic_shift, critic_std,
-          obs_clip, value_shift, value_std, packed, actions, log_probs, values, mean);
+          obs_clip, value_shift, value_std, packed, actions, log_probs, values, mean, {});
   if (end) end();
   if (cursor) begin = checked_begin();  // which the end has moved
   begin();

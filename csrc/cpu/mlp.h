@@ -28,13 +28,17 @@ struct MlpNet {
 };
 
 struct PpoLoss {
-  const float* std;  // [num_actions]
+  const float* std;  // [num_actions]; null: actions are discrete
   int64_t num_actions;
-  float clip, value_clip;  // value_clip below 0: no value clipping
-  float value_coef;
+  const int64_t* categories;  // [num_actions], the choices of each discrete action
+  float clip, value_clip;     // value_clip below 0: no value clipping
+  bool value_max;             // the greater of the clipped and the plain error, not the clipped one alone
+  float value_coef, entropy_coef;
   float share;  // 1 / samples of the minibatch
   bool kl;
 };
+
+enum Metric : int64_t { kSurrogate, kValueLoss, kEntropy, kKl, kApproxKl, kClipFraction, kNumMetrics };
 
 // One tile in a thread's memory. Arrays over samples are [..., kTile], zero beyond `count`.
 struct PpoTile {
@@ -46,7 +50,7 @@ struct PpoTile {
   float* work;                      // outputs of every layer of the larger network, and their rounded copies
   float* grads;                     // this thread's sums
   float* std_grad;                  // [num_actions], of the log-probabilities alone
-  double* sums;                     // surrogate, value loss, KL
+  double* sums;                     // [kNumMetrics]; a Gaussian's entropy, the same for every sample, is left out
 };
 
 struct MlpVersion {

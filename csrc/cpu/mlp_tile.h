@@ -368,17 +368,50 @@ PYDRONE_IN Ints samples(int64_t n, int64_t count) {
   return index < static_cast<int32_t>(count);
 }
 
+// The surrogate of samples n to n + V, with what depends on their ratio alone.
+struct Surrogate {
+  Vec surrogate = Vec{}, approx_kl = Vec{}, outside = Vec{};
+
+  // Returns the loss's gradient with respect to the log-probabilities.
+  inline __attribute__((always_inline)) Vec add(const PpoLoss& loss, const PpoTile& tile, int64_t n, Vec log_probs) {
+    const Ints exists = samples(n, tile.count);
+    const Vec log_ratio = log_probs - load(tile.log_probs + n), ratio = exponential(log_ratio);
+    const Vec advantage = load(tile.advantages + n);
+    const Vec kept = larger(smaller(ratio, all(1 + loss.clip)), all(1 - loss.clip));
+    const Vec plain = ratio * advantage, clipped = kept * advantage;
+    // As torch differentiates minimum and clamp: the unclipped term's gradient, unless the clipped term is smaller.
+    const Vec grad = plain <= clipped ? plain : (plain != plain ? plain : Vec{});
+    const Vec smallest = plain <= clipped ? plain : (clipped < plain ? clipped : plain + clipped);
+    const Vec moved = ratio - 1.0f;
+    surrogate += exists ? smallest : Vec{};
+    approx_kl += exists ? moved - log_ratio : Vec{};
+    outside += exists & ((moved > loss.clip) | (moved < -loss.clip)) ? all(1.0f) : Vec{};
+    return exists ? grad * -loss.share : Vec{};
+  }
+  void write(const PpoTile& tile) const {
+    tile.sums[kSurrogate] -= total(surrogate);
+    tile.sums[kApproxKl] += total(approx_kl);
+    tile.sums[kClipFraction] += total(outside);
+  }
+};
+
+// Zeroes what lies beyond the outputs, and the outputs of rows without samples.
+static void clear_beyond(const PpoTile& tile, float* outputs, int64_t ld, int64_t width) {
+  for (int64_t n = 0; n < kTile; ++n)
+    for (int64_t j = n < tile.count ? width : 0; j < ld; ++j) outputs[n * ld + j] = 0;
+}
+
 // Replaces `outputs` [kTile, ld], the means, by the loss's gradients with respect to them.
-static void actor_loss(const PpoLoss& loss, const PpoTile& tile, float* outputs, int64_t ld) {
+static void gaussian_loss(const PpoLoss& loss, const PpoTile& tile, float* outputs, int64_t ld) {
   float ratio_grad[kTile];
-  Vec surrogate = Vec{}, divergence = Vec{};
+  Surrogate sums;
+  Vec divergence = Vec{};
   float lacking = 0;  // minus the log-density at the mean
   for (int64_t j = 0; j < loss.num_actions; ++j) {
     const Vec s = all(loss.std[j]);
     lacking += logarithm(s)[0] + 0.918938533f;
   }
   for (int64_t n = 0; n < kTile; n += V) {
-    const Ints exists = samples(n, tile.count);
     Vec squares = Vec{}, apart_from_old = Vec{};
     for (int64_t j = 0; j < loss.num_actions; ++j) {
       Vec mean;
@@ -393,16 +426,8 @@ static void actor_loss(const PpoLoss& loss, const PpoTile& tile, float* outputs,
         apart_from_old += (apart * apart + wider) * (0.5f / (s * s)) + (logarithm(all(s)) - logarithm(old));
       }
     }
-    const Vec ratio = exponential(-0.5f * squares - lacking - load(tile.log_probs + n));
-    const Vec advantage = load(tile.advantages + n);
-    const Vec kept = larger(smaller(ratio, all(1 + loss.clip)), all(1 - loss.clip));
-    const Vec plain = ratio * advantage, clipped = kept * advantage;
-    // As torch differentiates minimum and clamp: the unclipped term's gradient, unless the clipped term is smaller.
-    const Vec grad = plain <= clipped ? plain : (plain != plain ? plain : Vec{});
-    const Vec smallest = plain <= clipped ? plain : (clipped < plain ? clipped : plain + clipped);
-    surrogate += exists ? smallest : Vec{};
-    divergence += exists ? apart_from_old : Vec{};
-    store(ratio_grad + n, exists ? grad * -loss.share : Vec{});
+    store(ratio_grad + n, sums.add(loss, tile, n, -0.5f * squares - lacking));
+    divergence += samples(n, tile.count) ? apart_from_old : Vec{};
   }
   for (int64_t j = 0; j < loss.num_actions; ++j) {
     const float inverse = 1.0f / loss.std[j];
@@ -414,12 +439,61 @@ static void actor_loss(const PpoLoss& loss, const PpoTile& tile, float* outputs,
     }
     tile.std_grad[j] += std_grad;
   }
-  for (int64_t n = 0; n < kTile; ++n) {
-    const int64_t from = n < tile.count ? loss.num_actions : 0;
-    for (int64_t j = from; j < ld; ++j) outputs[n * ld + j] = 0;
+  clear_beyond(tile, outputs, ld, loss.num_actions);
+  sums.write(tile);
+  tile.sums[kKl] += total(divergence);
+}
+
+// As gaussian_loss, of discrete actions: `outputs` are the logits of each action's choices, one action after the other.
+static void categorical_loss(const PpoLoss& loss, const PpoTile& tile, float* outputs, int64_t ld) {
+  Surrogate sums;
+  Vec entropies = Vec{};
+  int64_t width = 0;
+  for (int64_t h = 0; h < loss.num_actions; ++h) width += loss.categories[h];
+  for (int64_t n = 0; n < kTile; n += V) {
+    float* const rows = outputs + n * ld;
+    auto logits = [&](int64_t j) {
+      Vec x;
+      for (int i = 0; i < V; ++i) x[i] = rows[i * ld + j];
+      return x;
+    };
+    auto replace = [&](int64_t j, Vec x) {
+      for (int i = 0; i < V; ++i) rows[i * ld + j] = x[i];
+    };
+    Vec log_probs = Vec{};
+    for (int64_t h = 0, first = 0; h < loss.num_actions; first += loss.categories[h++]) {
+      const int64_t end = first + loss.categories[h];
+      Vec most = logits(first), sum = Vec{}, chosen = all(__builtin_nanf(""));  // where the action is no choice
+      for (int64_t j = first + 1; j < end; ++j) most = larger(most, logits(j));
+      for (int64_t j = first; j < end; ++j) sum += exponential(logits(j) - most);
+      const Vec normalizer = most + logarithm(sum), action = load(tile.actions + h * kTile + n);
+      for (int64_t j = first; j < end; ++j) {
+        const Vec x = logits(j) - normalizer;
+        chosen = action == static_cast<float>(j - first) ? x : chosen;
+        replace(j, x);
+      }
+      log_probs += chosen;
+    }
+    const Vec ratio_grad = sums.add(loss, tile, n, log_probs);
+    const Ints exists = samples(n, tile.count);
+    for (int64_t h = 0, first = 0; h < loss.num_actions; first += loss.categories[h++]) {
+      const int64_t end = first + loss.categories[h];
+      Vec entropy = Vec{};
+      // 0 log 0 is 0: exponential() never returns 0, and log-probabilities are finite where logits are.
+      for (int64_t j = first; j < end; ++j) entropy -= exponential(logits(j)) * logits(j);
+      const Vec action = load(tile.actions + h * kTile + n);
+      for (int64_t j = first; j < end; ++j) {
+        const Vec x = logits(j), p = exponential(x);
+        const Vec hit = action == static_cast<float>(j - first) ? all(1.0f) : Vec{};
+        const Vec grad = ratio_grad * (hit - p) + (loss.entropy_coef * loss.share) * p * (x + entropy);
+        replace(j, exists ? grad : Vec{});
+      }
+      entropies += exists ? entropy : Vec{};
+    }
   }
-  tile.sums[0] -= total(surrogate);
-  tile.sums[2] += total(divergence);
+  clear_beyond(tile, outputs, ld, width);
+  sums.write(tile);
+  tile.sums[kEntropy] += total(entropies);
 }
 
 static void critic_loss(const PpoLoss& loss, const PpoTile& tile, float* outputs, int64_t ld) {
@@ -434,8 +508,9 @@ static void critic_loss(const PpoLoss& loss, const PpoTile& tile, float* outputs
       const Vec old = load(tile.values + n), moved = value - old;
       const Vec held = larger(smaller(moved, all(loss.value_clip)), all(-loss.value_clip));
       const Vec other = held + (old - target), squared = other * other;
-      grad = squared > square ? (moved == held ? 2.0f * other : Vec{}) : grad;
-      square = larger(square, squared);
+      const Vec held_grad = moved == held ? 2.0f * other : Vec{};
+      grad = !loss.value_max ? held_grad : squared > square ? held_grad : grad;
+      square = loss.value_max ? larger(square, squared) : squared;
     }
     sum += samples(n, tile.count) ? square : Vec{};
     store(grads + n, grad * (loss.share * loss.value_coef));
@@ -444,7 +519,7 @@ static void critic_loss(const PpoLoss& loss, const PpoTile& tile, float* outputs
     outputs[n * ld] = n < tile.count ? grads[n] : 0.0f;
     for (int64_t j = 1; j < ld; ++j) outputs[n * ld + j] = 0;
   }
-  tile.sums[1] += total(sum);
+  tile.sums[kValueLoss] += total(sum);
 }
 
 // Zeroes the outputs of the tile's rows without samples.
@@ -457,6 +532,7 @@ static void step(const MlpNet& actor, const MlpNet& critic, const PpoLoss& loss,
   const int64_t rows = (tile.count + kRows - 1) / kRows * kRows;
   auto* outputs = const_cast<float*>(forward(actor, tile.actor_obs, tile.actor_ld, rows, tile.work));
   clear(outputs, actor.layers[actor.num_layers - 1].ld, tile.count);
+  const auto actor_loss = loss.std ? gaussian_loss : categorical_loss;
   actor_loss(loss, tile, outputs, actor.layers[actor.num_layers - 1].ld);
   backward(actor, tile.actor_obs, tile.actor_ld, rows, tile.work, tile.grads);
   outputs = const_cast<float*>(forward(critic, tile.critic_obs, tile.critic_ld, rows, tile.work));

@@ -265,6 +265,15 @@ struct Input {
   }
 };
 
+// A Gaussian has std, discrete actions have `categories`, the choices of each, whose logits are the actor's outputs.
+void check_categories(const Optional& std, const std::vector<int64_t>& categories, int64_t outputs) {
+  STD_TORCH_CHECK(std.has_value() == categories.empty(), "categories: expected ", std ? "none beside std, got " :
+                  "the choices of each action where std is None, got ", categories.size(), " numbers");
+  int64_t sum = 0;
+  for (const int64_t choices : categories) check_range("categories", choices, 1, Net::kMaxWidth + 1), sum += choices;
+  STD_TORCH_CHECK(std || sum == outputs, "categories: expected ", outputs, " choices in all, got ", sum);
+}
+
 // Inputs of ppo_act and ppo_gradients: the networks, their observations and normalisers.
 struct Networks {
   const MlpVersion& version;
@@ -276,7 +285,7 @@ struct Networks {
 
   Networks(const std::vector<Tensor>& obs, const std::vector<Tensor>& critic_obs,
            const std::vector<Tensor>& actor_parameters, const std::vector<Tensor>& critic_parameters,
-           const Tensor& std, int64_t activation, int64_t matmul, int64_t samples, int64_t num_actions,
+           const Optional& std, int64_t activation, int64_t matmul, int64_t samples, int64_t outputs,
            const Optional& obs_shift, const Optional& obs_std, const Optional& critic_shift,
            const Optional& critic_std, double obs_clip, const Optional& value_shift, const Optional& value_std,
            const Tensor& like, const Ring* ring = nullptr)
@@ -284,17 +293,18 @@ struct Networks {
         shared(critic_obs.empty()),
         actor_input("obs", obs, samples, like, ring),
         critic_input("critic_obs", shared ? obs : critic_obs, samples, like, ring),
-        actor("actor", version, actor_parameters, actor_input.width, num_actions, checked(activation), like),
+        actor("actor", version, actor_parameters, actor_input.width, outputs, checked(activation), like),
         critic("critic", version, critic_parameters, critic_input.width, 1, activation, like),
         obs_normalizer("obs_shift", obs_shift, obs_std, actor_input.width, obs_clip, like),
         critic_normalizer("critic_shift", critic_shift, critic_std, critic_input.width, obs_clip, like),
         value_normalizer("value_shift", value_shift, value_std, -1, 0, like),
         one_input(shared && critic_normalizer.shift == obs_normalizer.shift &&
                   critic_normalizer.std == obs_normalizer.std) {
-    check_shape("std", std, {num_actions});
-    check_dtype("std", std, ScalarType::Float);
-    check_contiguous("std", std);
-    check_device("std", std, like);
+    if (!std) return;
+    check_shape("std", *std, {outputs});
+    check_dtype("std", *std, ScalarType::Float);
+    check_contiguous("std", *std);
+    check_device("std", *std, like);
   }
   // matmul: an index into MATMUL of schema.py. TF32 is computed in float32, which is more exact.
   static const MlpVersion& picked(int64_t matmul) {

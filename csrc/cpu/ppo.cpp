@@ -4,6 +4,7 @@
 #include "samples.h"
 
 #include <cmath>
+#include <numeric>
 
 namespace pydrone {
 namespace {
@@ -114,12 +115,13 @@ class Drawn {
 void ppo_gradients(const std::vector<Tensor>& obs, const std::vector<Tensor>& critic_obs, const Tensor& actions,
                    const Tensor& log_probs, const Tensor& advantages, const Optional& returns, const Tensor& values,
                    const Optional& mu, const Optional& sigma, const std::vector<Tensor>& actor,
-                   const std::vector<Tensor>& critic, const Tensor& std, int64_t activation, int64_t matmul,
+                   const std::vector<Tensor>& critic, const Optional& std, int64_t activation, int64_t matmul,
                    double clip, double value_clip, double value_loss_coef, double entropy_coef,
                    const Optional& obs_shift, const Optional& obs_std, const Optional& critic_shift,
                    const Optional& critic_std, double obs_clip, const Optional& value_shift, const Optional& value_std,
                    const std::vector<Tensor>& grads, const Tensor& metrics, const std::vector<int64_t>& drawn,
-                   const Optional& stats, const Optional& subset, const Optional& cursor) {
+                   const Optional& stats, const Optional& subset, const Optional& cursor,
+                   const std::vector<int64_t>& categories, bool value_max) {
   const bool drawing = !drawn.empty();
   Drawn source(drawn, actions);
   if (!drawing) check_shape("actions", actions, {-1, -1});
@@ -139,25 +141,35 @@ void ppo_gradients(const std::vector<Tensor>& obs, const std::vector<Tensor>& cr
     target = column("returns", *returns, samples, -1, actions);
   }
   STD_TORCH_CHECK(mu.has_value() == sigma.has_value(), "sigma: expected both mu and sigma, or none");
+  STD_TORCH_CHECK(std || !mu, "mu: expected None, actions are discrete");
+  STD_TORCH_CHECK(std || static_cast<int64_t>(categories.size()) == num_actions, "categories: expected ", num_actions,
+                  " numbers, one for each action, got ", categories.size());
+  const int64_t outputs = std ? num_actions : std::accumulate(categories.begin(), categories.end(), int64_t{0});
+  check_categories(std, categories, outputs);
   Column old_mean{}, old_std{};
   if (mu) {
     old_mean = column("mu", *mu, samples, num_actions, actions, ring);
     old_std = column("sigma", *sigma, samples, num_actions, actions, ring);
   }
-  Networks networks(obs, critic_obs, actor, critic, std, activation, matmul, samples, num_actions, obs_shift, obs_std,
+  Networks networks(obs, critic_obs, actor, critic, std, activation, matmul, samples, outputs, obs_shift, obs_std,
                     critic_shift, critic_std, obs_clip, value_shift, value_std, actions, ring);
   Net &pi = networks.actor, &v = networks.critic;
   const Input &actor_input = networks.actor_input, &critic_input = networks.critic_input;
   STD_TORCH_CHECK(clip >= 0 && std::isfinite(clip), "clip: expected a number of at least 0, got ", clip);
-  STD_TORCH_CHECK(grads.size() == actor.size() + critic.size() + 1, "grads: expected one for each parameter and std, ",
-                  actor.size() + critic.size() + 1, ", got ", grads.size());
+  const size_t expected = actor.size() + critic.size() + std.has_value();
+  STD_TORCH_CHECK(grads.size() == expected, "grads: expected one for each parameter", std ? " and std, " : ", ", expected,
+                  ", got ", grads.size());
   check_grads("grads", actor, grads.data(), actions);
   check_grads("grads", critic, grads.data() + actor.size(), actions);
-  check_grads("grads", {std}, &grads.back(), actions);
-  check_shape("metrics", metrics, {4});
+  if (std) check_grads("grads", {*std}, &grads.back(), actions);
+  check_shape("metrics", metrics, {metrics.dim() == 1 && metrics.size(0) == kApproxKl ? kApproxKl : kNumMetrics});
   check_dtype("metrics", metrics, ScalarType::Float);
   check_contiguous("metrics", metrics);
   check_device("metrics", metrics, actions);
+  for (int64_t j = 0; std && j < num_actions; ++j) {
+    const float x = static_cast<const float*>(std->data_ptr())[j];
+    STD_TORCH_CHECK(!(x <= 0), "std: expected numbers above 0, got ", x);
+  }
   STD_TORCH_CHECK(samples > 0, "actions: expected at least one sample, got shape ", shape_of(actions));
 
   const int64_t tiles = (samples + kTile - 1) / kTile;
@@ -189,11 +201,14 @@ void ppo_gradients(const std::vector<Tensor>& obs, const std::vector<Tensor>& cr
     x.sums = figures.data() + 8 * t;
   }
   PpoLoss loss{};
-  loss.std = static_cast<const float*>(std.data_ptr());
+  loss.std = std ? static_cast<const float*>(std->data_ptr()) : nullptr;
   loss.num_actions = num_actions;
+  loss.categories = categories.data();
   loss.clip = static_cast<float>(clip);
   loss.value_clip = static_cast<float>(value_clip);
+  loss.value_max = value_max;
   loss.value_coef = static_cast<float>(value_loss_coef);
+  loss.entropy_coef = static_cast<float>(entropy_coef);
   loss.share = 1.0f / static_cast<float>(samples);
   loss.kl = mu.has_value();
   const MlpNet actor_net = pi.view(), critic_net = v.view();
@@ -267,22 +282,22 @@ void ppo_gradients(const std::vector<Tensor>& obs, const std::vector<Tensor>& cr
 
   write_grads(pi, grads.data(), sums);
   write_grads(v, grads.data() + actor.size(), sums);
-  auto* std_grad = static_cast<float*>(grads.back().data_ptr());
-  double entropy = 0;
-  for (int64_t j = 0; j < num_actions; ++j) {
-    std_grad[j] = 0;
-    for (const PpoTile& x : state) std_grad[j] += x.std_grad[j];
-    std_grad[j] -= static_cast<float>(entropy_coef) / loss.std[j];
-    entropy += std::log(static_cast<double>(loss.std[j])) + kHalfLog2Pi + 0.5;
+  double results[kNumMetrics] = {};
+  for (int64_t i = 0; i < kNumMetrics; ++i) {
+    for (const PpoTile& x : state) results[i] += x.sums[i];
+    results[i] /= static_cast<double>(samples);
   }
-  auto* results = static_cast<float*>(metrics.data_ptr());
-  for (const auto& [from, to] : {std::pair{0, 0}, {1, 1}, {2, 3}}) {
-    double sum = 0;
-    for (const PpoTile& x : state) sum += x.sums[from];
-    results[to] = static_cast<float>(sum / static_cast<double>(samples));
+  if (!mu) results[kKl] = std::nan("");
+  if (std) {
+    auto* std_grad = static_cast<float*>(grads.back().data_ptr());
+    for (int64_t j = 0; j < num_actions; ++j) {
+      std_grad[j] = 0;
+      for (const PpoTile& x : state) std_grad[j] += x.std_grad[j];
+      std_grad[j] -= loss.entropy_coef / loss.std[j];
+      results[kEntropy] += std::log(static_cast<double>(loss.std[j])) + kHalfLog2Pi + 0.5;
+    }
   }
-  results[2] = static_cast<float>(entropy);
-  if (!mu) results[3] = std::nanf("");
+  for (int64_t i = 0; i < metrics.size(0); ++i) static_cast<float*>(metrics.data_ptr())[i] = static_cast<float>(results[i]);
 }
 
 }  // namespace pydrone

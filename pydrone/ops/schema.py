@@ -45,20 +45,27 @@ names the argument, what it was and what it must be; the reference and Triton ch
 
     obs, critic_obs: groups [B, width], concatenated; critic_obs empty: the critic sees obs.  actions, mu, sigma [B, A];
     log_probs, advantages, returns, values [B].  actor, critic: weight [out, in] and bias [out] of each layer in turn.
-    std [A].  activation: index into ACTIVATIONS, for the hidden layers.  matmul: index into MATMUL, what operands of
-    matrix products are rounded to: nothing (float32), TF32, or bfloat16 (on the CPU where ``has_bf16``); everything
-    else is float32. The CPU computes TF32 in float32.  value_clip below 0: no value clipping.
+    std [A]; or None, for discrete actions: categories are then the choices of each, the actor's outputs their logits,
+    one action after the other, actions [B, A] numbers of choices, and mu and sigma None.
+    activation: index into ACTIVATIONS, for the hidden layers.  matmul: index into MATMUL, what operands of matrix
+    products are rounded to: nothing (float32), TF32, or bfloat16 (on the CPU where ``has_bf16``); everything else is
+    float32. The CPU computes TF32 in float32.  value_clip below 0: no value clipping; else value_max: the value loss is
+    the greater of the clipped and the plain error, not the clipped one alone.
     obs_shift, obs_std [width], critic_shift, critic_std, value_shift, value_std []: inputs become (x - shift) / std,
     observations clipped to +-obs_clip; None: unchanged.  grads: of actor, critic and std, same shapes, of
     surrogate + value_loss_coef * value loss - entropy_coef * entropy (pydrone/ppo/learner/loss.py).  metrics: float32
-    [4], summed in float64: surrogate, value loss, entropy, KL(mu, sigma || new), which is NaN without mu and sigma.
+    [4] or [NUM_METRICS], summed in float64: surrogate, value loss, entropy, KL(mu, sigma || new), which is NaN without
+    mu and sigma, its estimate from the ratios r of new to old probabilities, mean(r - 1 - log r), and the share of the
+    samples with |r - 1| > clip.
     drawn: empty, or [num_steps, start, num_samples, key, rollout, epoch, shuffle, first, B] as for ``gather``. Then
     obs, critic_obs, actions, log_probs, values, mu and sigma are fields of the ring's rows, [C, N, ...], advantages is
     [N, T], stats, subset and cursor are as for ``gather``, and returns is None: A + values. Bit-equal to gathering
     first.
 
 ``ppo_act``  acts for N environments with the same policy: actions = mean + std * noise, their log-probabilities, and
-    values.  noise, actions, mean [N, A]; log_probs, values [N]; outputs of any strides.
+    values.  noise, actions, mean [N, A]; log_probs, values [N]; outputs of any strides.  std None, and categories: as
+    for ``ppo_gradients``; mean are the logits then, noise [N, sum of categories] is exponential, and the choice is that
+    with the greatest probability / noise, as torch.multinomial draws it.
     packed: None, or float32 [packed_size(actor) + packed_size(critic)], zero at first, which keeps packed weights
     between calls; use one for each pair of network shapes and ``matmul``. Weights whose bits changed are repacked.
 
@@ -135,10 +142,10 @@ SCHEMAS = {
 # Implemented by the CPU library and, on CUDA, by Triton; callers have an alternative where a kernel is missing.
 PPO_SCHEMAS = {
     "ppo_act": (
-        "(Tensor[] obs, Tensor[] critic_obs, Tensor noise, Tensor[] actor, Tensor[] critic, Tensor std, "
+        "(Tensor[] obs, Tensor[] critic_obs, Tensor noise, Tensor[] actor, Tensor[] critic, Tensor? std, "
         "int activation, int matmul, Tensor? obs_shift, Tensor? obs_std, Tensor? critic_shift, Tensor? critic_std, "
         "float obs_clip, Tensor? value_shift, Tensor? value_std, Tensor(a!)? packed, Tensor(b!) actions, "
-        "Tensor(c!) log_probs, Tensor(d!) values, Tensor(e!) mean) -> ()"
+        "Tensor(c!) log_probs, Tensor(d!) values, Tensor(e!) mean, int[] categories=[]) -> ()"
     ),
     "ppo_step": (
         "(Tensor(a!)[] end_memory, Tensor[] end_sources, Tensor? end_layout, Tensor? dones, Tensor? truncated, "
@@ -151,11 +158,11 @@ PPO_SCHEMAS = {
     ),
     "ppo_gradients": (
         "(Tensor[] obs, Tensor[] critic_obs, Tensor actions, Tensor log_probs, Tensor advantages, Tensor? returns, "
-        "Tensor values, Tensor? mu, Tensor? sigma, Tensor[] actor, Tensor[] critic, Tensor std, int activation, "
+        "Tensor values, Tensor? mu, Tensor? sigma, Tensor[] actor, Tensor[] critic, Tensor? std, int activation, "
         "int matmul, float clip, float value_clip, float value_loss_coef, float entropy_coef, Tensor? obs_shift, "
         "Tensor? obs_std, Tensor? critic_shift, Tensor? critic_std, float obs_clip, Tensor? value_shift, "
         "Tensor? value_std, Tensor(a!)[] grads, Tensor(b!) metrics, int[] drawn=[], Tensor? stats=None, "
-        "Tensor? subset=None, Tensor? cursor=None) -> ()"
+        "Tensor? subset=None, Tensor? cursor=None, int[] categories=[], bool value_max=True) -> ()"
     ),
     "clipped_adam": (
         "(Tensor(a!)[] parameters, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
@@ -184,6 +191,9 @@ LEARNER_SCHEMAS = {
 }
 
 ACTIVATIONS = ("tanh", "elu", "relu", "silu")
+
+# What ppo_gradients measures.
+NUM_METRICS = 6
 
 # What operands of the networks' matrix products are rounded to; sums are float32.
 MATMUL = ("float32", "tf32", "bfloat16")

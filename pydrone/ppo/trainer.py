@@ -16,7 +16,7 @@ from pydrone.envs.base import Env
 from pydrone.ops import native
 from pydrone.ppo.config import TrainConfig
 from pydrone.ppo.distributed import Ranks
-from pydrone.ppo.learner import fused
+from pydrone.ppo.learner.networks import lacks_bf16
 from pydrone.ppo.training import checkpoint, graphs
 from pydrone.ppo.training.figures import WINDOW
 from pydrone.ppo.training.graphs import Graph, UpdateGraph
@@ -137,7 +137,7 @@ class Trainer(Iteration):
         if self.config.ppo.learner != "torch" and learner.not_fused is not None and not known:
             part = "Gradients" if learner.fused_loss is None else "The networks' gradients"
             self.echo(f"{part} by autograd: {learner.not_fused}.")
-        if self.config.ppo.matmul == "bfloat16" and self.device.type == "cpu" and fused.lacks_bf16():
+        if self.config.ppo.matmul == "bfloat16" and self.device.type == "cpu" and lacks_bf16():
             self.echo(
                 "matmul: this processor has no AVX512_BF16. Where products in bfloat16 are emulated, an update takes "
                 "many times as long as in float32."

@@ -1,4 +1,5 @@
-"""How many kernels a step and a minibatch launch on CUDA: Triton's, interpreted on CPU tensors, and torch's.
+"""How many kernels a step and a minibatch launch on CUDA: Triton's, interpreted on CPU tensors, and torch's; and what
+the prepared operations compute there.
 
 test_triton.py runs them.
 """
@@ -9,11 +10,13 @@ import contextlib
 
 import pytest
 import torch
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.interpreter import GridExecutor
 
 from pydrone.buffer import RolloutBuffer
 from pydrone.ops import triton
+from pydrone.ppo import FusedAct, FusedUpdate
 from pydrone.ppo.config import PPOConfig
 from pydrone.ppo.learner.acting import FusedActing
 from pydrone.ppo.learner.learner import Learner
@@ -111,3 +114,26 @@ def test_launches(settings, seen):
             learner.update(buffer)
     at = seen.names.index(MINIBATCH[0])
     assert seen.names[at : at + 12] == [*MINIBATCH * 2, "stack", "mean"]
+
+
+def test_prepared_operations_with_discrete_actions(seen):
+    """The same numbers as the CPU's operations, by Triton's launchers."""
+    torch.manual_seed(0)
+    categories, size = [3, 2], 5
+    actor, critic = (nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, x)) for x in (5, 1))
+    act, obs = FusedAct(actor, critic, categories=categories), torch.randn(size, 4)
+    update = FusedUpdate(actor, critic, categories=categories, entropy_coef=0.1, value_clip=0.2, value_max=False)
+    found = []
+    for launches in (contextlib.nullcontext(), seen):
+        for p in (*actor.parameters(), *critic.parameters()):
+            p.grad = None
+        torch.manual_seed(1)
+        with launches:
+            acted = act(None, obs)
+            minibatch = {"obs": obs, "actions": acted.actions.long(), "log_probs": acted.log_probs - 0.1}
+            minibatch |= {"advantages": obs[:, 0], "returns": obs[:, 1], "values": acted.values}
+            metrics = update(None, **minibatch)
+        found.append([*acted, metrics, *[p.grad for p in (*actor.parameters(), *critic.parameters())]])
+    assert [x for x in seen.names if "kernel" in x] == ["step_kernel", "ppo_gradients_kernel", "add_partials_kernel"]
+    for x, y in zip(*found, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6, equal_nan=True)

@@ -24,9 +24,11 @@ def network(*widths: int) -> list[Tensor]:
 
 
 def case(
-    num_envs, obs, hidden=(33, 16), actions=3, critic_obs=None, activation="tanh", matmul="float32", moments=False
-):
+    num_envs, obs, hidden=(33, 16), actions=3, critic_obs=None, activation="tanh", matmul="float32", moments=False,
+    categories=(),
+):  # fmt: skip
     """Arguments of ppo_act without the outputs; ``obs``: widths of the groups."""
+    actions = sum(categories) or actions
 
     def moments_of(width):
         return [torch.randn(width), torch.rand(width) + 0.5] if moments else [None, None]
@@ -35,10 +37,10 @@ def case(
     given = {
         "obs": [torch.randn(num_envs, width) for width in obs],
         "critic_obs": [torch.randn(num_envs, width) for width in critic_obs or ()],
-        "noise": torch.randn(num_envs, actions),
+        "noise": torch.empty(num_envs, actions).exponential_() if categories else torch.randn(num_envs, actions),
         "actor": network(inputs, *hidden, actions),
         "critic": network(critic_inputs, *hidden, 1),
-        "std": torch.rand(actions) + 0.5,
+        "std": None if categories else torch.rand(actions) + 0.5,
         "activation": ACTIVATIONS.index(activation),
         "matmul": MATMUL.index(matmul),
     }
@@ -49,6 +51,7 @@ def case(
 
 
 def outputs(num_envs: int, actions: int, spread: bool = False) -> list[Tensor]:
+    """``actions``: also the width of the mean."""
     if spread:
         wide, tall = torch.full((2, num_envs, 2 * actions), NAN), torch.full((2, 3 * num_envs), NAN)
         return [wide[0, :, ::2], tall[0, ::3], tall[1, 1::3], wide[1].view(2 * actions, num_envs).t()[:, ::2]]
@@ -56,13 +59,15 @@ def outputs(num_envs: int, actions: int, spread: bool = False) -> list[Tensor]:
     return [wide[0], tall[0], tall[1], wide[1]]
 
 
-def run(operation, given: dict, spread: bool = False) -> list[Tensor]:
+def run(operation, given: dict, spread: bool = False, categories=()) -> list[Tensor]:
     found = outputs(*given["noise"].shape, spread)
-    operation(*given.values(), *found)
+    if categories:
+        found[0] = found[0][:, : len(categories)]
+    operation(*given.values(), *found, list(categories))
     return found
 
 
-def in_float64(given: dict) -> list[Tensor]:
+def in_float64(given: dict, categories=()) -> list[Tensor]:
     """Actions, log-probabilities, values and means, from the formulas."""
 
     def outputs_of(obs, parameters, shift, std):
@@ -74,21 +79,27 @@ def in_float64(given: dict) -> list[Tensor]:
             x = FUNCTIONS[ACTIVATIONS[given["activation"]]](x) if i + 2 < len(parameters) else x
         return x
 
-    noise, std = given["noise"].double(), given["std"].double()
+    noise = given["noise"].double()
     mean = outputs_of(given["obs"], given["actor"], given["obs_shift"], given["obs_std"])
     seen = given["critic_obs"] or given["obs"]
     values = outputs_of(seen, given["critic"], given["critic_shift"], given["critic_std"])[:, 0]
     if given["value_shift"] is not None:
         values = values * given["value_std"].double() + given["value_shift"].double()
+    if categories:
+        heads = [torch.distributions.Categorical(logits=x) for x in mean.split(list(categories), 1)]
+        choices = [(x.probs / y).argmax(1) for x, y in zip(heads, noise.split(list(categories), 1))]
+        log_probs = sum(x.log_prob(y) for x, y in zip(heads, choices))
+        return [torch.stack(choices, 1).double(), log_probs, values, mean]
+    std = given["std"].double()
     log_probs = torch.distributions.Normal(mean, std).log_prob(mean + noise * std).sum(1)
     return [mean + noise * std, log_probs, values, mean]
 
 
-def check(given: dict, tolerance: float = 5e-6, spread: bool = False) -> None:
-    found, again = (run(act_module.ppo_act, given, spread) for _ in range(2))
-    compared = [in_float64(given)]
+def check(given: dict, tolerance: float = 5e-6, spread: bool = False, categories=()) -> None:
+    found, again = (run(act_module.ppo_act, given, spread, categories) for _ in range(2))
+    compared = [in_float64(given, categories)]
     if DEVICE == "cpu" and native.CPU_MISSING is None and given["matmul"] == 0:
-        compared.append(run(torch.ops.pydrone.ppo_act, given))
+        compared.append(run(torch.ops.pydrone.ppo_act, given, categories=categories))
     for wanted in compared:
         for x, y in zip(wanted, found, strict=True):
             torch.testing.assert_close(y.double(), x.double(), rtol=tolerance, atol=tolerance, equal_nan=True)
@@ -147,6 +158,38 @@ def test_act_what_is_not_a_number_shows(activation, matmul):
     assert actions.isnan().all() and log_probs.isnan().all() and mean.isnan().all() and not values.isnan().any()
 
 
+@pytest.mark.parametrize(
+    ("num_envs", "categories"), [(1, (2,)), (17, (3, 2, 7)), (70, (1,)), (70, (2,)), (3, (30, 2))], ids=str
+)
+def test_act_discrete(num_envs, categories):
+    check(case(num_envs, [5], (5,), categories=categories), spread=num_envs == 17, categories=categories)
+
+
+def test_act_discrete_takes_the_first_of_equals():
+    """Also where all of an action's other choices have probability 0, and where a clock is not a number."""
+    given = case(3, [5], (), categories=(2, 3))
+    given["actor"][0].zero_()
+    given["actor"][1].zero_()
+    given["noise"].fill_(2.0)
+    given["noise"][1, 3] = 1.0
+    given["noise"][2, 2:4] = NAN
+    actions, log_probs, *_ = run(act_module.ppo_act, given, categories=(2, 3))
+    assert actions.tolist() == [[0, 0], [0, 1], [0, 2]]
+    torch.testing.assert_close(log_probs, torch.full((3,), -math.log(6)))
+    given["actor"][1][2:] = torch.tensor([-1e4, 0.0, -1e4])
+    assert run(act_module.ppo_act, given, categories=(2, 3))[0][:2, 1].tolist() == [1, 1]
+
+
+def test_act_discrete_what_is_not_a_number_shows():
+    given = case(9, [5], (5,), categories=(3, 2))
+    given["obs"][0][4, 2] = NAN
+    actions, log_probs, _, mean = run(act_module.ppo_act, given, categories=(3, 2))
+    assert mean.isnan().any(1).nonzero().tolist() == [[4]] == log_probs.isnan().nonzero().tolist()
+    assert actions[4].tolist() == [0, 0], "a choice nevertheless"
+    given["actor"][-1][4] = NAN
+    assert run(act_module.ppo_act, given, categories=(3, 2))[1].isnan().all()
+
+
 def test_act_nothing():
     run(act_module.ppo_act, case(0, [5]))
 
@@ -156,6 +199,8 @@ def test_act_names_what_it_cannot_serve():
         run(act_module.ppo_act, case(3, [5], critic_obs=[129]))
     with pytest.raises(RuntimeError, match="actor: expected at most 32 outputs, got 33"):
         run(act_module.ppo_act, case(3, [5], actions=33))
+    with pytest.raises(RuntimeError, match=r"^categories: expected 5 choices in all, got 4$"):
+        run(act_module.ppo_act, case(3, [5], categories=(3, 2)), categories=(2, 2))
 
 
 # ------------------------------------------------------------------------------------------------------------- ppo_step

@@ -230,10 +230,11 @@ def launch_layer(activation: int, backward: bool, width: int = 512, batch: int =
 
 
 def launch_gradients(
-    matmul: str, hidden: tuple[int, ...], obs: int = 17, activation: str = "tanh", drawn: bool = False
-) -> int:
+    matmul: str, hidden: tuple[int, ...], obs: int = 17, activation: str = "tanh", drawn: bool = False,
+    categories: tuple[int, ...] = (), measured: int = 4,
+) -> int:  # fmt: skip
     """Returns the estimate of shared memory by which a configuration is chosen."""
-    make, actions, batch = torch.empty, 4, 8192
+    make, actions, batch, outputs = torch.empty, len(categories) or 4, 8192, sum(categories) or 4
 
     def network(*widths: int) -> list[torch.Tensor]:
         return [x for i, o in itertools.pairwise(widths) for x in (make(o, i), make(o))]
@@ -244,16 +245,17 @@ def launch_gradients(
         rows = make(4, batch, 128)
         return rows[..., 0] if width is None else rows[..., :width]
 
-    actor, critic, std = network(obs, *hidden, actions), network(obs, *hidden, 1), make(actions)
+    actor, critic, std = network(obs, *hidden, outputs), network(obs, *hidden, 1), [] if categories else [make(actions)]
+    old = [None, None] if categories else [field(actions), field(actions)]
     columns = [field(actions), field(), make(batch, 4) if drawn else field(), None if drawn else field(), field()]
-    last = [[4, 0, 4 * batch, 1, 2, 3, 1, 0, batch], make(3, dtype=torch.float64)] if drawn else []
+    last = [[4, 0, 4 * batch, 1, 2, 3, 1, 0, batch], make(3, dtype=torch.float64)] if drawn else [[], None]
     gradients_module.ppo_gradients(
-        [field(obs)], [], *columns, field(actions), field(actions), actor, critic, std, ACTIVATIONS.index(activation),
+        [field(obs)], [], *columns, *old, actor, critic, *(std or [None]), ACTIVATIONS.index(activation),
         MATMUL.index(matmul), 0.2, 0.2, 1.0, 0.01, *[None] * 4, 10.0, None, None,
-        [torch.empty_like(x) for x in (*actor, *critic, std)], make(4), *last,
+        [torch.empty_like(x) for x in (*actor, *critic, *std)], make(measured), *last, None, None, categories,
     )  # fmt: skip
     config = gradients_module.config_of(actor, critic, MATMUL.index(matmul), SHARED)
-    return gradients_module.shared_memory((obs, *hidden, actions), config.samples, config.precision)
+    return gradients_module.shared_memory((obs, *hidden, outputs), config.samples, config.precision)
 
 
 def launch_adam(hidden: tuple[int, ...]) -> None:
@@ -269,8 +271,9 @@ def launch_adam(hidden: tuple[int, ...]) -> None:
     )  # fmt: skip
 
 
-def launch_act(matmul: str, step: bool = False, num_envs: int = 8192) -> None:
-    wide, scalar, std = torch.empty(num_envs, 4), torch.empty(num_envs), torch.empty(4)
+def launch_act(matmul: str, step: bool = False, num_envs: int = 8192, categories: tuple[int, ...] = ()) -> None:
+    """Four outputs."""
+    wide, scalar, std = torch.empty(num_envs, 4), torch.empty(num_envs), None if categories else torch.empty(4)
     obs = torch.empty(num_envs, 17)
     networks = []
     for outputs in (4, 1):
@@ -279,7 +282,7 @@ def launch_act(matmul: str, step: bool = False, num_envs: int = 8192) -> None:
     act = [[obs], [], wide, *networks, std, 0, MATMUL.index(matmul), *[None] * 4, 10.0, None, None, None]
     act += [wide, scalar, scalar, wide]
     if not step:
-        ppo_act(*act)
+        ppo_act(*act[:-4], wide[:, : len(categories) or 4], *act[-3:], categories)
         return
     plane, flag = torch.empty(num_envs, 4), torch.empty(num_envs, dtype=torch.bool)
     memory = [torch.empty(4, num_envs, 128, dtype=torch.uint8), plane.to(torch.uint8), plane]
@@ -335,6 +338,8 @@ def reports() -> Iterator[dict]:
     hidden = (128, 128) if SHARED > 200 * 1024 else (64, 64)
     yield report("gradients", partial(launch_gradients, "tf32", hidden, drawn=True), -2)
     yield report("gradients, sum", None)
+    discrete = partial(launch_gradients, "tf32", (64, 64), drawn=True, categories=(3, 2, 7))
+    yield report("gradients, discrete", discrete, -2)
     if not FEW:
         yield report("gradients, bfloat16", partial(launch_gradients, "bfloat16", (128, 128)), -2)
         yield report("gradients, float32", partial(launch_gradients, "float32", (32, 32)), -2)
@@ -346,6 +351,7 @@ def reports() -> Iterator[dict]:
     yield report("step", partial(launch_act, "tf32", step=True))
     if not FEW:
         yield report("act, bfloat16", partial(launch_act, "bfloat16"))
+        yield report("act, discrete", partial(launch_act, "tf32", categories=(3, 1)))
         yield report("step, float32", partial(launch_act, "float32", step=True))
 
 

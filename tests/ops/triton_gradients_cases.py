@@ -10,10 +10,11 @@ import os
 import pytest
 import torch
 from torch import Tensor
+from torch.distributions import Categorical
 
 from pydrone.buffer import RolloutBuffer
 from pydrone.ops import native
-from pydrone.ops.schema import ACTIVATIONS, MATMUL
+from pydrone.ops.schema import ACTIVATIONS, MATMUL, NUM_METRICS
 from pydrone.ppo.learner.loss import surrogate_loss, value_loss
 from pydrone.ppo.policy.distributions import gaussian_entropy, gaussian_kl, gaussian_log_prob
 
@@ -25,7 +26,7 @@ from pydrone._triton import ppo_gradients as module
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 NAN = float("nan")
 FUNCTIONS = {"tanh": torch.tanh, "elu": torch.nn.functional.elu, "relu": torch.relu, "silu": torch.nn.functional.silu}
-LAST = ("drawn", "stats", "subset")
+LAST = {"drawn": [], "stats": None, "subset": None, "cursor": None, "categories": [], "value_max": True}
 NAMES = (
     "obs", "critic_obs", "actions", "log_probs", "advantages", "returns", "values", "mu", "sigma", "actor", "critic",
     "std", "activation", "matmul", "clip", "value_clip", "value_loss_coef", "entropy_coef", "obs_shift", "obs_std",
@@ -50,6 +51,14 @@ def network(*widths: int) -> list[Tensor]:
 def case(size: int, obs=(7,), critic_obs=(), actions=3, hidden=(16, 16), critic_hidden=None, **options) -> dict:
     """Random arguments by name, with ratios and values inside and outside their clip ranges."""
     torch.manual_seed(size)
+    if categories := options.get("categories"):
+        chances = torch.tensor([1.0 / x for x in categories])
+        options = {
+            "actions": torch.stack([torch.randint(0, x, (size,)) for x in categories], 1).float(),
+            "log_probs": chances.log().sum() + torch.randn(size) * 0.3,
+            "std": None, "mu": None, "sigma": None,
+        } | options  # fmt: skip
+        actions = sum(categories)
     made = dict.fromkeys(NAMES) | {
         "obs": [torch.randn(size, width) for width in obs],
         "critic_obs": [torch.randn(size, width) for width in critic_obs],
@@ -75,12 +84,12 @@ def case(size: int, obs=(7,), critic_obs=(), actions=3, hidden=(16, 16), critic_
     return made | options
 
 
-def run(given: dict, operation=None) -> list[Tensor]:
+def run(given: dict, operation=None, measured: int = NUM_METRICS) -> list[Tensor]:
     """The gradients, then the metrics."""
     given = given | {"activation": ACTIVATIONS.index(given["activation"]), "matmul": MATMUL.index(given["matmul"])}
-    grads = [torch.full_like(x, NAN) for x in (*given["actor"], *given["critic"], given["std"])]
-    metrics = torch.full((4,), NAN)
-    last = [given.get("drawn", []), given.get("stats"), given.get("subset")]
+    parameters = [*given["actor"], *given["critic"], *([] if given["std"] is None else [given["std"]])]
+    grads, metrics = [torch.full_like(x, NAN) for x in parameters], torch.full((measured,), NAN)
+    last = [given.get(name, default) for name, default in LAST.items()]
     (operation or module.ppo_gradients)(*(given[name] for name in NAMES), grads, metrics, *last)
     return [*grads, metrics]
 
@@ -89,7 +98,7 @@ def by_autograd(given: dict, dtype: torch.dtype = torch.float64) -> list[Tensor]
     """The expected outputs, from the formulas of pydrone/ppo and autograd."""
     x = {name: y.to(dtype) if isinstance(y, Tensor) else y for name, y in given.items()}
     networks = [[y.detach().to(dtype).requires_grad_() for y in x[name]] for name in ("actor", "critic")]
-    std = x["std"].detach().requires_grad_()
+    std = [] if x["std"] is None else [x["std"].detach().requires_grad_()]
     inputs = [torch.cat([y.to(dtype) for y in groups], 1) for groups in (x["obs"], x["critic_obs"] or x["obs"])]
     outputs = []
     for parameters, y, name in zip(networks, inputs, ("obs", "critic"), strict=True):
@@ -103,13 +112,23 @@ def by_autograd(given: dict, dtype: torch.dtype = torch.float64) -> list[Tensor]
     old, returns = x["values"], x["returns"]
     if x["value_shift"] is not None:
         old, returns = ((y - x["value_shift"]) / x["value_std"] for y in (old, returns))
-    log_probs = gaussian_log_prob(x["actions"], mean, std)
+    if std:
+        log_probs, entropy = gaussian_log_prob(x["actions"], mean, *std), gaussian_entropy(*std)
+    else:
+        heads = [Categorical(logits=y) for y in mean.split(list(x["categories"]), 1)]
+        log_probs = sum(y.log_prob(x["actions"][:, i]) for i, y in enumerate(heads))
+        entropy = sum(y.entropy() for y in heads).mean()
     surrogate = surrogate_loss(log_probs, x["log_probs"], x["advantages"], x["clip"])
     value = value_loss(new, old, returns, x["value_clip"] if x["value_clip"] >= 0 else None)
-    entropy = gaussian_entropy(std)
+    if not x.get("value_max", True) and x["value_clip"] >= 0:
+        value = (old + (new - old).clamp(-x["value_clip"], x["value_clip"]) - returns).square().mean()
     (surrogate + x["value_loss_coef"] * value - x["entropy_coef"] * entropy).backward()
-    kl = torch.full_like(value, NAN) if x["mu"] is None else gaussian_kl(x["mu"], x["sigma"], mean, std)
-    return [*(y.grad for y in (*networks[0], *networks[1], std)), torch.stack([surrogate, value, entropy, kl]).detach()]
+    kl = torch.full_like(value, NAN) if x["mu"] is None else gaussian_kl(x["mu"], x["sigma"], mean, *std)
+    log_ratio = log_probs - x["log_probs"]
+    moved = log_ratio.exp() - 1
+    of_ratio = (moved - log_ratio).mean(), (moved.abs() > x["clip"]).to(dtype).mean()
+    metrics = torch.stack([surrogate, value, entropy, kl, *of_ratio]).detach()
+    return [*(y.grad for y in (*networks[0], *networks[1], *std)), metrics]
 
 
 def check(given: dict, tolerance: float = 1e-5) -> None:
@@ -173,6 +192,7 @@ def test_gradients_options():
     check(case(20, value_clip=0.0))
     check(case(20, mu=None, sigma=None))
     check(case(20, clip=0.0))
+    check(case(20, value_max=False))
     moments = {"value_shift": torch.tensor(0.7), "value_std": torch.tensor(1.9)}
     moments |= {"obs_shift": torch.randn(7), "obs_std": torch.rand(7) + 0.5}
     check(case(20, obs_clip=0.8, **moments))  # the critic sees the same, not normalised
@@ -206,6 +226,14 @@ def test_gradients_of_many_programs(monkeypatch):
     check(case(100))  # some see two tiles
 
 
+def test_gradients_without_the_estimates():
+    """As the learner takes them: the same bits, two figures less."""
+    given = case(50)
+    found, fewer = run(given), run(given, measured=4)
+    assert all(torch.equal(x, y) for x, y in zip(fewer[:-1], found[:-1], strict=True))
+    assert torch.equal(fewer[-1], found[-1][:4])
+
+
 def test_gradients_are_the_same_bits_every_time():
     given = case(50)
     first, second = run(given), run(given)
@@ -222,7 +250,9 @@ def test_gradients_show_what_is_not_a_number(name):
     actor = name not in ("returns", "values", "mu", "sigma")
     assert all(x.isnan().any() == actor for x in (*of_actor, found[-2]))
     assert all(x.isnan().any() == (name in ("returns", "values") and name != "") for x in of_critic) or name == "values"
-    wrong = {"returns": [1], "values": [1], "mu": [3], "sigma": [3], "obs": [0, 3], "actions": [0]}.get(name, [0])
+    wrong = {"returns": [1], "values": [1], "mu": [3], "sigma": [3], "obs": [0, 3, 4], "advantages": [0]}.get(
+        name, [0, 4]
+    )
     assert found[-1].isnan().nonzero().flatten().tolist() == wrong
 
 
@@ -239,7 +269,7 @@ def test_gradients_show_a_weight_that_is_not_a_number(place):
     given = case(20)
     given["critic"][place == "bias"].view(-1)[0] = NAN
     found = run(given)
-    assert found[-1].isnan().tolist() == [False, True, False, False]
+    assert found[-1].isnan().nonzero().flatten().tolist() == [1]
     assert not any(x.isnan().any() for x in (*found[: len(given["actor"])], found[-2]))
     assert all(x.isnan().any() for x in found[len(given["actor"]) : -2])
 
@@ -299,8 +329,63 @@ def test_gradients_follow_the_cursor():
     discarded = rollout * num_steps
     cursor = torch.tensor([discarded + num_steps, discarded, 0, 0, num_steps])
     assert discarded % ring["actions"].shape[0] == start != 0
-    found = run(ring, lambda *arguments: module.ppo_gradients(*arguments, cursor))
+    found = run(ring | {"cursor": cursor})
     assert all(torch.equal(x, y) for x, y in zip(found, by_host, strict=True))
+
+
+# ----------------------------------------------------------------------------------------------------- discrete actions
+
+
+@pytest.mark.parametrize(
+    ("size", "categories", "value_max"), [(1, (2,), True), (17, (1,), False), (17, (3, 2, 7), True), (35, (2,), False)]
+)
+def test_gradients_discrete(size, categories, value_max):
+    given = case(size, hidden=(5,), categories=categories, value_max=value_max)
+    check(given)
+    assert all(torch.equal(x.nan_to_num(7.0), y.nan_to_num(7.0)) for x, y in zip(run(given), run(given)))
+
+
+def test_gradients_discrete_many():
+    """The widest actor, without the entropy; logits so far apart that probabilities underflow."""
+    check(case(20, hidden=(), categories=(5,) * 6 + (2,), entropy_coef=0.0, value_clip=-1.0))
+    given = case(20, hidden=(), categories=(4, 3))
+    given["actor"][-2] *= 300
+    check(given, 1e-4)
+
+
+def test_gradients_estimate_of_a_ratio_beyond_what_the_surrogate_holds():
+    given = case(20, hidden=(), categories=(2, 3))
+    given["log_probs"] = given["log_probs"] - 9
+    given["advantages"] = given["advantages"].abs()
+    check(given)
+    assert by_autograd(given)[-1][4] > 1000
+
+
+@pytest.mark.parametrize("wrong", [2.0, -1.0, 0.5, NAN])
+def test_gradients_show_an_action_that_is_no_choice(wrong):
+    given = case(20, hidden=(4,), categories=(3, 2))
+    given["actions"][17, 1] = wrong
+    found = run(given)
+    assert found[-1].isnan().nonzero().flatten().tolist() == [0, 3, 4]
+    assert [x.isnan().any().item() for x in found[:-1]] == [True] * len(given["actor"]) + [False] * len(given["critic"])
+
+
+def test_gradients_discrete_show_what_is_not_a_number():
+    given = case(20, hidden=(4,), categories=(3, 2))
+    given["actor"][-1][4] = NAN
+    found = run(given)
+    assert found[-1].isnan().nonzero().flatten().tolist() == [0, 2, 3, 4]
+    assert all(x.isnan().any() for x in found[: len(given["actor"])])
+
+
+def test_gradients_discrete_drawn_are_those_of_gathered_minibatches():
+    discrete = case(3, hidden=(), categories=(2, 2, 2))
+    ring, plain = (x | {name: discrete[name] for name in ("actor", "std", "mu", "sigma", "categories")}
+                   for x in drawn_case())  # fmt: skip
+    for x in (ring, plain):
+        x["actions"].copy_(x["actions"] > 0)
+    found, expected = run(ring), run(plain)
+    assert all(torch.equal(x, y) for x, y in zip(found[:-1], expected[:-1], strict=True))
 
 
 def test_gradients_refuse_what_does_not_fit():
@@ -328,5 +413,10 @@ def test_gradients_refuse_what_does_not_fit():
     )
     with pytest.raises(RuntimeError, match="actor: expected at most 128 inputs"):
         run(case(3, hidden=(200,)))
+    given = case(3, categories=(3, 2))
+    with pytest.raises(RuntimeError, match=r"^categories: expected 5 choices in all, got 4$"):
+        run(given | {"categories": [2, 2]})
+    with pytest.raises(RuntimeError, match=r"^categories: expected 2 numbers, one for each action, got 1$"):
+        run(given | {"categories": [5]})
     with pytest.raises(RuntimeError, match=r"actions: expected at least one sample, got shape \[0, 3\]"):
         run(case(0))

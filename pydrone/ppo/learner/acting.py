@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pydrone.ops.schema import packed_size
 from pydrone.ppo.learner import fused
+from pydrone.ppo.learner.networks import parts_of
 from pydrone.ppo.policy.actor_critic import ActorCritic, PolicyStep
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ class FusedActing:
             with torch.no_grad():
                 return self(obs, ends)
         policy, buffer = self._policy, self._buffer
-        parts = _parts(policy)
+        parts = [policy.matmul, *parts_of(policy.actor, policy.critic)]
         if len(parts) != len(self._parts) or not all(map(operator.is_, parts, self._parts)):
             self._networks = fused.parameters_of(policy)
             with torch.inference_mode(False):
@@ -110,14 +111,3 @@ class FusedActing:
             buffer.begin(**row)
         self._lap("policy")
         return actions
-
-
-def _parts(policy: ActorCritic) -> list[object]:
-    """The layers and parameters of both networks, and the products' precision."""
-    parts: list[object] = [policy.matmul]
-    for network in (policy.actor, policy.critic):
-        layers = network._modules.values() or (network,)
-        parts += layers
-        for layer in layers:
-            parts += layer._parameters.values()
-    return parts

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from types import NoneType
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -13,6 +15,10 @@ from pydrone.ops import dispatch, native, triton
 
 # Options of torch.optim.Adam that the operation does not support, with the values it requires.
 _PLAIN = {"weight_decay": 0, "amsgrad": False, "maximize": False, "differentiable": False}
+
+
+# For each optimiser the tensors that were last found to fit.
+_fitting: WeakKeyDictionary[torch.optim.Optimizer, list[object]] = WeakKeyDictionary()
 
 
 def why_not(optimizer: torch.optim.Optimizer, groups: Sequence[Sequence[Tensor]] = ()) -> str | None:
@@ -34,12 +40,15 @@ def why_not(optimizer: torch.optim.Optimizer, groups: Sequence[Sequence[Tensor]]
     device = group["params"][0].device
     if device.type == "cpu" and native.CPU_MISSING is not None:
         return f"the native CPU library is missing: {native.CPU_MISSING}"
-    where = "the CPU" if device.type != "cuda" else device
     tensors = [*group["params"], *(x for state in optimizer.state.values() for x in state.values())]
-    for x in tensors:
-        fits = not isinstance(x, Tensor) or (x.dtype is torch.float32 and x.is_contiguous() and x.device == device)
-        if not fits or device.type not in ("cpu", "cuda"):
-            return f"expected contiguous float32 parameters on {where}, got {x.dtype} on {x.device}"
+    known = _fitting.get(optimizer, ())
+    if len(known) != len(tensors) or not all(map(operator.is_, known, tensors)):
+        where = "the CPU" if device.type != "cuda" else device
+        for x in tensors:
+            fits = not isinstance(x, Tensor) or (x.dtype is torch.float32 and x.is_contiguous() and x.device == device)
+            if not fits or device.type not in ("cpu", "cuda"):
+                return f"expected contiguous float32 parameters on {where}, got {x.dtype} on {x.device}"
+        _fitting[optimizer] = tensors
     if triton.serves(device) and (reason := triton.why_not("clipped_adam", group["params"])) is not None:
         return reason
     given = [id(x) for parameters in groups for x in parameters]
@@ -101,22 +110,23 @@ def step(
     (options,) = optimizer.param_groups
     parameters = [x for x in options["params"] if x.grad is not None]
     index = {id(x): i for i, group in enumerate(groups) for x in group}
-    if not index.keys() >= {id(x) for x in parameters}:
+    numbers = [index.get(id(x)) for x in parameters]
+    if None in numbers:
         raise ValueError("groups: expected each of the optimiser's parameters that has a gradient, one is missing")
-    device = options["params"][0].device
+    rate, device = options["lr"], options["params"][0].device
+    like = {"dtype": torch.float32, "device": device}
     if not parameters:
-        return torch.zeros(len(groups), dtype=torch.float32, device=device)
-    norms = torch.empty(len(groups), dtype=torch.float32, device=device)
+        return torch.zeros(len(groups), **like)
+    norms = torch.empty(len(groups), **like)
     states = [optimizer.state[x] or _begin(optimizer, x) for x in parameters]
-    rate = options["lr"]
     beta1, beta2 = options["betas"]
-    torch.ops.pydrone.clipped_adam(
+    torch.ops.pydrone.clipped_adam.default(
         parameters,
         [x.grad.contiguous() for x in parameters],
         *([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq", "step")),
-        [index[id(x)] for x in parameters],
+        numbers,
         float("inf") if max_norm is None else max_norm,
-        torch.as_tensor(rate, dtype=torch.float32, device=device).reshape(()),
+        rate.reshape(()).to(**like) if isinstance(rate, Tensor) else torch.full((), rate, **like),
         beta1,
         beta2,
         options["eps"],

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pydrone.ops import triton
 from pydrone.ops.schema import loss_workspace_size
-from pydrone.ppo.learner import fused
+from pydrone.ppo.learner import networks
 from pydrone.ppo.learner.layers import Layers
 from pydrone.ppo.policy import matmul as precision
 from pydrone.ppo.policy.actor_critic import ActorCritic
@@ -49,8 +49,8 @@ class FusedLoss:
         plain = type(policy) is ActorCritic and policy.std_param.dtype == torch.float32
         try:
             for network in (policy.actor, policy.critic) if plain else ():
-                fused.take_apart(network, "network", policy.std_param.device)
-        except fused.Unsupported:
+                networks.take_apart(network, "network", policy.std_param.device)
+        except networks.Unsupported:
             plain = False
         self._layers = Layers(precision.chosen(policy.matmul, policy.std_param.device)) if plain else None
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pydrone.ops.schema import ACTIVATIONS, layer_workspace_size
-from pydrone.ppo.learner.fused import take_apart
+from pydrone.ppo.learner.networks import take_apart
 
 SILU = ACTIVATIONS.index("silu")
 

@@ -22,6 +22,7 @@ from pydrone.ppo.config import PPOConfig, TrainConfig
 from pydrone.ppo.learner import fused
 from pydrone.ppo.learner.learner import Learner
 from pydrone.ppo.learner.loss import surrogate_loss, value_loss
+from pydrone.ppo.learner.networks import Unsupported
 from pydrone.ppo.policy.actor_critic import ActorCritic
 from pydrone.ppo.policy.distributions import gaussian_entropy, gaussian_kl, gaussian_log_prob
 from pydrone.ppo.policy.make import make_policy
@@ -64,13 +65,20 @@ def by_autograd(
     std = std.detach().to(dtype).requires_grad_()
     x = {name: y.to(dtype) for name, y in given.items()}
     mean, values = actor(x["obs"]), critic(x.get("critic_obs", x["obs"])).squeeze(-1)
-    surrogate = surrogate_loss(gaussian_log_prob(x["actions"], mean, std), x["log_probs"], x["advantages"], clip)
+    log_probs = gaussian_log_prob(x["actions"], mean, std)
+    surrogate = surrogate_loss(log_probs, x["log_probs"], x["advantages"], clip)
     value = value_loss(values, x["values"], x["returns"], value_clip)
     entropy = gaussian_entropy(std)
     (surrogate + value_loss_coef * value - entropy_coef * entropy).backward()
     kl = gaussian_kl(x["mu"], x["sigma"], mean, std) if "mu" in x else torch.tensor(math.nan)
     grads = [p.grad for p in (*actor.parameters(), *critic.parameters(), std)]
-    return grads, [x.item() for x in (surrogate, value, entropy, kl)]
+    return grads, [x.item() for x in (surrogate, value, entropy, kl, *of_ratios(log_probs, x["log_probs"], clip))]
+
+
+def of_ratios(new: Tensor, old: Tensor, clip: float) -> tuple[Tensor, Tensor]:
+    """The estimated KL, and the share of the samples whose ratio is beyond the clip, as Stable-Baselines3 has them."""
+    ratio = torch.exp(new - old)
+    return torch.mean((ratio - 1) - (new - old)), torch.mean((torch.abs(ratio - 1) > clip).double())
 
 
 def check(actor, critic, std, given, **options):
@@ -135,7 +143,7 @@ def test_other_instructions(isa):
 
 
 def test_an_unknown_version_is_an_error():
-    code = "import torch, pydrone.ppo.learner.fused as f; n = torch.nn.Linear(1, 1); x = torch.zeros(1)\n"
+    code = "import torch, pydrone.ppo as f; n = torch.nn.Linear(1, 1); x = torch.zeros(1)\n"
     code += "f.fused_update(n, n, x + 1, obs=x[None], actions=x[None], log_probs=x, advantages=x, returns=x, values=x)"
     done = subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYDRONE_ISA": "z80"}, capture_output=True)
     assert b"PYDRONE_ISA: expected baseline, x86-64-v3 or x86-64-v4" in done.stderr and b"got z80" in done.stderr
@@ -154,7 +162,7 @@ def test_by_hand(given, expected):
     values["log_probs"] = LOG_PROB - math.log(values.pop("ratio"))
     tensors = {name: torch.tensor([x]) for name, x in values.items()}
     tensors |= {name: tensors[name][None] for name in ("mu", "sigma")}
-    surrogate, value, entropy, kl = fused_update(
+    surrogate, value, entropy, kl, *_ = fused_update(
         actor, critic, std, obs=torch.ones(1, 1), actions=torch.tensor([[1.5]]), **tensors, value_clip=0.2
     ).tolist()
     found = {"mean": actor.bias.grad.item(), "value": critic.bias.grad.item(), "std": std.grad.item()}
@@ -240,7 +248,7 @@ def arguments(operation: str, size: int = 5) -> tuple:
     grads = [torch.full_like(x, math.nan) for x in (*parameters[0], *parameters[1], std)]
     given = [obs], [critic_obs], wide, *[scalar] * 4, wide, wide.abs() + 1
     values = (torch.tensor(0.5), torch.tensor(2.0))
-    return *given, *parameters, std, 1, False, 0.2, 0.2, 1.0, 0.01, *moments, 10.0, *values, grads, torch.zeros(4)
+    return *given, *parameters, std, 1, False, 0.2, 0.2, 1.0, 0.01, *moments, 10.0, *values, grads, torch.zeros(6)
 
 
 @pytest.mark.parametrize("operation", ["ppo_act", "ppo_gradients"])
@@ -308,9 +316,9 @@ def test_networks_of_another_kind_are_refused():
         (nn.Sequential(), "got no layer"),
     ]
     for net, message in wrong:
-        with pytest.raises(fused.Unsupported, match=message):
+        with pytest.raises(Unsupported, match=message):
             fused_update(net, line, std, **given)
-    with pytest.raises(fused.Unsupported, match="critic: expected the actor's activation, got relu and tanh"):
+    with pytest.raises(Unsupported, match="critic: expected the actor's activation, got relu and tanh"):
         fused_update(network(3, (4,), 1, "tanh"), network(3, (4,), 1, "relu"), std, **given)
 
 
@@ -386,7 +394,7 @@ def hooked(what: str) -> nn.Module:
     ],
 )
 def test_what_autograd_would_call_is_refused(make, message):
-    with pytest.raises(fused.Unsupported, match=message):
+    with pytest.raises(Unsupported, match=message):
         fused_update(make(), nn.Linear(3, 1), torch.ones(1), **batch(4, (3, 3), 1))
 
 

@@ -19,6 +19,7 @@ from pydrone.ppo import fused_update
 from pydrone.ppo.config import PPOConfig, TrainConfig
 from pydrone.ppo.learner import fused
 from pydrone.ppo.learner.learner import Learner
+from pydrone.ppo.learner.networks import Unsupported
 from pydrone.ppo.policy.make import make_policy
 from pydrone.ppo.policy.normalization import RunningMoments
 from pydrone.ppo.trainer import Trainer
@@ -78,7 +79,8 @@ def check(actor, critic, std, given, **options):
         expected, figures = by_autograd(*networks, std, given, **options)
         for x, wanted in zip(found, expected, strict=True):
             assert (x.double() - wanted).norm() <= limit * wanted.norm() + 1e-9, (x.shape, limit)
-        assert metrics.tolist() == pytest.approx(figures, rel=of_metrics, abs=of_metrics, nan_ok=True)
+        assert metrics[:5].tolist() == pytest.approx(figures[:5], rel=of_metrics, abs=of_metrics, nan_ok=True)
+        assert abs(metrics[5].item() - figures[5]) < 2.5 / len(given["obs"])  # a ratio or two fall to the other side
 
 
 @on_bf16
@@ -207,7 +209,7 @@ def test_acting_is_what_is_learnt_from(num_envs, settings):
         found.mean, policy.actor(policy._actor_input(obs))
     )
     ones = torch.ones(num_envs)
-    surrogate, value_loss, _, kl = fused_update(
+    surrogate, value_loss, _, kl, *_ = fused_update(
         policy.actor,
         policy.critic,
         policy.std,
@@ -267,7 +269,7 @@ def test_without_the_instructions_torch_does_it_and_says_why(monkeypatch):
     monkeypatch.setattr(torch.ops.pydrone, "has_bf16", lambda: False)
     line, x = nn.Linear(1, 1), torch.zeros(1)
     given = {"obs": x[None], "actions": x[None], "log_probs": x, "advantages": x, "returns": x, "values": x}
-    with pytest.raises(fused.Unsupported, match=f"^{REASON}$"):
+    with pytest.raises(Unsupported, match=f"^{REASON}$"):
         fused_update(line, line, torch.ones(1), **given, autocast=True)
     assert line.weight.grad is None
     config = PPOConfig(autocast=True, hidden_dims=(8,))

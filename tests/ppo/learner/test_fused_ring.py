@@ -219,7 +219,7 @@ def arguments(**change) -> tuple:
         x["sigma"],
     )
     settings = (*networks, std, 0, False, 0.2, 0.2, 1.0, 0.01, None, None, None, None, 10.0, None, None)
-    return *given, *settings, grads, torch.full((4,), math.nan), x["drawn"], x["stats"], x["subset"]
+    return *given, *settings, grads, torch.full((6,), math.nan), x["drawn"], x["stats"], x["subset"]
 
 
 def test_opcheck():

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from pydrone.ops.schema import ACTIVATIONS
-from pydrone.ppo.learner.fused import Unsupported
 from pydrone.ppo.learner.layers import Layers
+from pydrone.ppo.learner.networks import Unsupported
 from pydrone.ppo.policy.actor_critic import mlp
 
 

@@ -11,7 +11,10 @@ GRADIENTS = "csrc/cpu/ppo.cpp"
 ACT = "csrc/cpu/act.cpp"
 NETWORKS = "csrc/cpu/networks.h"
 ACTING = "pydrone/ppo/learner/acting.py"
+PREPARED = "pydrone/ppo/learner/prepared.py"
+SHARED = "pydrone/ppo/learner/networks.py"
 OF_FUSED = "tests/ppo/learner/test_fused.py"
+OF_PREPARED = "tests/ppo/learner/test_prepared.py"
 OF_ACTING = "tests/ppo/learner/test_acting.py"
 ADAM = "csrc/cpu/adam.cpp"
 OF_ADAM = "tests/ppo/learner/test_adam.py"
@@ -32,6 +35,64 @@ LEARNER = [
         "const Vec grad = plain <= clipped ? plain :",
         "const Vec grad = plain <= plain ? plain :",
         OF_FUSED,
+    ),
+    Fault(
+        "the plain value error where only the clipped one counts",
+        TILE,
+        "!loss.value_max ? held_grad :",
+        "",
+        OF_PREPARED,
+    ),
+    Fault(
+        "an action that is no choice taken for the first",
+        TILE,
+        'chosen = all(__builtin_nanf(""));',
+        "chosen = logits(first);",
+        OF_PREPARED,
+    ),
+    Fault(
+        "the entropy of the last discrete action alone",
+        TILE,
+        "entropies += exists ?",
+        "entropies = exists ?",
+        OF_PREPARED,
+    ),
+    Fault("the entropy's gradient that leaves the entropy out", TILE, "* p * (x + entropy)", "* p * x", OF_PREPARED),
+    Fault(
+        "an estimated divergence of the wrong sign",
+        TILE,
+        "exists ? moved - log_ratio",
+        "exists ? log_ratio - moved",
+        OF_FUSED,
+    ),
+    Fault("a choice by probability times time", ACT, "highest = p / times[j]", "highest = p * times[j]", OF_PREPARED),
+    Fault(
+        "the gradient of the deviation for that of its logarithm",
+        PREPARED,
+        "grads[-1].mul_(deviation)",
+        "pass",
+        OF_PREPARED,
+    ),
+    Fault(
+        "a layer used twice that counts once",
+        SHARED,
+        "list(network._modules.values())",
+        "list(network.children())",
+        OF_PREPARED,
+    ),
+    Fault(
+        "a parameter that was replaced goes unnoticed",
+        PREPARED,
+        "if len(parts) == len(self._parts) and all(",
+        "if len(self._parts) > 1 or all(",
+        OF_PREPARED,
+    ),
+    Fault(
+        "a hook that is registered later goes unnoticed",
+        SHARED,
+        "*(x for x in (network, *layers) if _hooked(x)), ",
+        "",
+        OF_PREPARED,
     ),
     Fault(
         "the smaller value error, not the larger", TILE, "larger(square, squared)", "smaller(square, squared)", OF_FUSED
@@ -117,7 +178,7 @@ LEARNER = [
     Fault("a value that is not denormalised", ACT, "networks.value_normalizer.undo(y[i * ld])", "y[i * ld]", OF_FUSED),
     Fault(
         "gradients that replace what was there",
-        "pydrone/ppo/learner/fused.py",
+        PREPARED,
         "parameter.grad.add_(grad)",
         "parameter.grad.copy_(grad)",
         OF_FUSED,
@@ -125,8 +186,8 @@ LEARNER = [
     Fault(
         "the entropy bonus as a penalty",
         GRADIENTS,
-        "std_grad[j] -= static_cast<float>(entropy_coef)",
-        "std_grad[j] += static_cast<float>(entropy_coef)",
+        "std_grad[j] -= loss.entropy_coef",
+        "std_grad[j] += loss.entropy_coef",
         OF_FUSED,
     ),
     Fault("weights packed once for all", NETWORKS, "!std::memcmp(weight, x.weight, weights) && ", "", OF_ACTING),
@@ -169,8 +230,8 @@ LEARNER = [
     Fault(
         "a launch for the standard deviation in each minibatch",
         "pydrone/ppo/learner/fused.py",
-        "        policy.std_param,\n",
-        "        policy.std,\n",
+        "update.run(policy.std_param,",
+        "update.run(policy.std,",
         OF_LAUNCHES,
     ),
     Fault(

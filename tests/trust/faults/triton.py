@@ -9,6 +9,7 @@ TRITON_GATHER = "triton_kernels/gather.py"
 OF_TRITON = "tests/ops/test_triton.py::test_cases[gae] tests/ops/test_triton.py::test_properties"
 OF_GATHER = "tests/ops/test_triton.py::test_cases[append-gather] tests/ops/test_triton.py::test_properties"
 TRITON_GRADIENTS, TRITON_NETWORKS = "triton_kernels/ppo_gradients.py", "triton_kernels/networks.py"
+CATEGORICAL = "triton_kernels/categorical.py"
 OF_GRADIENTS = "tests/ops/test_triton.py::test_gradients"
 OF_APPEND = "tests/ops/test_triton.py::test_cases[append-gather] tests/ops/test_triton.py::test_properties"
 OF_LAYER = "tests/ops/test_triton.py::test_cases[loss-layer]"
@@ -286,5 +287,47 @@ TRITON = [
         "partials = workspace + TICKETS",
         "partials = workspace + tl.num_programs(1)",
         OF_LAYER,
+    ),
+    Fault(
+        "the entropy of discrete actions as a penalty, in Triton",
+        CATEGORICAL,
+        " + (entropy_coef / total) * p * apart",
+        " - (entropy_coef / total) * p * apart",
+        OF_GRADIENTS,
+    ),
+    Fault(
+        "an action that is no choice learnt from, in Triton",
+        CATEGORICAL,
+        "tl.sum(hit.to(tl.int32), 1) == len(CATEGORIES)",
+        "tl.sum(hit.to(tl.int32), 1) <= len(CATEGORIES)",
+        OF_GRADIENTS,
+    ),
+    Fault(
+        "logits shifted by the largest one of all actions, in Triton",
+        CATEGORICAL,
+        'tl.where(here, logits, float("-inf"))',
+        "logits",
+        OF_GRADIENTS,
+    ),
+    Fault(
+        "the last of equally likely choices, in Triton",
+        CATEGORICAL,
+        "best = tl.min(first, 1)",
+        "best = tl.max(tl.where(first < logits.shape[1], first, 0), 1)",
+        OF_ACT,
+    ),
+    Fault(
+        "an estimate of the KL divergence from the ratio that the surrogate holds, in Triton",
+        "triton_kernels/ppo_loss.py",
+        "    estimate = moved - log_ratio",
+        "    estimate = tl.where(moved < tl.exp(tl.log(1 + clip) + 1) - 1, moved, 1) - log_ratio",
+        OF_GRADIENTS,
+    ),
+    Fault(
+        "the plain value error where the clipped one alone is asked for, in Triton",
+        "triton_kernels/ppo_loss.py",
+        "        if GREATER:",
+        "        if CLIPPED:",
+        OF_GRADIENTS,
     ),
 ]

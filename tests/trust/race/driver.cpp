@@ -28,14 +28,14 @@ void gather(const Tensor&, const std::vector<int64_t>&, const std::vector<int64_
             bool, int64_t, const Optional&, const Optional&, const Optional&, const Optional&);
 void ppo_gradients(const std::vector<Tensor>&, const std::vector<Tensor>&, const Tensor&, const Tensor&, const Tensor&,
                    const Optional&, const Tensor&, const Optional&, const Optional&, const std::vector<Tensor>&,
-                   const std::vector<Tensor>&, const Tensor&, int64_t, int64_t, double, double, double, double,
+                   const std::vector<Tensor>&, const Optional&, int64_t, int64_t, double, double, double, double,
                    const Optional&, const Optional&, const Optional&, const Optional&, double, const Optional&,
                    const Optional&, const std::vector<Tensor>&, const Tensor&, const std::vector<int64_t>&,
-                   const Optional&, const Optional&, const Optional&);
+                   const Optional&, const Optional&, const Optional&, const std::vector<int64_t>&, bool);
 void ppo_act(const std::vector<Tensor>&, const std::vector<Tensor>&, const Tensor&, const std::vector<Tensor>&,
-             const std::vector<Tensor>&, const Tensor&, int64_t, int64_t, const Optional&, const Optional&,
+             const std::vector<Tensor>&, const Optional&, int64_t, int64_t, const Optional&, const Optional&,
              const Optional&, const Optional&, double, const Optional&, const Optional&, const Optional&, const Tensor&,
-             const Tensor&, const Tensor&, const Tensor&);
+             const Tensor&, const Tensor&, const Tensor&, const std::vector<int64_t>&);
 void clipped_adam(const std::vector<Tensor>&, const std::vector<Tensor>&, const std::vector<Tensor>&,
                   const std::vector<Tensor>&, const std::vector<Tensor>&, const std::vector<int64_t>&, double,
                   const Tensor&, double, double, double, const Tensor&, const Optional&, const std::vector<double>&);
@@ -123,7 +123,7 @@ Tensor raised(const Tensor& x) {
 // A policy with 17 observations and 4 actions, and memory for its gradients.
 struct Policy {
   std::vector<Tensor> actor, critic, grads;
-  Tensor std = raised(make<float>({4}, 1)), metrics = make<float>({4});
+  Tensor std = raised(make<float>({4}, 1)), metrics = make<float>({6});
 
   explicit Policy(int64_t width)
       : actor(network(17, width, 4, 0.1)), critic(network(17, width, 1, 0.1)), grads(network(17, width, 4, 0)) {
@@ -141,7 +141,8 @@ void run_ppo(int64_t samples, int64_t width, int64_t activation) {
   const Tensor log_probs = make<float>({samples}, 1), advantages = make<float>({samples}, 1);
   const Tensor returns = make<float>({samples}, 1), values = make<float>({samples}, 1);
   pydrone::ppo_gradients({obs}, {}, actions, log_probs, advantages, returns, values, mu, sigma, x.actor, x.critic, x.std,
-                         activation, 0, 0.2, 0.2, 1, 0.01, {}, {}, {}, {}, 10, {}, {}, x.grads, x.metrics, {}, {}, {}, {});
+                         activation, 0, 0.2, 0.2, 1, 0.01, {}, {}, {}, {}, 10, {}, {}, x.grads, x.metrics, {}, {}, {}, {}, {},
+                         true);
   std::printf("ppo %lld: %.6g\n", (long long)samples, x.found());
 }
 
@@ -162,7 +163,7 @@ void run_drawn(int64_t num_envs, int64_t num_steps, bool shuffle) {
   const std::vector<int64_t> drawn = {num_steps, capacity - 1, samples, 1, 2, 3, shuffle, 5, samples - 7};
   pydrone::ppo_gradients({field(0, {9}), field(9, {8})}, {}, field(17, {4}), field(21, {}), advantages, {},
                          field(22, {}), field(23, {4}), field(27, {4}), x.actor, x.critic, x.std, 0, 0, 0.2, 0.2, 1,
-                         0.01, {}, {}, {}, {}, 10, {}, {}, x.grads, x.metrics, drawn, stats, {}, {});
+                         0.01, {}, {}, {}, {}, 10, {}, {}, x.grads, x.metrics, drawn, stats, {}, {}, {}, true);
   std::printf("ppo in the ring %lld x %lld: %.6g\n", (long long)num_envs, (long long)num_steps, x.found());
 }
 
@@ -176,7 +177,7 @@ void run_act(int64_t num_envs, int64_t width, bool packed) {
   if (packed) kept = make<float>({8 * (width + 16) * (width + 32)});
   for (int64_t i = 0; i < (packed ? 2 : 1); ++i)
     pydrone::ppo_act({obs}, {}, noise, x.actor, x.critic, x.std, 0, 0, {}, {}, {}, {}, 10, {}, {}, kept, actions,
-                     log_probs, values, mean);
+                     log_probs, values, mean, {});
   std::printf("act %lld: %.6g\n", (long long)num_envs, sum(actions) + sum(log_probs) + sum(values) + sum(mean));
 }
 
