@@ -1,8 +1,10 @@
-"""skrl 2.1 on pydrone: the agents' ``compute_gae`` in one launch, and a :class:`RandomMemory` of packed rows.
+"""skrl 2.1 on pydrone: the agents' ``compute_gae`` in one launch, a :class:`RandomMemory` of packed rows, and the PPO
+agent's update on the fused learner.
 
 >>> from pydrone.integrations import skrl
->>> skrl.patch()  # compute_gae of every agent, and skrl.memories.torch.RandomMemory
+>>> skrl.patch()  # compute_gae of every agent, skrl.memories.torch.RandomMemory, and PPO's update
 >>> memory = skrl.RandomMemory(memory_size=rollouts, num_envs=env.num_envs, device=env.device)  # or explicitly
+>>> agent = skrl.PPO(...)
 """
 
 from __future__ import annotations
@@ -25,7 +27,11 @@ from pydrone.rollout.storage import field_view
 
 require("skrl", (2, 1), (2, 2))
 
+from skrl.agents.torch.ppo import ppo  # noqa: E402
 from skrl.memories import torch as memories  # noqa: E402
+
+from pydrone.integrations import skrl_learner  # noqa: E402
+from pydrone.integrations.skrl_learner import PPO as PPO  # noqa: E402
 
 # The modules of skrl with their own compute_gae, by its signature.
 FEEDFORWARD = (
@@ -307,17 +313,25 @@ class _OwnOrder(RandomMemory):
 _patches = Patches()
 
 
-def patch(shuffle: str = "full") -> None:
+def patch(shuffle: str = "full", learner: str = "fused") -> None:
     """Makes every agent of skrl use pydrone, for code that cannot be edited; :func:`unpatch` undoes it.
 
-    Replaces ``compute_gae`` in all modules that have one, and ``skrl.memories.torch.RandomMemory`` by
-    :class:`RandomMemory`, for skrl's Runner and for later imports. ``shuffle`` is its default. Calling it again has no
-    effect.
+    Replaces ``compute_gae`` in all modules that have one, ``skrl.memories.torch.RandomMemory`` by
+    :class:`RandomMemory`, for skrl's Runner and for later imports, and the update of skrl's PPO agent by
+    :func:`pydrone.integrations.skrl_learner.update`. Calling it again has no effect.
+
+    Args:
+        shuffle: default of the memory.
+        learner: "skrl": the PPO agent keeps skrl's update.
     """
+    if learner not in ("fused", "skrl"):
+        raise ValueError(f"learner: expected 'fused' or 'skrl', got {learner!r}")
     memory = RandomMemory if _checked_shuffle(shuffle) == "full" else _OwnOrder
     changes = [Change(memories, "RandomMemory", memory)]
     for modules, function in ((FEEDFORWARD, compute_gae), (RECURRENT, compute_gae_rnn)):
         changes += [Change(import_module(f"skrl.{name}"), "compute_gae", function) for name in modules]
+    if learner == "fused":
+        changes.append(Change(ppo.PPO, "update", skrl_learner.update))
     _patches.install(changes)
 
 

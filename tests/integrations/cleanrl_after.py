@@ -9,9 +9,9 @@ import gymnasium as gym
 import numpy as np
 import torch
 from torch import nn
-from torch.distributions import Categorical
 
 from pydrone.buffer import RolloutBuffer
+from pydrone.ppo import FusedAct, FusedUpdate, clipped_step
 
 
 @dataclass
@@ -42,11 +42,6 @@ class Agent(nn.Module):
     def value(self, obs):
         return self.critic(obs).squeeze(-1)
 
-    def forward(self, obs, action=None):
-        policy = Categorical(logits=self.actor(obs))
-        action = policy.sample() if action is None else action
-        return action, policy.log_prob(action), policy.entropy(), self.value(obs)
-
 
 def train(args: Args, envs: gym.vector.VectorEnv, log: Callable[[str, torch.Tensor], None]) -> None:
     torch.manual_seed(args.seed)
@@ -55,15 +50,18 @@ def train(args: Args, envs: gym.vector.VectorEnv, log: Callable[[str, torch.Tens
     agent = Agent(int(np.prod(obs_shape)), int(envs.single_action_space.n)).to(device)
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5)
 
-    buffer = RolloutBuffer(args.num_envs, args.num_steps, obs_shape, ((), torch.int64), device=device, seed=args.seed)
+    networks = {"actor": agent.actor, "critic": agent.critic, "categories": [int(envs.single_action_space.n)]}
+    weights = {"value_loss_coef": args.vf_coef / 2, "entropy_coef": args.ent_coef}
+    act = FusedAct(**networks)
+    update = FusedUpdate(**networks, **weights, clip=args.clip_coef, value_clip=args.clip_coef, reuse=True)
+    buffer = RolloutBuffer(args.num_envs, args.num_steps, obs_shape, 1, device=device, seed=args.seed)
 
     next_obs = torch.as_tensor(envs.reset(seed=args.seed)[0], device=device)
     for _ in range(args.num_iterations):
         for _ in range(args.num_steps):
-            with torch.no_grad():
-                action, log_prob, _, value = agent(next_obs)
+            action, log_prob, value, _ = act(None, next_obs)
             buffer.begin(obs=next_obs, actions=action, values=value, log_probs=log_prob)
-            next_obs, reward, terminated, truncated, _ = envs.step(action.cpu().numpy())
+            next_obs, reward, terminated, truncated, _ = envs.step(action[:, 0].long().cpu().numpy())
             dones = torch.as_tensor(terminated | truncated, device=device)
             buffer.end(rewards=torch.as_tensor(reward, device=device), dones=dones)
             next_obs = torch.as_tensor(next_obs, device=device)
@@ -75,18 +73,10 @@ def train(args: Args, envs: gym.vector.VectorEnv, log: Callable[[str, torch.Tens
         log("mean_reward", buffer.rewards.mean())
 
         for mb in buffer.minibatches(args.num_minibatches, args.update_epochs, normalize_advantages="minibatch"):
-            _, log_prob, entropy, value = agent(mb.obs, mb.actions)
-            ratio = (log_prob - mb.log_probs).exp()
-            clipped = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
-            policy_loss = -torch.min(mb.advantages * ratio, mb.advantages * clipped).mean()
-            near = mb.values + (value - mb.values).clamp(-args.clip_coef, args.clip_coef)
-            value_loss = torch.max((value - mb.returns) ** 2, (near - mb.returns) ** 2).mean() / 2
-            loss = policy_loss - args.ent_coef * entropy.mean() + args.vf_coef * value_loss
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
-            optimizer.step()
-            log("loss", loss.detach())
+            samples = {"obs": mb.obs, "actions": mb.actions, "log_probs": mb.log_probs, "values": mb.values}
+            policy_loss, value_loss, entropy, *_ = update(None, **samples, advantages=mb.advantages, returns=mb.returns)
+            clipped_step(optimizer, [list(agent.parameters())], args.max_grad_norm)
+            log("loss", policy_loss - args.ent_coef * entropy + args.vf_coef * value_loss / 2)
         buffer.clear()
 
 

@@ -91,12 +91,18 @@ def test_before_and_after(name, monkeypatch):
     assert len(before["loss"]) == len(after["loss"]) == 16
     for x, y in zip(before["loss"][:10], after["loss"]):
         assert abs(x - y) <= 1e-4 * (1 + abs(x))
+    for x, y in zip(before["parameters"], after["parameters"], strict=True):
+        assert (x - y).norm() <= 1e-4 * x.norm()
 
 
 def run(script, envs):
-    log = {}
-    script.train(script.Args(**ARGS), envs, lambda key, value: log.setdefault(key, []).append(value.clone()))
-    return log
+    """What it logs, and the parameters after its 16 updates."""
+    log, agents = {}, []
+    with pytest.MonkeyPatch.context() as patch:
+        made = script.Agent
+        patch.setattr(script, "Agent", lambda *args: agents.append(made(*args)) or agents[0])
+        script.train(script.Args(**ARGS), envs, lambda key, value: log.setdefault(key, []).append(value.clone()))
+    return log | {"parameters": [x.detach() for x in agents[0].parameters()]}
 
 
 def test_it_learns_under_a_permutation_of_its_own():

@@ -32,6 +32,7 @@ from skrl.utils.runner.torch import Runner
 
 from pydrone.envs.quadrotor import Quadrotor
 from pydrone.integrations import skrl as ours
+from pydrone.integrations import skrl_learner
 
 MODULES = {**dict.fromkeys(ours.FEEDFORWARD, ours.compute_gae), **dict.fromkeys(ours.RECURRENT, ours.compute_gae_rnn)}
 THEIRS = {name: importlib.import_module(f"skrl.{name}").compute_gae for name in MODULES}
@@ -541,6 +542,14 @@ def train(agent_class, name, memory_class, directory, monkeypatch, bootstrap, ro
         losses.append(loss.item())
         return backward(loss, *args, **kwargs)
 
+    fused = skrl_learner.FusedUpdate.__call__
+
+    def recorded_fused(update, *args, **kwargs):
+        metrics = fused(update, *args, **kwargs)
+        losses.append((metrics[0] + config.value_loss_scale * metrics[1] - 0.01 * metrics[2]).item())
+        return metrics
+
+    monkeypatch.setattr(skrl_learner.FusedUpdate, "__call__", recorded_fused)
     module = sys.modules[agent_class.__module__]
     compute_gae = module.compute_gae
 

@@ -10,8 +10,9 @@ from .cuda import CUDA
 from .fault import Fault
 from .learner import LEARNER
 from .python import PYTHON
+from .skrl import SKRL
 from .triton import TRITON
 
-FAULTS = [*PYTHON, *TRITON, *CPP, *LEARNER, *CUDA]
+FAULTS = [*PYTHON, *TRITON, *CPP, *LEARNER, *CUDA, *SKRL]
 
-__all__ = ["CPP", "CUDA", "FAULTS", "LEARNER", "PYTHON", "TRITON", "Fault"]
+__all__ = ["CPP", "CUDA", "FAULTS", "LEARNER", "PYTHON", "SKRL", "TRITON", "Fault"]
