@@ -163,6 +163,7 @@ def ppo_update(clock: Clock) -> list[Contender]:
         some("pydrone, --learner torch", partial(update.ours, learner="torch")),
         some("pydrone, captured", partial(update.ours, capture=True)),
         some("rsl_rl", update.rsl_rl),
+        some("rsl_rl on pydrone", partial(update.rsl_rl, class_name=train.ON_PYDRONE)),
         some("rsl_rl, torch.compile", partial(update.rsl_rl, compile_mode="default")),
         some(COPY, by_hand.memcpy(NUM_EPOCHS * (BATCH_BYTES + POLICY_BYTES))),
     ]
@@ -177,7 +178,7 @@ def training(clock: Clock) -> list[Contender]:
     return [
         Contender("pydrone", train.ours),
         Contender("rsl_rl", train.rsl_rl),
-        Contender("rsl_rl on pydrone", partial(train.rsl_rl, class_name="pydrone.integrations.rsl_rl:PPO")),
+        Contender("rsl_rl on pydrone", partial(train.rsl_rl, class_name=train.ON_PYDRONE)),
         Contender(COPY, copies, _iteration_bytes()[1]),
         # Last: a capture that fails can leave CUDA unusable.
         Contender("pydrone, --capture", partial(train.ours, capture=True)),

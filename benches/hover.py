@@ -1,4 +1,4 @@
-"""Compares trainers on one environment, seed by seed: rsl_rl, rsl_rl on pydrone's storage, and pydrone's own trainer,
+"""Compares trainers on one environment, seed by seed: rsl_rl, rsl_rl on pydrone, and pydrone's own trainer,
 with gradients by autograd or by one operation.
 
     make compare ARGS="--env quadrotor --seeds 1"
@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import torch
 from clock import CpuClock
 from machine import provenance
-from peers.train import _runner_config
+from peers.train import ON_PYDRONE, _runner_config
 from workload import Size
 
 import pydrone.envs
@@ -149,7 +149,7 @@ def train(name: str, env: Probe, size: Size, seed: int, iterations: int, target:
     if name.startswith("pydrone"):
         iterate = _pydrone(env, size, seed, clock, "torch" if name.endswith("torch") else "auto")
     else:
-        iterate = _rsl_rl(env, size, seed, clock, "PPO" if name == "rsl_rl" else "pydrone.integrations.rsl_rl:PPO")
+        iterate = _rsl_rl(env, size, seed, clock, "PPO" if name == "rsl_rl" else ON_PYDRONE)
     rows: list[dict[str, float]] = []
     for _ in range(iterations):
         start = time.perf_counter()

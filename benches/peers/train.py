@@ -1,4 +1,5 @@
-"""A whole training iteration on pydrone's quadrotor or on Genesis: pydrone's Trainer, and rsl_rl's OnPolicyRunner.
+"""A whole training iteration on pydrone's quadrotor or on Genesis: pydrone's Trainer, and rsl_rl's OnPolicyRunner alone
+and on it.
 
 Both use TrainConfig's defaults. Neither writes files.
 """
@@ -22,6 +23,8 @@ from pydrone.envs.quadrotor import Quadrotor
 from pydrone.ppo.training.meters import Stopwatch
 
 from . import Lap, need
+
+ON_PYDRONE = "pydrone.integrations.rsl_rl:PPO"  # a class_name of rsl_rl's
 
 
 class Setting:
@@ -150,7 +153,7 @@ def _vec_env(setting: Setting):  # type: ignore[no-untyped-def]
     return env
 
 
-def _runner_config(setting: Setting) -> dict[str, Any]:
+def _runner_config(setting: Setting, class_name: str = "PPO") -> dict[str, Any]:
     config = _config(setting)
     ppo = config.ppo
     model = {"class_name": "MLPModel", "hidden_dims": list(ppo.hidden_dims), "activation": "tanh"}
@@ -162,7 +165,7 @@ def _runner_config(setting: Setting) -> dict[str, Any]:
         "actor": {**model, "distribution_cfg": gaussian},
         "critic": dict(model),
         "algorithm": {
-            "class_name": "PPO",
+            "class_name": class_name,
             "num_learning_epochs": ppo.num_epochs,
             "num_mini_batches": ppo.num_minibatches,
             "learning_rate": ppo.learning_rate,
@@ -184,9 +187,9 @@ def _runner_config(setting: Setting) -> dict[str, Any]:
 def rsl_rl(setting: Setting, class_name: str = "PPO") -> Run:
     """``OnPolicyRunner.learn(1)``. GAE's share is the time of ``compute_returns``. ``class_name``: the algorithm's."""
     runners = need("rsl_rl.runners")
-    env, lap, config = _vec_env(setting), Lap(setting.device), _runner_config(setting)
-    config["algorithm"]["class_name"] = class_name
+    env, lap = _vec_env(setting), Lap(setting.device)
     with contextlib.redirect_stdout(io.StringIO()):
+        config = _runner_config(setting, class_name)
         runner = runners.OnPolicyRunner(env, config, log_dir=None, device=setting.device)
     algorithm, compute_returns = runner.alg, runner.alg.compute_returns
 
@@ -201,10 +204,9 @@ def rsl_rl(setting: Setting, class_name: str = "PPO") -> Run:
             runner.learn(1)
 
     def outputs() -> dict[str, Any]:
-        networks = (algorithm.actor, algorithm.critic)
-        count = sum(x.numel() for network in networks for x in network.parameters())
-        if class_name != "PPO":  # pydrone's storage has discarded the rollout
-            return {"figures": {}, "parameters": count}
+        algorithm.update = dict  # learns nothing, and keeps the rollout
+        call()
+        del algorithm.update
         storage, obs = algorithm.storage, env.get_observations()
         with torch.inference_mode():
             compute_returns(obs)
@@ -212,6 +214,10 @@ def rsl_rl(setting: Setting, class_name: str = "PPO") -> Run:
         names, config = ("rewards", "values", "dones"), _config(setting).ppo
         planes = (getattr(storage, name) for name in names)
         _, returns = pydrone.gae(*planes, last_values, config.gamma, config.lam, time_dim=0)
-        return {"figures": {}, "parameters": count, "returns": [(storage.returns, returns)]}
+        networks = (algorithm.actor, algorithm.critic)
+        count = sum(x.numel() for network in networks for x in network.parameters())
+        found = {"figures": {}, "parameters": count, "returns": [(storage.returns.clone(), returns)]}
+        storage.clear()
+        return found
 
     return Run(call, outputs, lap.seconds)

@@ -45,15 +45,16 @@ def ours(setting: Setting, learner: str = "auto", autocast: bool = False, captur
     return Run(call, outputs)
 
 
-def rsl_rl(setting: Setting, compile_mode: str | None = None) -> Run:
+def rsl_rl(setting: Setting, compile_mode: str | None = None, class_name: str = "PPO") -> Run:
     """``PPO.update``, plain or with its option ``torch_compile_mode``."""
     runners = need("rsl_rl.runners")
-    env, config = _vec_env(setting), _runner_config(setting) | {"torch_compile_mode": compile_mode}
+    env, config = _vec_env(setting), _runner_config(setting, class_name) | {"torch_compile_mode": compile_mode}
     with contextlib.redirect_stdout(io.StringIO()):
         runner = runners.OnPolicyRunner(env, config, log_dir=None, device=setting.device)
         algorithm = runner.alg
         update, algorithm.update = algorithm.update, lambda: {}
         runner.learn(1)  # collects the rollout and learns nothing
+        algorithm.storage.clear = lambda: None
     figures: dict[str, float] = {}
 
     def call() -> None:

@@ -1,4 +1,4 @@
-"""rsl_rl 5.x on pydrone: rollout storage, GAE and minibatches. Networks, losses, RND and symmetry remain rsl_rl's.
+"""rsl_rl 5.x on pydrone: rollout storage, GAE and minibatches; acting and learning where ``rsl_rl_learner`` serves.
 
 >>> cfg["algorithm"]["class_name"] = "pydrone.integrations.rsl_rl:PPO"
 
@@ -27,6 +27,8 @@ from rsl_rl.algorithms import ppo  # noqa: E402
 from rsl_rl.env import VecEnv  # noqa: E402
 from rsl_rl.storage import RolloutStorage as PeerStorage  # noqa: E402
 from tensordict import TensorDict  # noqa: E402
+
+from pydrone.integrations import rsl_rl_learner  # noqa: E402
 
 __all__ = ["PPO", "RolloutStorage", "patch", "unpatch"]
 
@@ -63,9 +65,11 @@ class RolloutStorage(PeerStorage):
             minibatch of samples overwrites the one before. "rsl_rl": one permutation for all epochs, drawn as rsl_rl
             draws it, and none for recurrent policies; the rollout is copied in that order once, which doubles the
             memory, and minibatches are views of the copy.
+        learner: what an algorithm with this storage acts and learns by. "fused": the fused operations where they
+            compute what rsl_rl would, see :mod:`pydrone.integrations.rsl_rl_learner`. "rsl_rl": its own code.
     """
 
-    shuffle = "full"
+    shuffle, learner = "full", "fused"
 
     def __new__(cls, training_type: str = "rl", *args: object, **kwargs: object) -> PeerStorage:
         if training_type != "rl":
@@ -324,7 +328,8 @@ def _compute_returns(self: ppo.PPO, obs: TensorDict) -> None:
 
 
 class PPO(ppo.PPO):
-    """rsl_rl's PPO with :class:`RolloutStorage`; ``algorithm.shuffle`` in the configuration sets its ``shuffle``."""
+    """rsl_rl's PPO with :class:`RolloutStorage`, whose ``shuffle`` and ``learner`` the configuration of the algorithm
+    may set."""
 
     def __init__(
         self,
@@ -333,14 +338,15 @@ class PPO(ppo.PPO):
         storage: RolloutStorage,
         *args: object,
         shuffle: str = "full",
+        learner: str = "fused",
         **kwargs: object,
     ) -> None:
         if not isinstance(storage, RolloutStorage):
             raise TypeError(f"storage: expected {__name__}.RolloutStorage, got {type(storage).__module__}'s")
         super().__init__(actor, critic, storage, *args, **kwargs)
-        storage.shuffle = _checked(shuffle)
+        storage.shuffle, storage.learner = _checked(shuffle, learner)
 
-    compute_returns = _compute_returns
+    act, update, compute_returns = rsl_rl_learner.act, rsl_rl_learner.update, _compute_returns
 
     @staticmethod
     def construct_algorithm(obs: TensorDict, env: VecEnv, cfg: dict, device: str) -> PPO:
@@ -354,28 +360,30 @@ class PPO(ppo.PPO):
 
 
 class _PatchedStorage(RolloutStorage):
-    """A class of its own, so that patch() sets ``shuffle`` here only."""
+    """A class of its own, so that patch() sets ``shuffle`` and ``learner`` here only."""
 
 
 _patches = Patches()
 
 
-def patch(shuffle: str = "full") -> None:
+def patch(shuffle: str = "full", learner: str = "fused") -> None:
     """From now on every rsl_rl PPO, subclasses included, uses :class:`RolloutStorage`.
 
-    Those constructed before keep their storage. Calling it again only changes ``shuffle``.
+    Those constructed before keep their storage. Calling it again only changes ``shuffle`` and ``learner``.
     """
-    _PatchedStorage.shuffle = _checked(shuffle)
+    _PatchedStorage.shuffle, _PatchedStorage.learner = _checked(shuffle, learner)
     changes = [Change(ppo, "RolloutStorage", _PatchedStorage), Change(ppo.PPO, "compute_returns", _compute_returns)]
+    changes += [Change(ppo.PPO, "act", rsl_rl_learner.act), Change(ppo.PPO, "update", rsl_rl_learner.update)]
     _patches.install(changes)
 
 
 def unpatch() -> None:
-    """Undoes :func:`patch`. Algorithms constructed in between keep their storage and use rsl_rl's GAE loop."""
+    """Undoes :func:`patch`. Algorithms constructed in between keep their storage; all else is rsl_rl's again."""
     _patches.remove()
 
 
-def _checked(shuffle: str) -> str:
-    if shuffle not in ("full", "rsl_rl"):
-        raise ValueError(f"shuffle: expected 'full' or 'rsl_rl', got {shuffle!r}")
-    return shuffle
+def _checked(shuffle: str, learner: str) -> tuple[str, str]:
+    for name, x, known in (("shuffle", shuffle, ("full", "rsl_rl")), ("learner", learner, ("fused", "rsl_rl"))):
+        if x not in known:
+            raise ValueError(f"{name}: expected {' or '.join(map(repr, known))}, got {x!r}")
+    return shuffle, learner

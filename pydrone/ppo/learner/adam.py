@@ -43,10 +43,14 @@ def why_not(optimizer: torch.optim.Optimizer, groups: Sequence[Sequence[Tensor]]
     tensors = [*group["params"], *(x for state in optimizer.state.values() for x in state.values())]
     known = _fitting.get(optimizer, ())
     if len(known) != len(tensors) or not all(map(operator.is_, known, tensors)):
-        where = "the CPU" if device.type != "cuda" else device
+        where, steps = (
+            "the CPU" if device.type != "cuda" else device,
+            {id(x.get("step")) for x in optimizer.state.values()},
+        )
         for x in tensors:
-            fits = not isinstance(x, Tensor) or (x.dtype is torch.float32 and x.is_contiguous() and x.device == device)
-            if not fits or device.type not in ("cpu", "cuda"):
+            here = not isinstance(x, Tensor) or x.device == device or id(x) in steps
+            fits = not isinstance(x, Tensor) or (x.dtype is torch.float32 and x.is_contiguous())
+            if not here or not fits or device.type not in ("cpu", "cuda"):
                 return f"expected contiguous float32 parameters on {where}, got {x.dtype} on {x.device}"
         _fitting[optimizer] = tensors
     if triton.serves(device) and (reason := triton.why_not("clipped_adam", group["params"])) is not None:
@@ -119,6 +123,9 @@ def step(
         return torch.zeros(len(groups), **like)
     norms = torch.empty(len(groups), **like)
     states = [optimizer.state[x] or _begin(optimizer, x) for x in parameters]
+    for state in states:
+        if state["step"].device != device:  # torch keeps it on the CPU; it takes it from the device as well
+            state["step"] = state["step"].to(device)
     beta1, beta2 = options["betas"]
     torch.ops.pydrone.clipped_adam.default(
         parameters,

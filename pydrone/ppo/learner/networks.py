@@ -57,7 +57,7 @@ def take_apart(network: nn.Module, name: str, device: torch.device) -> Network:
     parameters: list[nn.Parameter] = []
     activations = set()
     for i, layer in enumerate(layers):
-        if _hooked(layer) or _hooked(network):
+        if hooked(layer) or hooked(network):
             raise Unsupported(f"{name}: place {i} has hooks, which would not be called")
         if i % 2 == 0:
             if type(layer) is not nn.Linear or layer.bias is None:
@@ -95,7 +95,7 @@ def parts_of(*networks: nn.Module) -> list[object]:
         layers = _layers(network)
         parts += layers
         parameters = [x for layer in layers for x in layer._parameters.values() if x is not None]
-        parts += [*parameters, *(x for x in (network, *layers) if _hooked(x)), *filter(has_hooks, parameters)]
+        parts += [*parameters, *(x for x in (network, *layers) if hooked(x)), *filter(has_hooks, parameters)]
     return parts
 
 
@@ -104,7 +104,8 @@ def has_hooks(x: Tensor) -> bool:
     return bool(x._backward_hooks or getattr(x, "_post_accumulate_grad_hooks", None))
 
 
-def _hooked(x: nn.Module) -> bool:
+def hooked(x: nn.Module) -> bool:
+    """Whether a call of it would call something else too."""
     return bool(x._forward_hooks or x._forward_pre_hooks or x._backward_hooks or x._backward_pre_hooks)
 
 

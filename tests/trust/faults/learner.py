@@ -19,6 +19,8 @@ OF_ACTING = "tests/ppo/learner/test_acting.py"
 ADAM = "csrc/cpu/adam.cpp"
 OF_ADAM = "tests/ppo/learner/test_adam.py"
 OF_LAUNCHES = "tests/ops/test_triton.py::test_launches"
+RSL_RL = "pydrone/integrations/rsl_rl_learner.py"
+OF_RSL_RL = "tests/integrations/test_rsl_rl_learner.py"
 OF_DRAWN = "tests/ppo/learner/test_fused_ring.py"
 
 LEARNER = [
@@ -90,7 +92,7 @@ LEARNER = [
     Fault(
         "a hook that is registered later goes unnoticed",
         SHARED,
-        "*(x for x in (network, *layers) if _hooked(x)), ",
+        "*(x for x in (network, *layers) if hooked(x)), ",
         "",
         OF_PREPARED,
     ),
@@ -261,5 +263,61 @@ LEARNER = [
         "and step - ring.discarded >= ring.capacity",
         "and ring.appended - ring.discarded >= ring.capacity",
         OF_ACTING,
+    ),
+    Fault(
+        "the epsilon of rsl_rl's normaliser left out",
+        RSL_RL,
+        "return self._normalizer._std[0] + self._normalizer.eps",
+        "return self._normalizer._std[0]",
+        OF_RSL_RL,
+    ),
+    Fault(
+        "rsl_rl's advantages not normalised by minibatch",
+        RSL_RL,
+        "if algorithm.normalize_advantage_per_mini_batch:",
+        "if False:",
+        OF_RSL_RL,
+    ),
+    Fault(
+        "hooks of rsl_rl's models not called",
+        RSL_RL,
+        "if hooked(x) or",
+        "if",
+        OF_RSL_RL,
+    ),
+    Fault(
+        "the numbers that rsl_rl's update draws, not drawn",
+        RSL_RL,
+        "distribution.sample()  # as",
+        "distribution.mean  # as",
+        OF_RSL_RL,
+    ),
+    Fault(
+        "a divergence of 0 that raises rsl_rl's rate",
+        RSL_RL,
+        "elif 0.0 < divergence <",
+        "elif divergence <",
+        OF_RSL_RL,
+    ),
+    Fault(
+        "gradients of rsl_rl's standard deviation added up",
+        RSL_RL,
+        "self.optimizer.zero_grad()  # std",
+        "pass  # std",
+        OF_RSL_RL,
+    ),
+    Fault(
+        "actor and critic of rsl_rl that share parameters",
+        RSL_RL,
+        "if len({id(x) for x in parameters}) < len(parameters):",
+        "if False:",
+        OF_RSL_RL,
+    ),
+    Fault(
+        "gradients not averaged over rsl_rl's processes",
+        RSL_RL,
+        "self.reduce_parameters()",
+        "pass",
+        OF_RSL_RL,
     ),
 ]
