@@ -10,7 +10,7 @@ namespace pydrone {
 namespace {
 
 constexpr int64_t kPiece = 8192;    // elements handled at a time: 32 KiB in each of the four arrays
-constexpr int64_t kGrain = 8;       // fewest pieces worth a thread
+constexpr int64_t kGrain = 8;       // fewest whole pieces worth a thread
 constexpr int64_t kLanes = 16;
 constexpr double kNormEpsilon = 1e-6;  // torch.nn.utils.clip_grad_norm_'s
 
@@ -143,7 +143,10 @@ void clipped_adam(const std::vector<Tensor>& parameters, const std::vector<Tenso
                    {"exp_avg_sqs", &exp_avg_sqs}, {"steps", &steps}}, norms, learning_rate, kl);
   if (kl) rate = adapted(rate, divergence, schedule);
   const auto num_pieces = static_cast<int64_t>(pieces.size());
-  torch::stable::parallel_for(0, num_pieces, kGrain, [&](int64_t begin, int64_t end) {
+  int64_t elements = 0;
+  for (const Piece& piece : pieces) elements += piece.size;
+  const int64_t grain = elements > kGrain * kPiece ? kGrain : num_pieces;  // biases are pieces too
+  torch::stable::parallel_for(0, num_pieces, grain, [&](int64_t begin, int64_t end) {
     for (int64_t p = begin; p < end; ++p) pieces[p].squares = sum_of_squares(pieces[p].grad, pieces[p].size);
   });
   std::vector<double> totals(norms.size(0));
@@ -162,7 +165,7 @@ void clipped_adam(const std::vector<Tensor>& parameters, const std::vector<Tenso
                 static_cast<float>(rate / (1 - std::pow(beta1, static_cast<double>(step)))),
                 static_cast<float>(std::sqrt(1 - std::pow(beta2, static_cast<double>(step))))};
   }
-  torch::stable::parallel_for(0, num_pieces, kGrain, [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, num_pieces, grain, [&](int64_t begin, int64_t end) {
     for (int64_t p = begin; p < end; ++p) {
       const Piece& x = pieces[p];
       update(x.parameter, x.exp_avg, x.exp_avg_sq, x.grad, x.size, rates[x.index]);

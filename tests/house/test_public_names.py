@@ -34,7 +34,7 @@ NAMES = {
     "pydrone.integrations.rsl_rl": "PPO RolloutStorage patch unpatch",
     "pydrone.integrations.rsl_rl_env": "VecEnvWrapper",
     "pydrone.integrations.skrl": "RandomMemory patch unpatch",
-    "pydrone.integrations.sb3": "DictRolloutBuffer RolloutBuffer",
+    "pydrone.integrations.sb3": "DictRolloutBuffer PPO RolloutBuffer",
     "pydrone.integrations.torchrl": "GAE",
     "pydrone.integrations.rl_games": "patch unpatch",
 }

@@ -10,9 +10,10 @@ from .cuda import CUDA
 from .fault import Fault
 from .learner import LEARNER
 from .python import PYTHON
+from .sb3 import SB3
 from .skrl import SKRL
 from .triton import TRITON
 
-FAULTS = [*PYTHON, *TRITON, *CPP, *LEARNER, *CUDA, *SKRL]
+FAULTS = [*PYTHON, *TRITON, *CPP, *LEARNER, *CUDA, *SB3, *SKRL]
 
-__all__ = ["CPP", "CUDA", "FAULTS", "LEARNER", "PYTHON", "SKRL", "TRITON", "Fault"]
+__all__ = ["CPP", "CUDA", "FAULTS", "LEARNER", "PYTHON", "SB3", "SKRL", "TRITON", "Fault"]

@@ -353,14 +353,14 @@ PYTHON = [
     ),
     Fault(
         "Stable-Baselines3's episode starts not shifted",
-        "pydrone/integrations/sb3.py",
+        "pydrone/integrations/sb3_buffers.py",
         "starts[1:].t(), dones",
         "starts[:-1].t(), dones",
         "tests/integrations/test_sb3.py",
     ),
     Fault(
         "Stable-Baselines3's returns that a callback has written, ignored",
-        "pydrone/integrations/sb3.py",
+        "pydrone/integrations/sb3_buffers.py",
         "if self._exposed:",
         "if False:",
         "tests/integrations/test_sb3_surface.py",
