@@ -2,7 +2,7 @@
 Unlike a time, a count does not depend on the machine's load. Linux on x86-64 only.
 
 Prints {call: instructions a sample} as JSON. Each call is counted at two sizes; the difference leaves out what a launch
-costs by itself. ``python tests/instructions.py``; ``PYDRONE_ISA`` as in docs/environment-variables.md.
+costs by itself. ``python tests/instructions.py [CALL ...]``; ``PYDRONE_ISA`` as in docs/environment-variables.md.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import json
 import os
 import signal
 import subprocess
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -36,7 +37,7 @@ def ptrace(request: int, pid: int, address: int = 0, data: int = 0) -> int:
     return result & (2**64 - 1)
 
 
-def calls(n: int) -> dict[str, Callable[[], object]]:
+def calls(n: int, only: Sequence[str] = ()) -> dict[str, Callable[[], object]]:
     """Calls for ``n`` environments: one step of them, or T."""
     import torch
 
@@ -58,13 +59,14 @@ def calls(n: int) -> dict[str, Callable[[], object]]:
         out = (torch.empty(shape), torch.empty(shape))
         return lambda: pydrone.gae(rewards, values, dones, last, time_dim=time_dim, out=out)
 
-    return {
+    every = {
         "append": lambda: filling.append(**step),
         "gae of a buffer": lambda: full.compute_gae(last),
         "gae of [T, N]": gae_of((T, n), 0),
         "gae of [N, T]": gae_of((n, T), 1),
         "minibatches": lambda: [None for _ in full.minibatches(1, reuse=True)],
     }
+    return {name: call for name, call in every.items() if name in (only or every)}
 
 
 def child() -> None:
@@ -72,7 +74,7 @@ def child() -> None:
     import torch
 
     torch.set_num_threads(1)
-    prepared = [call for n in SIZES for call in calls(n).values()]
+    prepared = [call for n in SIZES for call in calls(n, sys.argv[1:]).values()]
     for _ in range(2):  # the first ones allocate
         for call in prepared:
             call()
@@ -83,12 +85,15 @@ def child() -> None:
         os.kill(os.getpid(), signal.SIGSTOP)
 
 
-def wide() -> bool:
-    """Whether this processor runs the library's AVX-512 version, and the compiler made one."""
+def isa() -> str:
+    """The instruction set whose version runs, if the compiler made several."""
     import torch
 
     symbols = subprocess.run(["nm", str(LIBRARY)], capture_output=True, text=True, check=True).stdout
-    return torch.backends.cpu.get_cpu_capability() == "AVX512" and "arch_x86_64_v4" in symbols
+    if "_v4" not in symbols:
+        return "baseline"
+    best = {"AVX512": "x86-64-v4", "AVX2": "x86-64-v3"}.get(torch.backends.cpu.get_cpu_capability(), "baseline")
+    return os.environ.get("PYDRONE_ISA") or best
 
 
 def entries(pid: int) -> list[int]:
@@ -143,7 +148,7 @@ def main() -> None:
         child()
         return
     found = list(counts(pid))
-    names = list(calls(1))
+    names = list(calls(1, sys.argv[1:]))
     small, large = found[: len(names)], found[len(names) :]
     samples = {x: (SIZES[1] - SIZES[0]) * (1 if x == "append" else T) for x in names}
     print(json.dumps({x: (b - a) / samples[x] for x, a, b in zip(names, small, large, strict=True)}))

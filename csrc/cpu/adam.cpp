@@ -28,7 +28,8 @@ struct Rates {
 };
 
 // Lane sums in float64, in which the square of a float is exact.
-PYDRONE_CLONES double sum_of_squares(const float* x, int64_t size) {
+template <int>
+PYDRONE_INLINE double sum_of_squares_body(const float* x, int64_t size) {
   double lanes[kLanes] = {};
   int64_t i = 0;
   for (; i + kLanes <= size; i += kLanes)
@@ -38,9 +39,11 @@ PYDRONE_CLONES double sum_of_squares(const float* x, int64_t size) {
   for (double lane : lanes) total += lane;
   return total;
 }
+PYDRONE_VERSIONED(double, sum_of_squares, sum_of_squares_body, (const float* x, int64_t size), (x, size))
 
-PYDRONE_CLONES void update(float* __restrict parameter, float* __restrict exp_avg, float* __restrict exp_avg_sq,
-                           const float* __restrict grad, int64_t size, const Rates& rates) {
+template <int>
+PYDRONE_INLINE void update_body(float* __restrict parameter, float* __restrict exp_avg, float* __restrict exp_avg_sq,
+                                const float* __restrict grad, int64_t size, const Rates& rates) {
   const auto [rest1, beta2, rest2, epsilon, scale, step_size, correction] = rates;
   for (int64_t i = 0; i < size; ++i) {
     const float g = grad[i] * scale;
@@ -51,6 +54,10 @@ PYDRONE_CLONES void update(float* __restrict parameter, float* __restrict exp_av
     parameter[i] -= step_size * m / (std::sqrt(v) / correction + epsilon);
   }
 }
+PYDRONE_VERSIONED(void, update, update_body,
+                  (float* __restrict parameter, float* __restrict exp_avg, float* __restrict exp_avg_sq,
+                   const float* __restrict grad, int64_t size, const Rates& rates),
+                  (parameter, exp_avg, exp_avg_sq, grad, size, rates))
 
 float& scalar(const char* name, const Tensor& x) {
   check_shape(name, x, {});

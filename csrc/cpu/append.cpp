@@ -187,8 +187,8 @@ constexpr int64_t kMaxRuns = 8;
 constexpr int64_t kNarrow = 256;
 
 // Writes the runs of environments [0, envs) in order and past the cache, so that whole lines leave the core.
-#define PYDRONE_STREAM_ROWS(version, Word, load, store)                                                        \
-  version void stream_rows(char* to, int64_t row_bytes, const Run* runs, int64_t num_runs, int64_t envs) {     \
+#define PYDRONE_STREAM_ROWS(version, name, Word, load, store)                                                  \
+  version void name(char* to, int64_t row_bytes, const Run* runs, int64_t num_runs, int64_t envs) {     \
     for (int64_t n = 0; n < envs; ++n, to += row_bytes)                                                        \
       for (int64_t r = 0; r < num_runs; ++r) {                                                                 \
         const char* from = runs[r].from + n * runs[r].stride;                                                  \
@@ -197,10 +197,10 @@ constexpr int64_t kNarrow = 256;
       }                                                                                                        \
   }
 #if defined(PYDRONE_VERSIONS)  // 64-byte stores are no faster
-PYDRONE_STREAM_ROWS(__attribute__((target("arch=x86-64-v3"))), __m256i, _mm256_loadu_si256, _mm256_stream_si256)
+PYDRONE_STREAM_ROWS(PYDRONE_V3, stream_rows_v3, __m256i, _mm256_loadu_si256, _mm256_stream_si256)
 #endif
 #if defined(__SSE2__)
-PYDRONE_STREAM_ROWS(PYDRONE_DEFAULT, __m128i, _mm_loadu_si128, _mm_stream_si128)
+PYDRONE_STREAM_ROWS(, stream_rows_baseline, __m128i, _mm_loadu_si128, _mm_stream_si128)
 #else
 struct Word {
   char bytes[16];
@@ -212,9 +212,16 @@ inline Word load_word(const Word* from) {
   return x;
 }
 inline void store_word(Word* to, Word x) { std::memcpy(to, &x, sizeof(x)); }
-PYDRONE_STREAM_ROWS(PYDRONE_DEFAULT, Word, load_word, store_word)
+PYDRONE_STREAM_ROWS(, stream_rows_baseline, Word, load_word, store_word)
 #endif
 #undef PYDRONE_STREAM_ROWS
+
+void stream_rows(char* to, int64_t row_bytes, const Run* runs, int64_t num_runs, int64_t envs) {
+#if defined(PYDRONE_VERSIONS)
+  if (isa() != Isa::kBaseline) return stream_rows_v3(to, row_bytes, runs, num_runs, envs);
+#endif
+  stream_rows_baseline(to, row_bytes, runs, num_runs, envs);
+}
 
 // Result of the check for finite values so far, in lanes: all zeros as long as every number was finite.
 struct Found {
@@ -227,42 +234,45 @@ struct Found {
 };
 
 #if defined(__GNUC__)
-typedef float Floats __attribute__((vector_size(64)));
-typedef double Doubles __attribute__((vector_size(64)));
-typedef uint32_t Words __attribute__((vector_size(64)));
-
 // x - x is +0, all zeros, unless x is infinite or NaN.
-template <class V>
-PYDRONE_INLINE Words difference(const char* from) {
+template <class V, class W>
+PYDRONE_INLINE W difference(const char* from) {
   V x;
   std::memcpy(&x, from, sizeof(V));
-  return reinterpret_cast<Words>(x - x);
+  return reinterpret_cast<W>(x - x);
 }
 
 // Checks the whole vectors among `bytes` and returns how many bytes they are. Four chains hide the latency of one.
-template <class V>
+template <int kSize, class T>
 PYDRONE_INLINE int64_t look_body(const char* from, int64_t bytes, Found& found) {
-  constexpr int64_t kSize = sizeof(V);
-  Words a, b{}, c{}, d{};
+  typedef T V __attribute__((vector_size(kSize)));
+  typedef uint32_t W __attribute__((vector_size(kSize)));
+  W a, b{}, c{}, d{};
   std::memcpy(&a, found.lanes, sizeof(a));
   int64_t i = 0;
   for (; i + 4 * kSize <= bytes; i += 4 * kSize) {
-    a |= difference<V>(from + i);
-    b |= difference<V>(from + i + kSize);
-    c |= difference<V>(from + i + 2 * kSize);
-    d |= difference<V>(from + i + 3 * kSize);
+    a |= difference<V, W>(from + i);
+    b |= difference<V, W>(from + i + kSize);
+    c |= difference<V, W>(from + i + 2 * kSize);
+    d |= difference<V, W>(from + i + 3 * kSize);
   }
-  for (; i + kSize <= bytes; i += kSize) b |= difference<V>(from + i);
+  for (; i + kSize <= bytes; i += kSize) b |= difference<V, W>(from + i);
   a |= b | (c | d);
   std::memcpy(found.lanes, &a, sizeof(a));
   return i;
 }
-PYDRONE_CLONES int64_t look_floats(const char* from, int64_t bytes, Found& found) {
-  return look_body<Floats>(from, bytes, found);
+template <int kSize>
+PYDRONE_INLINE int64_t look_floats_body(const char* from, int64_t bytes, Found& found) {
+  return look_body<kSize, float>(from, bytes, found);
 }
-PYDRONE_CLONES int64_t look_doubles(const char* from, int64_t bytes, Found& found) {
-  return look_body<Doubles>(from, bytes, found);
+template <int kSize>
+PYDRONE_INLINE int64_t look_doubles_body(const char* from, int64_t bytes, Found& found) {
+  return look_body<kSize, double>(from, bytes, found);
 }
+PYDRONE_VERSIONED(int64_t, look_floats, look_floats_body, (const char* from, int64_t bytes, Found& found),
+                  (from, bytes, found))
+PYDRONE_VERSIONED(int64_t, look_doubles, look_doubles_body, (const char* from, int64_t bytes, Found& found),
+                  (from, bytes, found))
 #endif
 
 // Checks contiguous numbers of one type.

@@ -1,4 +1,4 @@
-// Shared by the CPU kernels: run-time choice of instruction set, streaming stores, element conversion.
+// Shared by the CPU kernels: versions for several instruction sets, streaming stores, element conversion.
 #pragma once
 
 #include "../checks.h"
@@ -8,24 +8,34 @@
 
 #include <cstring>
 
-// One wheel for every x86-64: a function with this attribute is compiled three times, and one version is chosen when
-// the library loads. musl has no ifunc, and other compilers and processors lack the attribute: they get the baseline.
-// ThreadSanitizer is not initialised yet when an executable resolves its ifuncs.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__GLIBC__) && \
-    !defined(__SANITIZE_THREAD__)
-#define PYDRONE_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-// For functions whose versions are written out by hand, with intrinsics.
-#define PYDRONE_VERSIONS
-#define PYDRONE_DEFAULT __attribute__((target("default")))
-#else
-#define PYDRONE_CLONES
-#define PYDRONE_DEFAULT
-#endif
-
 #if defined(__GNUC__)
 #define PYDRONE_INLINE inline __attribute__((always_inline))
 #else
 #define PYDRONE_INLINE inline
+#endif
+
+// One wheel for every x86-64: hot loops are compiled three times, and each call picks a version. Other compilers and
+// processors have the baseline alone. (target_clones would pick when the library loads, before PYDRONE_ISA is read.)
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define PYDRONE_VERSIONS
+#define PYDRONE_V3 __attribute__((target("arch=x86-64-v3")))
+#define PYDRONE_V4 __attribute__((target("arch=x86-64-v4")))
+// Defines the function `name`; `body` is an inline template over the bytes of a vector. GCC 12 takes selects of wider
+// vectors than the instruction set has apart into scalars.
+#define PYDRONE_VERSIONED(result, name, body, parameters, arguments)                    \
+  PYDRONE_V4 inline result name##_v4 parameters { return body<64> arguments; }          \
+  PYDRONE_V3 inline result name##_v3 parameters { return body<32> arguments; }          \
+  inline result name##_baseline parameters { return body<16> arguments; }               \
+  [[maybe_unused]] inline result name parameters {                                      \
+    switch (isa()) {                                                                    \
+      case Isa::kV4: return name##_v4 arguments;                                        \
+      case Isa::kV3: return name##_v3 arguments;                                        \
+      default: return name##_baseline arguments;                                        \
+    }                                                                                   \
+  }
+#else
+#define PYDRONE_VERSIONED(result, name, body, parameters, arguments) \
+  [[maybe_unused]] inline result name parameters { return body<16> arguments; }
 #endif
 
 // Vector types are passed between inlined functions only, so the calling convention does not matter.
@@ -44,6 +54,11 @@
 #endif
 
 namespace pydrone {
+
+enum class Isa { kBaseline, kV3, kV4 };
+
+// The best instruction set of this processor, or the lesser one that PYDRONE_ISA names.
+Isa isa();
 
 // Outputs of at least this size bypass the cache: the same core reads them much later, if at all.
 constexpr int64_t kStreamBytes = int64_t{2} << 20;

@@ -24,26 +24,19 @@ struct Job {
   double* partials;  // [blocks, 3]
 };
 
-// GCC does not vectorise the selects of a plain loop (jump threading turns them into branches first), so the loops use
-// its vector types, 64 bytes wide; it splits them to the width that the instruction set has.
-template <class T>
-struct Vector;
+constexpr int64_t kLanes = 16;  // of the sums; the same on every instruction set, so that results do not depend on it
+
 #if defined(__GNUC__)
-template <>
-struct Vector<float> {
-  typedef float Real __attribute__((vector_size(64)));
-  typedef int32_t Code __attribute__((vector_size(64)));
-  typedef uint8_t Byte __attribute__((vector_size(16)));
-  typedef uint16_t Wider __attribute__((vector_size(32)));
-  static constexpr int64_t kSize = 16;
-};
-template <>
-struct Vector<double> {
-  typedef double Real __attribute__((vector_size(64)));
-  typedef int64_t Code __attribute__((vector_size(64)));
-  typedef uint8_t Byte __attribute__((vector_size(8)));
-  typedef uint16_t Wider __attribute__((vector_size(16)));
-  static constexpr int64_t kSize = 8;
+// GCC does not vectorise the selects of a plain loop (jump threading turns them into branches first), so the loops use
+// its vector types, as wide as the instruction set's.
+template <class T, int Bytes>
+struct Vector {
+  static constexpr int64_t kSize = Bytes / sizeof(T), kParts = kLanes / kSize;  // elements; vectors to hold the lanes
+  using Integer = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
+  typedef T Real __attribute__((vector_size(Bytes)));
+  typedef Integer Code __attribute__((vector_size(Bytes)));
+  typedef uint8_t Byte __attribute__((vector_size(Bytes / sizeof(T))));
+  typedef uint16_t Wider __attribute__((vector_size(2 * Bytes / sizeof(T))));
 };
 
 template <class V>
@@ -54,15 +47,19 @@ PYDRONE_INLINE V load(const void* from) {
 }
 
 // Widened in two steps: GCC 12 would split a single step into scalar elements.
-template <class T>
-PYDRONE_INLINE typename Vector<T>::Code load_codes(const uint8_t* codes) {
-  using Wider = typename Vector<T>::Wider;
-  const Wider wider = __builtin_convertvector(load<typename Vector<T>::Byte>(codes), Wider);
-  return __builtin_convertvector(wider, typename Vector<T>::Code);
+template <class V>
+PYDRONE_INLINE typename V::Code load_codes(const uint8_t* codes) {
+#if defined(__SSE2__)
+  if constexpr (sizeof(typename V::Byte) == 4 && sizeof(typename V::Code) == 16) {  // and these even so
+    const __m128i none = _mm_setzero_si128();
+    const __m128i bytes = _mm_cvtsi32_si128(load<int32_t>(codes));
+    return reinterpret_cast<typename V::Code>(_mm_unpacklo_epi16(_mm_unpacklo_epi8(bytes, none), none));
+  }
+#endif
+  const auto wider = __builtin_convertvector(load<typename V::Byte>(codes), typename V::Wider);
+  return __builtin_convertvector(wider, typename V::Code);
 }
 #endif
-
-constexpr int64_t kLanes = 16;  // of the sums; the same on every instruction set, so that results do not depend on it
 
 // Sums over a row of advantages minus a pivot, and of their squares, in lanes.
 template <class T>
@@ -86,7 +83,7 @@ PYDRONE_INLINE void stream_vector(void* to, V x) {
 
 // One step of a block of environments. `after`: the next step's advantages; `advantages`: this step's, possibly the
 // same memory. Stream: advantages also go to `advantages_out`; that copy and `returns` are written past the cache.
-template <bool Stream, class T>
+template <int Bytes, bool Stream, class T>
 PYDRONE_INLINE void step_body(const T* after, T* advantages, T* advantages_out, T* returns, Sums<T>& sums, T pivot,
                               const T* rewards, const T* values, const T* next, const T* at_truncation,
                               const uint8_t* codes, int64_t n, T gamma, T gamma_lam) {
@@ -94,26 +91,28 @@ PYDRONE_INLINE void step_body(const T* after, T* advantages, T* advantages_out, 
   std::fill(sums.second, sums.second + kLanes, T{0});
   int64_t i = 0;
 #if defined(__GNUC__)
-  using V = typename Vector<T>::Real;
-  constexpr int64_t kSize = Vector<T>::kSize;
-  V first{}, second{};
-  for (; i + kSize <= n; i += kSize) {
-    const V value = load<V>(values + i);
-    const V advantage = gae_step(load_codes<T>(codes + i), load<V>(rewards + i), value, load<V>(next + i),
-                                 load<V>(at_truncation + i), gamma, gamma_lam, load<V>(after + i));
-    const V sum = advantage + value, difference = advantage - pivot;
-    first += difference;
-    second += difference * difference;
-    std::memcpy(advantages + i, &advantage, sizeof(V));
-    if constexpr (Stream) {
-      stream_vector(advantages_out + i, advantage);
-      stream_vector(returns + i, sum);
-    } else {
-      std::memcpy(returns + i, &sum, sizeof(V));
+  using Kind = Vector<T, Bytes>;
+  using V = typename Kind::Real;
+  V first[Kind::kParts] = {}, second[Kind::kParts] = {};
+  for (; i + kLanes <= n; i += kLanes)
+    for (int64_t part = 0; part < Kind::kParts; ++part) {
+      const int64_t k = i + part * Kind::kSize;
+      const V value = load<V>(values + k);
+      const V advantage = gae_step(load_codes<Kind>(codes + k), load<V>(rewards + k), value, load<V>(next + k),
+                                   load<V>(at_truncation + k), gamma, gamma_lam, load<V>(after + k));
+      const V sum = advantage + value, difference = advantage - pivot;
+      first[part] += difference;
+      second[part] += difference * difference;
+      std::memcpy(advantages + k, &advantage, sizeof(V));
+      if constexpr (Stream) {
+        stream_vector(advantages_out + k, advantage);
+        stream_vector(returns + k, sum);
+      } else {
+        std::memcpy(returns + k, &sum, sizeof(V));
+      }
     }
-  }
-  std::memcpy(sums.first, &first, sizeof(V));
-  std::memcpy(sums.second, &second, sizeof(V));
+  std::memcpy(sums.first, first, sizeof(first));
+  std::memcpy(sums.second, second, sizeof(second));
 #endif
   for (; i < n; ++i) {
     const T advantage = gae_step(int32_t{codes[i]}, rewards[i], values[i], next[i], at_truncation[i], gamma, gamma_lam,
@@ -138,23 +137,25 @@ inline void merge(double* into, double count, double mean, double m2) {
 }
 
 // Merges the moments of a row of samples into `into`, in two passes over L1.
-template <class T>
+template <int Bytes, class T>
 PYDRONE_INLINE void moments_body(double* into, const T* x, int64_t n) {
   int64_t i = 0;
 #if defined(__GNUC__)
-  using V = typename Vector<T>::Real;
-  constexpr int64_t kSize = Vector<T>::kSize;
-  V sum{}, square{};
-  for (; i + kSize <= n; i += kSize) sum += load<V>(x + i);
+  using Kind = Vector<T, Bytes>;
+  using V = typename Kind::Real;
+  V sum[Kind::kParts] = {}, square[Kind::kParts] = {};
+  for (; i + kLanes <= n; i += kLanes)
+    for (int64_t part = 0; part < Kind::kParts; ++part) sum[part] += load<V>(x + i + part * Kind::kSize);
   double all = 0, m2 = 0;
-  for (int64_t j = 0; j < kSize; ++j) all += sum[j];
+  for (int64_t j = 0; j < kLanes; ++j) all += sum[j / Kind::kSize][j % Kind::kSize];
   const double mean = i ? all / static_cast<double>(i) : 0;
   const T rounded = static_cast<T>(mean);
-  for (int64_t k = 0; k < i; k += kSize) {
-    const V difference = load<V>(x + k) - rounded;
-    square += difference * difference;
-  }
-  for (int64_t j = 0; j < kSize; ++j) m2 += square[j];
+  for (int64_t k = 0; k < i; k += kLanes)
+    for (int64_t part = 0; part < Kind::kParts; ++part) {
+      const V difference = load<V>(x + k + part * Kind::kSize) - rounded;
+      square[part] += difference * difference;
+    }
+  for (int64_t j = 0; j < kLanes; ++j) m2 += square[j / Kind::kSize][j % Kind::kSize];
   // Corrects M2 from the rounded mean to the mean.
   const double off = mean - rounded;
   m2 -= static_cast<double>(i) * off * off;
@@ -163,17 +164,24 @@ PYDRONE_INLINE void moments_body(double* into, const T* x, int64_t n) {
   for (; i < n; ++i) merge(into, 1, x[i], 0);
 }
 
-#define PYDRONE_STEP(name, stream, T)                                                                              \
-  PYDRONE_CLONES void name(const T* after, T* advantages, T* advantages_out, T* returns, Sums<T>& sums, T pivot,   \
-                           const T* rewards, const T* values, const T* next, const T* at_truncation,               \
-                           const uint8_t* codes, int64_t n, T gamma, T gamma_lam) {                                \
-    step_body<stream>(after, advantages, advantages_out, returns, sums, pivot, rewards, values, next,              \
-                      at_truncation, codes, n, gamma, gamma_lam);                                                  \
-  }
+#define PYDRONE_STEP(name, stream, T)                                                                                  \
+  template <int Bytes>                                                                                                 \
+  PYDRONE_INLINE void name##_body(const T* after, T* advantages, T* advantages_out, T* returns, Sums<T>& sums,         \
+                                  T pivot, const T* rewards, const T* values, const T* next, const T* at_truncation,   \
+                                  const uint8_t* codes, int64_t n, T gamma, T gamma_lam) {                             \
+    step_body<Bytes, stream>(after, advantages, advantages_out, returns, sums, pivot, rewards, values, next,           \
+                             at_truncation, codes, n, gamma, gamma_lam);                                               \
+  }                                                                                                                    \
+  PYDRONE_VERSIONED(void, name, name##_body,                                                                           \
+                    (const T* after, T* advantages, T* advantages_out, T* returns, Sums<T>& sums, T pivot,             \
+                     const T* rewards, const T* values, const T* next, const T* at_truncation, const uint8_t* codes,   \
+                     int64_t n, T gamma, T gamma_lam),                                                                 \
+                    (after, advantages, advantages_out, returns, sums, pivot, rewards, values, next, at_truncation,    \
+                     codes, n, gamma, gamma_lam))
 #define PYDRONE_INSTANCE(T)                \
   PYDRONE_STEP(step, false, T)             \
   PYDRONE_STEP(step_streaming, true, T)    \
-  PYDRONE_CLONES void moments(double* into, const T* x, int64_t n) { moments_body(into, x, n); }
+  PYDRONE_VERSIONED(void, moments, moments_body, (double* into, const T* x, int64_t n), (into, x, n))
 PYDRONE_INSTANCE(float)
 PYDRONE_INSTANCE(double)
 #undef PYDRONE_INSTANCE
@@ -195,7 +203,8 @@ T join_sums(double* into, const Sums<T>& sums, T pivot, const T* row, int64_t n)
 }
 
 // The codes of a row from its flags (bytes, set if nonzero; null: no such flag). The highest code takes precedence.
-PYDRONE_CLONES void encode_row(uint8_t* codes, const uint8_t* dones, const uint8_t* truncated, const uint8_t* valid,
+template <int>
+PYDRONE_INLINE void encode_row_body(uint8_t* codes, const uint8_t* dones, const uint8_t* truncated, const uint8_t* valid,
                                int64_t n) {
   for (int64_t i = 0; i < n; ++i) codes[i] = dones[i] ? uint8_t{kTerminated} : uint8_t{kRunning};
   if (truncated)
@@ -203,6 +212,9 @@ PYDRONE_CLONES void encode_row(uint8_t* codes, const uint8_t* dones, const uint8
   if (valid)
     for (int64_t i = 0; i < n; ++i) codes[i] = std::max(codes[i], valid[i] ? uint8_t{0} : uint8_t{kInvalid});
 }
+PYDRONE_VERSIONED(void, encode_row, encode_row_body,
+                  (uint8_t* codes, const uint8_t* dones, const uint8_t* truncated, const uint8_t* valid, int64_t n),
+                  (codes, dones, truncated, valid, n))
 
 // Which planes are used in place; the others are read or written in tiles.
 template <class T>

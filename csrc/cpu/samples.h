@@ -41,7 +41,8 @@ void split(const Permutation& p, uint32_t first, int64_t n, Batch& batch) {
 }
 
 // Returns the greatest result; if it is not below the permutation's size, some need cycle walking.
-PYDRONE_CLONES int32_t permute(const Permutation& p, int64_t n, Batch& batch) {
+template <int>
+PYDRONE_INLINE int32_t permute_body(const Permutation& p, int64_t n, Batch& batch) {
   int32_t greatest = 0;
   for (int64_t i = 0; i < n; ++i) {
     batch.sample[i] = static_cast<int32_t>(p.apply(batch.left[i], batch.right[i]));
@@ -49,9 +50,11 @@ PYDRONE_CLONES int32_t permute(const Permutation& p, int64_t n, Batch& batch) {
   }
   return greatest;
 }
+PYDRONE_VERSIONED(int32_t, permute, permute_body, (const Permutation& p, int64_t n, Batch& batch), (p, n, batch))
 
 // sample / num_steps by a double's reciprocal, exact after one correction: there is no vector division of integers.
-PYDRONE_CLONES void locate(const Samples& samples, int64_t n, Batch& batch) {
+template <int>
+PYDRONE_INLINE void locate_body(const Samples& samples, int64_t n, Batch& batch) {
   const int32_t num_steps = static_cast<int32_t>(samples.num_steps);
   const double inverse = 1.0 / num_steps;
   for (int64_t i = 0; i < n; ++i) {
@@ -73,6 +76,7 @@ PYDRONE_CLONES void locate(const Samples& samples, int64_t n, Batch& batch) {
     batch.advantage[i] = batch.env[i] * advantage_env + batch.step[i] * advantage_step;
   }
 }
+PYDRONE_VERSIONED(void, locate, locate_body, (const Samples& samples, int64_t n, Batch& batch), (samples, n, batch))
 
 // The samples of outputs position .. position + n, and where they lie.
 void locate_batch(const Samples& samples, int64_t position, int64_t n, Batch& batch) {

@@ -88,9 +88,11 @@ PYDRONE_INLINE void transpose_square(char* to, int64_t to_row, const char* from,
 #endif
 
 // to[c][r] = from[r][c]; to_row and from_row are row strides in bytes.
-template <class T>
-PYDRONE_INLINE void transpose_body(char* to, int64_t to_row, const char* from, int64_t from_row, int64_t rows,
+template <int, class T>
+PYDRONE_INLINE void transpose_body(T* to_first, int64_t to_row, const T* from_first, int64_t from_row, int64_t rows,
                                    int64_t columns) {
+  auto* const to = reinterpret_cast<char*>(to_first);
+  auto* const from = reinterpret_cast<const char*>(from_first);
   int64_t whole_rows = 0, whole_columns = 0;
 #if defined(PYDRONE_SQUARES)
   constexpr int kSize = Square<T>::kSize;
@@ -104,12 +106,10 @@ PYDRONE_INLINE void transpose_body(char* to, int64_t to_row, const char* from, i
       std::memcpy(to + c * to_row + r * sizeof(T), from + r * from_row + c * sizeof(T), sizeof(T));
 }
 
-#define PYDRONE_TRANSPOSE(T)                                                                                  \
-  [[maybe_unused]] PYDRONE_CLONES void transpose(T* to, int64_t to_row, const T* from, int64_t from_row,      \
-                                                 int64_t rows, int64_t columns) {                             \
-    transpose_body<T>(reinterpret_cast<char*>(to), to_row, reinterpret_cast<const char*>(from), from_row,     \
-                      rows, columns);                                                                         \
-  }
+#define PYDRONE_TRANSPOSE(T)                                                                                     \
+  PYDRONE_VERSIONED(void, transpose, transpose_body,                                                             \
+                    (T * to, int64_t to_row, const T* from, int64_t from_row, int64_t rows, int64_t columns),    \
+                    (to, to_row, from, from_row, rows, columns))
 PYDRONE_TRANSPOSE(float)
 PYDRONE_TRANSPOSE(double)
 PYDRONE_TRANSPOSE(uint8_t)

@@ -1,0 +1,80 @@
+"""The CPU's operations by the versions for other instruction sets, as far as this processor has them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from pydrone.ops import native
+
+pytestmark = pytest.mark.skipif(native.CPU_MISSING is not None, reason=f"no native library: {native.CPU_MISSING}")
+
+ISAS = ("baseline", "x86-64-v3", "x86-64-v4")
+
+
+def results() -> dict[str, torch.Tensor]:
+    """GAE in both orders and precisions, a rollout's rows and minibatches, a step of Adam; odd sizes."""
+    import pydrone
+    from pydrone.buffer import RolloutBuffer
+    from pydrone.ppo import clipped_step
+
+    torch.manual_seed(0)
+    found = {}
+    for dtype in (torch.float32, torch.float64):
+        for n, t in ((1, 1), (131, 37), (2100, 5)):
+            given = torch.randn(n, t, dtype=dtype), torch.randn(n, t, dtype=dtype), torch.rand(n, t) < 0.1
+            flags = {"truncated": given[2] & (torch.rand(n, t) < 0.5), "valid": torch.rand(n, t) < 0.9}
+            last, name = torch.randn(n, dtype=dtype), f"gae of {n}, {t}, {dtype}"
+            options = {"timeout_bootstrap": "stored_value", "stats": True, "gamma": 0.97, "lam": 0.9}
+            turned = {key: x.t().contiguous() for key, x in flags.items()}
+            rows = pydrone.gae(*given, last, **flags, **options)
+            columns = pydrone.gae(*(x.t().contiguous() for x in given), last, **turned, **options, time_dim=0)
+            found |= {f"{name}, {i}": x for i, x in enumerate((*rows, *columns))}
+    buffer = RolloutBuffer(67, 9, 17, 4)
+    for _ in range(9):
+        row = {"obs": torch.randn(67, 17), "actions": torch.randn(67, 4), "dones": torch.rand(67) < 0.1}
+        buffer.append(**row, **{name: torch.randn(67) for name in ("rewards", "values", "log_probs")})
+    buffer.compute_gae(torch.randn(67))
+    batch = next(iter(buffer.minibatches(2)))
+    found |= {f"minibatch, {x}": getattr(batch, x) for x in ("obs", "actions", "log_probs", "indices", "advantages")}
+    parameter = torch.nn.Parameter(torch.randn(1003))
+    parameter.grad = torch.randn(1003)
+    optimizer = torch.optim.Adam([parameter])
+    found["norm"] = clipped_step(optimizer, [[parameter]], 0.7)
+    found["parameter"] = parameter.detach()
+    return found
+
+
+def by(isa: str, path: Path) -> dict[str, torch.Tensor]:
+    command = [sys.executable, __file__, str(path)]
+    done = subprocess.run(command, env=os.environ | {"PYDRONE_ISA": isa}, capture_output=True, text=True)
+    if "PYDRONE_ISA: expected" in done.stderr:
+        pytest.skip(f"this processor has no {isa}")
+    assert done.returncode == 0, done.stderr
+    return torch.load(path)
+
+
+@pytest.fixture(scope="module")
+def baseline(tmp_path_factory) -> dict[str, torch.Tensor]:
+    return by("baseline", tmp_path_factory.mktemp("isa") / "baseline.pt")
+
+
+@pytest.mark.parametrize("isa", ISAS[1:])
+def test_versions_agree(isa, baseline, tmp_path):
+    """Up to fused multiply-adds, which the baseline lacks; what is copied, to the bit."""
+    found = by(isa, tmp_path / "found.pt")
+    assert found.keys() == baseline.keys()
+    for name, x in found.items():
+        copied = name.startswith("minibatch") and not name.endswith("advantages")
+        tolerance = {"rtol": 0, "atol": 0} if copied else {"rtol": 1e-5, "atol": 1e-5}
+        torch.testing.assert_close(x, baseline[name], **tolerance, msg=lambda text, name=name: f"{name}: {text}")
+    assert any(not torch.equal(x, baseline[name]) for name, x in found.items()), "PYDRONE_ISA had no effect"
+
+
+if __name__ == "__main__":
+    torch.save(results(), sys.argv[1])
