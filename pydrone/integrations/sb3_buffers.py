@@ -11,15 +11,18 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
-from gymnasium import spaces
-from stable_baselines3.common import buffers
-from stable_baselines3.common.type_aliases import DictRolloutBufferSamples, RolloutBufferSamples
 from torch import Tensor
 
 from pydrone.buffer import Minibatch
-from pydrone.integrations.peer import Arrays
+from pydrone.integrations.peer import Arrays, require
 from pydrone.ops.arguments import positive
 from pydrone.rollout.minibatch import Plan
+
+require("stable-baselines3", (2, 4), (3,))
+
+from gymnasium import spaces  # noqa: E402 (after the check of the version)
+from stable_baselines3.common import buffers  # noqa: E402
+from stable_baselines3.common.type_aliases import DictRolloutBufferSamples, RolloutBufferSamples  # noqa: E402
 
 __all__ = ["DictRolloutBuffer", "RolloutBuffer"]
 

@@ -11,20 +11,22 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
-import stable_baselines3
 import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+
+from pydrone.integrations.sb3_buffers import DictRolloutBuffer, RolloutBuffer  # checks the version
+from pydrone.ppo.learner import adam
+from pydrone.ppo.learner.networks import Unsupported, hooked
+from pydrone.ppo.learner.prepared import METRICS, FusedAct, FusedUpdate
+
+# isort: split
+import stable_baselines3
 from gymnasium import spaces
 from stable_baselines3.common import buffers, distributions, torch_layers
 from stable_baselines3.common.policies import ActorCriticPolicy, MultiInputActorCriticPolicy
 from stable_baselines3.common.type_aliases import PyTorchObs
 from stable_baselines3.common.utils import explained_variance
-from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
-
-from pydrone.integrations.sb3_buffers import DictRolloutBuffer, RolloutBuffer
-from pydrone.ppo.learner import adam
-from pydrone.ppo.learner.networks import Unsupported, hooked
-from pydrone.ppo.learner.prepared import METRICS, FusedAct, FusedUpdate
 
 __all__ = ["PPO"]
 
