@@ -85,6 +85,8 @@ def take_apart(network: nn.Module, name: str, device: torch.device) -> Network:
 
 def _layers(network: nn.Module) -> list[nn.Module]:
     """In order; one that is used twice is there twice, which ``children`` leaves out."""
+    if not isinstance(network, nn.Module):
+        return []
     return list(network._modules.values()) if isinstance(network, nn.Sequential) else [network]
 
 
@@ -95,7 +97,8 @@ def parts_of(*networks: nn.Module) -> list[object]:
         layers = _layers(network)
         parts += layers
         parameters = [x for layer in layers for x in layer._parameters.values() if x is not None]
-        parts += [*parameters, *(x for x in (network, *layers) if hooked(x)), *filter(has_hooks, parameters)]
+        modules = [network, *layers] if layers else layers
+        parts += [*parameters, *filter(hooked, modules), *filter(has_hooks, parameters)]
     return parts
 
 

@@ -65,9 +65,8 @@ class _Networks:
         if len(parts) == len(self._parts) and all(map(operator.is_, parts, self._parts)):
             return False
         parameter = next((x for x in parts if isinstance(x, Tensor)), None)
-        self.device = torch.device("cpu") if parameter is None else parameter.device
-        if self.device.type not in DEVICES:
-            raise ValueError(f"actor: expected device cpu or cuda, got {self.device}")
+        there = parameter is not None and parameter.device.type in DEVICES
+        self.device = parameter.device if there else torch.device("cpu")  # from where the others are refused
         self.actor, self.critic, self.activation = both(*self._modules, self.device)
         require(self._kernel, self.actor, self.critic, self.precision)
         self.parameters, self._parts = [*self.actor, *self.critic], parts

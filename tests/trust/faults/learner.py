@@ -92,7 +92,7 @@ LEARNER = [
     Fault(
         "a hook that is registered later goes unnoticed",
         SHARED,
-        "*(x for x in (network, *layers) if hooked(x)), ",
+        "*filter(hooked, modules), ",
         "",
         OF_PREPARED,
     ),
