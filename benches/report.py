@@ -58,7 +58,7 @@ def _figures(result: Result, ours: Result, memcpy: Result | None, figure: str) -
 def document(comparisons: list[Comparison], clock: Clock, before: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
     """The content of the JSON file: provenance, comparisons with a row for each contender, on a GPU the targets.
 
-    ``before``: comparisons of an earlier session, as its file has them.
+    ``before``: comparisons of an earlier run, as its file has them.
     """
     found = machine.provenance(clock)
     found["comparisons"] = [*before] + [

@@ -103,7 +103,7 @@ class Suite:
         self.keep: Callable[[list[Comparison]], None] = lambda comparisons: None
         self.harness = Harness(clock)
         self.comparisons: dict[tuple[str, Size], Comparison] = {}
-        #: comparisons of an earlier session, as its report has them, which are not measured again
+        #: comparisons of an earlier run, as its report has them, which are not measured again
         self.before: list[dict[str, Any]] = []
         self._made: tuple[tuple, Rollout, Truth] | None = None
 
@@ -114,7 +114,7 @@ class Suite:
         return [Case(operation, s, f, n) for s in found for f in figures(operation, kind) for n in names]
 
     def comparison(self, operation: str, size: Size) -> Comparison | None:
-        """The comparison, measured now or before; None if the time is up, or an earlier session has it."""
+        """The comparison, measured now or before; None if the time is up, or an earlier run has it."""
         if self.is_known(operation, size):
             return None
         key, name = (operation, size), operation.removeprefix("sweep: ")
@@ -135,7 +135,7 @@ class Suite:
         return self.comparisons[key]
 
     def is_known(self, operation: str, size: Size) -> bool:
-        """Whether an earlier session has measured it."""
+        """Whether an earlier run has measured it."""
         return any((x["operation"], x["num_envs"], x["num_steps"]) == (operation, *size) for x in self.before)
 
     def _inputs(self, operation: str, size: Size):  # type: ignore[no-untyped-def]

@@ -444,7 +444,7 @@ def test_targets_name_what_is_measured():
         assert known or target.operation == targets.HOVER, target
 
 
-def test_what_an_earlier_session_has_measured_is_kept():
+def test_what_an_earlier_run_has_measured_is_kept():
     import report
     from workload import Size
 
@@ -470,7 +470,7 @@ def test_only_results_of_this_commit_and_machine_are_kept(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_session_that_goes_on_keeps_what_was_measured(tmp_path):
+def test_a_run_that_goes_on_keeps_what_was_measured(tmp_path):
     report = ("--pydrone-device", "cpu", "--pydrone-report", str(tmp_path))
     assert bench("benches/bench_append.py", *QUICK, *report).returncode == 0
     (path,) = tmp_path.glob("*-append.json")
