@@ -388,19 +388,10 @@ def fused_update(
 
 _options, _call = (inspect.signature(x).parameters for x in (FusedUpdate, FusedUpdate.__call__))
 _OPTIONS = _options.keys() - {"actor", "critic"}
-_own = inspect.signature(fused_update).parameters
-fused_update.__signature__ = inspect.signature(
-    fused_update
-).replace(  # type: ignore[attr-defined]
-    parameters=[
-        _own["actor"],
-        _own["critic"],
-        _own["std"],
-        *[*_call.values()][2:],
-        *[*_options.values()][2:],
-        _own["autocast"],
-    ]
-)
+_signature = inspect.signature(fused_update)
+_own, _samples, _settings = _signature.parameters, [*_call.values()][2:], [*_options.values()][2:]
+_named = [*(_own[name] for name in ("actor", "critic", "std")), *_samples, *_settings, _own["autocast"]]
+fused_update.__signature__ = _signature.replace(parameters=_named)  # type: ignore[attr-defined]
 
 
 def check_std(std: object, networks: _Networks) -> None:
