@@ -348,7 +348,9 @@ def test_an_error_in_the_rollout_restores_the_policy(monkeypatch):
 
 @pytest.mark.parametrize("actions", [BOX, spaces.Discrete(3)])
 @pytest.mark.parametrize("kind", [PEER, sb3.PPO])
-def test_nan_is_an_error(kind, actions):
+def test_nan_is_an_error(kind, actions, monkeypatch):
+    # torch's default, which rsl_rl turns off for the whole process.
+    monkeypatch.setattr(torch.distributions.Distribution, "_validate_args", True)
     model = kind("MlpPolicy", toys(BOX, actions, reward=float("nan")), n_steps=8, batch_size=8, seed=1, device="cpu")
     with pytest.raises(ValueError, match="to satisfy the constraint"):
         model.learn(64)
