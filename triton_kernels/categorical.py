@@ -48,8 +48,9 @@ def shifted(logits, here):
 
 @triton.jit
 def categorical_loss(
-    logits, actions, old_log_prob, advantage, exists, total, clip, entropy_coef, CATEGORIES: tl.constexpr
-):
+    logits, actions, old_log_prob, advantage, exists, total, clip, entropy_coef, CATEGORIES: tl.constexpr,
+    ESTIMATES: tl.constexpr,
+):  # fmt: skip
     """The figures of :func:`ppo_loss.surrogate`; each sample's entropy; and the gradient of minus the sum of surrogates
     and entropies / ``total`` with respect to the logits. ``actions`` [samples, columns]: of the column's action."""
     action, choice = choices_of(tl.arange(0, logits.shape[1]), CATEGORIES)
@@ -69,7 +70,7 @@ def categorical_loss(
     # NaN where an action is no choice.
     found = tl.sum(hit.to(tl.int32), 1) == len(CATEGORIES)
     log_prob = tl.where(found, tl.sum(tl.where(hit, log_probs, 0.0), 1), float("nan"))
-    figures, grad = surrogate(log_prob, old_log_prob, advantage, exists, total, clip)
+    figures, grad = surrogate(log_prob, old_log_prob, advantage, exists, total, clip, ESTIMATES)
     p = tl.exp(log_probs)
     along = grad[:, None] * (hit.to(tl.float32) - p) + (entropy_coef / total) * p * apart
     return figures, tl.where(exists, entropies, 0.0), tl.where(inside & exists[:, None], along, 0.0)

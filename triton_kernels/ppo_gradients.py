@@ -150,13 +150,15 @@ def learn(
             old = load_column(fields, strides, LOG_PROBS, slot, env, exists)
             if std is not None:
                 actions = load_matrix(fields, strides, ACTIONS, slot, env, column, mask, 0.0)
-                of_samples, grad, by_std = policy_loss(mean, actions, s, old, advantage, exists, total, clip, OUT)
+                of_samples, grad, by_std = policy_loss(
+                    mean, actions, s, old, advantage, exists, total, clip, OUT, ESTIMATES
+                )
                 std_grad += by_std
             else:
                 action, _ = choices_of(column, CATEGORIES)
                 actions = load_matrix(fields, strides, ACTIONS, slot, env, action, mask, 0.0)
                 of_samples, entropies, grad = categorical_loss(
-                    mean, actions, old, advantage, exists, total, clip, entropy_coef, CATEGORIES
+                    mean, actions, old, advantage, exists, total, clip, entropy_coef, CATEGORIES, ESTIMATES
                 )
                 nats += entropies.to(tl.float64)
             losses += of_samples[0].to(tl.float64)

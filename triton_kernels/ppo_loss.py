@@ -35,26 +35,34 @@ def load_scalars(source, stride, row, exists, dtype: tl.constexpr):
 
 
 @triton.jit
-def surrogate(log_prob, old_log_prob, advantage, exists, total, clip):
-    """Of each sample the clipped surrogate, to be maximised, the divergence as its ratio estimates it, and whether the
-    ratio is outside of the clip; then the gradient of minus the surrogates' sum / ``total`` with respect to the
-    log-probability. All are 0 where a sample does not exist."""
-    log_ratio = tl.where(exists, log_prob - old_log_prob, 0.0)
-    advantage = tl.where(exists, advantage, 0.0)
-    ratio = tl.exp(log_ratio)
-    moved = ratio - 1
-    estimate = moved - log_ratio
-    outside = (moved > clip) | (moved < -clip)
+def surrogate(log_prob, old_log_prob, advantage, exists, total, clip, ESTIMATES: tl.constexpr):
+    """Of each sample the clipped surrogate, to be maximised, and with ESTIMATES the divergence as its ratio estimates
+    it, and whether the ratio is outside of the clip; then the gradient of minus the surrogates' sum / ``total`` with
+    respect to the log-probability. All are 0 where a sample does not exist."""
+    log_ratio = log_prob - old_log_prob
     # Far above the clip, a ratio matters only to negative advantages; for others it is held, as inf * 0 is NaN.
     most = tl.log(1 + clip) + 1
-    ratio = tl.where((advantage >= 0) & (log_ratio > most), tl.exp(most), ratio)
+    beyond = (advantage >= 0) & (log_ratio > most)
+    if ESTIMATES:  # of the ratio that is not held, with the same exponential
+        ratio = tl.exp(log_ratio)
+        moved = ratio - 1
+        estimate = moved - log_ratio
+        outside = (moved > clip) | (moved < -clip)
+        ratio = tl.where(beyond, tl.exp(most), ratio)
+    else:
+        ratio = tl.exp(tl.where(beyond, most, log_ratio))
     kept = clamp(ratio, 1 - clip, 1 + clip)
     plain = ratio * advantage
     clipped = kept * advantage
     # As torch differentiates minimum and clamp: the unclipped term's gradient, unless the clipped term is smaller.
     grad = tl.where(plain <= clipped, plain, tl.where(plain != plain, plain, 0.0))
     gained = tl.where(plain <= clipped, plain, tl.where(clipped < plain, clipped, plain + clipped))
-    return (gained, estimate, outside), -grad / total
+    gained = tl.where(exists, gained, 0.0)
+    if ESTIMATES:
+        figures = (gained, tl.where(exists, estimate, 0.0), exists & outside)
+    else:
+        figures = (gained,)
+    return figures, tl.where(exists, -grad / total, 0.0)
 
 
 @triton.jit
@@ -80,14 +88,17 @@ def squared_error(new, old, target, clip, CLIPPED: tl.constexpr, GREATER: tl.con
 
 
 @triton.jit
-def policy_loss(mean, actions, s, old_log_prob, advantage, exists, total, clip, NUM_ACTIONS: tl.constexpr):
+def policy_loss(
+    mean, actions, s, old_log_prob, advantage, exists, total, clip, NUM_ACTIONS: tl.constexpr, ESTIMATES: tl.constexpr
+):
     """The figures of :func:`surrogate`; its gradients with respect to the means [SAMPLES, ACTIONS] and the standard
     deviations ``s`` [ACTIONS]. Where masked, mean and actions are 0 and ``s`` is 1."""
     action = tl.arange(0, s.shape[0])
     inverse = 1.0 / s
     z = (actions - mean) * inverse[None, :]
     lacking = tl.sum(tl.where(action < NUM_ACTIONS, tl.log(s) + HALF_LOG_2PI, 0.0), 0)
-    figures, grad = surrogate(-0.5 * tl.sum(z * z, 1) - lacking, old_log_prob, advantage, exists, total, clip)
+    log_prob = -0.5 * tl.sum(z * z, 1) - lacking
+    figures, grad = surrogate(log_prob, old_log_prob, advantage, exists, total, clip, ESTIMATES)
     mask = exists[:, None] & (action < NUM_ACTIONS)[None, :]
     by_std = tl.sum(tl.where(mask, grad[:, None] * (z * z - 1.0) * inverse[None, :], 0.0), 0)
     return figures, grad[:, None] * z * inverse[None, :], by_std
@@ -189,7 +200,7 @@ def ppo_loss_kernel(
         target = (target - shift) / spread
 
     figures, along, by_std = policy_loss(
-        mean, actions, s, old_log_prob, advantage, exists, total_samples.to(dtype), clip, NUM_ACTIONS
+        mean, actions, s, old_log_prob, advantage, exists, total_samples.to(dtype), clip, NUM_ACTIONS, False
     )
     tl.store(mean_grad + row[:, None] * NUM_ACTIONS + action[None, :], along, mask=mask)
     divergence = tl.zeros((), dtype)

@@ -98,9 +98,6 @@ SPILLED |= {"step, float32": 144}  # whose operands are split in two
 # On 10.0, the compiler keeps the weights in registers, not in shared memory.
 OF_100 = {"gradients": 3000, "gradients, bfloat16": 1600, "gradients, as many inputs as units": 320}
 SPILLED_ON = {100: OF_100 | {"gradients, discrete": 24}, 120: {"gradients, discrete": 24}}
-# One register pair there, read and written several times, since the ratio's two figures are computed.
-SPILLED_ON |= {80: {"gradients, as many inputs as units": 24}}
-SPILLED_ON[120] |= {"loss, normalised values": 8}
 # Where tensor cores read registers (HMMA: 8.x and 12.0), a tile's activations fill a thread's. What a step needs after
 # the networks is then spilled.
 SPILLED_BESIDE_HMMA = {"act, discrete": 160, "step": 400, "step, float32": 900}

@@ -225,6 +225,7 @@ class FusedUpdate:
             rows = {"actions": actions, "mu": mu, "sigma": sigma}
             scalars = {"log_probs": log_probs, "advantages": advantages, "returns": returns, "values": values}
             wanted = [(name, x, [size, width]) for name, x in rows.items() if x is not None]
+            wanted += [] if std is None else [("std", std, [width])]
             check_shapes([*wanted, *((name, x, [size]) for name, x in scalars.items())])
             networks.check_inputs(seen, size)
         return self.run(std, (*seen, actions, log_probs, advantages, returns, values, mu, sigma))
@@ -330,9 +331,11 @@ class FusedAct:
                 self._packed = torch.zeros(size, device=networks.device)
         seen = networks.groups("obs", obs), [] if critic_obs is None else networks.groups("critic_obs", critic_obs)
         num_envs, options = len(seen[0][0]), {"device": networks.device}
+        check_std(std, networks)
         if networks.device.type == "cuda":
             networks.check_inputs(seen, num_envs)
-        check_std(std, networks)
+            outputs = networks.actor[-1].numel()
+            check_shapes([] if std is None else [("std", std, [outputs])])
         deviation = std
         if std is not None:
             deviation, num_actions = std.exp() if self._log_std else std.contiguous(), len(std)
