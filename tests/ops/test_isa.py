@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
@@ -57,7 +58,7 @@ def learnt() -> dict[str, torch.Tensor]:
     from pydrone.ppo import FusedAct, FusedUpdate
 
     def network(widths: tuple[int, ...], activation: type[nn.Module]) -> nn.Sequential:
-        layers = [x for i, o in zip(widths, widths[1:]) for x in (nn.Linear(i, o), activation())]
+        layers = [x for i, o in itertools.pairwise(widths) for x in (nn.Linear(i, o), activation())]
         return nn.Sequential(*layers[:-1])
 
     found = {}

@@ -1,4 +1,4 @@
-"""What the fused learner costs on a CPU, in instructions, by the version for each instruction set. See test_speed.py."""
+"""What the fused learner costs on a CPU, in instructions, by the version for each instruction set: test_speed.py."""
 
 from __future__ import annotations
 
