@@ -18,8 +18,10 @@ from importlib.util import find_spec
 from pathlib import Path
 
 LIBRARY = Path(find_spec("pydrone").origin).with_name("_native_cpu.so")
-OPERATIONS = ("append", "gae", "gather")
+OPERATIONS = ("append", "gae", "gather", "ppo_act", "ppo_gradients", "clipped_adam")
 SIZES, T, OBS, ACTIONS = (64, 128), 8, 17, 4
+SAMPLES = {"append": 1, "act": 0.25, "gradients": 0.25}  # of a call, over N; T where not named
+HIDDEN = (32, 8)
 
 # <sys/ptrace.h>, and <sys/user.h>: 8 times the register's position in user_regs_struct.
 TRACEME, PEEK_CODE, PEEK_REGISTER, POKE_CODE, POKE_REGISTER, CONTINUE, STEP = 0, 1, 3, 4, 6, 7, 9
@@ -69,12 +71,47 @@ def calls(n: int, only: Sequence[str] = ()) -> dict[str, Callable[[], object]]:
     return {name: call for name, call in every.items() if name in (only or every)}
 
 
+def learner(n: int, only: Sequence[str] = ()) -> dict[str, Callable[[], object]]:
+    """The fused learner's calls for ``n`` / 4 samples, and for n T parameters."""
+    import torch
+    from torch import nn
+
+    from pydrone.ppo import FusedAct, FusedUpdate, clipped_step
+
+    def network(outputs: int) -> nn.Sequential:
+        widths = (OBS, *HIDDEN)
+        layers = [x for i, o in zip(widths, HIDDEN) for x in (nn.Linear(i, o), nn.Tanh())]
+        return nn.Sequential(*layers, nn.Linear(HIDDEN[-1], outputs))
+
+    torch.manual_seed(0)
+    actor, critic, std = network(ACTIONS), network(1), torch.ones(ACTIONS, requires_grad=True)
+    shapes = {"obs": (OBS,), "actions": (ACTIONS,), "mu": (ACTIONS,)}
+    scalars = dict.fromkeys(("log_probs", "advantages", "returns", "values"), ())
+    given = {name: torch.randn(n // 4, *shape) for name, shape in (shapes | scalars).items()}
+    given["sigma"] = torch.rand(n // 4, ACTIONS) + 0.5
+    update, act = FusedUpdate(actor, critic, value_clip=0.2, reuse=True), FusedAct(actor, critic)
+    parameter = nn.Parameter(torch.randn(n * T))
+    parameter.grad = torch.randn(n * T)
+    adam = torch.optim.Adam([parameter])
+    every = {
+        "gradients": lambda: update(std, **given),
+        "act": lambda: act(std.detach(), given["obs"]),
+        "adam": lambda: clipped_step(adam, [[parameter]], 1.0),
+    }
+    return {name: call for name, call in every.items() if name in only}
+
+
+def named(n: int) -> dict[str, Callable[[], object]]:
+    """The calls that the command line names; without names, storage and GAE."""
+    return calls(n, sys.argv[1:]) | learner(n, sys.argv[1:])
+
+
 def child() -> None:
     """Stops before the first call and after each."""
     import torch
 
     torch.set_num_threads(1)
-    prepared = [call for n in SIZES for call in calls(n, sys.argv[1:]).values()]
+    prepared = [call for n in SIZES for call in named(n).values()]
     for _ in range(2):  # the first ones allocate
         for call in prepared:
             call()
@@ -148,9 +185,9 @@ def main() -> None:
         child()
         return
     found = list(counts(pid))
-    names = list(calls(1, sys.argv[1:]))
+    names = list(named(1))
     small, large = found[: len(names)], found[len(names) :]
-    samples = {x: (SIZES[1] - SIZES[0]) * (1 if x == "append" else T) for x in names}
+    samples = {x: (SIZES[1] - SIZES[0]) * SAMPLES.get(x, T) for x in names}
     print(json.dumps({x: (b - a) / samples[x] for x, a, b in zip(names, small, large, strict=True)}))
 
 

@@ -14,9 +14,15 @@ void check_output(const char* name, const Tensor& x, const Tensor& like) {
   check_own(name, x);
 }
 
-float& element(const Tensor& x, int64_t i, int64_t j = 0) {
-  return static_cast<float*>(x.data_ptr())[i * x.stride(0) + (x.dim() > 1 ? j * x.stride(1) : 0)];
-}
+// An output's memory, read once: each question to a tensor is a call into torch.
+struct Output {
+  float* data;
+  int64_t row, column;
+
+  explicit Output(const Tensor& x)
+      : data(static_cast<float*>(x.data_ptr())), row(x.stride(0)), column(x.dim() > 1 ? x.stride(1) : 0) {}
+  float& at(int64_t i, int64_t j = 0) const { return data[i * row + j * column]; }
+};
 
 // The choice whose exponential clock, `times` over its probability, rings first, as torch.multinomial draws it; and its
 // log-probability, NaN where a logit is.
@@ -81,6 +87,8 @@ void ppo_act(const std::vector<Tensor>& obs, const std::vector<Tensor>& critic_o
   double lacking = 0;
   for (int64_t j = 0; std && j < num_actions; ++j) lacking += std::log(static_cast<double>(deviation[j])) + kHalfLog2Pi;
 
+  const Output action(actions), log_prob(log_probs), value(values), center(mean);
+
   torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
       float* const actor_obs = memory[t];
@@ -96,24 +104,24 @@ void ppo_act(const std::vector<Tensor>& obs, const std::vector<Tensor>& critic_o
         int64_t ld = networks.actor.layers.back().ld;
         for (int64_t i = 0; !std && i < count; ++i) {
           const float *logits = y + i * ld, *times = z + i * width;
-          double log_prob = 0;
+          double sum = 0;
           for (int64_t h = 0, j = 0; h < num_actions; j += categories[h++]) {
             const auto [choice, by] = draw_choice(logits + j, times + j, categories[h]);
-            element(actions, first + i, h) = static_cast<float>(choice);
-            log_prob += by;
+            action.at(first + i, h) = static_cast<float>(choice);
+            sum += by;
           }
-          element(log_probs, first + i) = static_cast<float>(log_prob);
-          for (int64_t j = 0; j < width; ++j) element(mean, first + i, j) = logits[j];
+          log_prob.at(first + i) = static_cast<float>(sum);
+          for (int64_t j = 0; j < width; ++j) center.at(first + i, j) = logits[j];
         }
         for (int64_t i = 0; std && i < count; ++i) {
           float squares = 0;
           for (int64_t j = 0; j < num_actions; ++j) {
             const float m = y[i * ld + j], e = z[i * width + j];
             squares += e * e;
-            element(mean, first + i, j) = m;
-            element(actions, first + i, j) = m + e * deviation[j];
+            center.at(first + i, j) = m;
+            action.at(first + i, j) = m + e * deviation[j];
           }
-          element(log_probs, first + i) = static_cast<float>(-0.5 * squares - lacking);
+          log_prob.at(first + i) = static_cast<float>(-0.5 * squares - lacking);
         }
         const float* x = actor_obs;
         if (!networks.one_input) {
@@ -123,7 +131,7 @@ void ppo_act(const std::vector<Tensor>& obs, const std::vector<Tensor>& critic_o
         y = networks.version.forward(v, x, networks.critic_input.ld, count, outputs);
         ld = networks.critic.layers.back().ld;
         for (int64_t i = 0; i < count; ++i)
-          element(values, first + i) = networks.value_normalizer.undo(y[i * ld]);
+          value.at(first + i) = networks.value_normalizer.undo(y[i * ld]);
       }
     }
   });

@@ -1,7 +1,11 @@
 // The networks for every processor (baseline); see mlp_tile.h.
 #define PYDRONE_MLP mlp_base
 #define PYDRONE_VECTOR 4
+#if defined(__aarch64__)
+#define PYDRONE_ROWS 8  // of 32 registers
+#else
 #define PYDRONE_ROWS 4
+#endif
 #include "mlp_tile.h"
 
 namespace pydrone {

@@ -114,8 +114,8 @@ PYDRONE_IN Vec slope_of(int64_t activation, Vec y) {
   }
 }
 
-// What is done with a product: added to c; with bias; with bias and activation; times the activation's derivative.
-enum Ending { kAdd, kLinear, kHidden, kSlope };
+// What is done with a product: added to c; with bias and activation; times the activation's derivative.
+enum Ending { kAdd, kLayer, kSlope };
 
 struct Product {
   const float *a, *b;  // in bfloat16, of pairs: strides and depth count pairs
@@ -126,13 +126,13 @@ struct Product {
   int64_t c_row;
   const float* bias;
   float* slope;  // SiLU's derivatives, in c's layout
-  int64_t activation;
+  int64_t activation;  // kNumActivations: none
 };
 
-// Runs after the sums are stored: its intermediate results need their registers.
-template <int Rows, int Vectors, Activation activation>
-PYDRONE_IN void activate_rows(const Product& p) {
-  for (int i = 0; i < Rows; ++i)
+// Runs after a whole panel's sums are stored: the long chains of operations of many rows overlap, and have all registers.
+template <int Vectors, Activation activation>
+PYDRONE_IN void activate_rows(const Product& p, int64_t rows) {
+  for (int64_t i = 0; i < rows; ++i)
 #pragma GCC unroll 2
     for (int j = 0; j < Vectors; ++j) {
       float* to = p.c + i * p.c_row + j * V;
@@ -141,13 +141,13 @@ PYDRONE_IN void activate_rows(const Product& p) {
       if (activation == kSilu) store(p.slope + i * p.c_row + j * V, slope);
     }
 }
-template <int Rows, int Vectors>
-PYDRONE_IN void activate_block(const Product& p) {
+template <int Vectors>
+static void activate_panel(const Product& p, int64_t rows) {
   switch (p.activation) {
-    case kTanh: return activate_rows<Rows, Vectors, kTanh>(p);
-    case kElu: return activate_rows<Rows, Vectors, kElu>(p);
-    case kRelu: return activate_rows<Rows, Vectors, kRelu>(p);
-    default: return activate_rows<Rows, Vectors, kSilu>(p);
+    case kTanh: return activate_rows<Vectors, kTanh>(p, rows);
+    case kElu: return activate_rows<Vectors, kElu>(p, rows);
+    case kRelu: return activate_rows<Vectors, kRelu>(p, rows);
+    case kSilu: return activate_rows<Vectors, kSilu>(p, rows);
   }
 }
 
@@ -200,25 +200,26 @@ PYDRONE_IN void block(const Product& p) {
       }
       store(to, sum[i][j]);
     }
-  if constexpr (ending == kHidden) activate_block<Rows, Vectors>(p);
 }
 
+// Splits the rows into `count` blocks as evenly as can be: sums of fewer rows would wait for one another's additions.
 template <int Rows, int Vectors, Ending ending>
-PYDRONE_IN void blocks(Product& p, int64_t& rows) {
-  for (; rows >= Rows; rows -= Rows) {
+PYDRONE_IN void blocks(Product p, int64_t rows, int64_t count) {
+  for (; rows > (Rows - 1) * count; rows -= Rows, --count) {
     block<Rows, Vectors, ending>(p);
     p.a += Rows * (ending == kAdd ? 1 : p.stride);
     p.c += Rows * p.c_row;
     if (p.slope) p.slope += Rows * p.c_row;
   }
+  if constexpr (Rows > 1) blocks<Rows - 1, Vectors, ending>(p, rows, count);
 }
 
-// With one vector per row, twice the rows: as many independent sums as with two, to hide the latency of additions.
 template <int Vectors, Ending ending>
-static void column(Product p, int64_t rows) {
-  if constexpr (Vectors == 1) blocks<2 * kRows, 1, ending>(p, rows);
-  blocks<kRows, Vectors, ending>(p, rows);
-  blocks<1, Vectors, ending>(p, rows);
+static void column(const Product& p, int64_t rows) {
+  // At least eight independent sums hide the latency of additions, at two a cycle.
+  constexpr int kMost = Vectors * kRows < 8 ? 2 * kRows : kRows;
+  blocks<kMost, Vectors, ending>(p, rows, (rows + kMost - 1) / kMost);
+  if constexpr (ending == kLayer) activate_panel<Vectors>(p, rows);
 }
 
 // c [rows, columns] = a b, columns a multiple of V; if `packed`, b consists of consecutive panels.
@@ -312,9 +313,9 @@ static const float* forward(const MlpNet& net, const float* x, int64_t ld, int64
     input.round(count, layer.in);
     Product p{input.by_column(), layer.forward, input.by_column_ld(), 0, places(layer.in), work, layer.ld,
               layer.forward + places(layer.in) * layer.out_padded,
-              hidden && net.activation == kSilu ? work + kTile * layer.ld : nullptr, net.activation};
-    if (hidden) product<kHidden>(p, count, layer.out_padded, true);
-    else product<kLinear>(p, count, layer.out_padded, true);
+              hidden && net.activation == kSilu ? work + kTile * layer.ld : nullptr,
+              hidden ? net.activation : kNumActivations};
+    product<kLayer>(p, count, layer.out_padded, true);
     input = outputs_at(net, layer, work);
     work += size_of(net, layer);
   }
@@ -339,7 +340,7 @@ static void backward(const MlpNet& net, const float* x, int64_t ld, int64_t coun
     float* bias = grads + layer.bias_grad;
     for (int64_t j = 0; j < layer.out_padded; j += V) {
       Vec sum = load(bias + j), other = Vec{};
-      for (int64_t n = 0; n < count; n += 2) {  // count is even: whole blocks of samples
+      for (int64_t n = 0; n < count; n += 2) {  // count is even
         sum += load(outputs[l] + n * layer.ld + j);
         other += load(outputs[l] + (n + 1) * layer.ld + j);
       }
@@ -528,8 +529,8 @@ static void clear(float* outputs, int64_t ld, int64_t from) {
 }
 
 static void step(const MlpNet& actor, const MlpNet& critic, const PpoLoss& loss, const PpoTile& tile) {
-  // Whole blocks of samples; inputs beyond `count` are zero, and so are their gradients.
-  const int64_t rows = (tile.count + kRows - 1) / kRows * kRows;
+  // Whole pairs of samples; inputs beyond `count` are zero, and so are their gradients.
+  const int64_t rows = (tile.count + 1) / 2 * 2;
   auto* outputs = const_cast<float*>(forward(actor, tile.actor_obs, tile.actor_ld, rows, tile.work));
   clear(outputs, actor.layers[actor.num_layers - 1].ld, tile.count);
   const auto actor_loss = loss.std ? gaussian_loss : categorical_loss;

@@ -3,7 +3,7 @@
 #pragma GCC target("arch=x86-64-v3")
 #define PYDRONE_MLP mlp_v3
 #define PYDRONE_VECTOR 8
-#define PYDRONE_ROWS 4
+#define PYDRONE_ROWS 6
 #include "mlp_tile.h"
 
 namespace pydrone {

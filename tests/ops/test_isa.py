@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
@@ -18,7 +19,7 @@ ISAS = ("baseline", "x86-64-v3", "x86-64-v4")
 
 
 def results() -> dict[str, torch.Tensor]:
-    """GAE in both orders and precisions, a rollout's rows and minibatches, a step of Adam; odd sizes."""
+    """GAE in both orders and precisions, a rollout's rows and minibatches, a step of Adam, the learner; odd sizes."""
     import pydrone
     from pydrone.buffer import RolloutBuffer
     from pydrone.ppo import clipped_step
@@ -47,6 +48,42 @@ def results() -> dict[str, torch.Tensor]:
     optimizer = torch.optim.Adam([parameter])
     found["norm"] = clipped_step(optimizer, [[parameter]], 0.7)
     found["parameter"] = parameter.detach()
+    return found | learnt()
+
+
+def learnt() -> dict[str, torch.Tensor]:
+    """Gradients, metrics and actions. Rows and columns leave every remainder of the versions' blocks and vectors."""
+    from torch import nn
+
+    from pydrone.ppo import FusedAct, FusedUpdate
+
+    def network(widths: tuple[int, ...], activation: type[nn.Module]) -> nn.Sequential:
+        layers = [x for i, o in itertools.pairwise(widths) for x in (nn.Linear(i, o), activation())]
+        return nn.Sequential(*layers[:-1])
+
+    found = {}
+    for rows, inputs, hidden, activation in (
+        (1, 1, (), nn.Tanh),
+        (131, 17, (128, 128), nn.Tanh),
+        (141, 23, (33, 47), nn.ELU),
+        (13, 9, (7, 31), nn.ReLU),
+        (250, 45, (52,), nn.SiLU),
+    ):
+        for categories in ((), (2, 3)):
+            outputs = sum(categories) or 3
+            actor, critic = (network((inputs, *hidden, x), activation) for x in (outputs, 1))
+            actions = torch.randint(0, 2, (rows, 2)) if categories else torch.randn(rows, outputs)
+            given = {x: torch.randn(rows) for x in ("log_probs", "advantages", "returns", "values")}
+            if not categories:
+                given |= {"mu": torch.randn(rows, outputs) * 0.3, "sigma": torch.rand(rows, outputs) + 0.5}
+            std = None if categories else (torch.rand(outputs) + 0.5).requires_grad_()
+            obs, name = torch.randn(rows, inputs), f"learner of {rows}, {activation.__name__}, {categories}"
+            update = FusedUpdate(actor, critic, value_clip=0.2, entropy_coef=0.01, categories=categories)
+            found[f"{name}, metrics"] = update(std, obs=obs, actions=actions, **given)
+            parameters = [*actor.parameters(), *critic.parameters(), *([] if categories else [std])]
+            found |= {f"{name}, gradient {i}": x.grad for i, x in enumerate(parameters)}
+            acted = FusedAct(actor, critic, categories=categories)(None if categories else std.detach(), obs)
+            found |= {f"{name}, {x}": y for x, y in acted._asdict().items() if not (categories and x == "actions")}
     return found
 
 
@@ -72,6 +109,10 @@ def test_versions_agree(isa, baseline, tmp_path):
     for name, x in found.items():
         copied = name.startswith("minibatch") and not name.endswith("advantages")
         tolerance = {"rtol": 0, "atol": 0} if copied else {"rtol": 1e-5, "atol": 1e-5}
+        if "gradient" in name:
+            assert (x - baseline[name]).norm() <= 1e-5 * baseline[name].norm() + 1e-9, name
+            continue
+        tolerance["equal_nan"] = name.endswith("metrics")  # discrete actions have no divergence
         torch.testing.assert_close(x, baseline[name], **tolerance, msg=lambda text, name=name: f"{name}: {text}")
     assert any(not torch.equal(x, baseline[name]) for name, x in found.items()), "PYDRONE_ISA had no effect"
 

@@ -15,6 +15,7 @@ PREPARED = "pydrone/ppo/learner/prepared.py"
 SHARED = "pydrone/ppo/learner/networks.py"
 OF_FUSED = "tests/ppo/learner/test_fused.py"
 OF_PREPARED = "tests/ppo/learner/test_prepared.py"
+OF_INSTRUCTIONS = "tests/ppo/learner/test_instructions.py"
 OF_ACTING = "tests/ppo/learner/test_acting.py"
 ADAM = "csrc/cpu/adam.cpp"
 OF_ADAM = "tests/ppo/learner/test_adam.py"
@@ -24,6 +25,20 @@ OF_RSL_RL = "tests/integrations/test_rsl_rl_learner.py"
 OF_DRAWN = "tests/ppo/learner/test_fused_ring.py"
 
 LEARNER = [
+    Fault(
+        "vectors that AVX2 does not have",
+        "csrc/cpu/mlp_v3.cpp",
+        "PYDRONE_VECTOR 8",
+        "PYDRONE_VECTOR 16",
+        OF_INSTRUCTIONS,
+    ),
+    Fault(
+        "an activation of the first block's rows alone",
+        TILE,
+        "activate_panel<Vectors>(p, rows);",
+        "activate_panel<Vectors>(p, kMost);",
+        OF_FUSED,
+    ),
     Fault(
         "a standard deviation below its floor that stays there",
         "pydrone/ppo/policy/actor_critic.py",
