@@ -24,6 +24,7 @@ from .launch import (
     power_of_2,
     take_ticket,
 )
+from .prepared import Launches
 
 # Warps of an env-major program. One row per warp, or WARP_ROWS from MANY_ENVS environments on: 8192 are then one wave
 # of programs on 132 multiprocessors, and there are half as many partial statistics.
@@ -362,6 +363,10 @@ def gae_kernel(
         merge_programs(total, mean, squares - total * mean * mean, workspace, stats, PARTIALS)
 
 
+# Outputs must not overlap inputs, which are numbered as gae's tensors.
+LAUNCHES = Launches(gae_kernel, written=(9, 10), apart=range(8))
+
+
 def gae(
     rewards,
     values,
@@ -381,33 +386,45 @@ def gae(
     returns,
     stats,
     workspace,
+    only_prepared=False,
 ) -> None:
-    """Generalized advantage estimation, see :mod:`pydrone.ops.schema`."""
-    num_envs, num_steps = advantages.shape
-    if num_envs == 0 or num_steps == 0:
+    """Generalized advantage estimation, see :mod:`pydrone.ops.schema`. ``only_prepared``: as :class:`Launches`."""
+    if advantages.numel() == 0:
         if stats is not None:
             stats.zero_()
         return
-    env_major = rewards.stride(0) != 1 or rewards.stride(1) == 1
-    # Row strides and a start that are multiples of four elements allow 128-bit accesses.
-    columns = (rewards, values, dones, truncated, valid, final_values, final_rows)
-    per_row = [x for x in (*columns, advantages, returns) if x is not None and x.dim() == 2]
-    align = 4 if env_major and all(x.stride(0) % 4 == 0 for x in per_row) else 1
-    start_align = 4 if env_major and cursor is None and start % 4 == 0 else 1
-    strides = tuple(_strides(x, align) for x in (*columns, last_values, advantages, returns))
-    envs = (WARP_ROWS * WARPS if num_envs >= MANY_ENVS else WARPS) if env_major else COLUMNS
-    chunks = triton.cdiv(num_steps, COLUMN_STEPS)
-    programs = triton.cdiv(num_envs, envs)
-    with on_device_of(advantages):
-        gae_kernel[(programs,)](
+
+    def arrange(tensors, numbers):
+        *columns, last_values, final_values, final_rows, cursor, advantages, returns, stats, workspace = tensors
+        columns = (*columns, final_values, final_rows)
+        rewards, (num_envs, num_steps) = columns[0], advantages.shape
+        env_major = rewards.stride(0) != 1 or rewards.stride(1) == 1
+        # Row strides and a start that are multiples of four elements allow 128-bit accesses.
+        per_row = [x for x in (*columns, advantages, returns) if x is not None and x.dim() == 2]
+        align = 4 if env_major and all(x.stride(0) % 4 == 0 for x in per_row) else 1
+        start_align = 4 if env_major and cursor is None and start % 4 == 0 else 1
+        strides = tuple(_strides(x, align) for x in (*columns, last_values, advantages, returns))
+        envs = (WARP_ROWS * WARPS if num_envs >= MANY_ENVS else WARPS) if env_major else COLUMNS
+        chunks = triton.cdiv(num_steps, COLUMN_STEPS)
+        programs = triton.cdiv(num_envs, envs)
+        arguments = (
             columns, strides, last_values, cursor, advantages, returns, stats,
-            None if stats is None else workspace, gamma, gamma * lam, num_envs, rewards.shape[1],
+            None if stats is None else workspace, *numbers, num_envs, rewards.shape[1],
             start // start_align, 0 if final_rows is None else final_values.shape[0],
+        )  # fmt: skip
+        constants = dict(
             NUM_STEPS=num_steps, CODED=coded, BOOTSTRAP=bootstrap, ENV_MAJOR=env_major,
             WRAP=cursor is not None or start + num_steps > rewards.shape[1], ALIGN=align, START_ALIGN=start_align,
             ENVS=envs, STEPS=triton.cdiv(num_steps, chunks), PARTIALS=power_of_2(programs, 32, 512),
             num_warps=WARPS if env_major else COLUMNS // 32, enable_fp_fusion=True,
         )  # fmt: skip
+        return (programs,), arguments, constants
+
+    tensors = (
+        rewards, values, dones, truncated, valid, last_values, final_values, final_rows, cursor, advantages, returns,
+        stats, workspace,
+    )  # fmt: skip
+    LAUNCHES((start, coded, bootstrap), tensors, (gamma, gamma * lam), arrange, only_prepared)
 
 
 def _strides(tensor: Tensor | None, align: int) -> tuple[int, ...]:

@@ -13,6 +13,7 @@ from pydrone.ops import reference, schema
 from pydrone.ops.schema import DTYPES
 
 from .launch import CURSOR_DISCARDED, TRITON_TYPES, on_device_of, power_of_2
+from .prepared import Launches
 
 STD_EPSILON = tl.constexpr(schema.STD_EPSILON)
 ROUNDS = tl.constexpr(reference.ROUNDS)
@@ -203,6 +204,9 @@ def gather_kernel(
             tl.store(advantages_out + sample, advantage.to(advantages_out.dtype.element_ty), mask=inside)
 
 
+LAUNCHES = Launches(gather_kernel)
+
+
 def gather(
     rows,
     offsets,
@@ -224,27 +228,38 @@ def gather(
     advantages_out,
     returns_out,
     indices_out,
+    only_prepared=False,
 ) -> None:
-    """One minibatch, see :mod:`pydrone.ops.schema`."""
-    written = (*outputs, *(x for x in (advantages_out, returns_out, indices_out) if x is not None))
-    batch = written[0].shape[0] if written else 0
+    """One minibatch, see :mod:`pydrone.ops.schema`. ``only_prepared``: as :class:`Launches`."""
+    batch = next((x.shape[0] for x in (*outputs, advantages_out, returns_out, indices_out) if x is not None), 0)
     if batch == 0:
         return
-    capacity, num_envs, row_bytes = rows.shape
-    widths = [output.numel() // batch for output in outputs]
-    samples = power_of_2(MAX_TILE // max(*widths, 1, 1), 1, SAMPLES)
-    fields = []
-    for width, offset, dtype in zip(widths, offsets, dtypes, strict=True):
-        fields += [offset, TRITON_TYPES[DTYPES[dtype]], width, power_of_2(width, 1, MAX_TILE // samples)]
-    a, b = reference.feistel_sides(num_samples)
-    with on_device_of(rows):
-        gather_kernel[(triton.cdiv(batch, samples),)](
+
+    def arrange(tensors, numbers):
+        rows, advantages, stats, subset, cursor, advantages_out, returns_out, indices_out, *outputs = tensors
+        *words, start, first = numbers
+        capacity, num_envs, row_bytes = rows.shape
+        widths = [output.numel() // batch for output in outputs]
+        samples = power_of_2(MAX_TILE // max(*widths, 1, 1), 1, SAMPLES)
+        fields = []
+        for width, offset, dtype in zip(widths, offsets, dtypes, strict=True):
+            fields += [offset, TRITON_TYPES[DTYPES[dtype]], width, power_of_2(width, 1, MAX_TILE // samples)]
+        a, b = reference.feistel_sides(num_samples)
+        arguments = (
             rows, tuple(outputs), advantages, stats, subset, cursor, advantages_out, returns_out, indices_out,
             (0, 0) if advantages is None else advantages.stride(),
-            *_words(key), *_words(rollout), _words(epoch)[0], num_envs, capacity, start, first, batch, num_samples,
-            a, b, NUM_STEPS=num_steps, SHUFFLE=shuffle, ROW_BYTES=row_bytes, FIELDS=tuple(fields), VALUE=value_offset,
+            *words, num_envs, capacity, start, first, batch, num_samples, a, b,
+        )  # fmt: skip
+        constants = dict(
+            NUM_STEPS=num_steps, SHUFFLE=shuffle, ROW_BYTES=row_bytes, FIELDS=tuple(fields), VALUE=value_offset,
             SAMPLES=samples, NARROW=NARROW, num_warps=WARPS, enable_fp_fusion=True,
         )  # fmt: skip
+        return (triton.cdiv(batch, samples),), arguments, constants
+
+    tensors = (rows, advantages, stats, subset, cursor, advantages_out, returns_out, indices_out, *outputs)
+    numbers = (*_words(key), *_words(rollout), _words(epoch)[0], start, first)
+    described = (*offsets, *dtypes, value_offset, num_steps, num_samples, shuffle)
+    LAUNCHES(described, tensors, numbers, arrange, only_prepared)
 
 
 def _words(number: int) -> tuple[int, int]:
