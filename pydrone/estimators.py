@@ -168,8 +168,8 @@ def _usual(
     rewards, values, _, truncated, _, final_values = given
     outputs = () if out is None else out
     try:
-        ops = select(rewards.device, backend)
-        if not ops.checks or torch.compiler.is_compiling() or forward_ad._current_level >= 0:
+        ops = select(rewards.device, backend).unchecked
+        if ops is None or torch.compiler.is_compiling() or forward_ad._current_level >= 0:
             return None
         if rewards.numel() == 0 or (final_values is not None and truncated is None):
             return None

@@ -203,9 +203,9 @@ LAUNCHES = Launches(append_kernel)
 
 
 def append(
-    memory, sources, layout, dones, truncated, valid, slot, pool_slot, cursor, commit, only_prepared=False
+    memory, sources, layout, dones, truncated, valid, slot, pool_slot, cursor, commit, checked=None
 ) -> None:
-    """Stores one step of all environments, see :mod:`pydrone.ops.schema`. ``only_prepared``: as :class:`Launches`."""
+    """Stores one step of all environments, see :mod:`pydrone.ops.schema`. ``checked``: as :class:`Launches`."""
     num_memory, num_flags = len(memory), len(memory) + len(sources)
     if memory[0].shape[1] == 0:
         return
@@ -225,7 +225,7 @@ def append(
 
     tensors = (*memory, *sources, dones, truncated, valid, cursor)
     key = contents(layout), num_memory, num_flags, commit
-    LAUNCHES(key, tensors, (slot, pool_slot), arrange, only_prepared)
+    LAUNCHES(key, tensors, (slot, pool_slot), arrange, checked)
 
 
 class TakenApart(NamedTuple):

@@ -386,9 +386,9 @@ def gae(
     returns,
     stats,
     workspace,
-    only_prepared=False,
+    checked=None,
 ) -> None:
-    """Generalized advantage estimation, see :mod:`pydrone.ops.schema`. ``only_prepared``: as :class:`Launches`."""
+    """Generalized advantage estimation, see :mod:`pydrone.ops.schema`. ``checked``: as :class:`Launches`."""
     if advantages.numel() == 0:
         if stats is not None:
             stats.zero_()
@@ -424,7 +424,7 @@ def gae(
         rewards, values, dones, truncated, valid, last_values, final_values, final_rows, cursor, advantages, returns,
         stats, workspace,
     )  # fmt: skip
-    LAUNCHES((start, coded, bootstrap), tensors, (gamma, gamma * lam), arrange, only_prepared)
+    LAUNCHES((start, coded, bootstrap), tensors, (gamma, gamma * lam), arrange, checked)
 
 
 def _strides(tensor: Tensor | None, align: int) -> tuple[int, ...]:

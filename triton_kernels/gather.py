@@ -228,9 +228,9 @@ def gather(
     advantages_out,
     returns_out,
     indices_out,
-    only_prepared=False,
+    checked=None,
 ) -> None:
-    """One minibatch, see :mod:`pydrone.ops.schema`. ``only_prepared``: as :class:`Launches`."""
+    """One minibatch, see :mod:`pydrone.ops.schema`. ``checked``: as :class:`Launches`."""
     batch = next((x.shape[0] for x in (*outputs, advantages_out, returns_out, indices_out) if x is not None), 0)
     if batch == 0:
         return
@@ -259,7 +259,7 @@ def gather(
     tensors = (rows, advantages, stats, subset, cursor, advantages_out, returns_out, indices_out, *outputs)
     numbers = (*_words(key), *_words(rollout), _words(epoch)[0], start, first)
     described = (*offsets, *dtypes, value_offset, num_steps, num_samples, shuffle)
-    LAUNCHES(described, tensors, numbers, arrange, only_prepared)
+    LAUNCHES(described, tensors, numbers, arrange, checked)
 
 
 def _words(number: int) -> tuple[int, int]:

@@ -50,19 +50,26 @@ class Launches:
         self._kept: dict[Hashable, list[Again]] = {}
 
     def __call__(
-        self, key: Hashable, tensors: Sequence[Tensor | None], numbers: Sequence, arrange: Arrange, only: bool = False
+        self,
+        key: Hashable,
+        tensors: Sequence[Tensor | None],
+        numbers: Sequence,
+        arrange: Arrange,
+        checked: bool | None = None,
     ) -> None:
         """Launches on the device of the first tensor.
 
         ``key``: what ``arrange`` depends on besides its arguments. ``numbers``: 32-bit integers that the kernel does
-        not specialise on, and floats. ``only``: raise NotPrepared unless a launch is repeated, in which case tensors
-        have the shapes, dtypes, strides and devices of an earlier call.
+        not specialise on, and floats. ``checked``: whether somebody has checked the arguments; None: it is not known.
+        With False, NotPrepared is raised unless the launch repeats one of checked arguments with the same shapes,
+        dtypes, strides and devices.
         """
+        key = key, checked is None
         for again in self._kept.get(key, ()):
             if again(tensors, numbers):
                 return
-        if only:
-            raise NotPrepared(f"{self.kernel.__name__}: no launch is prepared for these arguments")
+        if checked is False:
+            raise NotPrepared(f"{self.kernel.fn.__name__}: no launch is prepared for these arguments")
         grid, arguments, constants = arrange(tensors, numbers)
         with on_device_of(tensors[0]):
             compiled = self.kernel[grid](*arguments, **constants)

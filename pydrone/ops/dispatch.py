@@ -1,7 +1,7 @@
 """Chooses the backend for a device and a request, and caches the choice.
 
 The default is ``torch.ops.pydrone``: cpu for CPU tensors, cuda for CUDA tensors, with the fallbacks of
-:mod:`pydrone.ops.native`. A request (``backend=``, else the environment variable ``PYDRONE_BACKEND``) is served by
+:mod:`pydrone.ops.native`; in a captured CUDA graph it is Triton (:func:`_by_cursor`). A request (``backend=``, else the environment variable ``PYDRONE_BACKEND``) is served by
 exactly the backend it names, or fails with the reason.
 """
 
@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
 
 from pydrone.ops import native, reference, triton
+from pydrone.ops.schema import SCHEMAS
 
 NAMES = ("reference", "cpu", "triton", "cuda")
 
@@ -21,7 +23,9 @@ NAMES = ("reference", "cpu", "triton", "cuda")
 class Backend(NamedTuple):
     """One backend's operations, each with the signature of :mod:`pydrone.ops.schema`.
 
-    ``checks``: whether they check all arguments before they write anything.
+    ``checks``: whether they check all arguments before they write anything.  ``prepared``: the same operations, which
+    raise RuntimeError and write nothing unless a call with such arguments was made before (their shapes, dtypes,
+    strides and devices are the same), and outputs of ``gae`` have memory of their own.
     """
 
     name: str
@@ -29,6 +33,12 @@ class Backend(NamedTuple):
     gae: Callable[..., None]
     append: Callable[..., None]
     gather: Callable[..., None]
+    prepared: Backend | None = None
+
+    @property
+    def unchecked(self) -> Backend | None:
+        """The operations for arguments that nobody has checked: they raise RuntimeError rather than write."""
+        return self if self.checks and self.prepared is None else self.prepared
 
 
 def backends() -> dict[str, str | None]:
@@ -62,6 +72,8 @@ def _pick(device: str, backend: str | None) -> Backend:
     if name is None:
         default = {"cpu": "cpu" if native.CPU_MISSING is None else "reference"}
         default["cuda"] = "cuda" if native.CUDA_MISSING is None else "triton"
+        if default.get(device) == "cuda" and triton.missing() is None:
+            return _by_cursor(_operations("cuda"), _operations("triton"), torch.cuda.is_current_stream_capturing)
         return _operations(default.get(device, "reference"))
     if name not in NAMES:
         raise ValueError(f"{source}: expected one of {', '.join(NAMES)}, got {name!r}")
@@ -76,14 +88,57 @@ def _pick(device: str, backend: str | None) -> Backend:
 
 
 def _operations(name: str) -> Backend:
+    ops = torch.ops.pydrone
+    native_ops = {x: getattr(ops, x).default for x in ("gae", "append", "gather")}
     if name == "reference":
         return Backend(name, False, reference.gae, reference.append, reference.gather)
-    if name == "triton" and native.CUDA_MISSING is None:
-        return Backend(name, False, triton.gae, triton.append, triton.gather)
-    if name == "triton" and triton.interpreted():
-        return Backend(name, False, triton.gae, triton.append, triton.gather)
-    ops = torch.ops.pydrone
-    return Backend(name, name in ("cpu", "cuda"), ops.gae.default, ops.append.default, ops.gather.default)
+    if name == "triton":
+        checked, unchecked = ([partial(getattr(triton, x), checked=y) for x in native_ops] for y in (True, False))
+        if native.CUDA_MISSING is not None and not triton.interpreted():  # torch.ops.pydrone is Triton on CUDA
+            checked = [*map(_unless_traced, native_ops.values(), checked)]
+        return Backend(name, False, *checked, Backend(name, True, *unchecked))
+    return Backend(name, True, **native_ops)
+
+
+def _unless_traced(operation: Callable[..., None], launch: Callable[..., None]) -> Callable[..., None]:
+    """``launch``, which costs less on the host; ``operation`` in a trace."""
+
+    def call(*args) -> None:
+        (operation if torch.compiler.is_compiling() else launch)(*args)
+
+    return call
+
+
+def _by_cursor(eager: Backend, captured: Backend, capturing: Callable[[], bool]) -> Backend:
+    """``captured`` for calls with a cursor, as in a CUDA graph, ``eager`` for others. ``capturing``: whether kernels
+    cannot be loaded now; then ``eager`` does what ``captured`` has not prepared."""
+
+    def unchecked(name: str) -> Callable[..., None]:
+        call, again, at = getattr(eager, name), getattr(captured.prepared, name), _cursor_of(name)
+        return lambda *args: (call if args[at] is None else again)(*args)
+
+    def checked(name: str) -> Callable[..., None]:
+        call, launch, again = getattr(eager, name), getattr(captured, name), getattr(captured.prepared, name)
+        at = _cursor_of(name)
+
+        def run(*args) -> None:
+            if args[at] is None:
+                return call(*args)
+            if not capturing():
+                return launch(*args)
+            try:
+                return again(*args)
+            except RuntimeError:
+                return call(*args)
+
+        return run
+
+    names = ("gae", "append", "gather")
+    return Backend(eager.name, True, *map(checked, names), Backend(eager.name, True, *map(unchecked, names)))
+
+
+def _cursor_of(name: str) -> int:
+    return [x.name for x in torch._C.parse_schema(name + SCHEMAS[name]).arguments].index("cursor")
 
 
 def written(*tensors: torch.Tensor) -> None:
