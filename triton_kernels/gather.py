@@ -210,6 +210,7 @@ def gather(
     outputs,
     value_offset,
     advantages,
+    returns,
     stats,
     subset,
     num_steps,
@@ -226,6 +227,8 @@ def gather(
     indices_out,
 ) -> None:
     """One minibatch, see :mod:`pydrone.ops.schema`."""
+    if returns is not None:
+        raise RuntimeError("returns: not implemented in Triton yet")
     written = (*outputs, *(x for x in (advantages_out, returns_out, indices_out) if x is not None))
     batch = written[0].shape[0] if written else 0
     if batch == 0:

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 
 from pydrone.ops import native, reference, triton
+from pydrone.ops.schema import SCHEMAS
 
 NAMES = ("reference", "cpu", "triton", "cuda")
 
@@ -27,6 +28,7 @@ class Backend(NamedTuple):
     name: str
     checks: bool
     gae: Callable[..., None]
+    off_policy: Callable[..., None]
     append: Callable[..., None]
     gather: Callable[..., None]
 
@@ -76,14 +78,11 @@ def _pick(device: str, backend: str | None) -> Backend:
 
 
 def _operations(name: str) -> Backend:
-    if name == "reference":
-        return Backend(name, False, reference.gae, reference.append, reference.gather)
-    if name == "triton" and native.CUDA_MISSING is None:
-        return Backend(name, False, triton.gae, triton.append, triton.gather)
-    if name == "triton" and triton.interpreted():
-        return Backend(name, False, triton.gae, triton.append, triton.gather)
-    ops = torch.ops.pydrone
-    return Backend(name, name in ("cpu", "cuda"), ops.gae.default, ops.append.default, ops.gather.default)
+    # torch.ops runs Triton where there is no CUDA library: that call can be traced.
+    direct = native.CUDA_MISSING is None or triton.interpreted()
+    module = {"reference": reference, "triton": triton if direct else None}.get(name)
+    found = [getattr(torch.ops.pydrone, x).default if module is None else getattr(module, x) for x in SCHEMAS]
+    return Backend(name, name in ("cpu", "cuda"), *found)
 
 
 def written(*tensors: torch.Tensor) -> None:

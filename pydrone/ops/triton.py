@@ -53,6 +53,12 @@ def gae(*args) -> None:
     launch(*args)
 
 
+def off_policy(*args) -> None:
+    from pydrone._triton.gae import off_policy as launch
+
+    launch(*args)
+
+
 def append(*args) -> None:
     from pydrone._triton.append import append as launch
 
