@@ -432,3 +432,32 @@ def _strides(tensor: Tensor | None, align: int) -> tuple[int, ...]:
     if tensor is None or tensor.dim() == 1:
         return () if tensor is None else tensor.stride()
     return tensor.stride(0) // align, tensor.stride(1)
+
+
+def off_policy(
+    rewards,
+    values,
+    dones,
+    truncated,
+    valid,
+    last_values,
+    final_values,
+    final_rows,
+    log_rhos,
+    q_values,
+    gamma,
+    lam,
+    rho_clip,
+    c_clip,
+    start,
+    coded,
+    bootstrap,
+    cursor,
+    advantages,
+    targets,
+    stats,
+    workspace,
+    checked=None,
+) -> None:
+    """V-trace or Retrace(lambda), see :mod:`pydrone.ops.schema`."""
+    raise RuntimeError("off_policy: not implemented in Triton yet")

@@ -214,6 +214,7 @@ def gather(
     outputs,
     value_offset,
     advantages,
+    returns,
     stats,
     subset,
     num_steps,
@@ -231,6 +232,8 @@ def gather(
     checked=None,
 ) -> None:
     """One minibatch, see :mod:`pydrone.ops.schema`. ``checked``: as :class:`Launches`."""
+    if returns is not None:
+        raise RuntimeError("returns: not implemented in Triton yet")
     batch = next((x.shape[0] for x in (*outputs, advantages_out, returns_out, indices_out) if x is not None), 0)
     if batch == 0:
         return

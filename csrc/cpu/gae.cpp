@@ -444,4 +444,12 @@ void gae(const Tensor& rewards, const Tensor& values, const Tensor& dones, const
   }
 }
 
+void off_policy(const Tensor&, const Tensor&, const Tensor&, const Optional&,
+                const Optional&, const Tensor&, const Optional&,
+                const Optional&, const Tensor&, const Optional&, double, double,
+                double, double, int64_t, bool, int64_t, const Optional&,
+                const Optional&, const Tensor&, const Optional&, const Optional&) {
+  STD_TORCH_CHECK(false, "off_policy: not implemented on the CPU yet");
+}
+
 }  // namespace pydrone

@@ -403,7 +403,18 @@ void gae(const Tensor& rewards, const Tensor& values, const Tensor& dones, const
         bootstrap, cursor, advantages, returns, stats, workspace);
 }
 
+void off_policy(const Tensor&, const Tensor&, const Tensor&, const Optional&,
+                const Optional&, const Tensor&, const Optional&,
+                const Optional&, const Tensor&, const Optional&, double, double,
+                double, double, int64_t, bool, int64_t, const Optional&,
+                const Optional&, const Tensor&, const Optional&, const Optional&) {
+  STD_TORCH_CHECK(false, "off_policy: not implemented in the CUDA library yet");
+}
+
 }  // namespace
 }  // namespace pydrone
 
-STABLE_TORCH_LIBRARY_IMPL(pydrone, CUDA, m) { m.impl("gae", TORCH_BOX(&pydrone::gae)); }
+STABLE_TORCH_LIBRARY_IMPL(pydrone, CUDA, m) {
+  m.impl("gae", TORCH_BOX(&pydrone::gae));
+  m.impl("off_policy", TORCH_BOX(&pydrone::off_policy));
+}

@@ -164,9 +164,10 @@ __global__ void __launch_bounds__(kThreads) gather_rows(const __grid_constant__ 
 
 void gather(const Tensor& rows, const std::vector<int64_t>& offsets, const std::vector<int64_t>& dtypes,
             const std::vector<Tensor>& outputs, int64_t value_offset, const Optional& advantages,
-            const Optional& stats, const Optional& subset, int64_t num_steps, int64_t start, int64_t num_samples,
-            int64_t key, int64_t rollout, int64_t epoch, bool shuffle, int64_t first, const Optional& cursor,
-            const Optional& advantages_out, const Optional& returns_out, const Optional& indices_out) {
+            const Optional& returns, const Optional& stats, const Optional& subset, int64_t num_steps, int64_t start,
+            int64_t num_samples, int64_t key, int64_t rollout, int64_t epoch, bool shuffle, int64_t first,
+            const Optional& cursor, const Optional& advantages_out, const Optional& returns_out,
+            const Optional& indices_out) {
   check_shape("rows", rows, {-1, -1, -1});
   check_dtype("rows", rows, ScalarType::Byte);
   check_contiguous("rows", rows);
@@ -252,6 +253,7 @@ void gather(const Tensor& rows, const std::vector<int64_t>& offsets, const std::
     check_shape(name, **out, {-1});
     check_real(name, **out);
   }
+  STD_TORCH_CHECK(!returns, "returns: not implemented in the CUDA library yet");
   if (advantages_out) {
     args.advantages_out = static_cast<char*>(advantages_out->data_ptr());
     args.advantages_out_type = static_cast<int32_t>(advantages_out->scalar_type());

@@ -31,6 +31,7 @@ class Backend(NamedTuple):
     name: str
     checks: bool
     gae: Callable[..., None]
+    off_policy: Callable[..., None]
     append: Callable[..., None]
     gather: Callable[..., None]
     prepared: Backend | None = None
@@ -88,16 +89,15 @@ def _pick(device: str, backend: str | None) -> Backend:
 
 
 def _operations(name: str) -> Backend:
-    ops = torch.ops.pydrone
-    native_ops = {x: getattr(ops, x).default for x in ("gae", "append", "gather")}
+    ops = [getattr(torch.ops.pydrone, x).default for x in SCHEMAS]
     if name == "reference":
-        return Backend(name, False, reference.gae, reference.append, reference.gather)
+        return Backend(name, False, *(getattr(reference, x) for x in SCHEMAS))
     if name == "triton":
-        checked, unchecked = ([partial(getattr(triton, x), checked=y) for x in native_ops] for y in (True, False))
-        if native.CUDA_MISSING is not None and not triton.interpreted():  # torch.ops.pydrone is Triton on CUDA
-            checked = [*map(_unless_traced, native_ops.values(), checked)]
+        checked, unchecked = ([partial(getattr(triton, x), checked=y) for x in SCHEMAS] for y in (True, False))
+        if native.CUDA_MISSING is not None and not triton.interpreted():  # torch.ops runs Triton on CUDA tensors
+            checked = [*map(_unless_traced, ops, checked)]
         return Backend(name, False, *checked, Backend(name, True, *unchecked))
-    return Backend(name, True, **native_ops)
+    return Backend(name, True, *ops)
 
 
 def _unless_traced(operation: Callable[..., None], launch: Callable[..., None]) -> Callable[..., None]:
@@ -133,8 +133,8 @@ def _by_cursor(eager: Backend, captured: Backend, capturing: Callable[[], bool])
 
         return run
 
-    names = ("gae", "append", "gather")
-    return Backend(eager.name, True, *map(checked, names), Backend(eager.name, True, *map(unchecked, names)))
+    prepared = Backend(eager.name, True, *map(unchecked, SCHEMAS))
+    return Backend(eager.name, True, *map(checked, SCHEMAS), prepared)
 
 
 def _cursor_of(name: str) -> int:

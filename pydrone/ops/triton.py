@@ -58,6 +58,10 @@ def gae(*args, **options) -> None:
     _launcher("gae", "gae")(*args, **options)
 
 
+def off_policy(*args, **options) -> None:
+    _launcher("gae", "off_policy")(*args, **options)
+
+
 def append(*args, **options) -> None:
     _launcher("append", "append")(*args, **options)
 

@@ -170,6 +170,7 @@ class Draws:
             [tensors[name] for name in names],
             storage.layout.fields["values"].offset,
             storage.advantages if names else None,
+            None,
             statistics,
             plan.subset,
             ring.num_steps,

@@ -69,6 +69,13 @@ def gae_arguments() -> dict:
     }
 
 
+def off_policy_arguments() -> dict:
+    given = gae_arguments()
+    given["targets"] = given.pop("returns")
+    given |= {"log_rhos": torch.randn(N, C), "q_values": None, "rho_clip": 1.0, "c_clip": 1.2}
+    return {name: given[name] for name in inspect.signature(reference.off_policy).parameters}
+
+
 SHORT = SCALAR_TYPES[torch.int16]
 
 
@@ -131,6 +138,7 @@ def gather_arguments() -> dict:
         "outputs": [i32(5, 2), u8(5)],
         "value_offset": 12,
         "advantages": torch.randn(N, C),
+        "returns": None,
         "stats": f64(3),
         "subset": None,
         "num_steps": C,
@@ -148,7 +156,12 @@ def gather_arguments() -> dict:
     }
 
 
-ARGUMENTS = {"gae": gae_arguments, "append": append_arguments, "gather": gather_arguments}
+ARGUMENTS = {
+    "gae": gae_arguments,
+    "off_policy": off_policy_arguments,
+    "append": append_arguments,
+    "gather": gather_arguments,
+}
 
 
 def call(name: str, change: dict | None = None) -> None:

@@ -443,7 +443,7 @@ def test_gather(batch, shuffle, subset, by_cursor, count):
         indices = torch.full((batch,), -1)
         offsets, stored = [f[0] for f in GATHERED], [SCALAR_TYPES[f[1]] for f in GATHERED]
         backend(
-            rows, offsets, stored, fields, 64, advantages, stats, numbers, NUM_STEPS, 4, 160 if subset else total,
+            rows, offsets, stored, fields, 64, advantages, None, stats, numbers, NUM_STEPS, 4, 160 if subset else total,
             2**62 + 12345, 2**33 + 1, 3, shuffle, 7, cursor, *scalars, indices,
         )  # fmt: skip
         outcome.append((fields, scalars, indices))
@@ -464,8 +464,8 @@ def test_gather_permutation(shape):
     for key, rollout, epoch in ((0, 0, 0), (2**63 - 1, 0, 0), (7, 2**40 + 1, 0), (7, 2**40 + 1, 2**31 + 5)):
         indices = torch.full((total,), -1)
         gather_module.gather(
-            rows, [], [], [], 0, None, None, None, shape[1], 0, total, key, rollout, epoch, True, 0, None, None, None,
-            indices,
+            rows, [], [], [], 0, None, None, None, None, shape[1], 0, total, key, rollout, epoch, True, 0, None, None,
+            None, indices,
         )  # fmt: skip
         assert torch.equal(indices, reference.permute(torch.arange(total), total, key, rollout, epoch))
         assert torch.equal(indices.sort().values, torch.arange(total))
@@ -477,8 +477,8 @@ def test_gather_permutation(shape):
 def test_gather_nothing():
     rows = torch.zeros(2, 3, 32, dtype=torch.uint8)
     gather_module.gather(
-        rows, [0], [0], [torch.zeros(0, 4, dtype=torch.uint8)], 0, None, None, None, 2, 0, 6, 1, 0, 0, True, 0, None,
-        None, None, None,
+        rows, [0], [0], [torch.zeros(0, 4, dtype=torch.uint8)], 0, None, None, None, None, 2, 0, 6, 1, 0, 0, True, 0,
+        None, None, None, None,
     )  # fmt: skip
 
 

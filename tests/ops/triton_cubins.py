@@ -163,7 +163,7 @@ def launch_gather(cursor: bool, num_envs: int = 8192, num_steps: int = 4) -> Non
     gather(
         torch.empty(num_steps, num_envs, 128, dtype=torch.uint8), list(OFFSETS), [F32] * 6,
         [torch.empty(batch, width) for width in WIDTHS], 84, torch.empty(num_envs, num_steps),
-        torch.empty(3, dtype=torch.float64), None, num_steps, 0, num_envs * num_steps, 1, 2, 3, True, 0,
+        None, torch.empty(3, dtype=torch.float64), None, num_steps, 0, num_envs * num_steps, 1, 2, 3, True, 0,
         torch.zeros(5, dtype=torch.int64) if cursor else None, scalar, scalar, torch.empty(batch, dtype=torch.int64),
     )  # fmt: skip
 

@@ -30,8 +30,8 @@ PYTHON = [
     Fault(
         "the last value in the carry as well, in the reference",
         REFERENCE,
-        "carry = torch.zeros_like(next_value)",
-        "carry = next_value",
+        "carry = 0.0",
+        "carry = last_values.to(dtype)",
         OF_GAE,
     ),
     Fault(
