@@ -8,7 +8,8 @@ from torch.autograd import forward_ad
 
 from pydrone.ops.arguments import boolean, check_tensor, env_scalars, overlap, overlaps_itself, unit_interval
 from pydrone.ops.dispatch import select, written
-from pydrone.ops.schema import BOOTSTRAP, workspace_size
+from pydrone.ops.schema import BOOTSTRAP
+from pydrone.ops.workspaces import workspace
 
 __all__ = ["gae"]
 
@@ -117,12 +118,13 @@ def gae(
         )
         advantages, returns = (plane(f"out[{i}]", x, True) for i, x in enumerate((advantages, returns)))
     moments = torch.empty(3, dtype=torch.float64, device=rewards.device) if stats else None
-    workspace = moments.new_zeros(workspace_size(num_envs)) if stats else None
+    ops = select(rewards.device, backend)
+    scratch = workspace(num_envs, num_steps, rewards.device, ops.name) if stats else None
     if num_steps == 0 or num_envs == 0:
         if stats:
             moments.zero_()
     else:
-        select(rewards.device, backend).gae(
+        ops.gae(
             planes["rewards"],
             planes["values"],
             planes["dones"],
@@ -140,7 +142,7 @@ def gae(
             advantages,
             returns,
             moments,
-            workspace,
+            scratch,
         )
         written(advantages, returns)
     if out is not None:
@@ -189,14 +191,15 @@ def _usual(
         elif type(out) not in (tuple, list) or len(out) != 2 or out[0].dtype != dtype:
             return None
         moments = torch.empty(3, dtype=torch.float64, device=rewards.device) if stats else None
-        workspace = moments.new_zeros(workspace_size(rewards.shape[1 - time_dim])) if stats else None
+        sizes = rewards.shape if time_dim else rewards.shape[::-1]
+        scratch = workspace(*sizes, rewards.device, ops.name) if stats else None
         planes = (*given, *outputs)
         if time_dim == 0:
             planes = [None if x is None else x.t() for x in planes]
         *planes, final, advantages, returns = planes
         ops.gae(
             *planes, last_values, final if bootstrap == BOOTSTRAP["final_values"] else None, None, gamma, lam, 0, False,
-            bootstrap, None, advantages, returns, moments, workspace,
+            bootstrap, None, advantages, returns, moments, scratch,
         )  # fmt: skip
     except (AttributeError, RuntimeError, TypeError, ValueError):
         return None
