@@ -31,7 +31,8 @@ def __getattr__(name: str) -> object:
     # Imported at first use: the command line sets up the threads before torch is imported.
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    found = globals()[name] = getattr(import_module(f".{_HOMES[name]}", __name__), name)  # the next time no call
+    return found
 
 
 def __dir__() -> list[str]:

@@ -9,7 +9,7 @@ from torch.autograd import forward_ad
 from pydrone.ops.arguments import boolean, check_tensor, env_scalars, overlap, overlaps_itself, unit_interval
 from pydrone.ops.dispatch import select, written
 from pydrone.ops.schema import BOOTSTRAP
-from pydrone.ops.workspaces import workspace
+from pydrone.ops.streams import workspace
 
 __all__ = ["gae"]
 

@@ -12,26 +12,30 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
-#include <vector>
+#include <optional>
 
 namespace pydrone {
 
 // Elements of the cursor; same as in pydrone/ops/schema.py.
 enum Cursor : int { kAppended = 0, kDiscarded = 1, kFlag = 2, kTicket = 3, kNumSteps = 4 };
 
-// Makes the tensor's device current and holds its current stream.
+// Makes the tensor's device current, if it is not, and holds its current stream.
 class Launch {
  public:
-  explicit Launch(const Tensor& tensor) : guard_(tensor.get_device_index()) {
+  explicit Launch(const Tensor& tensor) {
+    const auto device = tensor.get_device_index();
+    int current = -1;
+    STD_CUDA_CHECK(cudaGetDevice(&current));
+    if (current != device) guard_.emplace(device);
     void* stream = nullptr;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
     this->stream = static_cast<cudaStream_t>(stream);
   }
 
   cudaStream_t stream;
 
  private:
-  torch::stable::accelerator::DeviceGuard guard_;
+  std::optional<torch::stable::accelerator::DeviceGuard> guard_;
 };
 
 inline void check_element(const char* name, const Tensor& x) { item_size(name, static_cast<int64_t>(x.scalar_type())); }

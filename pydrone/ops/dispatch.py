@@ -16,6 +16,7 @@ import torch
 
 from pydrone.ops import native, reference, triton
 from pydrone.ops.schema import SCHEMAS
+from pydrone.ops.streams import capturing
 
 NAMES = ("reference", "cpu", "triton", "cuda")
 
@@ -74,7 +75,7 @@ def _pick(device: str, backend: str | None) -> Backend:
         default = {"cpu": "cpu" if native.CPU_MISSING is None else "reference"}
         default["cuda"] = "cuda" if native.CUDA_MISSING is None else "triton"
         if default.get(device) == "cuda" and triton.missing() is None:
-            return _by_cursor(_operations("cuda"), _operations("triton"), torch.cuda.is_current_stream_capturing)
+            return _by_cursor(_operations("cuda"), _operations("triton"))
         return _operations(default.get(device, "reference"))
     if name not in NAMES:
         raise ValueError(f"{source}: expected one of {', '.join(NAMES)}, got {name!r}")
@@ -109,9 +110,11 @@ def _unless_traced(operation: Callable[..., None], launch: Callable[..., None]) 
     return call
 
 
-def _by_cursor(eager: Backend, captured: Backend, capturing: Callable[[], bool]) -> Backend:
-    """``captured`` for calls with a cursor, as in a CUDA graph, ``eager`` for others. ``capturing``: whether kernels
-    cannot be loaded now; then ``eager`` does what ``captured`` has not prepared."""
+def _by_cursor(eager: Backend, captured: Backend) -> Backend:
+    """``captured`` for calls with a cursor, as in a CUDA graph, ``eager`` for others.
+
+    A capture may not load kernels, so what ``captured`` has not prepared by then ``eager`` does.
+    """
 
     def unchecked(name: str) -> Callable[..., None]:
         call, again, at = getattr(eager, name), getattr(captured.prepared, name), _cursor_of(name)
@@ -124,7 +127,7 @@ def _by_cursor(eager: Backend, captured: Backend, capturing: Callable[[], bool])
         def run(*args) -> None:
             if args[at] is None:
                 return call(*args)
-            if not capturing():
+            if not capturing(args[at].get_device()):
                 return launch(*args)
             try:
                 return again(*args)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pydrone.ops.dispatch import written
+from pydrone.ops.dispatch import bump
 from pydrone.ops.pages import Recycler
 from pydrone.ops.schema import SCALAR_TYPES
 from pydrone.rollout.minibatch import Drawn, InRing, Minibatch, Plan
@@ -133,7 +133,7 @@ class Draws:
         plan = part.plan
         tensors = self._outputs(part.size, plan.largest, plan.reuse)
         self._gather(part, tensors, self._names, self._storage.statistics if plan.normalize is True else None)
-        written(*tensors.values())
+        bump([*tensors.values()])
         return tensors
 
     def _indices(self, part: Part) -> Callable[[], Tensor]:

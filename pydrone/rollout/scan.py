@@ -6,11 +6,12 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from pydrone.estimators import pick_bootstrap
 from pydrone.ops.arguments import boolean, check_real, env_scalars, overlap, unit_interval
-from pydrone.ops.dispatch import written
-from pydrone.ops.schema import CURSOR_DISCARDED, CURSOR_FLAG
+from pydrone.ops.dispatch import bump
+from pydrone.ops.schema import BOOTSTRAP, CURSOR_DISCARDED, CURSOR_FLAG
 from pydrone.rollout.ring import Ring
 from pydrone.rollout.sources import Sources
 from pydrone.rollout.storage import Storage
@@ -54,6 +55,9 @@ class Scan:
             raise RuntimeError(f"compute_gae: expected a rollout of {ring.num_steps} steps, {len(ring)} are stored")
         gamma, lam = unit_interval("gamma", gamma), unit_interval("lam", lam)
         boolean("check", check)
+        if value_fn is None and final_values is None and without_final_obs == "error":
+            if self._usual(last_values, gamma, lam, timeout_bootstrap, captured):
+                return
         if isinstance(last_values, Tensor):
             last_values = last_values.detach()
         last_values = env_scalars("last_values", last_values, storage.layout.num_envs, storage.device)
@@ -79,8 +83,40 @@ class Scan:
         for name, x in (("last_values", last_values), ("final_values", final_values)):
             if x is not None and (overlap(x, storage.advantages) or overlap(x, storage.returns)):
                 raise ValueError(f"{name}: expected memory of its own, got some of this buffer's advantages or returns")
+        self._launch(storage.ops.gae, last_values, final_values, final_rows, gamma, lam, bootstrap, captured)
+
+    def _usual(
+        self, last_values: Tensor, gamma: float, lam: float, timeout_bootstrap: str | None, captured: bool
+    ) -> bool:
+        """The fast path of :meth:`run`: skips the checks that the operation makes itself. False, with nothing written,
+        where anything is unusual: then Python's checks name the fault."""
+        ops, truncations = self._storage.ops.unchecked, self._ring.has_truncations
+        if ops is None or type(last_values) is not Tensor or last_values.requires_grad or last_values.is_neg():
+            return False
+        if forward_ad._current_level >= 0 or timeout_bootstrap not in ((None, "stored_value", "next_value")[truncations:]):
+            return False
+        try:
+            bootstrap = BOOTSTRAP[timeout_bootstrap] if truncations else 0
+            self._launch(ops.gae, last_values, None, None, gamma, lam, bootstrap, captured)
+        except (RuntimeError, TypeError):
+            return False
+        self._strict, self.pool_valued = True, False
+        return True
+
+    def _launch(
+        self,
+        gae: Callable[..., None],
+        last_values: Tensor,
+        final_values: Tensor | None,
+        final_rows: Tensor | None,
+        gamma: float,
+        lam: float,
+        bootstrap: int,
+        captured: bool,
+    ) -> None:
+        storage, ring = self._storage, self._ring
         outputs = storage.advantages, storage.returns, storage.statistics
-        storage.ops.gae(
+        gae(
             storage.rewards,
             storage.values,
             storage.codes,
@@ -98,7 +134,7 @@ class Scan:
             *outputs,
             storage.tensors["workspace"],
         )
-        written(*outputs)
+        bump([*outputs])
         self.captured |= captured
         self.computed, self.runs = True, self.runs + 1
 

@@ -1,4 +1,4 @@
-"""Scratch memory for the statistics of a scan, kept on CUDA: zeroing it for each call would be a second launch."""
+"""What belongs to a CUDA stream: whether it is captured, and scratch memory that launches on it share."""
 
 from __future__ import annotations
 
@@ -7,19 +7,25 @@ from torch import Tensor
 
 from pydrone.ops.schema import workspace_size
 
-# Kept at once; the one made first goes.
+# Workspaces kept at once; the one made first goes.
 MOST = 32
 
 _kept: dict[tuple, Tensor] = {}
 
 
+def capturing(device: int) -> bool:
+    """Whether the device's current stream is being captured in a CUDA graph."""
+    # The default stream, 0, cannot be. Asking CUDA takes several calls of it.
+    return torch._C._cuda_getCurrentRawStream(device) != 0 and torch.cuda.is_current_stream_capturing()
+
+
 def workspace(num_envs: int, num_steps: int, device: torch.device, backend: str) -> Tensor:
     """``workspace`` of ``gae``, see :mod:`pydrone.ops.schema`: zeroed, or as a launch on the same stream left it.
 
-    Launches of one stream run in turn, so they can share it. In a captured graph it is new: replays may run on any
-    stream.
+    Kept on CUDA, where zeroing it would be a second launch: launches of one stream run in turn, so they can share it.
+    In a captured graph it is new, as replays may run on any stream.
     """
-    if device.type != "cuda" or torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing():
+    if device.type != "cuda" or torch.compiler.is_compiling() or capturing(device.index):
         return _zeros(num_envs, device)
     key = device.index, torch._C._cuda_getCurrentRawStream(device.index), num_envs, num_steps, backend
     kept = _kept.get(key)
