@@ -202,9 +202,7 @@ def append_kernel(
 LAUNCHES = Launches(append_kernel)
 
 
-def append(
-    memory, sources, layout, dones, truncated, valid, slot, pool_slot, cursor, commit, checked=None
-) -> None:
+def append(memory, sources, layout, dones, truncated, valid, slot, pool_slot, cursor, commit, checked=None) -> None:
     """Stores one step of all environments, see :mod:`pydrone.ops.schema`. ``checked``: as :class:`Launches`."""
     num_memory, num_flags = len(memory), len(memory) + len(sources)
     if memory[0].shape[1] == 0:

@@ -9,7 +9,7 @@ device, another Triton's internals.
 
 from __future__ import annotations
 
-import ctypes
+import weakref
 from collections.abc import Callable, Hashable, Sequence
 
 from torch import Tensor
@@ -109,16 +109,18 @@ class Launches:
         while left:
             group = list({id(tensors[i]): i for i in reversed(left)}.values())
             left = [i for i in left if i not in group]
-            free = [[None] * tensors[i].dim() for i in group]
-            guards = TensorGuards(*(tensors[i] for i in group), dynamic_dims_sizes=free, dynamic_dims_strides=free)
+            of_group = [tensors[i] for i in group]
+            shapes, strides = ([[*f(x)] for x in of_group] for f in (Tensor.size, Tensor.stride))
+            guards = TensorGuards(*of_group, dynamic_dims_sizes=shapes, dynamic_dims_strides=strides)
             names[f"match{len(names)}"] = guards.check
             conditions.append(f"match{len(names) - 1}({', '.join(f't[{i}]' for i in group)})")
         matches = eval(f"lambda t: {' and '.join(conditions)}", names)
         present = eval(f"lambda t: ({''.join(f't[{i}], ' for i in given)})")
 
         conditions = [f"-{LIMIT} <= n[{i}] < {LIMIT}" for i, x in enumerate(numbers) if isinstance(x, int)]
-        aligned = [f"p[{at}]" for at, i in enumerate(given) if tensors[i].data_ptr() % 16 == 0]
-        conditions.append(f"not ({' | '.join(aligned or ['0'])}) & 15")
+        aligned = {at: tensors[i].data_ptr() % 16 == 0 for at, i in enumerate(given)}
+        conditions.append(f"not ({' | '.join(['0', *(f'p[{at}]' for at in aligned if aligned[at])])}) & 15")
+        conditions += [f"p[{at}] & 15" for at in aligned if not aligned[at]]
         conditions += self._separate(tensors, given)
         pack = eval(f"lambda p, n: {packed} if {' and '.join(conditions)} else None", names)
 
@@ -186,8 +188,15 @@ def _hooked() -> bool:
     )
 
 
+_contents: dict[int, tuple[weakref.ref, int, Hashable]] = {}
+
+
 def contents(x: Tensor) -> Hashable:
-    """The numbers of a small tensor on the CPU."""
-    if x.is_cpu and x.is_contiguous():
-        return ctypes.string_at(x.data_ptr(), x.nbytes)
-    return tuple(map(tuple, x.tolist()))
+    """The numbers of a small tensor on the CPU, read once."""
+    kept = _contents.get(id(x))
+    if kept is not None and kept[0]() is x and kept[1] == x._version:
+        return kept[2]
+    found = tuple(x.flatten().tolist())
+    if not x.is_inference():  # else it has no version
+        _contents[id(x)] = weakref.ref(x, lambda _, at=id(x): _contents.pop(at, None)), x._version, found
+    return found

@@ -93,7 +93,10 @@ class Scan:
         ops, truncations = self._storage.ops.unchecked, self._ring.has_truncations
         if ops is None or type(last_values) is not Tensor or last_values.requires_grad or last_values.is_neg():
             return False
-        if forward_ad._current_level >= 0 or timeout_bootstrap not in ((None, "stored_value", "next_value")[truncations:]):
+        if (
+            forward_ad._current_level >= 0
+            or timeout_bootstrap not in ((None, "stored_value", "next_value")[truncations:])
+        ):
             return False
         try:
             bootstrap = BOOTSTRAP[timeout_bootstrap] if truncations else 0
