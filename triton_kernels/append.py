@@ -23,7 +23,6 @@ from .launch import (
     TRITON_TYPES,
     TRUNCATED,
     encode,
-    on_device_of,
     power_of_2,
     take_ticket,
 )

@@ -20,7 +20,6 @@ from .launch import (
     TERMINATED,
     TRUNCATED,
     encode,
-    on_device_of,
     power_of_2,
     take_ticket,
 )
@@ -412,12 +411,13 @@ def gae(
             None if stats is None else workspace, *numbers, num_envs, rewards.shape[1],
             start // start_align, 0 if final_rows is None else final_values.shape[0],
         )  # fmt: skip
-        constants = dict(
-            NUM_STEPS=num_steps, CODED=coded, BOOTSTRAP=bootstrap, ENV_MAJOR=env_major,
-            WRAP=cursor is not None or start + num_steps > rewards.shape[1], ALIGN=align, START_ALIGN=start_align,
-            ENVS=envs, STEPS=triton.cdiv(num_steps, chunks), PARTIALS=power_of_2(programs, 32, 512),
-            num_warps=WARPS if env_major else COLUMNS // 32, enable_fp_fusion=True,
-        )  # fmt: skip
+        constants = {
+            "NUM_STEPS": num_steps, "CODED": coded, "BOOTSTRAP": bootstrap, "ENV_MAJOR": env_major,
+            "WRAP": cursor is not None or start + num_steps > rewards.shape[1], "ALIGN": align,
+            "START_ALIGN": start_align, "ENVS": envs, "STEPS": triton.cdiv(num_steps, chunks),
+            "PARTIALS": power_of_2(programs, 32, 512), "num_warps": WARPS if env_major else COLUMNS // 32,
+            "enable_fp_fusion": True,
+        }  # fmt: skip
         return (programs,), arguments, constants
 
     tensors = (

@@ -12,7 +12,7 @@ import triton.language as tl
 from pydrone.ops import reference, schema
 from pydrone.ops.schema import DTYPES
 
-from .launch import CURSOR_DISCARDED, TRITON_TYPES, on_device_of, power_of_2
+from .launch import CURSOR_DISCARDED, TRITON_TYPES, power_of_2
 from .prepared import Launches
 
 STD_EPSILON = tl.constexpr(schema.STD_EPSILON)
@@ -253,10 +253,10 @@ def gather(
             (0, 0) if advantages is None else advantages.stride(),
             *words, num_envs, capacity, start, first, batch, num_samples, a, b,
         )  # fmt: skip
-        constants = dict(
-            NUM_STEPS=num_steps, SHUFFLE=shuffle, ROW_BYTES=row_bytes, FIELDS=tuple(fields), VALUE=value_offset,
-            SAMPLES=samples, NARROW=NARROW, num_warps=WARPS, enable_fp_fusion=True,
-        )  # fmt: skip
+        constants = {
+            "NUM_STEPS": num_steps, "SHUFFLE": shuffle, "ROW_BYTES": row_bytes, "FIELDS": tuple(fields),
+            "VALUE": value_offset, "SAMPLES": samples, "NARROW": NARROW, "num_warps": WARPS, "enable_fp_fusion": True,
+        }  # fmt: skip
         return (triton.cdiv(batch, samples),), arguments, constants
 
     tensors = (rows, advantages, stats, subset, cursor, advantages_out, returns_out, indices_out, *outputs)

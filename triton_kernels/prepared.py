@@ -193,10 +193,11 @@ _contents: dict[int, tuple[weakref.ref, int, Hashable]] = {}
 
 def contents(x: Tensor) -> Hashable:
     """The numbers of a small tensor on the CPU, read once."""
-    kept = _contents.get(id(x))
+    at = id(x)
+    kept = _contents.get(at)
     if kept is not None and kept[0]() is x and kept[1] == x._version:
         return kept[2]
     found = tuple(x.flatten().tolist())
     if not x.is_inference():  # else it has no version
-        _contents[id(x)] = weakref.ref(x, lambda _, at=id(x): _contents.pop(at, None)), x._version, found
+        _contents[at] = weakref.ref(x, lambda gone: _contents.pop(at, None)), x._version, found
     return found

@@ -1,8 +1,9 @@
 """Chooses the backend for a device and a request, and caches the choice.
 
 The default is ``torch.ops.pydrone``: cpu for CPU tensors, cuda for CUDA tensors, with the fallbacks of
-:mod:`pydrone.ops.native`; in a captured CUDA graph it is Triton (:func:`_by_cursor`). A request (``backend=``, else the environment variable ``PYDRONE_BACKEND``) is served by
-exactly the backend it names, or fails with the reason.
+:mod:`pydrone.ops.native`; what a buffer launches in a CUDA graph is Triton's (:func:`_by_cursor`). A request
+(``backend=``, else the environment variable ``PYDRONE_BACKEND``) is served by exactly the backend it names, or fails
+with the reason.
 """
 
 from __future__ import annotations

@@ -55,9 +55,9 @@ class Scan:
             raise RuntimeError(f"compute_gae: expected a rollout of {ring.num_steps} steps, {len(ring)} are stored")
         gamma, lam = unit_interval("gamma", gamma), unit_interval("lam", lam)
         boolean("check", check)
-        if value_fn is None and final_values is None and without_final_obs == "error":
-            if self._usual(last_values, gamma, lam, timeout_bootstrap, captured):
-                return
+        simple = value_fn is None and final_values is None and without_final_obs == "error"
+        if simple and self._usual(last_values, gamma, lam, timeout_bootstrap, captured):
+            return
         if isinstance(last_values, Tensor):
             last_values = last_values.detach()
         last_values = env_scalars("last_values", last_values, storage.layout.num_envs, storage.device)
@@ -93,10 +93,8 @@ class Scan:
         ops, truncations = self._storage.ops.unchecked, self._ring.has_truncations
         if ops is None or type(last_values) is not Tensor or last_values.requires_grad or last_values.is_neg():
             return False
-        if (
-            forward_ad._current_level >= 0
-            or timeout_bootstrap not in ((None, "stored_value", "next_value")[truncations:])
-        ):
+        bootstraps = (None, "stored_value", "next_value")[truncations:]
+        if forward_ad._current_level >= 0 or timeout_bootstrap not in bootstraps:
             return False
         try:
             bootstrap = BOOTSTRAP[timeout_bootstrap] if truncations else 0
