@@ -32,6 +32,7 @@ TRITON = ", triton"  # the second backend of a GPU; "pydrone" is on the default 
 PER: dict[str, Callable[[Size], int]] = {
     "append": lambda size: size.num_steps,
     "minibatch epoch": lambda size: NUM_MINIBATCHES,
+    "calls": lambda size: size.num_steps,
     "act and store": lambda size: size.num_steps,
 }
 
@@ -123,6 +124,19 @@ def epoch(clock: Clock) -> list[Contender]:
         lean("skrl", skrl.epoch, storage_bytes=110),
         lean("SB3", sb3.epoch, storage_bytes=120, on_host=True),
         lean("TorchRL", torchrl.epoch, storage_bytes=220),
+    ]
+
+
+def calls(clock: Clock) -> list[Contender]:
+    """As many calls of each operation as a rollout has steps, and of ``copy_`` for a tensor [N]."""
+    rest = {"storage_bytes": 180, "against": COPY}
+    return [
+        Contender(COPY, by_hand.small_copies, against=COPY),
+        *_ours("compute_gae", ours.gae_calls, None, clock, **rest),
+        *_ours("pydrone.gae(out=)", ours.gae_out_calls, None, clock, **rest),
+        *_ours("append", ours.append, None, clock, **rest),
+        *_ours("begin + end", ours.append_split, None, clock, **rest),
+        *_ours("a minibatch", ours.minibatch_calls, None, clock, **rest),
     ]
 
 
@@ -289,6 +303,7 @@ OPERATIONS = {
     "append": append,
     "minibatch epoch": epoch,
     "iteration": iteration,
+    "calls": calls,
     "ppo gradients": ppo_gradients,
     "ppo minibatch": ppo_minibatch,
     "clipped adam": clipped_adam,
@@ -302,7 +317,7 @@ OPERATIONS = {
     "training on Genesis": training_on_genesis,
 }
 # Of OPERATIONS, those of benches/bench_ppo.py; and the one that `make gpu-bench` leaves out.
-KERNELS = tuple(OPERATIONS)[4:12]
+KERNELS = tuple(OPERATIONS)[5:13]
 APART = "training on Genesis"
 # The sweep's contenders: enough to see the slope.
 SWEEP = ("pydrone", COPY, "rsl_rl")

@@ -7,7 +7,6 @@ a namespace of its own, so that one process can call all variants.
 from __future__ import annotations
 
 import contextlib
-import functools
 import importlib
 import re
 import shutil
@@ -110,9 +109,9 @@ def triton() -> list[Variant]:
         Variant("gae columns", "triton"),
         *_each("gae columns", "triton", "COLUMNS COLUMN_STEPS", "32 10, 32 20, 32 25, 64 10, 64 25, 64 34, 128 20"),
         Variant("append", "triton"),
-        *_each("append", "triton", "ENVS WARPS", "16 4, 32 2, 32 8, 64 4, 64 8, 128 4, 128 8"),
+        *_each("append", "triton", "ENVS WARPS", "32 4, 16 2, 16 8, 8 2, 8 4, 32 2, 64 4, 128 4"),
         Variant("gather", "triton"),
-        *_each("gather", "triton", "SAMPLES WARPS", "128 8, 64 2, 64 4, 64 8, 32 1, 32 2, 32 4, 256 8"),
+        *_each("gather", "triton", "SAMPLES WARPS", "128 4, 128 8, 64 2, 64 4, 64 8, 32 1, 32 4, 16 1, 16 2"),
         *_gradients("tf32"),
         *_gradients("bfloat16"),
         Variant("clipped_adam", "triton"),
@@ -153,9 +152,9 @@ def launched_with(variant: Variant) -> Iterator[Operation]:
 
 
 def _forget(module: ModuleType) -> None:
-    """Empties the caches of what a launcher has derived from its constants."""
+    """Empties the caches of what a launcher has derived from its constants: tables, and prepared launches."""
     for x in vars(module).values():
-        if isinstance(x, functools._lru_cache_wrapper):
+        if not isinstance(x, type) and hasattr(x, "cache_clear"):
             x.cache_clear()
 
 

@@ -30,7 +30,7 @@ from .prepared import Launches, contents
 
 # Most environments per program; warps; most elements per tile; fields up to NARROW wide are all loaded before any is
 # stored.
-ENVS, WARPS, MAX_TILE, NARROW = 32, 4, 2048, 64
+ENVS, WARPS, MAX_TILE, NARROW = 16, 4, 2048, 64
 
 # LENGTH constants describe a field, and one flat tuple all fields (kernels take no nested ones): byte offset, stored
 # type, width, tile width, stride over environments, then three inner (size, stride) pairs, the last dimension first.

@@ -19,7 +19,7 @@ STD_EPSILON = tl.constexpr(schema.STD_EPSILON)
 ROUNDS = tl.constexpr(reference.ROUNDS)
 
 # Most samples per program; warps; most elements per tile; fields up to NARROW wide are all loaded before any is stored.
-SAMPLES, WARPS, MAX_TILE, NARROW = 128, 4, 4096, 64
+SAMPLES, WARPS, MAX_TILE, NARROW = 32, 2, 4096, 64
 
 # LENGTH constants describe a field, and one flat tuple all fields (kernels take no nested ones): byte offset, stored
 # type, width, tile width.

@@ -58,7 +58,25 @@ def test_triton_variants_are_interpreted_and_checked():
     pytest.importorskip("triton")
     done = run("gpu_sweep.py", *SMALL, "--backends", "triton", "--kernels", "append", "--variants", "2")
     assert done.returncode == 0, done.stderr
-    assert "ENVS 32, WARPS 4; the default; again" in done.stdout and "ENVS 16, WARPS 4" in done.stdout
+    assert "ENVS 16, WARPS 4; the default; again" in done.stdout and "ENVS 32, WARPS 4" in done.stdout
+
+
+def test_the_backends_are_compared_by_kind_of_call():
+    pytest.importorskip("triton")
+    done = run("gpu_backends.py", "--device", "stand-in", "--repeats", "1")
+    assert done.returncode == 0, done.stderr
+    assert all(f"3x8 {x}, {kind}" in done.stdout for x in ("gae", "append", "gather") for kind in ("eager", "graph"))
+    assert "the figures mean nothing" in done.stdout
+
+
+def test_a_default_that_is_slower_is_named():
+    import gpu_backends
+
+    rows = [{"num_envs": 4, "num_steps": 2, "operation": "gae", "kind": kind, "cuda_us": 2.0, "triton_us": x}
+            for kind in ("eager", "graph") for x in (1.0, 2.05, 4.0)]  # fmt: skip
+    lines = gpu_backends.table(rows).splitlines()[1:]
+    assert [line.endswith("is slower") for line in lines] == [True, False, False, False, False, True]
+    assert "the default, cuda, is slower" in lines[0] and "the default, triton, is slower" in lines[5]
 
 
 @pytest.mark.slow

@@ -40,6 +40,7 @@ def _as_on_cuda(monkeypatch) -> Iterator[None]:
     monkeypatch.setattr(
         storage, "allocate", lambda wanted, device: {x.name: torch.zeros(x.shape, dtype=x.dtype) for x in wanted}
     )
+    STUB.expect([])
     for module in MODULES.values():
         module.LAUNCHES.cache_clear()
     yield
@@ -70,6 +71,7 @@ def launched(operation: str, arguments: tuple, what: str = "") -> None:
     module = MODULES[operation]
     launches, call = module.LAUNCHES, getattr(module, operation)
     kept = launches._kept
+    STUB.expect([])
     launches._kept = {}
     call(*arguments)
     # the kernel that this launch was of, by its handle
