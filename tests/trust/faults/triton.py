@@ -17,7 +17,7 @@ OF_LAYER = "tests/ops/test_triton.py::test_cases[loss-layer]"
 STEP = "triton_kernels/quadrotor.py"
 OF_STEP = "tests/ops/test_triton.py::test_steps"
 PROPELLERS, OF_GENESIS = "triton_kernels/propellers.py", "tests/ops/test_triton.py::test_steps_of_genesis"
-
+PREPARED, OF_PREPARED = "triton_kernels/prepared.py", "tests/ops/test_prepared.py"
 ADAM, ACT = "triton_kernels/clipped_adam.py", "triton_kernels/ppo_act.py"
 OF_ADAM, OF_ACT = "tests/ops/test_triton.py::test_adam", "tests/ops/test_triton.py::test_act"
 
@@ -224,6 +224,55 @@ TRITON = [
         "place = place + tl.cumsum(wanted.to(tl.int32)) - 1",
         "place = place + tl.cumsum(wanted.to(tl.int32)) // 2",
         OF_APPEND,
+    ),
+    Fault(
+        "a repeated launch of other strides",
+        PREPARED,
+        "dynamic_dims_strides=strides)",
+        "dynamic_dims_strides=[[None] * len(x) for x in strides])",
+        OF_PREPARED,
+    ),
+    Fault(
+        "a repeated launch of unaligned memory",
+        PREPARED,
+        'if aligned[at])])}) & 15")',
+        'if aligned[at])])}) & 1")',
+        OF_PREPARED,
+    ),
+    Fault(
+        "a repeated launch without an argument that is there",
+        PREPARED,
+        'conditions = [f"t[{i}] is None" for i, x in enumerate(tensors) if x is None]',
+        "conditions = []",
+        OF_PREPARED,
+    ),
+    Fault(
+        "a repeated launch into memory that is read",
+        PREPARED,
+        "        conditions += self._separate(tensors, given)\n",
+        "",
+        OF_PREPARED,
+    ),
+    Fault(
+        "a repeated launch that a profiler does not hear of",
+        PREPARED,
+        "current() != device or _hooked() or not",
+        "current() != device or not",
+        OF_PREPARED,
+    ),
+    Fault(
+        "a repeated launch takes what nobody has checked",
+        PREPARED,
+        "        key = key, checked is None\n",
+        "        key = key, True\n",
+        OF_PREPARED,
+    ),
+    Fault(
+        "a repeated launch with the layout of an earlier one",
+        PREPARED,
+        "if kept is not None and kept[0]() is x and kept[1] == x._version:",
+        "if kept is not None and kept[0]() is x:",
+        OF_PREPARED,
     ),
     Fault(
         "SiLU's derivative of what is not kept, in Triton",
