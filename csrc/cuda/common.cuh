@@ -19,14 +19,22 @@ namespace pydrone {
 // Elements of the cursor; same as in pydrone/ops/schema.py.
 enum Cursor : int { kAppended = 0, kDiscarded = 1, kFlag = 2, kTicket = 3, kNumSteps = 4 };
 
-// Makes the tensor's device current, if it is not, and holds its current stream.
+// Makes the tensor's device current, if it is not, and holds its current stream. Asks CUDA as little as it can: its calls
+// are much of what a launch costs on the host.
 class Launch {
  public:
   explicit Launch(const Tensor& tensor) {
     const auto device = tensor.get_device_index();
-    int current = -1;
-    STD_CUDA_CHECK(cudaGetDevice(&current));
-    if (current != device) guard_.emplace(device);
+    static const bool several = [] {
+      int count = 0;
+      STD_CUDA_CHECK(cudaGetDeviceCount(&count));
+      return count > 1;
+    }();
+    if (several) {
+      int current = -1;
+      STD_CUDA_CHECK(cudaGetDevice(&current));
+      if (current != device) guard_.emplace(device);
+    }
     void* stream = nullptr;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
     this->stream = static_cast<cudaStream_t>(stream);

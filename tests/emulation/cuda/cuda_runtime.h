@@ -347,6 +347,7 @@ using ::EmulatedGuard;
 }
 #define DeviceGuard EmulatedGuard
 using cudaStream_t = void*;
+inline void cudaGetDeviceCount(int* count) { *count = 2; }
 inline void cudaGetDevice(int* device) { *device = -1; }  // what CPU tensors say
 inline void cudaMemsetAsync(void* at, int byte, size_t count, cudaStream_t) { std::memset(at, byte, count); }
 inline AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void** stream) {
