@@ -7,7 +7,6 @@ arguments by its own code up to cuLaunchKernelEx, which keeps what it was given.
 from __future__ import annotations
 
 import ctypes
-import os
 import subprocess
 from pathlib import Path
 from typing import NamedTuple
@@ -91,10 +90,11 @@ class Stub:
 def install(folder: Path, capability: int = 90, stream: int = 7) -> Stub:
     """Makes the stub Triton's driver, for this process. ``folder``: for its library."""
     stub = Stub(folder)
-    os.environ["TRITON_LIBCUDA_PATH"] = str(folder)
-    os.environ.setdefault("TRITON_CACHE_DIR", str(folder / "cache"))
+    from triton import knobs
     from triton.backends.nvidia import driver as nvidia
     from triton.runtime import driver
+
+    knobs.nvidia.libcuda_path = str(folder)
 
     class Driver(nvidia.CudaDriver):
         def __init__(self) -> None:
