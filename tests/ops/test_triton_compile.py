@@ -37,11 +37,11 @@ BUDGET = {
     # 128 programs of 64 threads: registers are no limit. Twenty steps are in flight.
     "gae columns": (168, 16),
     "gae columns, pool": (168, 16),
-    # 256 programs of 128 threads for 8192 environments, two per multiprocessor; all fields of 32 environments are in
+    # 512 programs of 128 threads for 8192 environments, four per multiprocessor; all fields of 16 environments are in
     # registers. Shared memory: Triton 3.6 only.
     "append": (80, 4096),
     "append, cursor": (80, 4096),
-    # Four programs of 128 threads per multiprocessor hide the latency of rows read out of order.
+    # Eight programs of 64 threads per multiprocessor hide the latency of rows read out of order.
     "gather": (128, 2048),
     "gather, cursor": (128, 2048),
     # Two programs of 256 threads; two samples of four actions per thread. Shared memory: sums of 8 warps.
