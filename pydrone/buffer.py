@@ -273,9 +273,8 @@ class RolloutBuffer(Rollout):
             RuntimeError: the rollout has fewer than T steps; the pool has overflowed; a truncation came without its
                 final observation. TypeError, ValueError: as :func:`pydrone.gae`.
         """
-        bootstrap = {"final_values": final_values, "value_fn": value_fn, "timeout_bootstrap": timeout_bootstrap}
-        how = bootstrap | {"without_final_obs": without_final_obs, "check": check}
-        self._compute("compute_gae", last_values, gamma, lam, **how)
+        bootstrap = final_values, value_fn, timeout_bootstrap, without_final_obs
+        self._compute(check, "compute_gae", last_values, gamma, lam, bootstrap)
 
     def compute_vtrace(
         self,
@@ -308,13 +307,11 @@ class RolloutBuffer(Rollout):
         Raises:
             As :meth:`compute_gae`.
         """
-        bootstrap = {"final_values": final_values, "value_fn": value_fn, "timeout_bootstrap": timeout_bootstrap}
-        how = bootstrap | {"without_final_obs": without_final_obs, "check": check}
-        off_policy = {"log_rhos": log_rhos, "clips": (rho_clip, c_clip)}
-        self._compute("compute_vtrace", last_values, gamma, lam, **how, **off_policy)
+        bootstrap = final_values, value_fn, timeout_bootstrap, without_final_obs
+        self._compute(check, "compute_vtrace", last_values, gamma, lam, bootstrap, log_rhos, (rho_clip, c_clip))
 
-    def _compute(self, method: str, *args, check: bool, **options) -> None:
-        self._scan.run(method, *args, check=check, **options)
+    def _compute(self, check: bool, *arguments) -> None:
+        self._scan.run(check, *arguments)
         self._subset = None
         if check and not self._ring.capturing():
             self._report_non_finite()

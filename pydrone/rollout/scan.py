@@ -46,21 +46,21 @@ class Scan:
 
     def run(
         self,
+        check: bool,
         name: str,
         last_values: Tensor,
         gamma: float,
         lam: float,
-        *,
-        final_values: Tensor | None,
-        value_fn: Callable | None,
-        timeout_bootstrap: str | None,
-        without_final_obs: str,
-        check: bool,
+        bootstrap: tuple,
         log_rhos: str | Tensor | None = None,
         clips: tuple[float, float] = (1.0, 1.0),
     ) -> None:
         """The method ``name`` of :class:`pydrone.buffer.RolloutBuffer`, without the check for NaN and infinite numbers:
-        compute_gae, or compute_vtrace with ``log_rhos`` and ``clips``."""
+        compute_gae, or compute_vtrace with ``log_rhos`` and ``clips``.
+
+        bootstrap: their final_values, value_fn, timeout_bootstrap and without_final_obs.
+        """
+        final_values, value_fn, timeout_bootstrap, without_final_obs = bootstrap
         storage, ring, captured = self._storage, self._ring, self._ring.capturing()
         if len(ring) < ring.num_steps and not captured:
             raise RuntimeError(f"{name}: expected a rollout of {ring.num_steps} steps, {len(ring)} are stored")
