@@ -387,8 +387,8 @@ void gae(const Tensor& rewards, const Tensor& values, const Tensor& dones, const
          const Optional& valid, const Tensor& last_values, const Optional& final_values, const Optional& final_rows,
          double gamma, double lam, int64_t start, bool coded, int64_t bootstrap, const Optional& cursor,
          const Tensor& advantages, const Optional& returns, const Optional& stats, const Optional& workspace) {
-  check_gae(rewards, values, dones, truncated, valid, last_values, final_values, final_rows, coded, bootstrap, cursor,
-            advantages, returns, stats, workspace);
+  check_gae({rewards, values, dones, truncated, valid, last_values, final_values, final_rows, start, coded, bootstrap,
+             cursor, advantages, returns, stats, workspace});
   const int64_t num_envs = rewards.size(0), capacity = rewards.size(1), num_steps = advantages.size(1);
   if (num_envs == 0 || num_steps == 0) {
     if (stats) {
