@@ -157,7 +157,7 @@ def store_field(output, sample, inside, first, x, FIELDS: tl.constexpr, AT: tl.c
 @triton.jit(do_not_specialize=["key_low", "key_high", "rollout_low", "rollout_high", "epoch", "num_envs", "capacity",
                                "start", "first", "batch", "num_samples", "a", "b"])  # fmt: skip
 def gather_kernel(
-    rows, outputs, advantages, stats, subset, cursor, advantages_out, returns_out, indices_out, advantage_strides,
+    rows, outputs, advantages, returns, stats, subset, cursor, advantages_out, returns_out, indices_out, strides,
     key_low, key_high, rollout_low, rollout_high, epoch, num_envs, capacity, start, first, batch, num_samples, a, b,
     NUM_STEPS: tl.constexpr, SHUFFLE: tl.constexpr, ROW_BYTES: tl.constexpr, FIELDS: tl.constexpr,
     VALUE: tl.constexpr, SAMPLES: tl.constexpr, NARROW: tl.constexpr,
@@ -190,11 +190,14 @@ def gather_kernel(
     if indices_out is not None:
         tl.store(indices_out + sample, index, mask=inside)
     if advantages is not None:
-        source = advantages + env.to(tl.int64) * advantage_strides[0] + step.to(tl.int64) * advantage_strides[1]
-        advantage = tl.load(source, mask=found, other=0.0)
+        place = env.to(tl.int64) * strides[0] + step.to(tl.int64) * strides[1]
+        advantage = tl.load(advantages + place, mask=found, other=0.0)
         if returns_out is not None:
-            values = rows.to(tl.pointer_type(tl.float32), bitcast=True) + row * (ROW_BYTES // 4) + VALUE // 4
-            total = advantage + tl.load(values, mask=found, other=0.0).to(advantage.dtype)
+            if returns is None:
+                values = rows.to(tl.pointer_type(tl.float32), bitcast=True) + row * (ROW_BYTES // 4) + VALUE // 4
+                total = advantage + tl.load(values, mask=found, other=0.0).to(advantage.dtype)
+            else:
+                total = tl.load(returns + place, mask=found, other=0.0)
             tl.store(returns_out + sample, total.to(returns_out.dtype.element_ty), mask=inside)
         if advantages_out is not None:
             if stats is not None:
@@ -227,8 +230,6 @@ def gather(
     indices_out,
 ) -> None:
     """One minibatch, see :mod:`pydrone.ops.schema`."""
-    if returns is not None:
-        raise RuntimeError("returns: not implemented in Triton yet")
     written = (*outputs, *(x for x in (advantages_out, returns_out, indices_out) if x is not None))
     batch = written[0].shape[0] if written else 0
     if batch == 0:
@@ -242,7 +243,7 @@ def gather(
     a, b = reference.feistel_sides(num_samples)
     with on_device_of(rows):
         gather_kernel[(triton.cdiv(batch, samples),)](
-            rows, tuple(outputs), advantages, stats, subset, cursor, advantages_out, returns_out, indices_out,
+            rows, tuple(outputs), advantages, returns, stats, subset, cursor, advantages_out, returns_out, indices_out,
             (0, 0) if advantages is None else advantages.stride(),
             *_words(key), *_words(rollout), _words(epoch)[0], num_envs, capacity, start, first, batch, num_samples,
             a, b, NUM_STEPS=num_steps, SHUFFLE=shuffle, ROW_BYTES=row_bytes, FIELDS=tuple(fields), VALUE=value_offset,
