@@ -9,6 +9,8 @@
 
 namespace pydrone {
 
+constexpr int64_t kPartials = 512;  // as in pydrone/ops/schema.py
+
 // See pydrone/ops/schema.py. An optional one may refer to a plain tensor: that is why they are copied.
 struct Scan {
   const Tensor &rewards, &values, &dones;
@@ -86,7 +88,7 @@ inline void check_scan(const Scan& scan, std::pair<const char*, const Optional*>
       check_contiguous(name, *x);
     }
     check_shape("stats", *scan.stats, {3});
-    const int64_t needed = 3 * ((num_envs + 3) / 4) + 1;
+    const int64_t needed = 3 * std::max((num_envs + 3) / 4, std::min(num_envs, kPartials)) + 1;
     STD_TORCH_CHECK(scan.workspace->numel() >= needed, "workspace: expected at least ", needed, " elements, got ",
                     scan.workspace->numel());
   }

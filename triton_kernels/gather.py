@@ -158,7 +158,7 @@ def store_field(output, sample, inside, first, x, FIELDS: tl.constexpr, AT: tl.c
 @triton.jit(do_not_specialize=["key_low", "key_high", "rollout_low", "rollout_high", "epoch", "num_envs", "capacity",
                                "start", "first", "batch", "num_samples", "a", "b"])  # fmt: skip
 def gather_kernel(
-    rows, outputs, advantages, stats, subset, cursor, advantages_out, returns_out, indices_out, advantage_strides,
+    rows, outputs, advantages, returns, stats, subset, cursor, advantages_out, returns_out, indices_out, strides,
     key_low, key_high, rollout_low, rollout_high, epoch, num_envs, capacity, start, first, batch, num_samples, a, b,
     NUM_STEPS: tl.constexpr, SHUFFLE: tl.constexpr, ROW_BYTES: tl.constexpr, FIELDS: tl.constexpr,
     VALUE: tl.constexpr, SAMPLES: tl.constexpr, NARROW: tl.constexpr,
@@ -191,11 +191,14 @@ def gather_kernel(
     if indices_out is not None:
         tl.store(indices_out + sample, index, mask=inside)
     if advantages is not None:
-        source = advantages + env.to(tl.int64) * advantage_strides[0] + step.to(tl.int64) * advantage_strides[1]
-        advantage = tl.load(source, mask=found, other=0.0)
+        place = env.to(tl.int64) * strides[0] + step.to(tl.int64) * strides[1]
+        advantage = tl.load(advantages + place, mask=found, other=0.0)
         if returns_out is not None:
-            values = rows.to(tl.pointer_type(tl.float32), bitcast=True) + row * (ROW_BYTES // 4) + VALUE // 4
-            total = advantage + tl.load(values, mask=found, other=0.0).to(advantage.dtype)
+            if returns is None:
+                values = rows.to(tl.pointer_type(tl.float32), bitcast=True) + row * (ROW_BYTES // 4) + VALUE // 4
+                total = advantage + tl.load(values, mask=found, other=0.0).to(advantage.dtype)
+            else:
+                total = tl.load(returns + place, mask=found, other=0.0)
             tl.store(returns_out + sample, total.to(returns_out.dtype.element_ty), mask=inside)
         if advantages_out is not None:
             if stats is not None:
@@ -232,14 +235,12 @@ def gather(
     checked=None,
 ) -> None:
     """One minibatch, see :mod:`pydrone.ops.schema`. ``checked``: as :class:`Launches`."""
-    if returns is not None:
-        raise RuntimeError("returns: not implemented in Triton yet")
     batch = next((x.shape[0] for x in (*outputs, advantages_out, returns_out, indices_out) if x is not None), 0)
     if batch == 0:
         return
 
     def arrange(tensors, numbers):
-        rows, advantages, stats, subset, cursor, advantages_out, returns_out, indices_out, *outputs = tensors
+        rows, advantages, returns, stats, subset, cursor, advantages_out, returns_out, indices_out, *outputs = tensors
         *words, start, first = numbers
         capacity, num_envs, row_bytes = rows.shape
         widths = [output.numel() // batch for output in outputs]
@@ -249,7 +250,7 @@ def gather(
             fields += [offset, TRITON_TYPES[DTYPES[dtype]], width, power_of_2(width, 1, MAX_TILE // samples)]
         a, b = reference.feistel_sides(num_samples)
         arguments = (
-            rows, tuple(outputs), advantages, stats, subset, cursor, advantages_out, returns_out, indices_out,
+            rows, tuple(outputs), advantages, returns, stats, subset, cursor, advantages_out, returns_out, indices_out,
             (0, 0) if advantages is None else advantages.stride(),
             *words, num_envs, capacity, start, first, batch, num_samples, a, b,
         )  # fmt: skip
@@ -259,7 +260,7 @@ def gather(
         }  # fmt: skip
         return (triton.cdiv(batch, samples),), arguments, constants
 
-    tensors = (rows, advantages, stats, subset, cursor, advantages_out, returns_out, indices_out, *outputs)
+    tensors = (rows, advantages, returns, stats, subset, cursor, advantages_out, returns_out, indices_out, *outputs)
     numbers = (*_words(key), *_words(rollout), _words(epoch)[0], start, first)
     described = (*offsets, *dtypes, value_offset, num_steps, num_samples, shuffle)
     LAUNCHES(described, tensors, numbers, arrange, checked)

@@ -257,9 +257,13 @@ STD_EPSILON = 1e-8
 MAX_SAMPLES = 2**31 - 1
 
 
+# The most programs of a launch of ``gae`` with fewer than four environments each.
+PARTIALS = 512
+
+
 def workspace_size(num_envs: int) -> int:
-    """Elements of ``gae``'s float64 workspace: a ticket, then (count, mean, M2) per program of at least 4 envs."""
-    return 3 * ((num_envs + 3) // 4) + 1
+    """Elements of ``gae``'s float64 workspace: a ticket, then at most three sums of each program."""
+    return 3 * max((num_envs + 3) // 4, min(num_envs, PARTIALS)) + 1
 
 
 def packed_size(parameters: Sequence[torch.Tensor]) -> int:

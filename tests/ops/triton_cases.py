@@ -125,9 +125,9 @@ def test_gae_64_by_100(layout, ends):
     Rollout(64, 100, layout=layout, ends=ends).check()
 
 
-@pytest.mark.parametrize(("num_steps", "ends"), [(100, 0.05), (260, 0.0), (260, 0.01)])
-def test_gae_two_rows_per_warp(monkeypatch, num_steps, ends):
-    monkeypatch.setattr(gae_module, "MANY_ENVS", 1)
+@pytest.mark.parametrize(("num_steps", "ends"), [(100, 0.05), (9, 0.1), (260, 0.0), (260, 0.01)])
+def test_gae_two_rows_a_thread(monkeypatch, num_steps, ends):
+    monkeypatch.setattr(gae_module, "MANY", 1)
     Rollout(19, num_steps, ends=ends).check()
 
 
@@ -212,7 +212,10 @@ def test_gae_nan_where_a_final_value_is_missing():
 
 
 @pytest.mark.parametrize("num_steps", [257, 300])
-def test_gae_carries_through_three_tiles(num_steps):
+@pytest.mark.parametrize("warps", [1, 2, 16])
+def test_gae_carries_through_tiles_and_warps(monkeypatch, num_steps, warps):
+    """Three tiles, two of two warps each, one of four."""
+    monkeypatch.setattr(gae_module, "WARPS_A_ROW", warps)
     rollout = Rollout(2, num_steps, ends=0.0)
     rollout.arguments |= {"gamma": 0.999, "lam": 0.998}
     rollout.check()
