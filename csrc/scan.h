@@ -9,6 +9,8 @@
 
 namespace pydrone {
 
+constexpr int64_t kPartials = 512;  // most blocks of a CUDA launch; same as in pydrone/ops/schema.py
+
 // Checks all arguments except `start`, which a cursor may replace; see pydrone/ops/schema.py.
 inline void check_gae(const Tensor& rewards, const Tensor& values, const Tensor& dones, const Optional& truncated,
                       const Optional& valid, const Tensor& last_values, const Optional& final_values,
@@ -66,7 +68,7 @@ inline void check_gae(const Tensor& rewards, const Tensor& values, const Tensor&
       check_contiguous(name, *x);
     }
     check_shape("stats", *stats, {3});
-    const int64_t needed = 3 * ((num_envs + 3) / 4) + 1;
+    const int64_t needed = std::max(3 * ((num_envs + 3) / 4) + 1, 2 * std::min(num_envs, kPartials) + 2);
     STD_TORCH_CHECK(workspace->numel() >= needed, "workspace: expected at least ", needed, " elements, got ",
                     workspace->numel());
   }

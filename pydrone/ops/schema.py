@@ -257,9 +257,14 @@ STD_EPSILON = 1e-8
 MAX_SAMPLES = 2**31 - 1
 
 
+# The most blocks of a launch of CUDA's ``gae``, each with partial sums of its own.
+PARTIALS = 512
+
+
 def workspace_size(num_envs: int) -> int:
-    """Elements of ``gae``'s float64 workspace: a ticket, then (count, mean, M2) per program of at least 4 envs."""
-    return 3 * ((num_envs + 3) // 4) + 1
+    """Elements of ``gae``'s float64 workspace: a ticket, then (count, mean, M2) per program of at least 4 envs, or two
+    sums per block of at least one, aligned to two elements."""
+    return max(3 * ((num_envs + 3) // 4) + 1, 2 * min(num_envs, PARTIALS) + 2)
 
 
 def packed_size(parameters: Sequence[torch.Tensor]) -> int:

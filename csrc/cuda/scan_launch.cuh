@@ -1,0 +1,175 @@
+// The launch of a scan: which kernel, how many threads share an environment, how many blocks.
+#pragma once
+
+#include "scan.cuh"
+
+#include <algorithm>
+
+namespace pydrone {
+namespace {
+
+// Chosen for GPUs of 100 to 150 multiprocessors, whatever runs them: the order of the statistics' sums depends on it.
+constexpr int kManyWarps = 2048;    // from here on, a warp takes two environments at once
+constexpr int kFullWarps = 4096;    // warps that are resident at once: as many share an environment, if steps allow
+constexpr int kFewBlocks = 128;     // smaller blocks rather than fewer
+constexpr int kColumnSteps = 8;     // of a thread in columns
+constexpr int kColumnEnvs = 32, kFewColumnEnvs = 8;  // of a block in columns: a cache line, or a sector where few
+
+template <typename T>
+struct Choice {
+  void (*kernel)(Args<T>);
+  int lanes, rows;
+};
+
+// The kernel for rows of at most 4 * lanes steps. Only what is fast has kernels of its own for short rows.
+template <typename T, Estimator estimator, Mode mode>
+Choice<T> choose_rows(int lanes, bool two) {
+#define PYDRONE_ROWS(n, rows) Choice<T>{scan_rows<T, estimator, mode, n, rows>, n, rows}
+  if constexpr (sizeof(T) == 4 && mode == kWide && estimator == kGae) {
+    if (lanes == 2) return two ? PYDRONE_ROWS(2, 2) : PYDRONE_ROWS(2, 1);
+    if (lanes == 4) return two ? PYDRONE_ROWS(4, 2) : PYDRONE_ROWS(4, 1);
+    if (lanes == 8) return two ? PYDRONE_ROWS(8, 2) : PYDRONE_ROWS(8, 1);
+    if (lanes == 16) return two ? PYDRONE_ROWS(16, 2) : PYDRONE_ROWS(16, 1);
+  }
+  if constexpr (sizeof(T) == 4 && mode != kGeneric) {
+    if (lanes <= 8) return PYDRONE_ROWS(8, 1);
+    if (mode == kWide && two) return PYDRONE_ROWS(32, 2);
+  }
+  return PYDRONE_ROWS(32, 1);
+#undef PYDRONE_ROWS
+}
+
+// Launches with `warps` or fewer in a block of `envs` environments a warp (parts: warps an environment).
+template <typename T>
+void launch(const Args<T>& args, void (*kernel)(Args<T>), int64_t block_envs, int threads, cudaStream_t stream) {
+  const int64_t blocks = (args.num_envs + block_envs - 1) / block_envs, turns = (blocks + kPartials - 1) / kPartials;
+  kernel<<<static_cast<unsigned>((blocks + turns - 1) / turns), threads, 0, stream>>>(args);
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+// Warps of a block, if there are `warps` in all and `least` must be together.
+inline int block_warps(int64_t warps, int least, int most) {
+  while (most > least && warps < int64_t{most} * kFewBlocks) most /= 2;
+  return most;
+}
+
+template <typename T, Estimator estimator, Mode mode>
+void launch_rows(Args<T> args, cudaStream_t stream) {
+  const int64_t groups = (args.num_steps + kLaneSteps - 1) / kLaneSteps;
+  int lanes = 2;
+  while (lanes < groups && lanes <= 32) lanes *= 2;
+  if (lanes <= 32) {
+    Choice<T> choice = choose_rows<T, estimator, mode>(lanes, true);
+    auto warps = [&] { return (args.num_envs * choice.lanes + 32 * choice.rows - 1) / (32 * choice.rows); };
+    if (warps() < kManyWarps) choice = choose_rows<T, estimator, mode>(lanes, false);
+    const int in_block = block_warps(warps(), 1, kBlockWarps<mode>);
+    launch(args, choice.kernel, int64_t{in_block} * (32 / choice.lanes) * choice.rows, 32 * in_block, stream);
+  } else {
+    args.parts = 1;
+    while (args.parts < kBlockWarps<mode> && args.parts * kTile < args.num_steps &&
+           args.num_envs * args.parts < kFullWarps)
+      args.parts *= 2;
+    const int in_block = block_warps(args.num_envs * args.parts, args.parts, kBlockWarps<mode>);
+    launch(args, scan_tiles<T, estimator, mode>, in_block / args.parts, 32 * in_block, stream);
+  }
+}
+
+template <typename T, Estimator estimator, bool Direct>
+void launch_columns(Args<T> args, cudaStream_t stream) {
+  constexpr int K = Direct && sizeof(T) == 4 ? kColumnSteps : kColumnSteps / 2;
+  const int envs = args.num_envs < kColumnEnvs * kFewBlocks ? kFewColumnEnvs : kColumnEnvs, step = 32 / envs;
+  const int wanted = (args.num_steps + K * step - 1) / (K * step) * step;
+  args.parts = std::min(wanted, 32 * kMostWarps / envs);
+  launch(args, scan_columns<T, estimator, Direct, K>, envs, envs * args.parts, stream);
+}
+
+template <typename T, Estimator estimator>
+void launch(const Args<T>& args, bool env_major, Mode mode, cudaStream_t stream) {
+  if (!env_major)
+    mode == kGeneric ? launch_columns<T, estimator, false>(args, stream)
+                     : launch_columns<T, estimator, true>(args, stream);
+  else if (mode == kWide)
+    launch_rows<T, estimator, kWide>(args, stream);
+  else if (mode == kDirect && sizeof(T) == 4)
+    launch_rows<T, estimator, sizeof(T) == 4 ? kDirect : kGeneric>(args, stream);
+  else
+    launch_rows<T, estimator, kGeneric>(args, stream);
+}
+
+// The scan's arguments, checked before. `log_rhos`, `q_values`: null for kGae.
+template <typename T, Estimator estimator>
+void run(const Tensor& rewards, const Tensor& values, const Tensor& dones, const Optional& truncated,
+         const Optional& valid, const Tensor& last_values, const Optional& final_values, const Optional& final_rows,
+         const Tensor* log_rhos, const Optional& q_values, double gamma, double lam, double rho_clip, double c_clip,
+         int64_t start, bool coded, int64_t bootstrap, const Optional& cursor, const Optional& advantages,
+         const Optional& returns, const Optional& stats, const Optional& workspace) {
+  const Tensor& out = returns ? *returns : *advantages;
+  Args<T> args{};
+  args.rewards = Plane(rewards);
+  args.values = Plane(values);
+  args.dones = Plane(dones);
+  args.last_values = Plane(last_values);
+  if (!coded && truncated) args.truncated = Plane(*truncated);
+  if (!coded && valid) args.valid = Plane(*valid);
+  if (bootstrap == kFinalValues) {
+    args.final_values = Plane(*final_values);
+    if (final_rows) {
+      args.final_rows = Plane(*final_rows);
+      args.pool_size = final_values->size(0);
+    }
+  }
+  if (log_rhos) args.log_rhos = Plane(*log_rhos);
+  if (q_values) args.q_values = Plane(*q_values);
+  if (advantages) {
+    args.advantages = static_cast<T*>(advantages->data_ptr());
+    args.advantages_env = advantages->stride(0);
+    args.advantages_step = advantages->stride(1);
+  }
+  if (returns) {
+    args.returns = static_cast<T*>(returns->data_ptr());
+    args.returns_env = returns->stride(0);
+    args.returns_step = returns->stride(1);
+  }
+  if (stats) {
+    char* memory = static_cast<char*>(workspace->data_ptr());
+    args.stats = static_cast<double*>(stats->data_ptr());
+    args.ticket = reinterpret_cast<uint64_t*>(memory);
+    args.partials = reinterpret_cast<double2*>(memory + (reinterpret_cast<uintptr_t>(memory) % 16 ? 8 : 16));
+  }
+  if (cursor) args.cursor = static_cast<const int64_t*>(cursor->data_ptr());
+  args.num_envs = rewards.size(0);
+  args.capacity = rewards.size(1);
+  args.num_steps = static_cast<int32_t>(out.size(1));
+  args.start = start;
+  args.bootstrap = static_cast<int32_t>(bootstrap);
+  args.coded = coded;
+  args.gamma = static_cast<T>(gamma);
+  args.decay = static_cast<T>(gamma * lam);
+  args.rho_clip = static_cast<T>(rho_clip);
+  args.c_clip = static_cast<T>(c_clip);
+
+  bool direct = true, wide = args.num_steps % kLaneSteps == 0 && (cursor || starts_wide(args, start));
+  auto see = [&](const void* data, int64_t env, int64_t step, bool fits, size_t aligned) {
+    direct = direct && fits;
+    wide = wide && step == 1 && env % kLaneSteps == 0 && reinterpret_cast<uintptr_t>(data) % aligned == 0;
+  };
+  for (const Plane* x : {&args.rewards, &args.values, &args.log_rhos, &args.q_values})
+    if (x->data) see(x->data, x->env, x->step, x->type == static_cast<int32_t>(out.scalar_type()), 16);
+  for (const Plane* x : {&args.dones, &args.truncated, &args.valid})
+    if (x->data) see(x->data, x->env, x->step, x->size == 1, 4);
+  if (advantages) see(args.advantages, args.advantages_env, args.advantages_step, true, 16);
+  if (returns) see(args.returns, args.returns_env, args.returns_step, true, 16);
+  const Launch context(rewards);
+  launch<T, estimator>(args, rewards.stride(0) != 1 || rewards.stride(1) == 1,
+                       !direct ? kGeneric : wide ? kWide : kDirect, context.stream);
+}
+
+// What is left of the outputs where there is no sample.
+inline void clear_stats(const Tensor& rewards, const Optional& stats) {
+  if (!stats) return;
+  const Launch context(rewards);
+  STD_CUDA_CHECK(cudaMemsetAsync(stats->data_ptr(), 0, 3 * sizeof(double), context.stream));
+}
+
+}  // namespace
+}  // namespace pydrone
