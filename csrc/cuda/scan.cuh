@@ -31,6 +31,7 @@ struct Args {
   int32_t parts;  // warps (scan_tiles) or threads (scan_columns) that share an environment
   bool coded;
   T gamma, decay, rho_clip, c_clip;
+  T powers[6];  // the decay over 1, 2, 4 .. 32 lanes; here because constant memory costs no registers
 };
 
 // Four numbers in 128-bit pieces.
@@ -104,19 +105,17 @@ __device__ uint32_t read_four_codes(const Args<T>& args, int64_t n, int64_t slot
 }
 
 // The value of the true final observation. Read at truncated steps only, which are rare.
-template <typename T>
+template <typename T, bool Direct>
 __device__ T read_final(const Args<T>& args, int64_t n, int64_t slot) {
-  const Plane& values = args.final_values;
-  if (!args.final_rows.data) return read_real<T>(values.data, values.type, values.at(n, slot));
+  if (!args.final_rows.data) return read<T, Direct>(args.final_values, n, slot);
   const int32_t row = reinterpret_cast<const int32_t*>(args.final_rows.data)[args.final_rows.at(n, slot)];
-  if (row < 0 || row >= args.pool_size) return static_cast<T>(NAN);
-  return read_real<T>(values.data, values.type, row * values.env);
+  return row < 0 || row >= args.pool_size ? static_cast<T>(NAN) : read<T, Direct>(args.final_values, row, 0);
 }
 
 // The same, not inlined: keeps an unrolled loop short.
-template <typename T>
+template <typename T, bool Direct>
 __device__ __noinline__ T call_read_final(const Args<T>& args, int64_t n, int64_t slot) {
-  return read_final(args, n, slot);
+  return read_final<T, Direct>(args, n, slot);
 }
 
 template <typename T>
@@ -136,7 +135,7 @@ __host__ __device__ bool starts_wide(const Args<T>& args, int64_t start) {
 template <typename T, bool Direct>
 __device__ T value_at(const Args<T>& args, int64_t n, bool exists, int64_t start, int t) {
   if (!exists) return T(0);
-  if (t >= args.num_steps) return read<T, false>(args.last_values, n, 0);
+  if (t >= args.num_steps) return read<T, Direct>(args.last_values, n, 0);
   return read<T, Direct>(args.values, n, wrapped(start + t, args.capacity));
 }
 
@@ -179,35 +178,19 @@ __device__ void load(const Args<T>& args, Steps<T, estimator, K>& s, int64_t n, 
       s.codes[0] = read_four_codes(args, n, slot);
       return;
     }
-    // A cursor that no buffer makes: only the device knows that the rollout does not begin aligned. Short, not fast.
-    s.codes[0] = 0;
-#pragma unroll 1
-    for (int k = 0; k < K; ++k) {
-      T reward = 0, value = 0, ratio = 0, q = 0;
-      s.codes[0] |= load_step(k, reward, value, ratio, q) << 8 * k;
+    // Else a cursor that no buffer makes: only the device knows that the rollout does not begin aligned.
+  }
 #pragma unroll
-      for (int j = 0; j < K; ++j) {
-        s.reward[j] = j == k ? reward : s.reward[j];
-        s.value[j] = j == k ? value : s.value[j];
-        if constexpr (estimator == kOffPolicy) {
-          s.ratio[j] = j == k ? ratio : s.ratio[j];
-          s.q[j] = j == k ? q : s.q[j];
-        }
-      }
-    }
-  } else {
+  for (int i = 0; i < (K + 3) / 4; ++i) s.codes[i] = 0;
 #pragma unroll
-    for (int i = 0; i < (K + 3) / 4; ++i) s.codes[i] = 0;
-#pragma unroll
-    for (int k = 0; k < K; ++k) {
-      const int i = estimator == kGae ? 0 : k;
-      s.codes[k / 4] |= load_step(k, s.reward[k], s.value[k], s.ratio[i], s.q[i]) << 8 * (k % 4);
-    }
+  for (int k = 0; k < K; ++k) {
+    const int i = estimator == kGae ? 0 : k;
+    s.codes[k / 4] |= load_step(k, s.reward[k], s.value[k], s.ratio[i], s.q[i]) << 8 * (k % 4);
   }
 }
 
 // What the steps come to. Turns rewards into temporal differences, and log-probabilities into V-trace's rho.
-template <typename T, Estimator estimator, int K>
+template <bool Direct, typename T, Estimator estimator, int K>
 __device__ Run<T> weigh(const Args<T>& args, Steps<T, estimator, K>& s, int64_t n, int64_t start, int t0,
                         T next_value) {
   Run<T> run{0, 1, false};
@@ -217,7 +200,7 @@ __device__ Run<T> weigh(const Args<T>& args, Steps<T, estimator, K>& s, int64_t 
     T final_value = 0, subtracted = s.value[k];
     if (args.bootstrap == kFinalValues && code == kTruncated) {
       const int64_t slot = wrapped(start + t0 + k, args.capacity);
-      final_value = K > kLaneSteps ? call_read_final(args, n, slot) : read_final(args, n, slot);
+      final_value = K > kLaneSteps ? call_read_final<T, Direct>(args, n, slot) : read_final<T, Direct>(args, n, slot);
     }
     if constexpr (estimator == kOffPolicy) subtracted = args.q_values.data ? s.q[k] : subtracted;
     const T at_truncation = value_at_truncation(args.bootstrap, s.value[k], next_value, final_value);
@@ -293,30 +276,19 @@ __device__ void store(const Args<T>& args, const Steps<T, estimator, K>& s, int6
   }
 }
 
-// Decays of runs of steps: of one lane, two, four, eight and sixteen of them.
+// The decay over `count` lanes, 1 to 32.
 template <typename T>
-struct Powers {
-  T of[5];
-
-  __device__ explicit Powers(T decay) {
-    of[0] = decay * decay * decay * decay;
+__device__ T decay_over(const Args<T>& args, int count) {
+  T power = 1;
 #pragma unroll
-    for (int i = 1; i < 5; ++i) of[i] = of[i - 1] * of[i - 1];
-  }
-
-  // Of 1 to 32 lanes.
-  __device__ T lanes(int count) const {
-    T power = count & 32 ? of[4] * of[4] : T(1);
-#pragma unroll
-    for (int i = 0; i < 5; ++i) power *= count >> i & 1 ? of[i] : T(1);
-    return power;
-  }
-};
+  for (int i = 0; i < 6; ++i) power *= count >> i & 1 ? args.powers[i] : T(1);
+  return power;
+}
 
 // A scan over the `Lanes` lanes of an environment, where lane 0 has the last steps, so that a shuffle "up" carries
 // backwards in time. Returns what the steps from a lane's first to the last of lane 0 come to.
 template <int Lanes, Estimator estimator, typename T>
-__device__ Run<T> scan_lanes(Run<T> run, const Powers<T>& powers) {
+__device__ Run<T> scan_lanes(const Args<T>& args, Run<T> run) {
   const int lane = threadIdx.x % Lanes;
   // The distance down (later in time) to the nearest lane with an end, from one ballot.
   const unsigned ends = __ballot_sync(kAll, run.cut) >> (threadIdx.x % 32 - lane) & (kAll >> (31 - lane));
@@ -325,7 +297,7 @@ __device__ Run<T> scan_lanes(Run<T> run, const Powers<T>& powers) {
   for (int i = 0; 1 << i < Lanes; ++i) {
     const int d = 1 << i;
     const T later = __shfl_up_sync(kAll, run.sum, d, Lanes);
-    T link = powers.of[i];
+    T link = args.powers[i];
     if constexpr (estimator == kOffPolicy) {
       const T link_later = __shfl_up_sync(kAll, run.link, d, Lanes);
       link = run.link;
@@ -351,7 +323,6 @@ __global__ void __launch_bounds__(32 * kBlockWarps<mode>, kMinBlocks<T, mode>)
   const int lane = threadIdx.x % Lanes, t0 = (Lanes - 1 - lane) * kLaneSteps;
   const int64_t start = first_slot(args), envs = blockDim.x / 32 * kEnvs * Rows;
   const int64_t own = threadIdx.x / 32 * (kEnvs * Rows) + threadIdx.x % 32 / Lanes;
-  const Powers<T> powers(args.decay);
   Sums sums;
   for (int64_t n0 = blockIdx.x * envs; n0 < args.num_envs; n0 += gridDim.x * envs) {
     Steps<T, estimator, kLaneSteps> s[Rows];
@@ -359,15 +330,15 @@ __global__ void __launch_bounds__(32 * kBlockWarps<mode>, kMinBlocks<T, mode>)
 #pragma unroll
     for (int row = 0; row < Rows; ++row) {
       const int64_t n = n0 + own + row * kEnvs;
-      after[row] = n < args.num_envs ? read<T, false>(args.last_values, n, 0) : T(0);
+      after[row] = n < args.num_envs ? read<T, mode != kGeneric>(args.last_values, n, 0) : T(0);
       load<T, estimator, mode>(args, s[row], n, n < args.num_envs, start, t0, after[row]);
     }
 #pragma unroll
     for (int row = 0; row < Rows; ++row) {
       const int64_t n = n0 + own + row * kEnvs;
       const T next_value = __shfl_up_sync(kAll, s[row].value[0], 1, Lanes);
-      const Run<T> own_run = weigh(args, s[row], n, start, t0, lane == 0 ? after[row] : next_value);
-      const Run<T> run = scan_lanes<Lanes, estimator>(own_run, powers);
+      const Run<T> own_run = weigh<mode != kGeneric>(args, s[row], n, start, t0, lane == 0 ? after[row] : next_value);
+      const Run<T> run = scan_lanes<Lanes, estimator>(args, own_run);
       const T carry = __shfl_up_sync(kAll, run.sum, 1, Lanes);
       finish(args, s[row], lane == 0 ? T(0) : carry);
       store<T, estimator, mode>(args, s[row], n, n < args.num_envs, t0);
@@ -385,8 +356,7 @@ __global__ void __launch_bounds__(32 * kBlockWarps<mode>, kMinBlocks<T, mode>)
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, parts = args.parts, part = warp % parts;
   const int64_t start = first_slot(args), envs = blockDim.x / 32 / parts;
   const int span = parts * kTile, own = (parts - 1 - part) * kTile;  // part 0 has the last tile of a span
-  const Powers<T> powers(args.decay);
-  const T tile_decay = powers.lanes(32), through = powers.lanes(lane + 1);
+  const T tile_decay = args.powers[5], through = decay_over(args, lane + 1);
   using Part = Run<T>;
   __shared__ Part runs[2 * kMostWarps];  // twice: while some warps read, others may write the next ones
   int side = 0;
@@ -408,7 +378,7 @@ __global__ void __launch_bounds__(32 * kBlockWarps<mode>, kMinBlocks<T, mode>)
       const T after = after_ahead;
       if (first > 0) load_ahead(first - span + own);
       const T next_value = __shfl_up_sync(kAll, s.value[0], 1);
-      Run<T> run = scan_lanes<32, estimator>(weigh(args, s, n, start, t0, lane == 0 ? after : next_value), powers);
+      Run<T> run = scan_lanes<32, estimator>(args, weigh<mode != kGeneric>(args, s, n, start, t0, lane == 0 ? after : next_value));
       Part* const of_env = runs + side * kMostWarps + warp - part;
       side ^= 1;
       if (lane == 31) of_env[part] = run;
@@ -455,7 +425,7 @@ __global__ void __launch_bounds__(32 * kMostWarps) scan_columns(const __grid_con
       Steps<T, estimator, K> s;
       const T after = value_at<T, Direct>(args, n, exists, start, t0 + K);
       load<T, estimator, mode>(args, s, n, exists, start, t0, after);
-      const Run<T> run = weigh(args, s, n, start, t0, after);
+      const Run<T> run = weigh<Direct>(args, s, n, start, t0, after);
       const int at = side * kThreads + env;
       side ^= 1;
       run_sums[at + part * envs] = run.sum;

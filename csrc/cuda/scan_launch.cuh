@@ -33,7 +33,8 @@ Choice<T> choose_rows(int lanes, bool two) {
   }
   if constexpr (sizeof(T) == 4 && mode != kGeneric) {
     if (lanes <= 8) return PYDRONE_ROWS(8, 1);
-    if (mode == kWide && two) return PYDRONE_ROWS(32, 2);
+    if constexpr (mode == kWide)
+      if (two) return PYDRONE_ROWS(32, 2);
   }
   return PYDRONE_ROWS(32, 1);
 #undef PYDRONE_ROWS
@@ -145,6 +146,8 @@ void run(const Tensor& rewards, const Tensor& values, const Tensor& dones, const
   args.coded = coded;
   args.gamma = static_cast<T>(gamma);
   args.decay = static_cast<T>(gamma * lam);
+  args.powers[0] = args.decay * args.decay * args.decay * args.decay;
+  for (int i = 1; i < 6; ++i) args.powers[i] = args.powers[i - 1] * args.powers[i - 1];
   args.rho_clip = static_cast<T>(rho_clip);
   args.c_clip = static_cast<T>(c_clip);
 
@@ -153,8 +156,10 @@ void run(const Tensor& rewards, const Tensor& values, const Tensor& dones, const
     direct = direct && fits;
     wide = wide && step == 1 && env % kLaneSteps == 0 && reinterpret_cast<uintptr_t>(data) % aligned == 0;
   };
+  const auto type = static_cast<int32_t>(out.scalar_type());
   for (const Plane* x : {&args.rewards, &args.values, &args.log_rhos, &args.q_values})
-    if (x->data) see(x->data, x->env, x->step, x->type == static_cast<int32_t>(out.scalar_type()), 16);
+    if (x->data) see(x->data, x->env, x->step, x->type == type, 16);
+  direct = direct && args.last_values.type == type && (!args.final_values.data || args.final_values.type == type);
   for (const Plane* x : {&args.dones, &args.truncated, &args.valid})
     if (x->data) see(x->data, x->env, x->step, x->size == 1, 4);
   if (advantages) see(args.advantages, args.advantages_env, args.advantages_step, true, 16);
