@@ -13,10 +13,10 @@ from pydrone._version import __version__
 
 if TYPE_CHECKING:
     from pydrone.buffer import BufferFull, Minibatch, RolloutBuffer
-    from pydrone.estimators import gae
+    from pydrone.estimators import gae, retrace, vtrace
     from pydrone.ops.dispatch import backends
 
-__all__ = ["BufferFull", "Minibatch", "RolloutBuffer", "__version__", "backends", "gae"]
+__all__ = ["BufferFull", "Minibatch", "RolloutBuffer", "__version__", "backends", "gae", "retrace", "vtrace"]
 
 _HOMES = {
     "BufferFull": "buffer",
@@ -24,6 +24,8 @@ _HOMES = {
     "RolloutBuffer": "buffer",
     "backends": "ops.dispatch",
     "gae": "estimators",
+    "retrace": "estimators",
+    "vtrace": "estimators",
 }
 
 

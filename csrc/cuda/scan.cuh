@@ -54,7 +54,7 @@ struct Steps {
   __device__ int32_t code(int k) const { return codes[k / 4] >> 8 * (k % 4) & 0xFF; }
 };
 
-// What consecutive steps come to: x of the first = sum + (0 if an end cuts it off, else link * what follows).
+// What consecutive steps come to: the first one's carry is sum + (0 if an end cuts it off, else link * what follows).
 template <typename T>
 struct Run {
   T sum, link;
@@ -110,12 +110,6 @@ __device__ T read_final(const Args<T>& args, int64_t n, int64_t slot) {
   if (!args.final_rows.data) return read<T, Direct>(args.final_values, n, slot);
   const int32_t row = reinterpret_cast<const int32_t*>(args.final_rows.data)[args.final_rows.at(n, slot)];
   return row < 0 || row >= args.pool_size ? static_cast<T>(NAN) : read<T, Direct>(args.final_values, row, 0);
-}
-
-// The same, not inlined: keeps an unrolled loop short.
-template <typename T, bool Direct>
-__device__ __noinline__ T call_read_final(const Args<T>& args, int64_t n, int64_t slot) {
-  return read_final<T, Direct>(args, n, slot);
 }
 
 template <typename T>
@@ -189,7 +183,23 @@ __device__ void load(const Args<T>& args, Steps<T, estimator, K>& s, int64_t n, 
   }
 }
 
-// What the steps come to. Turns rewards into temporal differences, and log-probabilities into V-trace's rho.
+// Step k from what follows it, `carry`, which becomes what step k - 1 is followed by: x, for Retrace link * x. `total`:
+// the return or target.
+template <typename T, Estimator estimator, int K>
+__device__ void step(const Args<T>& args, const Steps<T, estimator, K>& s, int k, T& carry, T& advantage, T& total) {
+  const T delta = s.reward[k];
+  if constexpr (estimator == kGae) {
+    advantage = carry = gae_join(s.code(k) != kRunning, delta, args.decay, carry);
+    total = carry + s.value[k];
+  } else if (args.q_values.data) {
+    total = s.q[k] + retrace_step(s.code(k), delta, s.link[k], carry);
+  } else {
+    carry = vtrace_step(s.code(k), delta, s.ratio[k], s.link[k], args.gamma, carry, advantage);
+    total = carry + s.value[k];
+  }
+}
+
+// What the steps come to. Turns rewards into temporal differences, and log-probabilities into clipped ratios.
 template <bool Direct, typename T, Estimator estimator, int K>
 __device__ Run<T> weigh(const Args<T>& args, Steps<T, estimator, K>& s, int64_t n, int64_t start, int t0,
                         T next_value) {
@@ -197,60 +207,30 @@ __device__ Run<T> weigh(const Args<T>& args, Steps<T, estimator, K>& s, int64_t 
 #pragma unroll
   for (int k = K - 1; k >= 0; --k) {
     const int32_t code = s.code(k);
-    T final_value = 0, subtracted = s.value[k];
-    if (args.bootstrap == kFinalValues && code == kTruncated) {
-      const int64_t slot = wrapped(start + t0 + k, args.capacity);
-      final_value = K > kLaneSteps ? call_read_final<T, Direct>(args, n, slot) : read_final<T, Direct>(args, n, slot);
+    T final_value = 0, subtracted = s.value[k], advantage, total;
+    if (args.bootstrap == kFinalValues && code == kTruncated)
+      final_value = read_final<T, Direct>(args, n, wrapped(start + t0 + k, args.capacity));
+    if constexpr (estimator == kOffPolicy) {
+      const T ratio = exp(s.ratio[k]);
+      s.ratio[k] = clipped_ratio(ratio, args.rho_clip);
+      s.link[k] = args.decay * clipped_ratio(ratio, args.c_clip);
+      run.link *= s.link[k];
+      subtracted = args.q_values.data ? s.q[k] : subtracted;
     }
-    if constexpr (estimator == kOffPolicy) subtracted = args.q_values.data ? s.q[k] : subtracted;
     const T at_truncation = value_at_truncation(args.bootstrap, s.value[k], next_value, final_value);
-    const T delta = gae_delta(code, s.reward[k], subtracted, next_value, at_truncation, args.gamma);
-    const bool cut = code != kRunning;
+    s.reward[k] = gae_delta(code, s.reward[k], subtracted, next_value, at_truncation, args.gamma);
     next_value = s.value[k];
-    s.reward[k] = delta;
-    if constexpr (estimator == kGae) {
-      run.sum = gae_join(cut, delta, args.decay, run.sum);
-    } else {
-      const T ratio = exp(s.ratio[k]), link = args.decay * clipped_ratio(ratio, args.c_clip);
-      s.link[k] = link;
-      s.ratio[k] = args.q_values.data ? link : clipped_ratio(ratio, args.rho_clip);
-      run.sum = gae_join(cut, weighted(s, k), link, run.sum);
-      run.link *= link;
-    }
-    run.cut = run.cut || cut;
+    step(args, s, k, run.sum, advantage, total);
+    run.cut = run.cut || code != kRunning;
   }
   return run;
 }
 
-// The step's own part of x_t. An invalid one has none, whatever its ratio.
-template <typename T, int K>
-__device__ T weighted(const Steps<T, kOffPolicy, K>& s, int k) {
-  const T product = s.ratio[k] * s.reward[k];
-  return s.code(k) == kInvalid ? T(0) : product;
-}
-
-// Advantages and returns of the steps, from the x that follows them.
-//
-// Retrace is scanned as y_t = gamma c_t x_t = link_t (delta_t + y_{t+1}): its weight is its link, which is that of the
-// step before. V-trace's y is its x.
+// Advantages and returns of the steps, from the carry that follows them.
 template <typename T, Estimator estimator, int K>
 __device__ void finish(const Args<T>& args, Steps<T, estimator, K>& s, T carry) {
 #pragma unroll
-  for (int k = K - 1; k >= 0; --k) {
-    const bool cut = s.code(k) != kRunning;
-    const T delta = s.reward[k];
-    if constexpr (estimator == kGae) {
-      carry = gae_join(cut, delta, args.decay, carry);
-      s.reward[k] = carry;
-      s.value[k] += carry;
-    } else {
-      const bool retrace = args.q_values.data;
-      const T ahead = gae_join(cut, delta, retrace ? T(1) : args.gamma, carry), advantage = s.ratio[k] * ahead;
-      carry = gae_join(cut, weighted(s, k), s.link[k], carry);
-      s.reward[k] = s.code(k) == kInvalid ? T(0) : advantage;
-      s.value[k] = retrace ? s.q[k] + ahead : s.value[k] + carry;
-    }
-  }
+  for (int k = K - 1; k >= 0; --k) step(args, s, k, carry, s.reward[k], s.value[k]);
 }
 
 // Writes what `finish` has made of the steps.
@@ -401,7 +381,7 @@ __global__ void __launch_bounds__(32 * kBlockWarps<mode>, kMinBlocks<T, mode>)
 // Columns, where the environments of a step lie together: a thread has K steps of one environment at a time,
 // `args.parts` threads share it, and neighbouring threads have neighbouring environments.
 template <typename T, Estimator estimator, bool Direct, int K>
-__global__ void __launch_bounds__(32 * kMostWarps) scan_columns(const __grid_constant__ Args<T> args) {
+__global__ void __launch_bounds__(32 * kMostWarps, 1) scan_columns(const __grid_constant__ Args<T> args) {
   constexpr Mode mode = Direct ? kDirect : kGeneric;
   constexpr int kThreads = 32 * kMostWarps;
   const int parts = args.parts, envs = blockDim.x / parts, env = threadIdx.x % envs, part = threadIdx.x / envs;

@@ -97,53 +97,50 @@ void launch(const Args<T>& args, bool env_major, Mode mode, cudaStream_t stream)
     launch_rows<T, estimator, kGeneric>(args, stream);
 }
 
-// The scan's arguments, checked before. `log_rhos`, `q_values`: null for kGae.
+// `log_rhos`: given for kOffPolicy.
 template <typename T, Estimator estimator>
-void run(const Tensor& rewards, const Tensor& values, const Tensor& dones, const Optional& truncated,
-         const Optional& valid, const Tensor& last_values, const Optional& final_values, const Optional& final_rows,
-         const Tensor* log_rhos, const Optional& q_values, double gamma, double lam, double rho_clip, double c_clip,
-         int64_t start, bool coded, int64_t bootstrap, const Optional& cursor, const Optional& advantages,
-         const Optional& returns, const Optional& stats, const Optional& workspace) {
-  const Tensor& out = returns ? *returns : *advantages;
+void run(const Scan& scan, const Optional& log_rhos, const Optional& q_values, double gamma, double lam,
+         double rho_clip, double c_clip) {
+  const Tensor& out = estimator == kGae ? *scan.advantages : *scan.targets;
   Args<T> args{};
-  args.rewards = Plane(rewards);
-  args.values = Plane(values);
-  args.dones = Plane(dones);
-  args.last_values = Plane(last_values);
-  if (!coded && truncated) args.truncated = Plane(*truncated);
-  if (!coded && valid) args.valid = Plane(*valid);
-  if (bootstrap == kFinalValues) {
-    args.final_values = Plane(*final_values);
-    if (final_rows) {
-      args.final_rows = Plane(*final_rows);
-      args.pool_size = final_values->size(0);
+  args.rewards = Plane(scan.rewards);
+  args.values = Plane(scan.values);
+  args.dones = Plane(scan.dones);
+  args.last_values = Plane(scan.last_values);
+  if (!scan.coded && scan.truncated) args.truncated = Plane(*scan.truncated);
+  if (!scan.coded && scan.valid) args.valid = Plane(*scan.valid);
+  if (scan.bootstrap == kFinalValues) {
+    args.final_values = Plane(*scan.final_values);
+    if (scan.final_rows) {
+      args.final_rows = Plane(*scan.final_rows);
+      args.pool_size = scan.final_values->size(0);
     }
   }
   if (log_rhos) args.log_rhos = Plane(*log_rhos);
   if (q_values) args.q_values = Plane(*q_values);
-  if (advantages) {
-    args.advantages = static_cast<T*>(advantages->data_ptr());
-    args.advantages_env = advantages->stride(0);
-    args.advantages_step = advantages->stride(1);
+  if (scan.advantages) {
+    args.advantages = static_cast<T*>(scan.advantages->data_ptr());
+    args.advantages_env = scan.advantages->stride(0);
+    args.advantages_step = scan.advantages->stride(1);
   }
-  if (returns) {
-    args.returns = static_cast<T*>(returns->data_ptr());
-    args.returns_env = returns->stride(0);
-    args.returns_step = returns->stride(1);
+  if (scan.targets) {
+    args.returns = static_cast<T*>(scan.targets->data_ptr());
+    args.returns_env = scan.targets->stride(0);
+    args.returns_step = scan.targets->stride(1);
   }
-  if (stats) {
-    char* memory = static_cast<char*>(workspace->data_ptr());
-    args.stats = static_cast<double*>(stats->data_ptr());
+  if (scan.stats) {
+    char* memory = static_cast<char*>(scan.workspace->data_ptr());
+    args.stats = static_cast<double*>(scan.stats->data_ptr());
     args.ticket = reinterpret_cast<uint64_t*>(memory);
     args.partials = reinterpret_cast<double2*>(memory + (reinterpret_cast<uintptr_t>(memory) % 16 ? 8 : 16));
   }
-  if (cursor) args.cursor = static_cast<const int64_t*>(cursor->data_ptr());
-  args.num_envs = rewards.size(0);
-  args.capacity = rewards.size(1);
+  if (scan.cursor) args.cursor = static_cast<const int64_t*>(scan.cursor->data_ptr());
+  args.num_envs = scan.rewards.size(0);
+  args.capacity = scan.rewards.size(1);
   args.num_steps = static_cast<int32_t>(out.size(1));
-  args.start = start;
-  args.bootstrap = static_cast<int32_t>(bootstrap);
-  args.coded = coded;
+  args.start = scan.start;
+  args.bootstrap = static_cast<int32_t>(scan.bootstrap);
+  args.coded = scan.coded;
   args.gamma = static_cast<T>(gamma);
   args.decay = static_cast<T>(gamma * lam);
   args.powers[0] = args.decay * args.decay * args.decay * args.decay;
@@ -151,7 +148,7 @@ void run(const Tensor& rewards, const Tensor& values, const Tensor& dones, const
   args.rho_clip = static_cast<T>(rho_clip);
   args.c_clip = static_cast<T>(c_clip);
 
-  bool direct = true, wide = args.num_steps % kLaneSteps == 0 && (cursor || starts_wide(args, start));
+  bool direct = true, wide = args.num_steps % kLaneSteps == 0 && (scan.cursor || starts_wide(args, scan.start));
   auto see = [&](const void* data, int64_t env, int64_t step, bool fits, size_t aligned) {
     direct = direct && fits;
     wide = wide && step == 1 && env % kLaneSteps == 0 && reinterpret_cast<uintptr_t>(data) % aligned == 0;
@@ -162,18 +159,27 @@ void run(const Tensor& rewards, const Tensor& values, const Tensor& dones, const
   direct = direct && args.last_values.type == type && (!args.final_values.data || args.final_values.type == type);
   for (const Plane* x : {&args.dones, &args.truncated, &args.valid})
     if (x->data) see(x->data, x->env, x->step, x->size == 1, 4);
-  if (advantages) see(args.advantages, args.advantages_env, args.advantages_step, true, 16);
-  if (returns) see(args.returns, args.returns_env, args.returns_step, true, 16);
-  const Launch context(rewards);
-  launch<T, estimator>(args, rewards.stride(0) != 1 || rewards.stride(1) == 1,
+  if (scan.advantages) see(args.advantages, args.advantages_env, args.advantages_step, true, 16);
+  if (scan.targets) see(args.returns, args.returns_env, args.returns_step, true, 16);
+  const Launch context(scan.rewards);
+  launch<T, estimator>(args, scan.rewards.stride(0) != 1 || scan.rewards.stride(1) == 1,
                        !direct ? kGeneric : wide ? kWide : kDirect, context.stream);
 }
 
-// What is left of the outputs where there is no sample.
-inline void clear_stats(const Tensor& rewards, const Optional& stats) {
-  if (!stats) return;
-  const Launch context(rewards);
-  STD_CUDA_CHECK(cudaMemsetAsync(stats->data_ptr(), 0, 3 * sizeof(double), context.stream));
+// Runs a checked scan in the dtype of its outputs. Without a sample only the statistics are written.
+template <Estimator estimator>
+void run(const Scan& scan, const Optional& log_rhos, const Optional& q_values, double gamma, double lam,
+         double rho_clip, double c_clip) {
+  const Tensor& out = estimator == kGae ? *scan.advantages : *scan.targets;
+  if (out.size(0) == 0 || out.size(1) == 0) {
+    if (!scan.stats) return;
+    const Launch context(scan.rewards);
+    STD_CUDA_CHECK(cudaMemsetAsync(scan.stats->data_ptr(), 0, 3 * sizeof(double), context.stream));
+    return;
+  }
+  if (!scan.cursor) check_range("start", scan.start, 0, scan.rewards.size(1));
+  auto* typed = out.scalar_type() == ScalarType::Float ? run<float, estimator> : run<double, estimator>;
+  typed(scan, log_rhos, q_values, gamma, lam, rho_clip, c_clip);
 }
 
 }  // namespace
