@@ -12,7 +12,8 @@ void off_policy(const Tensor& rewards, const Tensor& values, const Tensor& dones
   const Scan scan{rewards, values, dones, truncated, valid, last_values, final_values, final_rows,
                   start, coded, bootstrap, cursor, advantages, targets, stats, workspace};
   check_off_policy(scan, log_rhos, q_values, rho_clip, c_clip);
-  run<kOffPolicy>(scan, log_rhos, q_values, gamma, lam, rho_clip, c_clip);
+  q_values ? run<kRetrace>(scan, log_rhos, q_values, gamma, lam, rho_clip, c_clip)
+           : run<kVtrace>(scan, log_rhos, q_values, gamma, lam, rho_clip, c_clip);
 }
 
 }  // namespace

@@ -15,12 +15,12 @@ namespace {
 
 constexpr int kLaneSteps = 4, kTile = 32 * kLaneSteps;  // steps of a thread and of a warp where a row's steps lie together
 
-enum Estimator { kGae, kOffPolicy };
+enum Estimator { kGae, kVtrace, kRetrace };
 
 template <typename T>
 struct Args {
   Plane rewards, values, dones, truncated, valid, last_values, final_values, final_rows, log_rhos, q_values;
-  T *advantages, *returns;  // returns: the targets of kOffPolicy
+  T *advantages, *returns;  // returns: the targets of V-trace and Retrace
   int64_t advantages_env, advantages_step, returns_env, returns_step;
   double* stats;
   double2* partials;
@@ -48,7 +48,8 @@ enum Mode { kGeneric, kDirect, kWide };
 template <typename T, Estimator estimator, int K>
 struct Steps {
   T reward[K], value[K];  // by `weigh`, rewards become temporal differences; by `finish`, advantages and returns
-  T ratio[estimator == kGae ? 1 : K], link[estimator == kGae ? 1 : K], q[estimator == kGae ? 1 : K];
+  T ratio[estimator == kGae ? 1 : K];  // first its logarithm
+  T q[estimator == kRetrace ? K : 1];
   uint32_t codes[(K + 3) / 4];  // one byte per step
 
   __device__ int32_t code(int k) const { return codes[k / 4] >> 8 * (k % 4) & 0xFF; }
@@ -146,10 +147,8 @@ __device__ void load(const Args<T>& args, Steps<T, estimator, K>& s, int64_t n, 
     const int32_t code = read_code<T, Direct>(args, env, slot);
     reward = read<T, Direct>(args.rewards, env, slot);
     value = read<T, Direct>(args.values, env, slot);
-    if constexpr (estimator == kOffPolicy) {
-      ratio = read<T, Direct>(args.log_rhos, env, slot);
-      if (args.q_values.data) q = read<T, Direct>(args.q_values, env, slot);
-    }
+    if constexpr (estimator != kGae) ratio = read<T, Direct>(args.log_rhos, env, slot);
+    if constexpr (estimator == kRetrace) q = read<T, Direct>(args.q_values, env, slot);
     value = inside ? value : after;
     return static_cast<uint32_t>(inside ? code & 0xFF : kInvalid);
   };
@@ -158,17 +157,16 @@ __device__ void load(const Args<T>& args, Steps<T, estimator, K>& s, int64_t n, 
 #pragma unroll
     for (int k = 0; k < K; ++k) {
       s.reward[k] = 0, s.value[k] = after;
-      if constexpr (estimator == kOffPolicy) s.ratio[k] = s.q[k] = 0;
+      if constexpr (estimator != kGae) s.ratio[k] = 0;
+      if constexpr (estimator == kRetrace) s.q[k] = 0;
     }
     if (!exists || t0 >= args.num_steps) return;
     if (!args.cursor || starts_wide(args, start)) {
       const int64_t slot = wrapped(start + t0, args.capacity);
       read_four(s.reward, args.rewards, n, slot);
       read_four(s.value, args.values, n, slot);
-      if constexpr (estimator == kOffPolicy) {
-        read_four(s.ratio, args.log_rhos, n, slot);
-        if (args.q_values.data) read_four(s.q, args.q_values, n, slot);
-      }
+      if constexpr (estimator != kGae) read_four(s.ratio, args.log_rhos, n, slot);
+      if constexpr (estimator == kRetrace) read_four(s.q, args.q_values, n, slot);
       s.codes[0] = read_four_codes(args, n, slot);
       return;
     }
@@ -178,28 +176,33 @@ __device__ void load(const Args<T>& args, Steps<T, estimator, K>& s, int64_t n, 
   for (int i = 0; i < (K + 3) / 4; ++i) s.codes[i] = 0;
 #pragma unroll
   for (int k = 0; k < K; ++k) {
-    const int i = estimator == kGae ? 0 : k;
-    s.codes[k / 4] |= load_step(k, s.reward[k], s.value[k], s.ratio[i], s.q[i]) << 8 * (k % 4);
+    T &ratio = s.ratio[estimator == kGae ? 0 : k], &q = s.q[estimator == kRetrace ? k : 0];
+    s.codes[k / 4] |= load_step(k, s.reward[k], s.value[k], ratio, q) << 8 * (k % 4);
   }
 }
 
-// Step k from what follows it, `carry`, which becomes what step k - 1 is followed by: x, for Retrace link * x. `total`:
-// the return or target.
+// The factor of what follows step k; for Retrace, that of the step before it.
+template <typename T, Estimator estimator, int K>
+__device__ T link_of(const Args<T>& args, const Steps<T, estimator, K>& s, int k) {
+  if constexpr (estimator == kGae)
+    return args.decay;
+  else
+    return args.decay * clipped_ratio(s.ratio[k], args.c_clip);
+}
+
+// Step k from what follows it, `carry`, which becomes what step k - 1 is followed by: x, or Retrace's link * x. `total`
+// is the return or target.
 template <typename T, Estimator estimator, int K>
 __device__ void step(const Args<T>& args, const Steps<T, estimator, K>& s, int k, T& carry, T& advantage, T& total) {
-  const T delta = s.reward[k];
-  if constexpr (estimator == kGae) {
-    advantage = carry = gae_join(s.code(k) != kRunning, delta, args.decay, carry);
-    total = carry + s.value[k];
-  } else if (args.q_values.data) {
-    total = s.q[k] + retrace_step(s.code(k), delta, s.link[k], carry);
-  } else {
-    carry = vtrace_step(s.code(k), delta, s.ratio[k], s.link[k], args.gamma, carry, advantage);
-    total = carry + s.value[k];
-  }
+  const T delta = s.reward[k], link = link_of(args, s, k);
+  if constexpr (estimator == kGae)
+    advantage = carry = gae_join(s.code(k) != kRunning, delta, link, carry);
+  else if constexpr (estimator == kVtrace)
+    carry = vtrace_step(s.code(k), delta, clipped_ratio(s.ratio[k], args.rho_clip), link, args.gamma, carry, advantage);
+  total = s.value[k] + (estimator == kRetrace ? retrace_step(s.code(k), delta, link, carry) : carry);
 }
 
-// What the steps come to. Turns rewards into temporal differences, and log-probabilities into clipped ratios.
+// What the steps come to. Turns rewards into temporal differences, logarithms into ratios, and for Retrace values into Q.
 template <bool Direct, typename T, Estimator estimator, int K>
 __device__ Run<T> weigh(const Args<T>& args, Steps<T, estimator, K>& s, int64_t n, int64_t start, int t0,
                         T next_value) {
@@ -207,19 +210,18 @@ __device__ Run<T> weigh(const Args<T>& args, Steps<T, estimator, K>& s, int64_t 
 #pragma unroll
   for (int k = K - 1; k >= 0; --k) {
     const int32_t code = s.code(k);
-    T final_value = 0, subtracted = s.value[k], advantage, total;
+    const T value = s.value[k];
+    T final_value = 0, advantage, total;
     if (args.bootstrap == kFinalValues && code == kTruncated)
       final_value = read_final<T, Direct>(args, n, wrapped(start + t0 + k, args.capacity));
-    if constexpr (estimator == kOffPolicy) {
-      const T ratio = exp(s.ratio[k]);
-      s.ratio[k] = clipped_ratio(ratio, args.rho_clip);
-      s.link[k] = args.decay * clipped_ratio(ratio, args.c_clip);
-      run.link *= s.link[k];
-      subtracted = args.q_values.data ? s.q[k] : subtracted;
+    if constexpr (estimator != kGae) {
+      s.ratio[k] = exp(s.ratio[k]);
+      run.link *= link_of(args, s, k);
     }
-    const T at_truncation = value_at_truncation(args.bootstrap, s.value[k], next_value, final_value);
-    s.reward[k] = gae_delta(code, s.reward[k], subtracted, next_value, at_truncation, args.gamma);
-    next_value = s.value[k];
+    if constexpr (estimator == kRetrace) s.value[k] = s.q[k];
+    const T at_truncation = value_at_truncation(args.bootstrap, value, next_value, final_value);
+    s.reward[k] = gae_delta(code, s.reward[k], s.value[k], next_value, at_truncation, args.gamma);
+    next_value = value;
     step(args, s, k, run.sum, advantage, total);
     run.cut = run.cut || code != kRunning;
   }
@@ -241,17 +243,15 @@ __device__ void store(const Args<T>& args, const Steps<T, estimator, K>& s, int6
     auto write = [&](T* out, int64_t env, const T(&x)[K]) {
       *reinterpret_cast<Four<T>*>(out + n * env + t0) = Four<T>{x[0], x[1], x[2], x[3]};
     };
-    if (estimator == kGae || args.advantages) write(args.advantages, args.advantages_env, s.reward);
-    if (estimator == kOffPolicy || args.returns) write(args.returns, args.returns_env, s.value);
+    if (args.advantages) write(args.advantages, args.advantages_env, s.reward);
+    if (args.returns) write(args.returns, args.returns_env, s.value);
   } else {
 #pragma unroll
     for (int k = 0; k < K; ++k) {
       const int64_t t = t0 + k;
       if (t >= args.num_steps) return;
-      if (estimator == kGae || args.advantages)
-        args.advantages[n * args.advantages_env + t * args.advantages_step] = s.reward[k];
-      if (estimator == kOffPolicy || args.returns)
-        args.returns[n * args.returns_env + t * args.returns_step] = s.value[k];
+      if (args.advantages) args.advantages[n * args.advantages_env + t * args.advantages_step] = s.reward[k];
+      if (args.returns) args.returns[n * args.returns_env + t * args.returns_step] = s.value[k];
     }
   }
 }
@@ -278,7 +278,7 @@ __device__ Run<T> scan_lanes(const Args<T>& args, Run<T> run) {
     const int d = 1 << i;
     const T later = __shfl_up_sync(kAll, run.sum, d, Lanes);
     T link = args.powers[i];
-    if constexpr (estimator == kOffPolicy) {
+    if constexpr (estimator != kGae) {
       const T link_later = __shfl_up_sync(kAll, run.link, d, Lanes);
       link = run.link;
       run.link = lane < d ? run.link : run.link * link_later;
@@ -331,7 +331,7 @@ __global__ void __launch_bounds__(32 * kBlockWarps<mode>, kMinBlocks<T, mode>)
 // Longer rows: `args.parts` warps to an environment, each with a tile of 128 steps at a time. The next tiles are loaded
 // before these are exchanged, so that memory works meanwhile.
 template <typename T, Estimator estimator, Mode mode>
-__global__ void __launch_bounds__(32 * kBlockWarps<mode>, kMinBlocks<T, mode>)
+__global__ void __launch_bounds__(32 * kBlockWarps<mode>, estimator == kRetrace ? 1 : kMinBlocks<T, mode>)
     scan_tiles(const __grid_constant__ Args<T> args) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, parts = args.parts, part = warp % parts;
   const int64_t start = first_slot(args), envs = blockDim.x / 32 / parts;
@@ -410,7 +410,7 @@ __global__ void __launch_bounds__(32 * kMostWarps, 1) scan_columns(const __grid_
       side ^= 1;
       run_sums[at + part * envs] = run.sum;
       run_cuts[at + part * envs] = run.cut;
-      if constexpr (estimator == kOffPolicy) run_links[at + part * envs] = run.link;
+      if constexpr (estimator != kGae) run_links[at + part * envs] = run.link;
       __syncthreads();
       T before = 0;
       for (int i = 0; i < parts; ++i) {

@@ -21,7 +21,7 @@ struct Choice {
   int lanes, rows;
 };
 
-// The kernel for rows of at most 4 * lanes steps. Only what is fast has kernels of its own for short rows.
+// The kernel for rows of at most 4 * lanes steps. Only what is fast and often used has kernels of its own for few steps.
 template <typename T, Estimator estimator, Mode mode>
 Choice<T> choose_rows(int lanes, bool two) {
 #define PYDRONE_ROWS(n, rows) Choice<T>{scan_rows<T, estimator, mode, n, rows>, n, rows}
@@ -31,11 +31,10 @@ Choice<T> choose_rows(int lanes, bool two) {
     if (lanes == 8) return two ? PYDRONE_ROWS(8, 2) : PYDRONE_ROWS(8, 1);
     if (lanes == 16) return two ? PYDRONE_ROWS(16, 2) : PYDRONE_ROWS(16, 1);
   }
-  if constexpr (sizeof(T) == 4 && mode != kGeneric) {
+  if constexpr (sizeof(T) == 4 && (mode == kDirect ? estimator == kGae : mode == kWide))
     if (lanes <= 8) return PYDRONE_ROWS(8, 1);
-    if constexpr (mode == kWide)
-      if (two) return PYDRONE_ROWS(32, 2);
-  }
+  if constexpr (sizeof(T) == 4 && mode == kWide && estimator == kGae)
+    if (two) return PYDRONE_ROWS(32, 2);
   return PYDRONE_ROWS(32, 1);
 #undef PYDRONE_ROWS
 }
@@ -86,18 +85,19 @@ void launch_columns(Args<T> args, cudaStream_t stream) {
 
 template <typename T, Estimator estimator>
 void launch(const Args<T>& args, bool env_major, Mode mode, cudaStream_t stream) {
+  constexpr bool kFast = sizeof(T) == 4 || estimator == kGae;  // else all accesses are generic
+  constexpr Mode direct = sizeof(T) == 4 ? kDirect : kGeneric;
   if (!env_major)
-    mode == kGeneric ? launch_columns<T, estimator, false>(args, stream)
-                     : launch_columns<T, estimator, true>(args, stream);
-  else if (mode == kWide)
-    launch_rows<T, estimator, kWide>(args, stream);
-  else if (mode == kDirect && sizeof(T) == 4)
-    launch_rows<T, estimator, sizeof(T) == 4 ? kDirect : kGeneric>(args, stream);
+    kFast && mode != kGeneric ? launch_columns<T, estimator, kFast>(args, stream)
+                              : launch_columns<T, estimator, false>(args, stream);
+  else if (kFast && mode == kWide)
+    launch_rows<T, estimator, kFast ? kWide : kGeneric>(args, stream);
+  else if (kFast && mode == kDirect)
+    launch_rows<T, estimator, direct>(args, stream);
   else
     launch_rows<T, estimator, kGeneric>(args, stream);
 }
 
-// `log_rhos`: given for kOffPolicy.
 template <typename T, Estimator estimator>
 void run(const Scan& scan, const Optional& log_rhos, const Optional& q_values, double gamma, double lam,
          double rho_clip, double c_clip) {
