@@ -77,6 +77,7 @@ __device__ inline void finish_stats(double* stats, double2* partials, uint64_t* 
     before = fetch_add(ticket, in_block << 16 | 1);
   }
   before = __shfl_sync(kAll, before, 0);
+  __syncwarp();  // what lane 0 has acquired, the others may read
   if ((before & 0xFFFFu) != static_cast<unsigned>(blocks - 1)) return;
 
   double2 total{0, 0};

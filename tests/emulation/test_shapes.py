@@ -1,5 +1,5 @@
-"""The scan's kernels by the shape of a rollout: several environments to a warp, several warps to an environment, columns
-in chunks, more environments than blocks take at once. Against the reference in float64."""
+"""The scan's kernels by the shape of a rollout: several environments to a warp, several warps to an environment,
+columns in chunks, more environments than blocks take at once. Against the reference in float64."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ RUNNING, TERMINATED, TRUNCATED, INVALID = range(4)
 
 
 def planes(num_envs: int, num_steps: int, capacity: int, start: int, seed: int = 0) -> dict[str, Tensor]:
-    """Arguments of gae by name, [N, C], codes among them. What no result may depend on is NaN: slots outside the rollout,
-    invalid rewards, and, for one environment in four, everything after an end."""
+    """Arguments of gae by name, [N, C], codes among them. What no result may depend on is NaN: slots outside the
+    rollout, invalid rewards and ratios, and, for one environment in four, everything after an end."""
     g = torch.Generator().manual_seed(seed)
     slots = (torch.arange(num_steps) + start) % capacity
     chance = torch.rand(num_envs, num_steps, generator=g)
     codes = torch.where(chance < 0.02, TERMINATED, RUNNING)
     codes = torch.where(chance < 0.01, TRUNCATED, codes)
     codes = torch.where(chance > 0.99, INVALID, codes).to(torch.uint8)
-    rewards, values, final = torch.randn(3, num_envs, num_steps, generator=g)
+    rewards, values, final, ratios, q = torch.randn(5, num_envs, num_steps, generator=g)
     last = torch.randn(num_envs, generator=g)
     cut = torch.zeros(num_envs, num_steps, dtype=torch.bool)
     if num_steps > 1:
@@ -33,10 +33,10 @@ def planes(num_envs: int, num_steps: int, capacity: int, start: int, seed: int =
         dirty = (torch.arange(num_envs) % 4 == 3) & (ends < num_steps - 1)
         codes[dirty, ends[dirty]] = TERMINATED
         cut = dirty[:, None] & (torch.arange(num_steps) > ends[:, None])
-        rewards[cut] = values[cut] = math.nan
+        rewards[cut] = values[cut] = ratios[cut] = q[cut] = math.nan
         codes[cut] = RUNNING
         last[dirty] = math.nan
-    rewards[codes == INVALID] = math.nan
+    rewards[codes == INVALID] = ratios[codes == INVALID] = math.nan
     final[codes != TRUNCATED] = math.nan
 
     def ring(x: Tensor, fill: float) -> Tensor:
@@ -50,6 +50,8 @@ def planes(num_envs: int, num_steps: int, capacity: int, start: int, seed: int =
         "codes": ring(codes, INVALID),
         "last": last,
         "final": ring(final, math.nan),
+        "log_rhos": ring(ratios, math.nan),
+        "q": ring(q, math.nan),
         "kept": ~cut,
     }
 
@@ -127,6 +129,43 @@ def test_every_shape(shape, layout, operations):
     assert count == sample.numel()
     assert mean == pytest.approx(sample.mean().item() if count else 0, rel=1e-6, abs=1e-7)
     assert m2 == pytest.approx((sample - mean).square().sum().item(), rel=1e-5)
+
+
+OFF_POLICY = [(37, 1), (45, 24), (17, 100), (9, 50), (3, 132), (3, 1001), (1, 4500), (600, 132)]
+
+
+@pytest.mark.parametrize("layout", ["rows", "columns", "any"])
+@pytest.mark.parametrize("retrace", [False, True], ids=["vtrace", "retrace"])
+@pytest.mark.parametrize("shape", OFF_POLICY, ids=lambda x: f"{x[0]}x{x[1]}")
+def test_off_policy_in_every_shape(shape, retrace, layout, operations):
+    num_envs, num_steps = shape
+    capacity, start = num_steps + 4, 4  # the rollout wraps
+    data = planes(num_envs, num_steps, capacity, start)
+    kept = data["kept"]
+
+    def run(off_policy, x: dict, dtype) -> tuple[Tensor, ...]:
+        out = torch.full((2, num_envs, num_steps), math.nan, dtype=dtype)
+        advantages, moments = (None, None) if retrace else (out[0], torch.full((3,), math.nan, dtype=torch.float64))
+        off_policy(
+            *(x["rewards"], x["values"], x["codes"], None, None, x["last"], x["final"], None, x["log_rhos"]),
+            *(x["q"] if retrace else None, 0.97, 0.9, 1.0, 1.5, start, True, 1, None, advantages, out[1], moments),
+            torch.zeros(workspace_size(num_envs), dtype=torch.float64),
+        )
+        return (out[1][kept],) if retrace else (out[1][kept], out[0][kept], moments)
+
+    expected = run(reference.off_policy, double(data), torch.float64)
+    if layout == "columns":
+        data = {name: x.t().contiguous().t() if x.dim() == 2 else x for name, x in data.items()}
+    if layout == "any":
+        data["log_rhos"] = data["log_rhos"].double().repeat_interleave(2, 1)[:, ::2]
+    actual, again = (run(operations.off_policy, data, torch.float32) for _ in range(2))
+    for x, y in zip(actual[:2], expected[:2], strict=True):
+        assert_close(x, y)
+    if not retrace and not kept.all():
+        assert actual[2][1:].isnan().all()  # a NaN advantage shows in the statistics
+    elif not retrace:
+        assert actual[2].tolist() == pytest.approx(expected[2].tolist(), rel=1e-5)
+    assert all(torch.equal(x.nan_to_num(7), y.nan_to_num(7)) for x, y in zip(actual, again, strict=True))
 
 
 @pytest.mark.parametrize("layout", ["rows", "columns"])

@@ -302,6 +302,7 @@ T from_lane(const uint64_t* lanes, unsigned lane) {
 }  // namespace emulated
 
 inline void __syncthreads() { emulated::block.barrier(); }
+inline void __syncwarp() { emulated::block.shuffle(__func__, 0xFFFFFFFFu, 0); }
 
 template <typename T>
 T __shfl_sync(unsigned mask, T x, int lane) {
