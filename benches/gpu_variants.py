@@ -28,8 +28,7 @@ SOURCES = ROOT / "csrc" / "cuda"
 FLAGS = ["-std=c++20", "-O3", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000", "-DTORCH_STABLE_ONLY"]
 LIBRARIES = ["-ltorch", "-ltorch_cpu", "-ltorch_cuda", "-lc10", "-lc10_cuda", "-lcudart"]
 
-FOUR_ROWS = {f"gae_rows<T, {mode}, 2>": f"gae_rows<T, {mode}, 4>" for mode in ("kWide", "kDirect", "kGeneric")}
-FOUR_ROWS["two ? 2 * kWarps"] = "two ? 4 * kWarps"
+FOUR_ROWS = {"if (two) return PYDRONE_ROWS(32, 2);": "if (two) return PYDRONE_ROWS(32, 4);"}
 
 
 class Variant(NamedTuple):
@@ -47,11 +46,12 @@ class Variant(NamedTuple):
 
 
 # The constants of each kernel that are varied, in CUDA and in Triton. kMinBlocks is how many blocks must be resident at
-# once, which limits a thread's registers. kManyEnvs and MANY_ENVS: 1 for several rows a warp, BEYOND for one.
+# once, which limits a thread's registers. kManyWarps and MANY_ENVS: 1 for several rows a warp, BEYOND for one.
+# kFewBlocks: blocks are halved below it.
 BEYOND = 1 << 30
 KERNELS = {
-    "gae rows": (("kWarps", "kManyEnvs", "kMinBlocks"), ("WARPS", "WARP_ROWS", "MANY_ENVS")),
-    "gae columns": (("kColumnThreads", "kSteps"), ("COLUMNS", "COLUMN_STEPS")),
+    "gae rows": (("kMostWarps", "kManyWarps", "kMinBlocks", "kFewBlocks"), ("WARPS", "WARP_ROWS", "MANY_ENVS")),
+    "gae columns": (("kColumnSteps", "kColumnEnvs", "kFewColumnEnvs"), ("COLUMNS", "COLUMN_STEPS")),
     "append": (("kThreads", "kUnroll"), ("ENVS", "WARPS")),
     "gather": (("kSamples", "kThreads", "kUnroll", "kStaged"), ("SAMPLES", "WARPS")),
     "ppo_gradients tf32": ((), ("TILES", "WARPS", "ROWS", "ADD_WARPS")),
@@ -69,8 +69,8 @@ TILES = tuple({samples: 1 << 20} for samples in (16, 32, 64))
 
 def _rows(warps: int, many: int, blocks: int, text: dict[str, str]) -> Variant:
     # Only the kernel that the sweep runs gets the bound.
-    bound = f"sizeof(T) == 8 ? 1 : (mode == kWide ? {blocks} : 1)"
-    return Variant("gae rows", "cuda", {"kWarps": warps, "kManyEnvs": many, "kMinBlocks": bound}, text)
+    bound = f"sizeof(T) == 4 && mode == kWide ? {blocks} : 1"
+    return Variant("gae rows", "cuda", {"kMostWarps": warps, "kManyWarps": many, "kMinBlocks": bound}, text)
 
 
 def _each(kernel: str, backend: str, names: str, values: str) -> list[Variant]:
@@ -86,16 +86,17 @@ def cuda() -> list[Variant]:
         Variant("gae rows", "cuda"),
         *(_rows(warps, many, 32 // warps, {}) for warps in (4, 8, 16) for many in (1, BEYOND)),
         *(_rows(8, 1, blocks, {}) for blocks in (2, 3, 5)),
-        *(_rows(warps, 1, blocks, FOUR_ROWS) for warps, blocks in ((8, 2), (4, 5))),
+        *(_rows(warps, 1, blocks, FOUR_ROWS) for warps, blocks in ((16, 1), (8, 2), (4, 5))),
+        *_each("gae rows", "cuda", "kFewBlocks", "32, 64, 256, 512"),
         Variant("gae columns", "cuda"),
-        *_each("gae columns", "cuda", "kColumnThreads kSteps", "64 10, 64 20, 64 25, 64 50"),
-        *_each("gae columns", "cuda", "kColumnThreads kSteps", "32 20, 32 34, 32 50, 128 34"),
+        *_each("gae columns", "cuda", "kColumnSteps kColumnEnvs", "4 32, 6 32, 7 32, 10 32, 13 32, 16 32, 8 16, 8 8"),
+        *_each("gae columns", "cuda", "kFewColumnEnvs", "16, 32"),
         Variant("append", "cuda"),
         *_each("append", "cuda", "kThreads kUnroll", "256 1, 256 2, 256 8, 128 2, 128 4, 512 2, 512 4"),
         Variant("gather", "cuda"),
-        *_each("gather", "cuda", threads, "128 256 2, 128 256 8, 128 128 4, 128 512 2, 64 128 4, 64 256 4, 64 256 2"),
-        *_each("gather", "cuda", threads, "32 128 4, 256 256 4, 256 512 4"),
-        *_each("gather", "cuda", "kSamples kStaged", "128 0, 64 0"),
+        *_each("gather", "cuda", threads, "128 256 4, 128 256 2, 128 256 8, 128 128 4, 128 512 2, 64 128 4, 64 256 4"),
+        *_each("gather", "cuda", threads, "32 128 4, 256 256 2, 256 512 4, 256 512 2, 512 512 4"),
+        *_each("gather", "cuda", "kSamples kStaged", "256 0, 64 0"),
     ]
 
 
@@ -165,12 +166,28 @@ def constants(variant: Variant) -> dict[str, str]:
         module = importlib.import_module(f"pydrone._triton.{variant.operation}")
         found = {name: getattr(module, name) for name in names}
     else:
-        source = (SOURCES / f"{variant.operation}.cu").read_text()
+        source = whole((SOURCES / f"{variant.operation}.cu").read_text())
         found = {name: _assigned(name, source)[1] for name in names}
     found |= variant.parameters
     if "kMinBlocks" in found:  # a conditional expression: the value for the kernel that runs
         found["kMinBlocks"] = re.search(r"kWide \? (\d+)", found["kMinBlocks"])[1]
     return {name: str(x) for name, x in found.items()} | ({"rows of a warp": "4"} if variant.text else {})
+
+
+def whole(source: str) -> str:
+    """A CUDA source with the headers of its folder in place, where constants are defined."""
+    seen = set()
+
+    def header(include: re.Match) -> str:
+        if include[1] in seen:
+            return ""
+        seen.add(include[1])
+        return text((SOURCES / include[1]).read_text().replace("#pragma once\n", ""))
+
+    def text(part: str) -> str:
+        return re.sub(r'^#include "(\w+\.cuh)"$', header, part, flags=re.MULTILINE)
+
+    return text(source)
 
 
 def _assigned(name: str, source: str) -> re.Match:
@@ -183,6 +200,7 @@ def _assigned(name: str, source: str) -> re.Match:
 
 def changed(source: str, variant: Variant, namespace: str) -> str:
     """The CUDA source with the variant's constants and its operation in ``namespace``."""
+    source = whole(source)
     for name, x in variant.parameters.items():
         found = _assigned(name, source)
         source = source[: found.start(1)] + str(x) + source[found.end(1) :]

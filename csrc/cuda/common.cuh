@@ -110,17 +110,21 @@ __device__ inline int64_t ring_slot(int64_t k, int64_t capacity) {
   return static_cast<int64_t>(static_cast<uint64_t>(k) % static_cast<uint64_t>(capacity));
 }
 
+// Adds to a counter that all blocks share and returns what it was. What this thread wrote before it, and behind a
+// barrier its block, is seen by whoever reads the counter afterwards. One fence, where __threadfence() before and after
+// an atomicAdd are two, each of them sequentially consistent.
+__device__ inline uint64_t fetch_add(uint64_t* counter, uint64_t x) {
+  uint64_t before;
+  asm volatile("atom.add.acq_rel.gpu.global.u64 %0, [%1], %2;" : "=l"(before) : "l"(counter), "l"(x) : "memory");
+  return before;
+}
+
 // Returns true in every thread of the last of `blocks` to arrive. That block sees all writes of the others, and the
 // others have finished reading. It must reset the counter.
-template <typename Counter>
-__device__ inline bool last_block(Counter* ticket, Counter blocks) {
+__device__ inline bool last_block(uint64_t* ticket, uint64_t blocks) {
   __shared__ bool last;
   __syncthreads();
-  if (threadIdx.x == 0) {
-    __threadfence();
-    last = atomicAdd(ticket, Counter{1}) == blocks - 1;
-    __threadfence();
-  }
+  if (threadIdx.x == 0) last = fetch_add(ticket, 1) == blocks - 1;
   __syncthreads();
   return last;
 }

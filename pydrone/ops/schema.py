@@ -257,12 +257,13 @@ STD_EPSILON = 1e-8
 MAX_SAMPLES = 2**31 - 1
 
 
-# The most programs of a launch of ``gae`` with fewer than four environments each.
+# The most programs of a launch of ``gae`` with fewer than four environments each; CUDA's have no more.
 PARTIALS = 512
 
 
 def workspace_size(num_envs: int) -> int:
-    """Elements of ``gae``'s float64 workspace: a ticket, then at most three sums of each program."""
+    """Elements of ``gae``'s float64 workspace: a ticket, then at most three sums of each program (CUDA: two, aligned to
+    two elements)."""
     return 3 * max((num_envs + 3) // 4, min(num_envs, PARTIALS)) + 1
 
 

@@ -285,7 +285,7 @@ def test_what_ncu_says_of_a_kernel():
     stall = "smsp__average_warps_issue_stalled_{}_per_issue_active.ratio"
     columns = {
         "ID": ("", "0"),
-        "Kernel Name": ("", "void pydrone::(anonymous namespace)::gae_rows<float, 2, 2>(Args<float>)"),
+        "Kernel Name": ("", "void pydrone::(anonymous namespace)::scan_rows<float, 0, 2, 32, 2>(Args<float>)"),
         "gpu__time_duration.sum": ("ns", "5,120"),
         "dram__bytes_read.sum": ("Mbyte", "7.37"),
         "dram__bytes_write.sum": ("furlong", "1"),
@@ -297,7 +297,7 @@ def test_what_ncu_says_of_a_kernel():
     }
     lines = [",".join(f'"{x}"' for x in line) for line in (columns, *zip(*columns.values()))]
     (row,) = gpu_profile.summary("\n".join(["==PROF== a line of ncu's own", *lines]))
-    assert row["kernel"] == "gae_rows<float, 2, 2>(Args<float>)"
+    assert row["kernel"] == "scan_rows<float, 0, 2, 32, 2>(Args<float>)"
     assert (row["us"], row["read MB"], row["written MB"]) == ("5.12", "7.37", "1 furlong")
     assert row["occupancy %"] == "43.21"
     assert row["stalls, cycles an instruction"] == "long_scoreboard 12.5, barrier 0.2"
