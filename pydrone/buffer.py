@@ -114,7 +114,7 @@ class RolloutBuffer(Rollout):
 
     @property
     def backend(self) -> str:
-        """The name of the backend that its operations run on."""
+        """The name of the backend that its operations run on; by default on CUDA, that of its eager calls."""
         return self._storage.ops.name
 
     def __len__(self) -> int:

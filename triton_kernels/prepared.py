@@ -25,8 +25,9 @@ try:
 except ImportError:  # they are private
     TensorGuards = None
 
-# Launches kept for a key, and keys for a kernel. The oldest goes.
-MOST, MOST_KEYS = 4, 256
+# Launches kept for a key, which differ in shapes or in which addresses are aligned, and keys for a kernel. The oldest
+# goes.
+MOST, MOST_KEYS = 8, 256
 LIMIT = 1 << 31
 
 Arrange = Callable[[Sequence, Sequence], tuple[tuple[int, ...], tuple, dict[str, object]]]

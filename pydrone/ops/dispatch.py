@@ -9,6 +9,7 @@ with the reason.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
@@ -114,7 +115,8 @@ def _unless_traced(operation: Callable[..., None], launch: Callable[..., None]) 
 def _by_cursor(eager: Backend, captured: Backend) -> Backend:
     """``captured`` for calls with a cursor, as in a CUDA graph, ``eager`` for others.
 
-    A capture may not load kernels, so what ``captured`` has not prepared by then ``eager`` does.
+    A capture may not load kernels, so what ``captured`` has not prepared by then ``eager`` does. So it does where Triton
+    fails, for instance because there is no C compiler for its launcher.
     """
 
     def unchecked(name: str) -> Callable[..., None]:
@@ -128,11 +130,12 @@ def _by_cursor(eager: Backend, captured: Backend) -> Backend:
         def run(*args) -> None:
             if args[at] is None:
                 return call(*args)
-            if not capturing(args[at].get_device()):
-                return launch(*args)
+            within = capturing(args[at].get_device())
             try:
-                return again(*args)
-            except RuntimeError:
+                return again(*args) if within else launch(*args)
+            except Exception as error:  # of any kind: a compiler's, a driver's
+                if not within:
+                    warnings.warn(f"{name}: Triton failed, CUDA does it: {error}", RuntimeWarning, stacklevel=2)
                 return call(*args)
 
         return run

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from test_ops import SCHEMAS
@@ -69,7 +71,7 @@ def test_a_workspace_is_zeroed_memory_of_the_size_wanted():
 
 
 def fake(name: str, said: list[tuple[str, str]], prepared: Backend | None = None) -> Backend:
-    def operation(kind: str):  # type: ignore[no-untyped-def]
+    def operation(kind: str) -> Callable[..., None]:
         return lambda *args: said.append((name, kind))
 
     return Backend(name, True, *map(operation, SCHEMAS), prepared)
@@ -111,6 +113,17 @@ def test_with_a_cursor_it_is_triton(operation, monkeypatch):
                 unchecked(*arguments(operation, cursor))
             assert not said
         said.clear()
+
+
+def test_where_triton_fails_a_graph_gets_cuda(monkeypatch):
+    """Before a capture: then nothing is prepared, and the capture launches CUDA's kernels too."""
+    said: list[tuple[str, str]] = []
+    monkeypatch.setattr(dispatch, "capturing", lambda device: False)
+    broken = Backend("triton", False, *[refusing] * len(SCHEMAS), Backend("prepared", True, *[refusing] * len(SCHEMAS)))
+    ops = dispatch._by_cursor(fake("cuda", said), broken)
+    with pytest.warns(RuntimeWarning, match=r"^append: Triton failed, CUDA does it: not prepared$"):
+        ops.append(*arguments("append", torch.zeros(5)))
+    assert said == [("cuda", "append")]
 
 
 def test_the_default_on_cuda(monkeypatch):

@@ -157,8 +157,8 @@ PYTHON = [
     Fault(
         "a kernel loaded within a capture",
         "pydrone/ops/dispatch.py",
-        "            if not capturing(args[at].get_device()):\n",
-        "            if args[at] is not None:\n",
+        "            within = capturing(args[at].get_device())\n",
+        "            within = False\n",
         OF_CALLS,
     ),
     Fault(
