@@ -115,8 +115,8 @@ def _unless_traced(operation: Callable[..., None], launch: Callable[..., None]) 
 def _by_cursor(eager: Backend, captured: Backend) -> Backend:
     """``captured`` for calls with a cursor, as in a CUDA graph, ``eager`` for others.
 
-    A capture may not load kernels, so what ``captured`` has not prepared by then ``eager`` does. So it does where Triton
-    fails, for instance because there is no C compiler for its launcher.
+    A capture may not load kernels, so what ``captured`` has not prepared by then ``eager`` does; and so it does where
+    Triton fails, for instance because there is no C compiler for its launcher.
     """
 
     def unchecked(name: str) -> Callable[..., None]:

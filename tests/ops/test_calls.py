@@ -10,6 +10,7 @@ from test_ops import SCHEMAS
 
 from pydrone.ops import dispatch, native, reference, streams, triton
 from pydrone.ops.dispatch import Backend
+from pydrone.ops.schema import workspace_size
 
 CUDA = torch.device("cuda", 0)
 
@@ -67,7 +68,7 @@ def test_a_workspace_is_kept_for_a_stream_and_a_size(stream, monkeypatch):
 
 def test_a_workspace_is_zeroed_memory_of_the_size_wanted():
     found = streams.workspace(9, 3, torch.device("cpu"), "cpu")
-    assert found.dtype == torch.float64 and found.tolist() == [0.0] * 10
+    assert found.dtype == torch.float64 and found.tolist() == [0.0] * workspace_size(9)
 
 
 def fake(name: str, said: list[tuple[str, str]], prepared: Backend | None = None) -> Backend:
