@@ -128,15 +128,16 @@ def epoch(clock: Clock) -> list[Contender]:
 
 
 def calls(clock: Clock) -> list[Contender]:
-    """As many calls of each operation as a rollout has steps, and of ``copy_`` for a tensor [N]."""
+    """As many calls of each operation as a rollout has steps, and of ``copy_`` for a tensor [N]. "pydrone" is
+    ``compute_gae``."""
     rest = {"storage_bytes": 180, "against": COPY}
     return [
-        Contender(COPY, by_hand.small_copies, against=COPY),
-        *_ours("compute_gae", ours.gae_calls, None, clock, **rest),
+        *_ours("pydrone", ours.gae_calls, None, clock, **rest),
         *_ours("pydrone.gae(out=)", ours.gae_out_calls, None, clock, **rest),
-        *_ours("append", ours.append, None, clock, **rest),
-        *_ours("begin + end", ours.append_split, None, clock, **rest),
-        *_ours("a minibatch", ours.minibatch_calls, None, clock, **rest),
+        *_ours("pydrone append", ours.append, None, clock, **rest),
+        *_ours("pydrone begin + end", ours.append_split, None, clock, **rest),
+        *_ours("pydrone minibatch", ours.minibatch_calls, None, clock, **rest),
+        Contender(COPY, by_hand.small_copies, against=COPY),
     ]
 
 

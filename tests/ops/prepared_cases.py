@@ -66,8 +66,14 @@ def flat(types: object) -> list[str]:
     return [] if types == "constexpr" else [types]
 
 
-def launched(operation: str, arguments: tuple, what: str = "") -> None:
-    """The launch of an operation as it comes, compared with Triton's own."""
+@pytest.fixture
+def many(monkeypatch) -> None:
+    """All launches of a test are kept: each call meets those of all others."""
+    monkeypatch.setattr(prepared, "MOST", 64)
+
+
+def launched(operation: str, arguments: tuple, what: str = "", repeated: bool = True) -> None:
+    """The launch of an operation as it comes, then repeated, compared with Triton's own."""
     module = MODULES[operation]
     launches, call = module.LAUNCHES, getattr(module, operation)
     kept = launches._kept
@@ -85,6 +91,10 @@ def launched(operation: str, arguments: tuple, what: str = "") -> None:
     launches._kept = kept
     call(*arguments)
     assert STUB.last() == expected, what
+    checked = STUB.pointers_checked
+    call(*arguments)
+    assert STUB.last() == expected, what
+    assert (STUB.pointers_checked == checked) == repeated, what
 
 
 class Step:
@@ -144,11 +154,11 @@ STEPS: dict[str, Callable[[], dict]] = {
 
 
 @pytest.mark.parametrize("before", ["other tensors", "unaligned", "one tensor twice", "beyond 32 bits"])
-def test_append(before):
+def test_append(before, many):
     step = Step()
     append.append(*step.arguments(**STEPS[before]()))
     for name in [*STEPS, *STEPS]:
-        launched("append", step.arguments(**STEPS[name]()), name)
+        launched("append", step.arguments(**STEPS[name]()), name, repeated=name != "beyond 32 bits")
     other = step.layout.clone()
     other[2, 0] = 40
     launched("append", step.arguments(layout=other))
@@ -187,7 +197,7 @@ SCANS: dict[str, Callable[[], dict]] = {
 
 
 @pytest.mark.parametrize("before", ["other tensors", "unaligned", "gamma 1"])
-def test_gae(before):
+def test_gae(before, many):
     gae.gae(*scan(**SCANS[before]()))
     for name in [*SCANS, *SCANS]:
         launched("gae", scan(**SCANS[name]()), name)
@@ -221,7 +231,7 @@ MINIBATCHES: dict[str, dict] = {
 }
 
 
-def test_gather():
+def test_gather(many):
     gather.gather(*minibatch())
     for name in [*MINIBATCHES, *MINIBATCHES]:
         launched("gather", minibatch(**MINIBATCHES[name]), name)
