@@ -158,7 +158,7 @@ def test_no_minimum_or_maximum_drops_a_nan(kernels):
 @pytest.mark.parametrize("name", WIDE)
 def test_gae_rows_are_read_and_written_in_128_bits(kernels, name):
     kernel = kernels[name]
-    rows_of_a_thread = 1 if name in ("gae rows, few", "gae rows, several warps", "gae rows, short", "gae rows, long") else 2
+    rows_of_a_thread = 1 if name.endswith(("few", "several warps", "short", "long")) else 2
     # Rewards and values; advantages and returns. Codes are four bytes per lane: one 32-bit load.
     assert count(kernel, "LDG.E.128") == 2 * rows_of_a_thread
     assert count(kernel, "STG.E.128") == 2 * rows_of_a_thread
@@ -183,8 +183,8 @@ def test_gae_rows_scan_without_barrier_or_shared_memory(kernels):
 
 
 def test_statistics_cost_a_few_barriers_and_shuffles(kernels):
-    """Two sums over 32 lanes, which share the shuffles, then over 16 warps, in float64, with the count; the ticket. And in
-    the last program, the sums of all."""
+    """Two sums over 32 lanes, which share the shuffles, then over 16 warps, in float64, with the count; the ticket. And
+    in the last program, the sums of all."""
     own, without = kernels["gae rows"], kernels["gae rows, no statistics"]
     assert count(own, "BAR") <= 14
     assert count(own, "SHFL") - count(without, "SHFL") <= 71

@@ -447,8 +447,8 @@ def test_gather(batch, shuffle, subset, by_cursor, count, with_returns):
         indices = torch.full((batch,), -1)
         offsets, stored = [f[0] for f in GATHERED], [SCALAR_TYPES[f[1]] for f in GATHERED]
         backend(
-            rows, offsets, stored, fields, 64, advantages, returns, stats, numbers, NUM_STEPS, 4, 160 if subset else total,
-            2**62 + 12345, 2**33 + 1, 3, shuffle, 7, cursor, *scalars, indices,
+            rows, offsets, stored, fields, 64, advantages, returns, stats, numbers, NUM_STEPS, 4,
+            160 if subset else total, 2**62 + 12345, 2**33 + 1, 3, shuffle, 7, cursor, *scalars, indices,
         )  # fmt: skip
         outcome.append((fields, scalars, indices))
     (fields, scalars, indices), (fields_, scalars_, indices_) = outcome
