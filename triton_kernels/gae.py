@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -26,6 +27,8 @@ WARPS_A_ROW, ROW_WARPS = 16, 4096
 # Rows of a thread, from MANY warps of rows on, if they are one tile: 8192 environments are then one wave of programs on
 # 132 multiprocessors.
 THREAD_ROWS, MANY = 2, 4096
+# Most registers of a thread, where rows are read in 128 bits: two programs of 16 warps fit on a multiprocessor.
+REGISTERS = 64
 # Threads of a time-major program, and the most steps that a thread holds: more would take long to compile.
 COLUMNS, COLUMN_STEPS = 64, 20
 # Whether an env-major program stores its rows before it takes its ticket, which then waits for them.
@@ -96,8 +99,9 @@ class Shape(NamedTuple):
     """Warps of a program."""
 
 
-def shape_of(num_envs: int, num_steps: int) -> Shape:
-    """The shape of an env-major launch."""
+def shape_of(num_envs: int, num_steps: int, dtype: torch.dtype = torch.float32) -> Shape:
+    """The shape of an env-major launch. Numbers of float64 take twice the registers: half as many warps."""
+    most = WARPS * 4 // dtype.itemsize
     lanes, segments = triton.next_power_of_2(triton.cdiv(num_steps, 4)), 1
     if lanes > 32:
         several = 1 << (max(ROW_WARPS // num_envs, 1).bit_length() - 1)
@@ -105,7 +109,7 @@ def shape_of(num_envs: int, num_steps: int) -> Shape:
     lanes = min(lanes, 32)
     row_warps = triton.cdiv(num_envs * segments * lanes, 32)
     rows = THREAD_ROWS if num_steps <= 4 * lanes and row_warps >= MANY else 1
-    warps = power_of_2(row_warps // (rows * PROGRAMS), max(segments, LEAST_WARPS), max(segments, WARPS))
+    warps = power_of_2(row_warps // (rows * PROGRAMS), max(segments, LEAST_WARPS), max(segments, most))
     return Shape(rows * warps * 32 // (lanes * segments), lanes, segments, warps)
 
 
@@ -178,11 +182,8 @@ def _launch(
 
     def arrange(tensors, numbers):
         *columns, last_values, cursor, advantages, returns, stats, workspace = tensors
-        output, rewards, final_values, final_rows = (
-            advantages if returns is None else returns,
-            columns[0],
-            *columns[5:7],
-        )
+        rewards, final_values, final_rows = columns[0], *columns[5:7]
+        output = advantages if returns is None else returns
         num_envs, num_steps = output.shape
         env_major = rewards.stride(0) != 1 or rewards.stride(1) == 1
         # Row strides and a start that are multiples of four elements allow 128-bit accesses.
@@ -191,7 +192,7 @@ def _launch(
         start_align = 4 if env_major and cursor is None and start % 4 == 0 else 1
         strides = tuple(_strides(x, align) for x in (*columns, last_values, advantages, returns))
         if env_major:
-            shape = shape_of(num_envs, num_steps)
+            shape = shape_of(num_envs, num_steps, output.dtype)
         else:
             chunks = triton.cdiv(num_steps, COLUMN_STEPS)
             shape = Shape(COLUMNS, triton.cdiv(num_steps, chunks), 1, COLUMNS // 32)
@@ -207,6 +208,7 @@ def _launch(
             "START_ALIGN": start_align, "ROWS": shape.rows, "LANES": shape.lanes, "SEGMENTS": shape.segments,
             "WARPS": shape.warps, "PARTIALS": power_of_2(programs, 32 * shape.warps, 2048), "STORE_FIRST": STORE_FIRST,
             "num_warps": shape.warps, "enable_fp_fusion": True,
+            "maxnreg": REGISTERS if align == 4 and output.dtype == torch.float32 else None,
         }  # fmt: skip
         return (programs,), arguments, constants
 

@@ -421,20 +421,21 @@ GATHERED = [
 
 
 @pytest.mark.parametrize(
-    ("batch", "shuffle", "subset", "by_cursor", "count"),
+    ("batch", "shuffle", "subset", "by_cursor", "count", "with_returns"),
     [
-        (1, True, False, False, None),
-        (64, False, False, False, 100.0),
-        (150, True, False, False, 100.0),
-        (150, True, True, False, 100.0),
-        (150, True, True, True, 0.0),
-        (65, False, True, True, 1.0),
-        (178, True, False, True, 2.0),
+        (1, True, False, False, None, False),
+        (64, False, False, False, 100.0, True),
+        (150, True, False, False, 100.0, False),
+        (150, True, True, False, 100.0, False),
+        (150, True, True, True, 0.0, True),
+        (65, False, True, True, 1.0, False),
+        (178, True, False, True, 2.0, True),
     ],
 )
-def test_gather(batch, shuffle, subset, by_cursor, count):
+def test_gather(batch, shuffle, subset, by_cursor, count, with_returns):
     rows = filled_rows()
     advantages = torch.randn(NUM_STEPS, NUM_ENVS).t()
+    returns = torch.randn(NUM_STEPS, NUM_ENVS).t() if with_returns else None
     total = NUM_ENVS * NUM_STEPS
     numbers = torch.randperm(total)[:160] if subset else None
     stats = None if count is None else torch.tensor([count, 0.3, 70.0], dtype=torch.float64)
@@ -446,8 +447,8 @@ def test_gather(batch, shuffle, subset, by_cursor, count):
         indices = torch.full((batch,), -1)
         offsets, stored = [f[0] for f in GATHERED], [SCALAR_TYPES[f[1]] for f in GATHERED]
         backend(
-            rows, offsets, stored, fields, 64, advantages, None, stats, numbers, NUM_STEPS, 4, 160 if subset else total,
-            2**62 + 12345, 2**33 + 1, 3, shuffle, 7, cursor, *scalars, indices,
+            rows, offsets, stored, fields, 64, advantages, returns, stats, numbers, NUM_STEPS, 4,
+            160 if subset else total, 2**62 + 12345, 2**33 + 1, 3, shuffle, 7, cursor, *scalars, indices,
         )  # fmt: skip
         outcome.append((fields, scalars, indices))
     (fields, scalars, indices), (fields_, scalars_, indices_) = outcome
