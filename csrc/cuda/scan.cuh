@@ -134,11 +134,9 @@ __device__ T value_at(const Args<T>& args, int64_t n, bool exists, int64_t start
   return read<T, Direct>(args.values, n, wrapped(start + t, args.capacity));
 }
 
-// Loads the steps from t0 on. Those beyond the last are invalid and hold `after` as their value, which the last step
-// thus finds as the next step's.
+// Loads the steps from t0 on; those beyond the last are invalid. Waits for nothing that was loaded before.
 template <typename T, Estimator estimator, Mode mode, int K>
-__device__ void load(const Args<T>& args, Steps<T, estimator, K>& s, int64_t n, bool exists, int64_t start, int t0,
-                     T after) {
+__device__ void load(const Args<T>& args, Steps<T, estimator, K>& s, int64_t n, bool exists, int64_t start, int t0) {
   constexpr bool Direct = mode != kGeneric;
   auto load_step = [&](int k, T& reward, T& value, T& ratio, T& q) {
     // Out of range, element 0 is read instead, which saves a branch.
@@ -149,14 +147,13 @@ __device__ void load(const Args<T>& args, Steps<T, estimator, K>& s, int64_t n, 
     value = read<T, Direct>(args.values, env, slot);
     if constexpr (estimator != kGae) ratio = read<T, Direct>(args.log_rhos, env, slot);
     if constexpr (estimator == kRetrace) q = read<T, Direct>(args.q_values, env, slot);
-    value = inside ? value : after;
     return static_cast<uint32_t>(inside ? code & 0xFF : kInvalid);
   };
   if constexpr (mode == kWide) {
     s.codes[0] = kInvalid * 0x01010101u;
 #pragma unroll
     for (int k = 0; k < K; ++k) {
-      s.reward[k] = 0, s.value[k] = after;
+      s.reward[k] = s.value[k] = 0;
       if constexpr (estimator != kGae) s.ratio[k] = 0;
       if constexpr (estimator == kRetrace) s.q[k] = 0;
     }
@@ -200,6 +197,13 @@ __device__ void step(const Args<T>& args, const Steps<T, estimator, K>& s, int k
   else if constexpr (estimator == kVtrace)
     carry = vtrace_step(s.code(k), delta, clipped_ratio(s.ratio[k], args.rho_clip), link, args.gamma, carry, advantage);
   total = s.value[k] + (estimator == kRetrace ? retrace_step(s.code(k), delta, link, carry) : carry);
+}
+
+// Gives steps beyond the last `after` as their value, which the last step thus finds as the next step's.
+template <typename T, Estimator estimator, int K>
+__device__ void pad(const Args<T>& args, Steps<T, estimator, K>& s, int t0, T after) {
+#pragma unroll
+  for (int k = 0; k < K; ++k) s.value[k] = t0 + k < args.num_steps ? s.value[k] : after;
 }
 
 // What the steps come to. Turns rewards into temporal differences, logarithms into ratios, and for Retrace values into Q.
@@ -311,11 +315,12 @@ __global__ void __launch_bounds__(32 * kBlockWarps<mode>, kMinBlocks<T, mode>)
     for (int row = 0; row < Rows; ++row) {
       const int64_t n = n0 + own + row * kEnvs;
       after[row] = n < args.num_envs ? read<T, mode != kGeneric>(args.last_values, n, 0) : T(0);
-      load<T, estimator, mode>(args, s[row], n, n < args.num_envs, start, t0, after[row]);
+      load<T, estimator, mode>(args, s[row], n, n < args.num_envs, start, t0);
     }
 #pragma unroll
     for (int row = 0; row < Rows; ++row) {
       const int64_t n = n0 + own + row * kEnvs;
+      pad(args, s[row], t0, after[row]);
       const T next_value = __shfl_up_sync(kAll, s[row].value[0], 1, Lanes);
       const Run<T> own_run = weigh<mode != kGeneric>(args, s[row], n, start, t0, lane == 0 ? after[row] : next_value);
       const Run<T> run = scan_lanes<Lanes, estimator>(args, own_run);
@@ -348,7 +353,7 @@ __global__ void __launch_bounds__(32 * kBlockWarps<mode>, estimator == kRetrace 
     T after_ahead, carry = 0;
     auto load_ahead = [&](int first) {
       after_ahead = value_at<T, mode != kGeneric>(args, n, exists, start, first + kTile);
-      load<T, estimator, mode>(args, ahead, n, exists, start, first + kTile - (lane + 1) * kLaneSteps, after_ahead);
+      load<T, estimator, mode>(args, ahead, n, exists, start, first + kTile - (lane + 1) * kLaneSteps);
     };
     const int last = (args.num_steps - 1) / span * span;
     load_ahead(last + own);
@@ -357,6 +362,7 @@ __global__ void __launch_bounds__(32 * kBlockWarps<mode>, estimator == kRetrace 
       Steps<T, estimator, kLaneSteps> s = ahead;
       const T after = after_ahead;
       if (first > 0) load_ahead(first - span + own);
+      pad(args, s, t0, after);
       const T next_value = __shfl_up_sync(kAll, s.value[0], 1);
       Run<T> run = scan_lanes<32, estimator>(args, weigh<mode != kGeneric>(args, s, n, start, t0, lane == 0 ? after : next_value));
       Part* const of_env = runs + side * kMostWarps + warp - part;
@@ -404,7 +410,8 @@ __global__ void __launch_bounds__(32 * kMostWarps, 1) scan_columns(const __grid_
       const int t0 = first + own;
       Steps<T, estimator, K> s;
       const T after = value_at<T, Direct>(args, n, exists, start, t0 + K);
-      load<T, estimator, mode>(args, s, n, exists, start, t0, after);
+      load<T, estimator, mode>(args, s, n, exists, start, t0);
+      pad(args, s, t0, after);
       const Run<T> run = weigh<Direct>(args, s, n, start, t0, after);
       const int at = side * kThreads + env;
       side ^= 1;
