@@ -299,6 +299,7 @@ __device__ Run<T> scan_lanes(const Args<T>& args, Run<T> run) {
 // Blocks resident on a multiprocessor: with kWide and float 64 registers a thread, which is all that fits it.
 template <typename T, Mode mode>
 constexpr int kMinBlocks = sizeof(T) == 4 && mode == kWide ? 2 : 1;
+constexpr int kColumnWarps = 13;  // with eight steps a thread, 104 steps at once; two blocks fit at 72 registers
 template <Mode mode>
 constexpr int kBlockWarps = mode == kWide ? kMostWarps : kMostWarps / 2;
 
@@ -389,9 +390,10 @@ __global__ void __launch_bounds__(32 * kBlockWarps<mode>, estimator == kRetrace 
 // Columns, where the environments of a step lie together: a thread has K steps of one environment at a time,
 // several threads share it, and neighbouring threads have neighbouring environments.
 template <typename T, Estimator estimator, bool Direct, int K>
-__global__ void __launch_bounds__(32 * kMostWarps, 1) scan_columns(const __grid_constant__ Args<T> args) {
+__global__ void __launch_bounds__(32 * kColumnWarps, sizeof(T) == 4 && Direct && estimator == kGae ? 2 : 1)
+    scan_columns(const __grid_constant__ Args<T> args) {
   constexpr Mode mode = Direct ? kDirect : kGeneric;
-  constexpr int kThreads = 32 * kMostWarps;
+  constexpr int kThreads = 32 * kColumnWarps;
   const int envs = 1 << args.shift, parts = blockDim.x >> args.shift;
   const int env = threadIdx.x & (envs - 1), part = threadIdx.x >> args.shift;
   const int64_t start = first_slot(args);

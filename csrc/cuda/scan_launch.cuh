@@ -81,7 +81,7 @@ void launch_columns(Args<T> args, cudaStream_t stream) {
   const int envs = args.num_envs < kColumnEnvs * kFewBlocks ? kFewColumnEnvs : kColumnEnvs, step = 32 / envs;
   const int wanted = (args.num_steps + K * step - 1) / (K * step) * step;
   args.shift = log2(envs);
-  launch(args, scan_columns<T, estimator, Direct, K>, envs, envs * std::min(wanted, 32 * kMostWarps / envs), stream);
+  launch(args, scan_columns<T, estimator, Direct, K>, envs, envs * std::min(wanted, 32 * kColumnWarps / envs), stream);
 }
 
 template <typename T, Estimator estimator>
