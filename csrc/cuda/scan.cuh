@@ -28,7 +28,7 @@ struct Args {
   const int64_t* cursor;
   int64_t num_envs, capacity, start, pool_size;
   int32_t num_steps, bootstrap;
-  int32_t parts;  // warps (scan_tiles) or threads (scan_columns) that share an environment
+  int32_t shift;  // log2 of scan_tiles' warps to an environment, of scan_columns' environments to a block
   bool coded;
   T gamma, decay, rho_clip, c_clip;
   T powers[6];  // the decay over 1, 2, 4 .. 32 lanes; here because constant memory costs no registers
@@ -51,6 +51,7 @@ struct Steps {
   T ratio[estimator == kGae ? 1 : K];  // first its logarithm
   T q[estimator == kRetrace ? K : 1];
   uint32_t codes[(K + 3) / 4];  // one byte per step
+  uint32_t truncated, valid;    // with kWide, until `pad`: flags of four steps, as are `codes`, if they are not codes
 
   __device__ int32_t code(int k) const { return codes[k / 4] >> 8 * (k % 4) & 0xFF; }
 };
@@ -87,22 +88,9 @@ __device__ int32_t read_code(const Args<T>& args, int64_t n, int64_t slot) {
   return encode(done, truncated, !args.valid.data || flag(args.valid));
 }
 
-// Four codes of one byte, from codes or flags of one byte: 1 for a byte that is not 0, then as `encode`.
-template <typename T>
-__device__ uint32_t read_four_codes(const Args<T>& args, int64_t n, int64_t slot) {
-  auto four = [&](const Plane& x) { return *reinterpret_cast<const uint32_t*>(x.data + n * x.env + slot); };
-  auto flags = [&](const Plane& x) {
-    const uint32_t bytes = four(x);
-    return (((bytes & 0x7F7F7F7Fu) + 0x7F7F7F7Fu) | bytes) >> 7 & 0x01010101u;
-  };
-  if (args.coded) return four(args.dones);
-  uint32_t codes = flags(args.dones);
-  if (args.truncated.data) {
-    const uint32_t truncated = flags(args.truncated);
-    codes = (codes & ~truncated) | truncated << 1;
-  }
-  if (args.valid.data) codes |= (flags(args.valid) ^ 0x01010101u) * kInvalid;
-  return codes;
+// Flags of one byte, set where not 0, to 1 for each.
+__device__ inline uint32_t four_flags(uint32_t x) {
+  return (((x & 0x7F7F7F7Fu) + 0x7F7F7F7Fu) | x) >> 7 & 0x01010101u;
 }
 
 // The value of the true final observation. Read at truncated steps only, which are rare.
@@ -126,6 +114,12 @@ __host__ __device__ bool starts_wide(const Args<T>& args, int64_t start) {
   return start % kLaneSteps == 0 && (args.capacity % kLaneSteps == 0 || start + args.num_steps <= args.capacity);
 }
 
+// Whether kWide's `load` yields codes: else flags, four at a time.
+template <typename T>
+__device__ bool encoded(const Args<T>& args, int64_t start) {
+  return args.coded || (args.cursor && !starts_wide(args, start));
+}
+
 // The value after step t - 1: V_t, or that of the last observation.
 template <typename T, bool Direct>
 __device__ T value_at(const Args<T>& args, int64_t n, bool exists, int64_t start, int t) {
@@ -134,11 +128,9 @@ __device__ T value_at(const Args<T>& args, int64_t n, bool exists, int64_t start
   return read<T, Direct>(args.values, n, wrapped(start + t, args.capacity));
 }
 
-// Loads the steps from t0 on. Those beyond the last are invalid and hold `after` as their value, which the last step
-// thus finds as the next step's.
+// Loads the steps from t0 on; those beyond the last are invalid. Waits for nothing that was loaded before.
 template <typename T, Estimator estimator, Mode mode, int K>
-__device__ void load(const Args<T>& args, Steps<T, estimator, K>& s, int64_t n, bool exists, int64_t start, int t0,
-                     T after) {
+__device__ void load(const Args<T>& args, Steps<T, estimator, K>& s, int64_t n, bool exists, int64_t start, int t0) {
   constexpr bool Direct = mode != kGeneric;
   auto load_step = [&](int k, T& reward, T& value, T& ratio, T& q) {
     // Out of range, element 0 is read instead, which saves a branch.
@@ -149,14 +141,14 @@ __device__ void load(const Args<T>& args, Steps<T, estimator, K>& s, int64_t n, 
     value = read<T, Direct>(args.values, env, slot);
     if constexpr (estimator != kGae) ratio = read<T, Direct>(args.log_rhos, env, slot);
     if constexpr (estimator == kRetrace) q = read<T, Direct>(args.q_values, env, slot);
-    value = inside ? value : after;
     return static_cast<uint32_t>(inside ? code & 0xFF : kInvalid);
   };
   if constexpr (mode == kWide) {
-    s.codes[0] = kInvalid * 0x01010101u;
+    s.codes[0] = encoded(args, start) ? kInvalid * 0x01010101u : 0;
+    s.truncated = s.valid = 0;
 #pragma unroll
     for (int k = 0; k < K; ++k) {
-      s.reward[k] = 0, s.value[k] = after;
+      s.reward[k] = s.value[k] = 0;
       if constexpr (estimator != kGae) s.ratio[k] = 0;
       if constexpr (estimator == kRetrace) s.q[k] = 0;
     }
@@ -167,7 +159,10 @@ __device__ void load(const Args<T>& args, Steps<T, estimator, K>& s, int64_t n, 
       read_four(s.value, args.values, n, slot);
       if constexpr (estimator != kGae) read_four(s.ratio, args.log_rhos, n, slot);
       if constexpr (estimator == kRetrace) read_four(s.q, args.q_values, n, slot);
-      s.codes[0] = read_four_codes(args, n, slot);
+      auto four = [&](const Plane& x) { return *reinterpret_cast<const uint32_t*>(x.data + n * x.env + slot); };
+      s.codes[0] = four(args.dones);
+      if (args.truncated.data) s.truncated = four(args.truncated);
+      s.valid = args.valid.data ? four(args.valid) : 0x01010101u;
       return;
     }
     // Else a cursor that no buffer makes: only the device knows that the rollout does not begin aligned.
@@ -200,6 +195,18 @@ __device__ void step(const Args<T>& args, const Steps<T, estimator, K>& s, int k
   else if constexpr (estimator == kVtrace)
     carry = vtrace_step(s.code(k), delta, clipped_ratio(s.ratio[k], args.rho_clip), link, args.gamma, carry, advantage);
   total = s.value[k] + (estimator == kRetrace ? retrace_step(s.code(k), delta, link, carry) : carry);
+}
+
+// What `load` leaves to do, since it would wait: gives steps beyond the last `after` as their value, which the last step
+// thus finds as the next step's, and encodes four flags at a time, as `encode` does.
+template <Mode mode, typename T, Estimator estimator, int K>
+__device__ void pad(const Args<T>& args, Steps<T, estimator, K>& s, int64_t start, int t0, T after) {
+  if (mode == kWide && !encoded(args, start)) {
+    const uint32_t truncated = four_flags(s.truncated), invalid = four_flags(s.valid) ^ 0x01010101u;
+    s.codes[0] = (four_flags(s.codes[0]) & ~truncated) | truncated << 1 | invalid * kInvalid;
+  }
+#pragma unroll
+  for (int k = 0; k < K; ++k) s.value[k] = t0 + k < args.num_steps ? s.value[k] : after;
 }
 
 // What the steps come to. Turns rewards into temporal differences, logarithms into ratios, and for Retrace values into Q.
@@ -292,6 +299,7 @@ __device__ Run<T> scan_lanes(const Args<T>& args, Run<T> run) {
 // Blocks resident on a multiprocessor: with kWide and float 64 registers a thread, which is all that fits it.
 template <typename T, Mode mode>
 constexpr int kMinBlocks = sizeof(T) == 4 && mode == kWide ? 2 : 1;
+constexpr int kColumnWarps = 13;  // with eight steps a thread, 104 steps at once; two blocks fit at 72 registers
 template <Mode mode>
 constexpr int kBlockWarps = mode == kWide ? kMostWarps : kMostWarps / 2;
 
@@ -311,11 +319,12 @@ __global__ void __launch_bounds__(32 * kBlockWarps<mode>, kMinBlocks<T, mode>)
     for (int row = 0; row < Rows; ++row) {
       const int64_t n = n0 + own + row * kEnvs;
       after[row] = n < args.num_envs ? read<T, mode != kGeneric>(args.last_values, n, 0) : T(0);
-      load<T, estimator, mode>(args, s[row], n, n < args.num_envs, start, t0, after[row]);
+      load<T, estimator, mode>(args, s[row], n, n < args.num_envs, start, t0);
     }
 #pragma unroll
     for (int row = 0; row < Rows; ++row) {
       const int64_t n = n0 + own + row * kEnvs;
+      pad<mode>(args, s[row], start, t0, after[row]);
       const T next_value = __shfl_up_sync(kAll, s[row].value[0], 1, Lanes);
       const Run<T> own_run = weigh<mode != kGeneric>(args, s[row], n, start, t0, lane == 0 ? after[row] : next_value);
       const Run<T> run = scan_lanes<Lanes, estimator>(args, own_run);
@@ -328,27 +337,26 @@ __global__ void __launch_bounds__(32 * kBlockWarps<mode>, kMinBlocks<T, mode>)
   if (args.stats) finish_stats(args.stats, args.partials, args.ticket, sums);
 }
 
-// Longer rows: `args.parts` warps to an environment, each with a tile of 128 steps at a time. The next tiles are loaded
+// Longer rows: several warps to an environment, each with a tile of 128 steps at a time. The next tiles are loaded
 // before these are exchanged, so that memory works meanwhile.
 template <typename T, Estimator estimator, Mode mode>
 __global__ void __launch_bounds__(32 * kBlockWarps<mode>, estimator == kRetrace ? 1 : kMinBlocks<T, mode>)
     scan_tiles(const __grid_constant__ Args<T> args) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, parts = args.parts, part = warp % parts;
-  const int64_t start = first_slot(args), envs = blockDim.x / 32 / parts;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, parts = 1 << args.shift, part = warp & (parts - 1);
+  const int64_t start = first_slot(args), envs = blockDim.x / 32 >> args.shift;
   const int span = parts * kTile, own = (parts - 1 - part) * kTile;  // part 0 has the last tile of a span
-  const T tile_decay = args.powers[5], through = decay_over(args, lane + 1);
   using Part = Run<T>;
   __shared__ Part runs[2 * kMostWarps];  // twice: while some warps read, others may write the next ones
   int side = 0;
   Sums sums;
   for (int64_t n0 = blockIdx.x * envs; n0 < args.num_envs; n0 += gridDim.x * envs) {
-    const int64_t n = n0 + warp / parts;
+    const int64_t n = n0 + (warp >> args.shift);
     const bool exists = n < args.num_envs;
     Steps<T, estimator, kLaneSteps> ahead;
     T after_ahead, carry = 0;
     auto load_ahead = [&](int first) {
       after_ahead = value_at<T, mode != kGeneric>(args, n, exists, start, first + kTile);
-      load<T, estimator, mode>(args, ahead, n, exists, start, first + kTile - (lane + 1) * kLaneSteps, after_ahead);
+      load<T, estimator, mode>(args, ahead, n, exists, start, first + kTile - (lane + 1) * kLaneSteps);
     };
     const int last = (args.num_steps - 1) / span * span;
     load_ahead(last + own);
@@ -357,6 +365,7 @@ __global__ void __launch_bounds__(32 * kBlockWarps<mode>, estimator == kRetrace 
       Steps<T, estimator, kLaneSteps> s = ahead;
       const T after = after_ahead;
       if (first > 0) load_ahead(first - span + own);
+      pad<mode>(args, s, start, t0, after);
       const T next_value = __shfl_up_sync(kAll, s.value[0], 1);
       Run<T> run = scan_lanes<32, estimator>(args, weigh<mode != kGeneric>(args, s, n, start, t0, lane == 0 ? after : next_value));
       Part* const of_env = runs + side * kMostWarps + warp - part;
@@ -366,9 +375,9 @@ __global__ void __launch_bounds__(32 * kBlockWarps<mode>, estimator == kRetrace 
       T before = 0;  // what follows this warp's tile
       for (int i = 0; i < parts; ++i) {
         before = i == part ? carry : before;
-        carry = gae_join(of_env[i].cut, of_env[i].sum, estimator == kGae ? tile_decay : of_env[i].link, carry);
+        carry = gae_join(of_env[i].cut, of_env[i].sum, estimator == kGae ? args.powers[5] : of_env[i].link, carry);
       }
-      run.sum = gae_join(run.cut, run.sum, estimator == kGae ? through : run.link, before);
+      run.sum = gae_join(run.cut, run.sum, estimator == kGae ? decay_over(args, lane + 1) : run.link, before);
       const T follows = __shfl_up_sync(kAll, run.sum, 1);
       finish(args, s, lane == 0 ? before : follows);
       store<T, estimator, mode>(args, s, n, exists, t0);
@@ -379,12 +388,14 @@ __global__ void __launch_bounds__(32 * kBlockWarps<mode>, estimator == kRetrace 
 }
 
 // Columns, where the environments of a step lie together: a thread has K steps of one environment at a time,
-// `args.parts` threads share it, and neighbouring threads have neighbouring environments.
+// several threads share it, and neighbouring threads have neighbouring environments.
 template <typename T, Estimator estimator, bool Direct, int K>
-__global__ void __launch_bounds__(32 * kMostWarps, 1) scan_columns(const __grid_constant__ Args<T> args) {
+__global__ void __launch_bounds__(32 * kColumnWarps, sizeof(T) == 4 && Direct && estimator == kGae ? 2 : 1)
+    scan_columns(const __grid_constant__ Args<T> args) {
   constexpr Mode mode = Direct ? kDirect : kGeneric;
-  constexpr int kThreads = 32 * kMostWarps;
-  const int parts = args.parts, envs = blockDim.x / parts, env = threadIdx.x % envs, part = threadIdx.x / envs;
+  constexpr int kThreads = 32 * kColumnWarps;
+  const int envs = 1 << args.shift, parts = blockDim.x >> args.shift;
+  const int env = threadIdx.x & (envs - 1), part = threadIdx.x >> args.shift;
   const int64_t start = first_slot(args);
   const int span = parts * K, own = (parts - 1 - part) * K;
   T chunk_decay = 1;
@@ -404,7 +415,8 @@ __global__ void __launch_bounds__(32 * kMostWarps, 1) scan_columns(const __grid_
       const int t0 = first + own;
       Steps<T, estimator, K> s;
       const T after = value_at<T, Direct>(args, n, exists, start, t0 + K);
-      load<T, estimator, mode>(args, s, n, exists, start, t0, after);
+      load<T, estimator, mode>(args, s, n, exists, start, t0);
+      pad<mode>(args, s, start, t0, after);
       const Run<T> run = weigh<Direct>(args, s, n, start, t0, after);
       const int at = side * kThreads + env;
       side ^= 1;

@@ -47,6 +47,8 @@ void launch(const Args<T>& args, void (*kernel)(Args<T>), int64_t block_envs, in
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
+inline int log2(int power) { return power > 1 ? 1 + log2(power / 2) : 0; }
+
 // Warps of a block, if there are `warps` in all and `least` must be together.
 inline int block_warps(int64_t warps, int least, int most) {
   while (most > least && warps < int64_t{most} * kFewBlocks) most /= 2;
@@ -65,12 +67,11 @@ void launch_rows(Args<T> args, cudaStream_t stream) {
     const int in_block = block_warps(warps(), 1, kBlockWarps<mode>);
     launch(args, choice.kernel, int64_t{in_block} * (32 / choice.lanes) * choice.rows, 32 * in_block, stream);
   } else {
-    args.parts = 1;
-    while (args.parts < kBlockWarps<mode> && args.parts * kTile < args.num_steps &&
-           args.num_envs * args.parts < kFullWarps)
-      args.parts *= 2;
-    const int in_block = block_warps(args.num_envs * args.parts, args.parts, kBlockWarps<mode>);
-    launch(args, scan_tiles<T, estimator, mode>, in_block / args.parts, 32 * in_block, stream);
+    int parts = 1;
+    while (parts < kBlockWarps<mode> && parts * kTile < args.num_steps && args.num_envs * parts < kFullWarps) parts *= 2;
+    const int in_block = block_warps(args.num_envs * parts, parts, kBlockWarps<mode>);
+    args.shift = log2(parts);
+    launch(args, scan_tiles<T, estimator, mode>, in_block / parts, 32 * in_block, stream);
   }
 }
 
@@ -79,8 +80,8 @@ void launch_columns(Args<T> args, cudaStream_t stream) {
   constexpr int K = Direct && sizeof(T) == 4 ? kColumnSteps : kColumnSteps / 2;
   const int envs = args.num_envs < kColumnEnvs * kFewBlocks ? kFewColumnEnvs : kColumnEnvs, step = 32 / envs;
   const int wanted = (args.num_steps + K * step - 1) / (K * step) * step;
-  args.parts = std::min(wanted, 32 * kMostWarps / envs);
-  launch(args, scan_columns<T, estimator, Direct, K>, envs, envs * args.parts, stream);
+  args.shift = log2(envs);
+  launch(args, scan_columns<T, estimator, Direct, K>, envs, envs * std::min(wanted, 32 * kColumnWarps / envs), stream);
 }
 
 template <typename T, Estimator estimator>
