@@ -102,8 +102,7 @@ class Scan:
                 where = "this buffer's advantages or returns"
                 raise ValueError(f"{argument}: expected memory of its own, got some of {where}")
         ends = last_values, final_values, final_rows
-        self._launch(operation, ends, (*inputs, *factors), bootstrap, captured)
-        self.method = name
+        self._launch(name, operation, ends, (*inputs, *factors), bootstrap, captured)
 
     def _usual(
         self, last_values: Tensor, factors: tuple[float, float], timeout_bootstrap: str | None, captured: bool
@@ -118,14 +117,15 @@ class Scan:
             return False
         try:
             bootstrap = BOOTSTRAP[timeout_bootstrap] if truncations else 0
-            self._launch(ops.gae, (last_values, None, None), factors, bootstrap, captured)
+            self._launch("compute_gae", ops.gae, (last_values, None, None), factors, bootstrap, captured)
         except (RuntimeError, TypeError):
             return False
-        self._strict, self.pool_valued, self.method = True, False, "compute_gae"
+        self._strict, self.pool_valued = True, False
         return True
 
     def _launch(
         self,
+        name: str,
         operation: Callable[..., None],
         ends: tuple[Tensor, Tensor | None, Tensor | None],
         others: tuple,
@@ -152,7 +152,7 @@ class Scan:
         )
         bump([*outputs])
         self.captured |= captured
-        self.computed, self.runs = True, self.runs + 1
+        self.computed, self.runs, self.method = True, self.runs + 1, name
 
     def _evaluate(self, value_fn: Callable, check: bool) -> Tensor:
         """The values of the rollout's pool of final observations: of the rows in use, or of all if not known."""
