@@ -184,6 +184,9 @@ VARIANTS = [
     ("gae", {"returns": None, "stats": None, "workspace": None}),
     ("gae", {"dones": u8(N, C), "coded": True, "start": 2, "advantages": zeros(N, 2), "returns": zeros(N, 2)}),
     ("gae", {"truncated": torch.ones(N, C), "final_values": torch.ones(N, C), "bootstrap": 1, "valid": zeros(N, C)}),
+    ("off_policy", {}),
+    ("off_policy", {"q_values": zeros(N, C), "advantages": None, "stats": None, "workspace": None}),
+    ("off_policy", {"dones": u8(N, C), "coded": True, "start": 2, "advantages": zeros(N, 2), "targets": zeros(N, 2)}),
     ("append", {}),
     ("append", step(row=[], fields=FIELDS[2:])),
     ("append", step(pools=[], final=[], fields=FIELDS[:2]) | {"dones": None, "truncated": None}),
@@ -192,6 +195,7 @@ VARIANTS = [
     ("append", look(i32(2))),
     ("gather", {}),
     ("gather", {"subset": torch.arange(12), "shuffle": False, "first": 7}),
+    ("gather", {"returns": torch.randn(N, C)}),
     (
         "gather",
         {"outputs": [], "offsets": [], "dtypes": [], "advantages": None, "advantages_out": None, "returns_out": None},
@@ -249,6 +253,19 @@ def test_compiles_into_one_graph():
 META, COMPLEX = {"device": "meta"}, torch.complex64
 BAD = [
     # gae
+    ("off_policy", {"log_rhos": i32(N, C)}, "log_rhos: expected a floating dtype"),
+    ("off_policy", {"log_rhos": zeros(N, C + 1)}, "log_rhos: expected shape"),
+    ("off_policy", {"q_values": zeros(N, 1)}, "q_values: expected shape"),
+    ("off_policy", {"q_values": zeros(N, C)}, "advantages: expected None with q_values, got a tensor"),
+    ("off_policy", {"advantages": None}, "advantages: expected a tensor with stats, got None"),
+    ("off_policy", {"targets": zeros(N, C).half()}, "targets: expected dtype Float or Double"),
+    ("off_policy", {"targets": zeros(N, C + 1)}, "targets: expected at most"),
+    ("off_policy", {"advantages": f64(N, C)}, "advantages: expected dtype"),
+    ("off_policy", {"rho_clip": -1.0}, "rho_clip: expected a number of at least 0, got -1"),
+    ("off_policy", {"c_clip": float("nan")}, "c_clip: expected a number of at least 0"),
+    ("gather", {"returns": zeros(N, C).double()}, "returns: expected dtype"),
+    ("gather", {"returns": zeros(N, 1)}, "returns: expected shape"),
+    ("gather", {"returns": zeros(C, N).t()}, "returns: expected the strides"),
     ("gae", {"rewards": zeros(N)}, "rewards: expected shape"),
     ("gae", {"rewards": i32(N, C)}, "rewards: expected a floating dtype"),
     ("gae", {"values": zeros(N, C + 1)}, "values: expected shape"),
