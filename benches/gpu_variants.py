@@ -46,11 +46,12 @@ class Variant(NamedTuple):
 
 
 # The constants of each kernel that are varied, in CUDA and in Triton. kMinBlocks is how many blocks must be resident at
-# once, which limits a thread's registers. kManyWarps and MANY_ENVS: 1 for several rows a warp, BEYOND for one.
+# once, which limits a thread's registers. kManyWarps: 1 for several rows a warp, BEYOND for one.
 # kFewBlocks: blocks are halved below it.
 BEYOND = 1 << 30
+GAE = ("WARPS", "LEAST_WARPS", "PROGRAMS", "WARPS_A_ROW", "THREAD_ROWS", "MANY", "STORE_FIRST", "REGISTERS")
 KERNELS = {
-    "gae rows": (("kMostWarps", "kManyWarps", "kMinBlocks", "kFewBlocks"), ("WARPS", "WARP_ROWS", "MANY_ENVS")),
+    "gae rows": (("kMostWarps", "kManyWarps", "kMinBlocks", "kFewBlocks"), GAE),
     "gae columns": (("kColumnSteps", "kColumnEnvs", "kFewColumnEnvs"), ("COLUMNS", "COLUMN_STEPS")),
     "append": (("kThreads", "kUnroll"), ("ENVS", "WARPS")),
     "gather": (("kSamples", "kThreads", "kUnroll", "kStaged"), ("SAMPLES", "WARPS")),
@@ -63,6 +64,10 @@ KERNELS = {
 }
 # Of KERNELS, those of the learner and the environment: only Triton has them, and whole rows of bench_ppo.py are timed.
 ROWS = tuple(KERNELS)[4:]
+# GAE at sizes of its own, whatever the sweep's: the shape of a launch depends on them.
+SIZED = tuple(f"gae rows {x}" for x in ("4096x24", "1024x100", "16384x128", "65536x100", "256x2048"))
+SIZED += tuple(f"gae rows {x}" for x in ("8192x8", "32768x8", "32768x16"))
+KERNELS |= dict.fromkeys(SIZED, ((), GAE))
 # Samples in a tile, each for networks of any size.
 TILES = tuple({samples: 1 << 20} for samples in (16, 32, 64))
 
@@ -102,11 +107,8 @@ def cuda() -> list[Variant]:
 
 def triton() -> list[Variant]:
     """Triton's variants; the first of a kernel is the unchanged launcher."""
-    names = "WARPS WARP_ROWS MANY_ENVS"
     return [
-        Variant("gae rows", "triton"),
-        *_each("gae rows", "triton", names, "4 2 1, 16 2 1, 8 4 1, 4 4 1"),
-        *_each("gae rows", "triton", names, f"4 1 {BEYOND}, 8 1 {BEYOND}, 16 1 {BEYOND}"),
+        *(x for kernel in ("gae rows", *SIZED) for x in _gae(kernel)),
         Variant("gae columns", "triton"),
         *_each("gae columns", "triton", "COLUMNS COLUMN_STEPS", "32 10, 32 20, 32 25, 64 10, 64 25, 64 34, 128 20"),
         Variant("append", "triton"),
@@ -125,6 +127,18 @@ def triton() -> list[Variant]:
         Variant("layers", "triton"),
         *_each("layers", "triton", "COLUMNS WARPS", "64 4, 64 8, 128 4, 256 8"),
     ]  # fmt: skip
+
+
+def _gae(kernel: str) -> list[Variant]:
+    """Programs of other sizes, of fewer warps to an environment, and of one row or two to a thread."""
+    rows = "8 2 1 0, 4 2 1 0, 16 2 1 1, 8 2 1 1, 16 1 1 0, 8 1 1 0, 4 1 1 0, 16 1 1 1"
+    found = [Variant(kernel, "triton"), *_each(kernel, "triton", "WARPS THREAD_ROWS MANY STORE_FIRST", rows)]
+    found += _each(kernel, "triton", "PROGRAMS LEAST_WARPS", "256 4, 512 4, 512 1, 64 8")
+    if kernel in ("gae rows", "gae rows 65536x100"):
+        found += _each(kernel, "triton", "REGISTERS", "48, 80, 128")
+    if kernel == "gae rows 256x2048":
+        found += _each(kernel, "triton", "WARPS_A_ROW WARPS", "8 8, 4 4, 2 4, 8 16, 4 16")
+    return found
 
 
 def _gradients(matmul: str) -> list[Variant]:

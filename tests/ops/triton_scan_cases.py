@@ -246,9 +246,12 @@ def test_off_policy_dtypes(stored, computed, retrace, layout):
 @LAYOUTS
 @ESTIMATORS
 def test_off_policy_shows_a_ratio_that_is_not_a_number(retrace, layout):
-    """In the steps that depend on it, and in no other; not if its step is invalid. NaN of either sign."""
+    """In the steps that depend on it, and in no other; not if its step is invalid. NaN of either sign, which the
+    exponential of a float64 keeps."""
     for number in (NAN, -NAN, math.inf, -math.inf):
-        rollout = OffPolicy(4, 40, layout=layout, ends=0.0, retrace=retrace)
+        dtype = torch.float64 if number is not NAN else torch.float32
+        rollout = OffPolicy(4, 40, layout=layout, ends=0.0, retrace=retrace, dtype=dtype)
+        rollout.arguments["log_rhos"] = rollout.arguments["log_rhos"].to(dtype)
         rollout.arguments["dones"][:3, 20] = torch.tensor([0, 1, 3], dtype=torch.uint8)
         rollout.arguments["log_rhos"][:3, 21] = number
         rollout.arguments["log_rhos"][3, 20] = number
