@@ -81,13 +81,13 @@ PYDRONE_HD T clipped_ratio(T ratio, S most) {
 }
 
 // V-trace's x_t from x_{t+1} (`carry`); `advantage` receives rho_t (r_t + gamma vs_{t+1} - V_t). Both are 0 for an
-// invalid step, whatever its ratio.
+// invalid step, whose `delta` is, whatever its ratio.
 template <typename T, typename C, typename S>
 PYDRONE_HD T vtrace_step(C code, T delta, T rho, T link, S gamma, T carry, T& advantage) {
   const auto cut = code != kRunning;
-  const T ahead = rho * gae_join(cut, delta, gamma, carry), joined = gae_join(cut, rho * delta, link, carry);
-  advantage = code == kInvalid ? T{} : ahead;
-  return code == kInvalid ? T{} : joined;
+  const T weight = code == kInvalid ? T{} : rho;
+  advantage = weight * gae_join(cut, delta, gamma, carry);
+  return gae_join(cut, weight * delta, link, carry);
 }
 
 // Retrace's x_t from `carry`, link_t x_{t+1}, which becomes that of the step before; `link`: that step's, gamma c_t.

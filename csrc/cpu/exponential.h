@@ -15,6 +15,7 @@ template <>
 struct Exponential<float> {
   static constexpr float kRounder = 12582912.0f, kHigh = 0.693359375f, kLow = 2.12194440e-4f;
   static constexpr float kLeast = -87.0f, kMost = 88.0f;  // where e^x is a normal number
+  static constexpr float kZero = -88.0f, kInfinite = 89.0f;  // 2^n comes out as 0 and as infinity
   static constexpr int32_t kFraction = 23, kOne = 0x3F800000;
   static constexpr int kTerms = 7;  // to 1e-8
 };
@@ -22,6 +23,7 @@ template <>
 struct Exponential<double> {
   static constexpr double kRounder = 6755399441055744.0, kHigh = 0.693145751953125, kLow = -1.42860682030941723212e-6;
   static constexpr double kLeast = -708.0, kMost = 709.0;
+  static constexpr double kZero = -709.0, kInfinite = 710.0;
   static constexpr int64_t kFraction = 52, kOne = 0x3FF0000000000000;
   static constexpr int kTerms = 13;  // to 1e-17
 };
@@ -55,6 +57,16 @@ static inline __attribute__((always_inline)) V clamped_exponential(V x) {
   const V clamped = x > E::kMost ? E::kMost - V{} : (x < E::kLeast ? E::kLeast - V{} : x);
   const V part = reduced_expm1<T, I>(clamped, power);
   return part * power + power;
+}
+
+// Accurate to about 2 ulp; 0 and infinity from where e^x is within a factor of 2 of being no normal number. NaN stays.
+template <class T, class I, class V>
+static inline __attribute__((always_inline)) V exponential_of(V x) {
+  using E = Exponential<T>;
+  V power;
+  const V below = x > E::kInfinite ? E::kInfinite - V{} : x;
+  const V part = reduced_expm1<T, I>(below < E::kZero ? E::kZero - V{} : below, power);
+  return (part + static_cast<T>(1)) * power;  // not part * power + power: infinity less infinity
 }
 
 }  // namespace

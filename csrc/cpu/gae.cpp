@@ -17,7 +17,7 @@ struct Job {
   Estimator estimator;
   Plane rewards, values, dones, truncated, valid, last_values, final_values, final_rows, log_rhos, q_values;
   Plane advantages, targets;  // targets: GAE's are the returns
-  bool has_truncated, has_valid, has_pool, has_log_rhos, has_q_values, has_advantages, has_targets, coded, streaming;
+  bool has_truncated, has_valid, has_pool, has_advantages, has_targets, coded, streaming;
   int64_t num_envs, num_steps, capacity, start, pool_size, bootstrap, block, blocks;
   double gamma, decay, rho_clip, c_clip;
   double* partials;  // [blocks, 3]
@@ -32,8 +32,8 @@ struct Direct {
     auto is = [](const Plane& x) { return x.direct(kTypeOf<T>, sizeof(T)); };
     auto is_flag = [](const Plane& x) { return x.env == 1; };  // contiguous bytes
     rewards = is(job.rewards), values = is(job.values);
-    log_rhos = !job.has_log_rhos || is(job.log_rhos);
-    q_values = !job.has_q_values || is(job.q_values);
+    log_rhos = job.estimator == Estimator::kGae || is(job.log_rhos);
+    q_values = job.estimator != Estimator::kRetrace || is(job.q_values);
     advantages = !job.has_advantages || is(job.advantages);
     targets = !job.has_targets || is(job.targets);
     dones = is_flag(job.dones);
@@ -55,7 +55,7 @@ class Block {
     factors_ = {static_cast<T>(job.gamma), static_cast<T>(job.decay), static_cast<T>(job.rho_clip),
                 static_cast<T>(job.c_clip)};
     read_reals<T>("last_values", next_row_, 0, job.last_values, n0_, envs_, 0, 1);
-    after_ = carry_row_;
+    row_.after = carry_row_;
     next_ = next_row_;
   }
 
@@ -74,7 +74,6 @@ class Block {
   }
 
  private:
-  // A row is too short for the hardware prefetcher, which would notice it too late.
   void fetch_row(const Plane& plane, int64_t slot) const {
     if (slot >= kAhead) fetch(plane.at(n0_, slot - kAhead), envs_ * plane.env);
   }
@@ -111,16 +110,16 @@ class Block {
   }
 
   template <class E>
-  E* row(bool direct, const Plane& plane, int64_t position, E* tile, int64_t i) const {
+  E* at(bool direct, const Plane& plane, int64_t position, E* tile, int64_t i) const {
     return direct ? reinterpret_cast<E*>(plane.at(n0_, position)) : tile + i * kTileEnvs;
   }
 
   const uint8_t* codes_of(int64_t i, int64_t slot) {
-    const uint8_t* dones = row(direct_.dones, job_.dones, slot, dones_tile_, i);
+    const uint8_t* dones = at(direct_.dones, job_.dones, slot, dones_tile_, i);
     if (direct_.dones) fetch_row(job_.dones, slot);
     if (job_.coded) return dones;
-    const uint8_t* truncated = job_.has_truncated ? row(direct_.truncated, job_.truncated, slot, truncated_tile_, i) : nullptr;
-    const uint8_t* valid = job_.has_valid ? row(direct_.valid, job_.valid, slot, valid_tile_, i) : nullptr;
+    const uint8_t* truncated = job_.has_truncated ? at(direct_.truncated, job_.truncated, slot, truncated_tile_, i) : nullptr;
+    const uint8_t* valid = job_.has_valid ? at(direct_.valid, job_.valid, slot, valid_tile_, i) : nullptr;
     encode_row(codes_row_, dones, truncated, valid, envs_);
     return codes_row_;
   }
@@ -144,40 +143,47 @@ class Block {
     return spare_row_;
   }
 
-  const T* reals_of(bool direct, const Plane& plane, int64_t slot, T* tile, int64_t i) const {
-    if (direct) fetch_row(plane, slot);
-    return row(direct, plane, slot, tile, i);
+  // A step's row of a plane, and in `ahead` the one to prefetch while it is computed: the hardware prefetcher would notice
+  // it too late. A streamed step fetches it in between, any other here.
+  const T* reals_of(bool direct, const Plane& plane, int64_t slot, T* tile, int64_t i, bool streamed, const T*& ahead) {
+    const T* const found = ahead = at(direct, plane, slot, tile, i);
+    if (!direct || slot < kAhead) return found;
+    if (streamed)
+      ahead = reinterpret_cast<const T*>(plane.at(n0_, slot - kAhead));
+    else
+      fetch_row(plane, slot);
+    return found;
   }
 
   void run_step(int64_t i, int64_t slot, int64_t t) {
-    const T* rewards = reals_of(direct_.rewards, job_.rewards, slot, rewards_tile_, i);
-    const T* values = reals_of(direct_.values, job_.values, slot, values_tile_, i);
-    const T *log_rhos = nullptr, *q_values = nullptr;
-    if (job_.has_log_rhos) log_rhos = reals_of(direct_.log_rhos, job_.log_rhos, slot, log_rhos_tile_, i);
-    if (job_.has_q_values) q_values = reals_of(direct_.q_values, job_.q_values, slot, q_values_tile_, i);
-    const uint8_t* codes = codes_of(i, slot);
-    const T* at_truncation =
-        job_.bootstrap == kStoredValue ? values : (job_.bootstrap == kFinalValues ? final_values(codes, slot) : next_);
-    T* advantages = advantages_row_;
-    if (job_.has_advantages) advantages = row(direct_.advantages, job_.advantages, t, advantages_tile_, i);
-    T* targets = targets_row_;
-    if (job_.has_targets) targets = row(direct_.targets, job_.targets, t, targets_tile_, i);
-    const bool streamed = job_.streaming && aligned(advantages) && aligned(targets);
-    T* const kept = streamed ? advantages_row_ : advantages;
-    T* const carry = job_.estimator == Estimator::kGae ? kept : carry_row_;
-    run_row(job_.estimator, streamed,
-            {rewards, values, next_, at_truncation, log_rhos, q_values, codes, after_, carry, kept, advantages, targets},
-            factors_, pivot_, sums_, envs_);
-    after_ = carry;
-    next_ = values;
+    Row<T>& row = row_;
+    row.targets = job_.has_targets ? at(direct_.targets, job_.targets, t, targets_tile_, i) : targets_row_;
+    row.advantages = row.advantages_out = advantages_row_;
+    if (job_.has_advantages) row.advantages_out = at(direct_.advantages, job_.advantages, t, advantages_tile_, i);
+    const bool streamed = job_.streaming && aligned(row.advantages_out) && aligned(row.targets);
+    if (!streamed) row.advantages = row.advantages_out;
+    row.rewards = reals_of(direct_.rewards, job_.rewards, slot, rewards_tile_, i, streamed, row.rewards_ahead);
+    row.values = reals_of(direct_.values, job_.values, slot, values_tile_, i, streamed, row.values_ahead);
+    if (job_.estimator != Estimator::kGae)
+      row.log_rhos = reals_of(direct_.log_rhos, job_.log_rhos, slot, log_rhos_tile_, i, streamed, row.log_rhos_ahead);
+    if (job_.estimator == Estimator::kRetrace)
+      row.q_values = reals_of(direct_.q_values, job_.q_values, slot, q_values_tile_, i, streamed, row.q_values_ahead);
+    row.codes = codes_of(i, slot);
+    row.next = row.at_truncation = next_;
+    if (job_.bootstrap == kStoredValue) row.at_truncation = row.values;
+    if (job_.bootstrap == kFinalValues) row.at_truncation = final_values(row.codes, slot);
+    row.carry = job_.estimator == Estimator::kGae ? row.advantages : carry_row_;
+    run_row(job_.estimator, streamed, row, factors_, pivot_, sums_, envs_);
+    row.after = row.carry;
+    next_ = row.values;
     if (!partial_) return;
-    if (!std::memchr(codes, kInvalid, envs_)) {
-      pivot_ = join_sums(partial_, sums_, pivot_, kept, envs_);
+    if (!std::memchr(row.codes, kInvalid, envs_)) {
+      pivot_ = join_sums(partial_, sums_, pivot_, row.advantages, envs_);
     } else {
       int64_t valid = 0;
       for (int64_t n = 0; n < envs_; ++n) {
-        spare_row_[valid] = kept[n];
-        valid += codes[n] != kInvalid;
+        spare_row_[valid] = row.advantages[n];
+        valid += row.codes[n] != kInvalid;
       }
       moments(partial_, spare_row_, valid);
     }
@@ -190,7 +196,8 @@ class Block {
   const int64_t n0_, envs_;
   double* partial_ = nullptr;
   Factors<T> factors_;
-  const T *after_, *next_;  // carry and V of the next step
+  Row<T> row_{};
+  const T* next_;  // V of the next step
   T pivot_{0};
   Sums<T> sums_;
   alignas(64) T carry_row_[kRowEnvs], advantages_row_[kRowEnvs], targets_row_[kRowEnvs];
@@ -286,8 +293,7 @@ void off_policy(const Tensor& rewards, const Tensor& values, const Tensor& dones
   Job job{};
   job.estimator = q_values ? Estimator::kRetrace : Estimator::kVtrace;
   job.log_rhos = Plane(log_rhos);
-  job.has_log_rhos = true;
-  if ((job.has_q_values = q_values.has_value())) job.q_values = Plane(*q_values);
+  if (q_values) job.q_values = Plane(*q_values);
   job.gamma = gamma;
   job.decay = gamma * lam;
   job.rho_clip = rho_clip;

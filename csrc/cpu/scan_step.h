@@ -7,7 +7,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <limits>
 
 namespace pydrone {
 namespace {
@@ -60,23 +59,21 @@ PYDRONE_INLINE typename V::Code load_codes(const uint8_t* codes) {
   return __builtin_convertvector(wider, typename V::Code);
 }
 
-// e^x; 0 and infinity where it is no normal number.
-template <class T, class I, class V>
-PYDRONE_INLINE V ratio_of(V log_rho) {
-  using E = Exponential<T>;
-  const V inside = clamped_exponential<T, I>(log_rho), none = log_rho < E::kLeast ? V{} : inside;
-  return log_rho > E::kMost ? std::numeric_limits<T>::infinity() - V{} : none;
-}
-
-template <class T>
-PYDRONE_INLINE T ratio_of(T log_rho) {
-  using Kind = Vector<T, 16>;
-  return ratio_of<T, typename Kind::Code>(log_rho - typename Kind::Real{})[0];
-}
-#else
-template <class T>
-T ratio_of(T log_rho) { return std::exp(log_rho); }
 #endif
+
+// Ratios of probabilities; `Bytes` of them at once, or one.
+template <int Bytes, class T, class V>
+PYDRONE_INLINE V ratio_of(V log_rho) {
+#if defined(__GNUC__)
+  using Kind = Vector<T, Bytes>;
+  if constexpr (std::is_same_v<V, T>)
+    return exponential_of<T, typename Kind::Code>(log_rho - typename Kind::Real{})[0];
+  else
+    return exponential_of<T, typename Kind::Code>(log_rho);
+#else
+  return std::exp(log_rho);
+#endif
+}
 
 // Sums over a row of advantages minus a pivot, and of their squares, in lanes.
 template <class T>
@@ -85,9 +82,16 @@ struct Sums {
 };
 
 #if defined(__GNUC__)
-// A store that bypasses the cache where the processor has one; `to` is 16-byte aligned.
+// A store that bypasses the cache where the processor has one; `to` is aligned to 16 bytes, or as a whole vector.
 template <class V>
-PYDRONE_INLINE void stream_vector(void* to, V x) {
+PYDRONE_INLINE void stream_vector(void* to, V x, bool whole) {
+#if defined(PYDRONE_VERSIONS) && !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
+  if constexpr (sizeof(V) > 16)  // in assembly: the intrinsics do not inline into a function for all instruction sets
+    if (whole) {
+      asm("vmovntps %1, %0" : "=m"(*static_cast<V*>(to)) : "x"(x));
+      return;
+    }
+#endif
 #if defined(__SSE2__)
   __m128i parts[sizeof(V) / 16];
   std::memcpy(parts, &x, sizeof(V));
@@ -108,6 +112,7 @@ struct Row {
   T* carry;        // this step's, possibly the same memory; GAE's is `advantages`
   T* advantages;
   T *advantages_out, *targets;  // if streamed: `advantages` once more; else no such copy
+  const T *rewards_ahead, *values_ahead, *log_rhos_ahead, *q_values_ahead;  // if streamed: prefetched meanwhile
 };
 
 template <class T>
@@ -147,6 +152,7 @@ PYDRONE_INLINE void step_body(const Row<T>& given, const Factors<T>& factors, T 
   const Row<T> row = given;  // stores may alias `given`, but not a copy of it
   const Factors<T> by = factors;
   const T* const base = estimator == Estimator::kRetrace ? row.q_values : row.values;
+  const bool whole = ((reinterpret_cast<uintptr_t>(row.advantages_out) | reinterpret_cast<uintptr_t>(row.targets)) & 63) == 0;
   constexpr bool off_policy = estimator != Estimator::kGae, has_advantages = estimator != Estimator::kRetrace;
   std::fill(sums.first, sums.first + kLanes, T{0});
   std::fill(sums.second, sums.second + kLanes, T{0});
@@ -155,11 +161,18 @@ PYDRONE_INLINE void step_body(const Row<T>& given, const Factors<T>& factors, T 
   using Kind = Vector<T, Bytes>;
   using V = typename Kind::Real;
   V first[Kind::kParts] = {}, second[Kind::kParts] = {};
-  for (; i + kLanes <= n; i += kLanes)
+  for (; i + kLanes <= n; i += kLanes) {
+    constexpr int64_t kBytes = kLanes * sizeof(T);
+    if constexpr (Stream) {
+      fetch(reinterpret_cast<const char*>(row.rewards_ahead + i), kBytes);
+      fetch(reinterpret_cast<const char*>(row.values_ahead + i), kBytes);
+      if constexpr (off_policy) fetch(reinterpret_cast<const char*>(row.log_rhos_ahead + i), kBytes);
+      if constexpr (!has_advantages) fetch(reinterpret_cast<const char*>(row.q_values_ahead + i), kBytes);
+    }
     for (int64_t part = 0; part < Kind::kParts; ++part) {
       const int64_t k = i + part * Kind::kSize;
       V ratio{};
-      if constexpr (off_policy) ratio = ratio_of<T, typename Kind::Code>(load<V>(row.log_rhos + k));
+      if constexpr (off_policy) ratio = ratio_of<Bytes, T>(load<V>(row.log_rhos + k));
       const auto found = step_of<estimator>(load_codes<Kind>(row.codes + k), load<V>(row.rewards + k), load<V>(base + k),
                                             load<V>(row.next + k), load<V>(row.at_truncation + k), ratio,
                                             load<V>(row.after + k), by);
@@ -171,18 +184,19 @@ PYDRONE_INLINE void step_body(const Row<T>& given, const Factors<T>& factors, T 
         std::memcpy(row.advantages + k, &found.advantage, sizeof(V));
       }
       if constexpr (Stream) {
-        if constexpr (has_advantages) stream_vector(row.advantages_out + k, found.advantage);
-        stream_vector(row.targets + k, found.target);
+        if constexpr (has_advantages) stream_vector(row.advantages_out + k, found.advantage, whole);
+        stream_vector(row.targets + k, found.target, whole);
       } else {
         std::memcpy(row.targets + k, &found.target, sizeof(V));
       }
     }
+  }
   std::memcpy(sums.first, first, sizeof(first));
   std::memcpy(sums.second, second, sizeof(second));
 #endif
   for (; i < n; ++i) {
     T ratio{};
-    if constexpr (off_policy) ratio = ratio_of(row.log_rhos[i]);
+    if constexpr (off_policy) ratio = ratio_of<16, T>(row.log_rhos[i]);
     const auto found = step_of<estimator>(int32_t{row.codes[i]}, row.rewards[i], base[i], row.next[i],
                                           row.at_truncation[i], ratio, row.after[i], by);
     if constexpr (off_policy) row.carry[i] = found.carry;

@@ -37,6 +37,7 @@ NAMES = {
     "pydrone.integrations.sb3": "DictRolloutBuffer PPO RolloutBuffer",
     "pydrone.integrations.torchrl": "GAE",
     "pydrone.integrations.rl_games": "patch unpatch",
+    "pydrone.integrations.pufferlib": "compute_puff_advantage patch unpatch",
 }
 
 FLAGS = {

@@ -23,8 +23,8 @@ CPP = [
     Fault(
         "last_values in the carry as well",
         GAE,
-        "    after_ = carry_row_;\n    next_ = next_row_;\n  }",
-        "    std::copy(next_row_, next_row_ + envs_, carry_row_);\n    after_ = carry_row_;\n"
+        "    row_.after = carry_row_;\n    next_ = next_row_;\n  }",
+        "    std::copy(next_row_, next_row_ + envs_, carry_row_);\n    row_.after = carry_row_;\n"
         "    next_ = next_row_;\n  }",
         OF_GAE,
     ),
@@ -38,8 +38,8 @@ CPP = [
     Fault(
         "done shifted by one step",
         GAE,
-        "const uint8_t* codes = codes_of(i, slot);",
-        "const uint8_t* codes = codes_of(i > 0 ? i - 1 : i, slot > 0 ? slot - 1 : slot);",
+        "row.codes = codes_of(i, slot);",
+        "row.codes = codes_of(i > 0 ? i - 1 : i, slot > 0 ? slot - 1 : slot);",
         OF_GAE,
     ),
     Fault(
@@ -66,8 +66,8 @@ CPP = [
     Fault(
         "the stored value instead of the next one",
         GAE,
-        "job_.bootstrap == kStoredValue ? values : (job_",
-        "job_.bootstrap != kFinalValues ? values : (job_",
+        "if (job_.bootstrap == kStoredValue) row.at_truncation",
+        "if (job_.bootstrap != kFinalValues) row.at_truncation",
         OF_GAE,
     ),
     Fault(
@@ -106,7 +106,7 @@ CPP = [
         OF_STATS,
     ),
     Fault("naive sums of squares", STEP, "if (m2 >= 0.25 * second)", "if (m2 >= 0 || second >= 0)", OF_STATS),
-    Fault("invalid steps in the statistics", GAE, "valid += codes[n] != kInvalid;", "valid += 1;", OF_GAE),
+    Fault("invalid steps in the statistics", GAE, "valid += row.codes[n] != kInvalid;", "valid += 1;", OF_GAE),
     Fault(
         "zero for a missing final value",
         GAE,
