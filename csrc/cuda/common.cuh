@@ -115,7 +115,10 @@ __device__ inline int64_t ring_slot(int64_t k, int64_t capacity) {
 // an atomicAdd are two, each of them sequentially consistent.
 __device__ inline uint64_t fetch_add(uint64_t* counter, uint64_t x) {
   uint64_t before;
-  asm volatile("atom.add.acq_rel.gpu.global.u64 %0, [%1], %2;" : "=l"(before) : "l"(counter), "l"(x) : "memory");
+  asm volatile("atom.add.acq_rel.gpu.global.u64 %0, [%1], %2;"
+               : "=l"(before)
+               : "l"(__cvta_generic_to_global(counter)), "l"(x)
+               : "memory");
   return before;
 }
 

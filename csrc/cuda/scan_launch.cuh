@@ -77,7 +77,8 @@ void launch_rows(Args<T> args, cudaStream_t stream) {
 
 template <typename T, Estimator estimator, bool Direct>
 void launch_columns(Args<T> args, cudaStream_t stream) {
-  constexpr int K = Direct && sizeof(T) == 4 ? kColumnSteps : kColumnSteps / 2;
+  constexpr int kSmaller = sizeof(T) == 4 || estimator == kGae ? 2 : 4;  // in what is slow anyway, without spills
+  constexpr int K = Direct && sizeof(T) == 4 ? kColumnSteps : kColumnSteps / kSmaller;
   const int envs = args.num_envs < kColumnEnvs * kFewBlocks ? kFewColumnEnvs : kColumnEnvs, step = 32 / envs;
   const int wanted = (args.num_steps + K * step - 1) / (K * step) * step;
   args.shift = log2(envs);

@@ -75,8 +75,8 @@ CUDA = [
     Fault(
         "flags other than one in four bytes at once",
         SCAN,
-        "return (((bytes & 0x7F7F7F7Fu) + 0x7F7F7F7Fu) | bytes) >> 7 & 0x01010101u;",
-        "return bytes & 0x01010101u;",
+        "return (((x & 0x7F7F7F7Fu) + 0x7F7F7F7Fu) | x) >> 7 & 0x01010101u;",
+        "return x & 0x01010101u;",
         TESTS,
     ),
     Fault(
