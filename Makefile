@@ -123,8 +123,9 @@ gpu-genesis: $(GPU_STAMP) ## Time a training iteration on Genesis, where genesis
 gpu-train: $(GPU_STAMP) ## Train on the GPU: memory over 301 iterations, the time to hover, learning curves beside autograd's
 	@$(GPU_RUN) benches/gpu_train.py --out benches/results $(ARGS)
 
-gpu-sweep: $(GPU_STAMP) ## Time each GPU kernel with other launch parameters and the other layout
+gpu-sweep: $(GPU_STAMP) ## Time each GPU kernel with other launch parameters and the other layout, and by both backends
 	@$(GPU_RUN) benches/gpu_sweep.py --out benches/results $(ARGS)
+	@$(GPU_RUN) benches/gpu_backends.py --out benches/results
 
 gpu-profile: $(GPU_STAMP) ## Profile one launch of each GPU kernel with Nsight Compute
 	@$(GPU_RUN) benches/gpu_profile.py $(ARGS)

@@ -65,7 +65,8 @@ def recorded(buf: RolloutBuffer, run: Call) -> list[tuple]:
 
         return call
 
-    buf._storage.ops = ops._replace(gae=keep(ops.gae), append=keep(ops.append), gather=keep(ops.gather))
+    kept_ops = {name: keep(getattr(ops, name)) for name in ("gae", "append", "gather")}
+    buf._storage.ops = ops._replace(**kept_ops, prepared=None)
     try:
         run()
     finally:

@@ -32,6 +32,7 @@ TRITON = ", triton"  # the second backend of a GPU; "pydrone" is on the default 
 PER: dict[str, Callable[[Size], int]] = {
     "append": lambda size: size.num_steps,
     "minibatch epoch": lambda size: NUM_MINIBATCHES,
+    "calls": lambda size: size.num_steps,
     "act and store": lambda size: size.num_steps,
 }
 
@@ -123,6 +124,20 @@ def epoch(clock: Clock) -> list[Contender]:
         lean("skrl", skrl.epoch, storage_bytes=110),
         lean("SB3", sb3.epoch, storage_bytes=120, on_host=True),
         lean("TorchRL", torchrl.epoch, storage_bytes=220),
+    ]
+
+
+def calls(clock: Clock) -> list[Contender]:
+    """As many calls of each operation as a rollout has steps, and of ``copy_`` for a tensor [N]. "pydrone" is
+    ``compute_gae``."""
+    rest = {"storage_bytes": 180, "against": COPY}
+    return [
+        *_ours("pydrone", ours.gae_calls, None, clock, **rest),
+        *_ours("pydrone.gae(out=)", ours.gae_out_calls, None, clock, **rest),
+        *_ours("pydrone append", ours.append, None, clock, **rest),
+        *_ours("pydrone begin + end", ours.append_split, None, clock, **rest),
+        *_ours("pydrone minibatch", ours.minibatch_calls, None, clock, **rest),
+        Contender(COPY, by_hand.small_copies, against=COPY),
     ]
 
 
@@ -289,6 +304,7 @@ OPERATIONS = {
     "append": append,
     "minibatch epoch": epoch,
     "iteration": iteration,
+    "calls": calls,
     "ppo gradients": ppo_gradients,
     "ppo minibatch": ppo_minibatch,
     "clipped adam": clipped_adam,
@@ -302,7 +318,7 @@ OPERATIONS = {
     "training on Genesis": training_on_genesis,
 }
 # Of OPERATIONS, those of benches/bench_ppo.py; and the one that `make gpu-bench` leaves out.
-KERNELS = tuple(OPERATIONS)[4:12]
+KERNELS = tuple(OPERATIONS)[5:13]
 APART = "training on Genesis"
 # The sweep's contenders: enough to see the slope.
 SWEEP = ("pydrone", COPY, "rsl_rl")

@@ -106,7 +106,7 @@ def jobs() -> list[Job]:
         made.append(Job(f"tests/gpu {i + 1} of {shards}", [*pytest, "tests/gpu"], {"PYDRONE_SHARD": f"{i}/{shards}"}))
     shards = max(1, shards // 2)
     for i in range(shards):
-        names = ("triton_cases", "triton_gradients_cases", "triton_adam_cases", "triton_act_cases", "step_cases")
+        names = [f"triton_{x}cases" for x in ("", "scan_", "gradients_", "adam_", "act_")] + ["step_cases"]
         command = [*pytest, *(f"tests/ops/{name}.py" for name in names), "-m", ""]
         made.append(Job(f"triton_cases {i + 1} of {shards}", command, {"PYDRONE_SHARD": f"{i}/{shards}"}))
     made.append(Job("quadrotor as a graph", [*pytest, "-m", "gpu", "tests/envs/test_quadrotor.py"]))

@@ -84,7 +84,7 @@ def summary(text: str) -> list[dict[str, str]]:
     units, *kernels = csv.DictReader(lines[start:])
     found = []
     for kernel in kernels:
-        row = {"kernel": NAMESPACES.sub("", kernel["Kernel Name"])[:40]}
+        row = {"kernel": NAMESPACES.sub("", kernel["Kernel Name"])[:60]}
         for name, heading in FIGURES.items():
             if kernel.get(name):
                 row[heading] = in_unit(kernel[name], units[name], heading)

@@ -11,6 +11,7 @@ Triton's variants are interpreted, CUDA's compiled and not run.
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import math
 import os
@@ -181,6 +182,12 @@ def chosen(options: argparse.Namespace) -> dict[tuple[str, str], list[Variant]]:
     return {key: group[: options.variants] for key, group in found.items()}
 
 
+def own_size(text: str, size: Size, real: bool) -> Size:
+    """A kernel's own size; without a GPU the sweep's, if that is less."""
+    found = Size(*map(int, text.split("x")))
+    return found if real else Size(min(found.num_envs, size.num_envs), min(found.num_steps, size.num_steps))
+
+
 def sweep(
     options: argparse.Namespace, clock: CudaClock, keep: Callable[[list[dict]], None], known: Sequence[dict] = ()
 ) -> list[dict]:
@@ -189,8 +196,8 @@ def sweep(
     ``known``: rows of an earlier run, whose kernels are left out. No kernel begins after ``options.limit`` seconds.
     """
     size, rows, until = Size(options.num_envs, options.num_steps), list(known), time.monotonic() + options.limit
-    rollout = Rollout(size, clock.device)
-    truth, real = Truth(rollout), clock.on.real
+    real = clock.on.real
+    rollout_of = functools.lru_cache(1)(lambda size: Rollout(size, clock.device))
     architecture = "{}{}".format(*torch.cuda.get_device_capability()) if real else "90"
     backend = None if real else "reference"
     done = {(row["kernel"], row["backend"]) for row in known}
@@ -215,8 +222,9 @@ def sweep(
                 bench = Bench(Row(key[0], Setting(size, clock.device)), Agreement(), clock, options.repeats)
             else:
                 operation, *layout = key[0].split()
+                rollout = rollout_of(own_size(layout.pop(), size, real) if key[0] in variants.SIZED else size)
                 case = make[operation](rollout, backend, clock.cache_bytes, *layout)
-                bench = Bench(case, truth, clock, options.repeats)
+                bench = Bench(case, Truth(rollout), clock, options.repeats)
             ready = [bench.prepare(x, library) for x, library in zip(group, libraries.get(key, [None] * len(group)))]
             bench.time_in_turn(ready)
             rows += [x.row for x in ready]

@@ -7,7 +7,6 @@ a namespace of its own, so that one process can call all variants.
 from __future__ import annotations
 
 import contextlib
-import functools
 import importlib
 import re
 import shutil
@@ -29,8 +28,7 @@ SOURCES = ROOT / "csrc" / "cuda"
 FLAGS = ["-std=c++20", "-O3", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000", "-DTORCH_STABLE_ONLY"]
 LIBRARIES = ["-ltorch", "-ltorch_cpu", "-ltorch_cuda", "-lc10", "-lc10_cuda", "-lcudart"]
 
-FOUR_ROWS = {f"gae_rows<T, {mode}, 2>": f"gae_rows<T, {mode}, 4>" for mode in ("kWide", "kDirect", "kGeneric")}
-FOUR_ROWS["two ? 2 * kWarps"] = "two ? 4 * kWarps"
+FOUR_ROWS = {"if (two) return PYDRONE_ROWS(32, 2);": "if (two) return PYDRONE_ROWS(32, 4);"}
 
 
 class Variant(NamedTuple):
@@ -48,11 +46,13 @@ class Variant(NamedTuple):
 
 
 # The constants of each kernel that are varied, in CUDA and in Triton. kMinBlocks is how many blocks must be resident at
-# once, which limits a thread's registers. kManyEnvs and MANY_ENVS: 1 for several rows a warp, BEYOND for one.
+# once, which limits a thread's registers. kManyWarps: 1 for several rows a warp, BEYOND for one.
+# kFewBlocks: blocks are halved below it.
 BEYOND = 1 << 30
+GAE = ("WARPS", "LEAST_WARPS", "PROGRAMS", "WARPS_A_ROW", "THREAD_ROWS", "MANY", "STORE_FIRST", "REGISTERS")
 KERNELS = {
-    "gae rows": (("kWarps", "kManyEnvs", "kMinBlocks"), ("WARPS", "WARP_ROWS", "MANY_ENVS")),
-    "gae columns": (("kColumnThreads", "kSteps"), ("COLUMNS", "COLUMN_STEPS")),
+    "gae rows": (("kMostWarps", "kManyWarps", "kMinBlocks", "kFewBlocks"), GAE),
+    "gae columns": (("kColumnSteps", "kColumnEnvs", "kFewColumnEnvs"), ("COLUMNS", "COLUMN_STEPS")),
     "append": (("kThreads", "kUnroll"), ("ENVS", "WARPS")),
     "gather": (("kSamples", "kThreads", "kUnroll", "kStaged"), ("SAMPLES", "WARPS")),
     "ppo_gradients tf32": ((), ("TILES", "WARPS", "ROWS", "ADD_WARPS")),
@@ -64,14 +64,18 @@ KERNELS = {
 }
 # Of KERNELS, those of the learner and the environment: only Triton has them, and whole rows of bench_ppo.py are timed.
 ROWS = tuple(KERNELS)[4:]
+# GAE at sizes of its own, whatever the sweep's: the shape of a launch depends on them.
+SIZED = tuple(f"gae rows {x}" for x in ("4096x24", "1024x100", "16384x128", "65536x100", "256x2048"))
+SIZED += tuple(f"gae rows {x}" for x in ("8192x8", "32768x8", "32768x16"))
+KERNELS |= dict.fromkeys(SIZED, ((), GAE))
 # Samples in a tile, each for networks of any size.
 TILES = tuple({samples: 1 << 20} for samples in (16, 32, 64))
 
 
 def _rows(warps: int, many: int, blocks: int, text: dict[str, str]) -> Variant:
     # Only the kernel that the sweep runs gets the bound.
-    bound = f"sizeof(T) == 8 ? 1 : (mode == kWide ? {blocks} : 1)"
-    return Variant("gae rows", "cuda", {"kWarps": warps, "kManyEnvs": many, "kMinBlocks": bound}, text)
+    bound = f"sizeof(T) == 4 && mode == kWide ? {blocks} : 1"
+    return Variant("gae rows", "cuda", {"kMostWarps": warps, "kManyWarps": many, "kMinBlocks": bound}, text)
 
 
 def _each(kernel: str, backend: str, names: str, values: str) -> list[Variant]:
@@ -87,32 +91,30 @@ def cuda() -> list[Variant]:
         Variant("gae rows", "cuda"),
         *(_rows(warps, many, 32 // warps, {}) for warps in (4, 8, 16) for many in (1, BEYOND)),
         *(_rows(8, 1, blocks, {}) for blocks in (2, 3, 5)),
-        *(_rows(warps, 1, blocks, FOUR_ROWS) for warps, blocks in ((8, 2), (4, 5))),
+        *(_rows(warps, 1, blocks, FOUR_ROWS) for warps, blocks in ((16, 1), (8, 2), (4, 5))),
+        *_each("gae rows", "cuda", "kFewBlocks", "32, 64, 256, 512"),
         Variant("gae columns", "cuda"),
-        *_each("gae columns", "cuda", "kColumnThreads kSteps", "64 10, 64 20, 64 25, 64 50"),
-        *_each("gae columns", "cuda", "kColumnThreads kSteps", "32 20, 32 34, 32 50, 128 34"),
+        *_each("gae columns", "cuda", "kColumnSteps kColumnEnvs", "4 32, 6 32, 7 32, 10 32, 13 32, 16 32, 8 16, 8 8"),
+        *_each("gae columns", "cuda", "kFewColumnEnvs", "16, 32"),
         Variant("append", "cuda"),
         *_each("append", "cuda", "kThreads kUnroll", "256 1, 256 2, 256 8, 128 2, 128 4, 512 2, 512 4"),
         Variant("gather", "cuda"),
-        *_each("gather", "cuda", threads, "128 256 2, 128 256 8, 128 128 4, 128 512 2, 64 128 4, 64 256 4, 64 256 2"),
-        *_each("gather", "cuda", threads, "32 128 4, 256 256 4, 256 512 4"),
-        *_each("gather", "cuda", "kSamples kStaged", "128 0, 64 0"),
+        *_each("gather", "cuda", threads, "128 256 4, 128 256 2, 128 256 8, 128 128 4, 128 512 2, 64 128 4, 64 256 4"),
+        *_each("gather", "cuda", threads, "32 128 4, 256 256 2, 256 512 4, 256 512 2, 512 512 4"),
+        *_each("gather", "cuda", "kSamples kStaged", "256 0, 64 0"),
     ]
 
 
 def triton() -> list[Variant]:
     """Triton's variants; the first of a kernel is the unchanged launcher."""
-    names = "WARPS WARP_ROWS MANY_ENVS"
     return [
-        Variant("gae rows", "triton"),
-        *_each("gae rows", "triton", names, "4 2 1, 16 2 1, 8 4 1, 4 4 1"),
-        *_each("gae rows", "triton", names, f"4 1 {BEYOND}, 8 1 {BEYOND}, 16 1 {BEYOND}"),
+        *(x for kernel in ("gae rows", *SIZED) for x in _gae(kernel)),
         Variant("gae columns", "triton"),
         *_each("gae columns", "triton", "COLUMNS COLUMN_STEPS", "32 10, 32 20, 32 25, 64 10, 64 25, 64 34, 128 20"),
         Variant("append", "triton"),
-        *_each("append", "triton", "ENVS WARPS", "16 4, 32 2, 32 8, 64 4, 64 8, 128 4, 128 8"),
+        *_each("append", "triton", "ENVS WARPS", "32 4, 16 2, 16 8, 8 2, 8 4, 32 2, 64 4, 128 4"),
         Variant("gather", "triton"),
-        *_each("gather", "triton", "SAMPLES WARPS", "128 8, 64 2, 64 4, 64 8, 32 1, 32 2, 32 4, 256 8"),
+        *_each("gather", "triton", "SAMPLES WARPS", "128 4, 128 8, 64 2, 64 4, 64 8, 32 1, 32 4, 16 1, 16 2"),
         *_gradients("tf32"),
         *_gradients("bfloat16"),
         Variant("clipped_adam", "triton"),
@@ -125,6 +127,18 @@ def triton() -> list[Variant]:
         Variant("layers", "triton"),
         *_each("layers", "triton", "COLUMNS WARPS", "64 4, 64 8, 128 4, 256 8"),
     ]  # fmt: skip
+
+
+def _gae(kernel: str) -> list[Variant]:
+    """Programs of other sizes, of fewer warps to an environment, and of one row or two to a thread."""
+    rows = "8 2 1 0, 4 2 1 0, 16 2 1 1, 8 2 1 1, 16 1 1 0, 8 1 1 0, 4 1 1 0, 16 1 1 1"
+    found = [Variant(kernel, "triton"), *_each(kernel, "triton", "WARPS THREAD_ROWS MANY STORE_FIRST", rows)]
+    found += _each(kernel, "triton", "PROGRAMS LEAST_WARPS", "256 4, 512 4, 512 1, 64 8")
+    if kernel in ("gae rows", "gae rows 65536x100"):
+        found += _each(kernel, "triton", "REGISTERS", "48, 80, 128")
+    if kernel == "gae rows 256x2048":
+        found += _each(kernel, "triton", "WARPS_A_ROW WARPS", "8 8, 4 4, 2 4, 8 16, 4 16")
+    return found
 
 
 def _gradients(matmul: str) -> list[Variant]:
@@ -153,9 +167,9 @@ def launched_with(variant: Variant) -> Iterator[Operation]:
 
 
 def _forget(module: ModuleType) -> None:
-    """Empties the caches of what a launcher has derived from its constants."""
+    """Empties the caches of what a launcher has derived from its constants: tables, and prepared launches."""
     for x in vars(module).values():
-        if isinstance(x, functools._lru_cache_wrapper):
+        if not isinstance(x, type) and hasattr(x, "cache_clear"):
             x.cache_clear()
 
 
@@ -166,12 +180,28 @@ def constants(variant: Variant) -> dict[str, str]:
         module = importlib.import_module(f"pydrone._triton.{variant.operation}")
         found = {name: getattr(module, name) for name in names}
     else:
-        source = (SOURCES / f"{variant.operation}.cu").read_text()
+        source = whole((SOURCES / f"{variant.operation}.cu").read_text())
         found = {name: _assigned(name, source)[1] for name in names}
     found |= variant.parameters
     if "kMinBlocks" in found:  # a conditional expression: the value for the kernel that runs
         found["kMinBlocks"] = re.search(r"kWide \? (\d+)", found["kMinBlocks"])[1]
     return {name: str(x) for name, x in found.items()} | ({"rows of a warp": "4"} if variant.text else {})
+
+
+def whole(source: str) -> str:
+    """A CUDA source with the headers of its folder in place, where constants are defined."""
+    seen = set()
+
+    def header(include: re.Match) -> str:
+        if include[1] in seen:
+            return ""
+        seen.add(include[1])
+        return text((SOURCES / include[1]).read_text().replace("#pragma once\n", ""))
+
+    def text(part: str) -> str:
+        return re.sub(r'^#include "(\w+\.cuh)"$', header, part, flags=re.MULTILINE)
+
+    return text(source)
 
 
 def _assigned(name: str, source: str) -> re.Match:
@@ -184,6 +214,7 @@ def _assigned(name: str, source: str) -> re.Match:
 
 def changed(source: str, variant: Variant, namespace: str) -> str:
     """The CUDA source with the variant's constants and its operation in ``namespace``."""
+    source = whole(source)
     for name, x in variant.parameters.items():
         found = _assigned(name, source)
         source = source[: found.start(1)] + str(x) + source[found.end(1) :]

@@ -17,6 +17,8 @@ from workload import GPU_SCAN_SIZES, SIZES, Rollout, Size, Truth
 
 # The sizes of a training iteration; at larger ones the simulator takes most of the time.
 TRAINING_SIZES = {"cpu": [(1024, 100)], "cuda": [(8192, 100)]}
+# Small: kernels take less than calls.
+CALL_SIZES = [(256, 16)]
 SWEEP_SIZES = [
     *((n, 100) for n in (256, 1024, 4096, 16384)),
     *((1024, t) for t in (12, 48, 192, 768)),
@@ -29,6 +31,7 @@ BUDGET = {
     "append": 3.0,
     "minibatch epoch": 4.0,
     "iteration": 6.0,
+    "calls": 3.0,
     **dict.fromkeys(KERNELS, 3.0),
     "update": 20.0,
     "training": 20.0,
@@ -37,10 +40,11 @@ BUDGET = {
 }
 # On a CPU hot and cold are whole calls. An iteration's memory leaves every cache before it is used again.
 FIGURES = {
-    "cpu": dict.fromkeys(("gae", "append", "minibatch epoch"), ("hot", "cold")),
+    "cpu": {**dict.fromkeys(("gae", "append", "minibatch epoch"), ("hot", "cold")), "calls": ("hot",)},
     "cuda": {
         **dict.fromkeys(("gae", "append", "minibatch epoch"), ("hot", "cold", "eager")),
         "iteration": ("cold", "eager"),
+        "calls": ("eager",),
         # What a graph's replays repeat on the same memory: larger than the cache, or in it as in a training.
         **dict.fromkeys(KERNELS, ("cold", "eager")),
         # Thousands of launches, most of them the simulator's or autograd's: only whole calls and counts.
@@ -84,6 +88,8 @@ def sizes(operation: str, kind: str, chosen: list[Size] | None) -> list[Size]:
         found = SWEEP_SIZES
     elif operation in (*KERNELS, *TRAININGS):
         found = TRAINING_SIZES[kind]
+    elif operation == "calls":
+        found = CALL_SIZES
     elif kind == "cuda":
         found = GPU_SCAN_SIZES if operation == "gae" else SIZES[:1]  # the sweep has others
     else:

@@ -35,6 +35,12 @@ def _alone(operation: str, contender: str, name: str, key: str, *limits: float, 
     return [Target(operation, contender, n, key, limit, unit, both=False) for n, limit in zip(names, limits)]
 
 
+def _calls() -> list[Target]:
+    limits = {"": 2.5, ".gae(out=)": 2.5, " append": 2.5, " begin + end": 5, " minibatch": 2.5}
+    name, key = "a call over a small copy_", "eager_over_memcpy"
+    return [Target("calls", f"pydrone{x}", name, key, limit, "x", size=(256, 16)) for x, limit in limits.items()]
+
+
 def _scans(size: tuple[int, int]) -> list[Target]:
     at = {"unit": "x", "size": size}
     found = [Target("gae", "pydrone", f"{x}, over rl-triton's", f"{x}_over_rl-triton", 1.0, **at) for x in CACHES]
@@ -62,6 +68,7 @@ TARGETS = (
     Target("gae", "pydrone", "eager call over a copy_'s", "eager_over_memcpy", 2.5, "x"),
     Target("append", "pydrone", "eager call over a copy_'s", "eager_over_memcpy", 2.5, "x"),
     Target("append", "pydrone begin + end", "eager calls over a copy_'s", "eager_over_memcpy", 5, "x"),
+    *_calls(),
     *_alone("ppo gradients", "pydrone", "device", "cold", 0.79),
     *_alone("ppo gradients", "pydrone, bfloat16", "device", "cold", 0.60),
     *_alone("ppo minibatch", "pydrone", "launches", "launches", 5, unit=""),

@@ -83,6 +83,19 @@ inline void check_own(const char* name, const Tensor& x) {
                     ": expected memory of its own for every element, got an expanded tensor");
 }
 
+// The shape, strides, dtype and device of `like`.
+inline void check_like(const char* name, const Tensor& x, const Tensor& like) {
+  check_device(name, x, like);
+  check_dtype(name, x, like.scalar_type());
+  bool same = x.dim() == like.dim(), strides = true;
+  for (int64_t i = 0; same && i < x.dim(); ++i) {
+    same = x.size(i) == like.size(i);
+    strides = strides && (x.stride(i) == like.stride(i) || x.size(i) <= 1);
+  }
+  STD_TORCH_CHECK(same, name, ": expected shape ", shape_of(like), ", got ", shape_of(x));
+  STD_TORCH_CHECK(strides, name, ": expected the strides of the advantages, got others");
+}
+
 // Bytes from the start of a tensor's first element to the end of its last.
 inline int64_t span(const Tensor& x) {
   if (!x.numel()) return 0;

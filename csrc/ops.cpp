@@ -12,15 +12,22 @@ void gae(const Tensor& rewards, const Tensor& values, const Tensor& dones, const
          double gamma, double lam, int64_t start, bool coded, int64_t bootstrap, const Optional& cursor,
          const Tensor& advantages, const Optional& returns, const Optional& stats, const Optional& workspace);
 
+void off_policy(const Tensor& rewards, const Tensor& values, const Tensor& dones, const Optional& truncated,
+                const Optional& valid, const Tensor& last_values, const Optional& final_values,
+                const Optional& final_rows, const Tensor& log_rhos, const Optional& q_values, double gamma, double lam,
+                double rho_clip, double c_clip, int64_t start, bool coded, int64_t bootstrap, const Optional& cursor,
+                const Optional& advantages, const Tensor& targets, const Optional& stats, const Optional& workspace);
+
 void append(const std::vector<Tensor>& memory, const std::vector<Tensor>& sources, const Tensor& layout,
             const Optional& dones, const Optional& truncated, const Optional& valid, int64_t slot, int64_t pool_slot,
             const Optional& cursor, bool commit);
 
 void gather(const Tensor& rows, const std::vector<int64_t>& offsets, const std::vector<int64_t>& dtypes,
             const std::vector<Tensor>& outputs, int64_t value_offset, const Optional& advantages,
-            const Optional& stats, const Optional& subset, int64_t num_steps, int64_t start, int64_t num_samples,
-            int64_t key, int64_t rollout, int64_t epoch, bool shuffle, int64_t first, const Optional& cursor,
-            const Optional& advantages_out, const Optional& returns_out, const Optional& indices_out);
+            const Optional& returns, const Optional& stats, const Optional& subset, int64_t num_steps, int64_t start,
+            int64_t num_samples, int64_t key, int64_t rollout, int64_t epoch, bool shuffle, int64_t first,
+            const Optional& cursor, const Optional& advantages_out, const Optional& returns_out,
+            const Optional& indices_out);
 
 void ppo_act(const std::vector<Tensor>& obs, const std::vector<Tensor>& critic_obs, const Tensor& noise,
              const std::vector<Tensor>& actor, const std::vector<Tensor>& critic, const Optional& std,
@@ -63,6 +70,7 @@ bool has_bf16();
 
 STABLE_TORCH_LIBRARY_IMPL(pydrone, CPU, m) {
   m.impl("gae", TORCH_BOX(&pydrone::gae));
+  m.impl("off_policy", TORCH_BOX(&pydrone::off_policy));
   m.impl("append", TORCH_BOX(&pydrone::append));
   m.impl("gather", TORCH_BOX(&pydrone::gather));
   m.impl("ppo_act", TORCH_BOX(&pydrone::ppo_act));

@@ -1,6 +1,13 @@
-// One step of generalized advantage estimation: the recurrence that both native backends share, on host and device.
+// One step of the recurrence that the estimators and both native backends share, on host and device:
 //
-// Schulman et al. 2016 (arXiv:1506.02438), eq. 16, cut at episode ends. Selects, never products: 0 * NaN is NaN, and
+//   x_t = weight_t * delta_t + (0 at an episode's end, else link_t * x_{t+1})
+//
+//            weight   link                  source
+//   GAE      1        gamma * lambda        Schulman et al. 2016, arXiv:1506.02438, eq. 16
+//   V-trace  rho_t    gamma * c_t           Espeholt et al. 2018, arXiv:1802.01561, eq. 1; c_t includes lambda (remark 2)
+//   Retrace  1        gamma * c_{t+1}       Munos et al. 2016, arXiv:1606.02647, eq. 4
+//
+// Selects, never products: 0 * NaN is NaN, and
 // values after an end must not leak back across it. Both operands of a select are computed beforehand, so that a loop
 // over environments compiles to blends.
 #pragma once
@@ -42,7 +49,8 @@ PYDRONE_HD T value_at_truncation(int64_t bootstrap, T value, T next_value, T fin
   return bootstrap == kFinalValues ? final_value : (bootstrap == kStoredValue ? value : next_value);
 }
 
-// The temporal difference r + gamma * V' - V, with V' chosen by the code; 0 for an invalid transition.
+// The temporal difference r + gamma * V' - V, with V' chosen by the code; 0 for an invalid transition. Retrace's has
+// Q(s, a) for V.
 template <typename T, typename C, typename S>
 PYDRONE_HD T gae_delta(C code, T reward, T value, T next_value, T at_truncation, S gamma) {
   T next = code == kTruncated ? at_truncation : next_value;
@@ -51,10 +59,11 @@ PYDRONE_HD T gae_delta(C code, T reward, T value, T next_value, T at_truncation,
   return code == kInvalid ? T{} : delta;
 }
 
-// Joins a temporal difference (or a run of steps) to the advantage that follows it, unless an end lies between them.
+// Joins a weighted temporal difference (or a run of steps) to what follows it, unless an end lies between them. `link`
+// is a scalar or as wide as T.
 template <typename T, typename M, typename S>
-PYDRONE_HD T gae_join(M cut, T delta, S decay, T carry) {
-  const T joined = delta + decay * carry;
+PYDRONE_HD T gae_join(M cut, T delta, S link, T carry) {
+  const T joined = delta + link * carry;
   return cut ? delta : joined;
 }
 
@@ -62,6 +71,31 @@ PYDRONE_HD T gae_join(M cut, T delta, S decay, T carry) {
 template <typename T, typename C, typename S>
 PYDRONE_HD T gae_step(C code, T reward, T value, T next_value, T at_truncation, S gamma, S decay, T carry) {
   return gae_join(code != kRunning, gae_delta(code, reward, value, next_value, at_truncation, gamma), decay, carry);
+}
+
+// min(most, ratio), but NaN if the ratio of probabilities is.
+template <typename T, typename S>
+PYDRONE_HD T clipped_ratio(T ratio, S most) {
+  const T bound = most - T{};
+  return ratio > bound ? bound : ratio;
+}
+
+// V-trace's x_t from x_{t+1} (`carry`); `advantage` receives rho_t (r_t + gamma vs_{t+1} - V_t). Both are 0 for an
+// invalid step, whose `delta` is, whatever its ratio.
+template <typename T, typename C, typename S>
+PYDRONE_HD T vtrace_step(C code, T delta, T rho, T link, S gamma, T carry, T& advantage) {
+  const auto cut = code != kRunning;
+  const T weight = code == kInvalid ? T{} : rho;
+  advantage = weight * gae_join(cut, delta, gamma, carry);
+  return gae_join(cut, weight * delta, link, carry);
+}
+
+// Retrace's x_t from `carry`, link_t x_{t+1}, which becomes that of the step before; `link`: that step's, gamma c_t.
+template <typename T, typename C>
+PYDRONE_HD T retrace_step(C code, T delta, T link, T& carry) {
+  const T joined = delta + carry, x = code != kRunning ? delta : joined, linked = link * x;
+  carry = code == kInvalid ? T{} : linked;
+  return x;
 }
 
 }  // namespace pydrone

@@ -13,10 +13,10 @@ from pydrone._version import __version__
 
 if TYPE_CHECKING:
     from pydrone.buffer import BufferFull, Minibatch, RolloutBuffer
-    from pydrone.estimators import gae
+    from pydrone.estimators import gae, retrace, vtrace
     from pydrone.ops.dispatch import backends
 
-__all__ = ["BufferFull", "Minibatch", "RolloutBuffer", "__version__", "backends", "gae"]
+__all__ = ["BufferFull", "Minibatch", "RolloutBuffer", "__version__", "backends", "gae", "retrace", "vtrace"]
 
 _HOMES = {
     "BufferFull": "buffer",
@@ -24,6 +24,8 @@ _HOMES = {
     "RolloutBuffer": "buffer",
     "backends": "ops.dispatch",
     "gae": "estimators",
+    "retrace": "estimators",
+    "vtrace": "estimators",
 }
 
 
@@ -31,7 +33,8 @@ def __getattr__(name: str) -> object:
     # Imported at first use: the command line sets up the threads before torch is imported.
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    found = globals()[name] = getattr(import_module(f".{_HOMES[name]}", __name__), name)  # the next time no call
+    return found
 
 
 def __dir__() -> list[str]:

@@ -19,8 +19,6 @@ from torch import Tensor
 
 from pydrone.ops.arguments import boolean, positive
 from pydrone.ops.dispatch import select
-from pydrone.ops.reference import normalization, permute
-from pydrone.ops.schema import INVALID, TERMINATED
 from pydrone.rollout import non_finite as finiteness
 from pydrone.rollout import state as states
 from pydrone.rollout.draws import Draws, mix_seed
@@ -29,7 +27,7 @@ from pydrone.rollout.minibatch import Minibatch, Plan
 from pydrone.rollout.non_finite import NonFinite
 from pydrone.rollout.ring import BufferFull, Ring
 from pydrone.rollout.scan import Scan
-from pydrone.rollout.sequences import Sequences, pad
+from pydrone.rollout.sequences import Sequences, draw, hidden_states
 from pydrone.rollout.sources import Ends, Sources
 from pydrone.rollout.steps import Steps
 from pydrone.rollout.storage import Storage, device_of
@@ -116,7 +114,7 @@ class RolloutBuffer(Rollout):
 
     @property
     def backend(self) -> str:
-        """The name of the backend that its operations run on."""
+        """The name of the backend that its operations run on; by default on CUDA, that of its eager calls."""
         return self._storage.ops.name
 
     def __len__(self) -> int:
@@ -275,7 +273,45 @@ class RolloutBuffer(Rollout):
             RuntimeError: the rollout has fewer than T steps; the pool has overflowed; a truncation came without its
                 final observation. TypeError, ValueError: as :func:`pydrone.gae`.
         """
-        self._scan.run(last_values, gamma, lam, final_values, value_fn, timeout_bootstrap, without_final_obs, check)
+        bootstrap = final_values, value_fn, timeout_bootstrap, without_final_obs
+        self._compute(check, "compute_gae", last_values, gamma, lam, bootstrap)
+
+    def compute_vtrace(
+        self,
+        last_values: Tensor,
+        log_rhos: str | Tensor,
+        gamma: float = 0.99,
+        lam: float = 1.0,
+        rho_clip: float = 1.0,
+        c_clip: float = 1.0,
+        *,
+        final_values: Tensor | None = None,
+        value_fn: Callable[[Tensor | dict[str, Tensor]], Tensor] | None = None,
+        timeout_bootstrap: str | None = None,
+        without_final_obs: str = "error",
+        check: bool = True,
+    ) -> None:
+        """V-trace of the oldest rollout, in one launch, for a policy that has changed since it acted.
+
+        The formula is that of :func:`pydrone.vtrace`. Afterwards ``advantages`` and ``statistics`` are of its
+        pg_advantages, and ``returns``, those of minibatches too, its targets vs. Call it again as the policy changes;
+        :meth:`compute_gae` goes back.
+
+        Args:
+            log_rhos: log-probabilities of the rollout's actions, new minus old: the name of one of the constructor's
+                fields that holds one float, or [N, T], floating.
+            rho_clip, c_clip: as in :func:`pydrone.vtrace`.
+            others: as in :meth:`compute_gae`. They, and the stored values, are V of either policy: V-trace corrects
+                for the actions.
+
+        Raises:
+            As :meth:`compute_gae`.
+        """
+        bootstrap = final_values, value_fn, timeout_bootstrap, without_final_obs
+        self._compute(check, "compute_vtrace", last_values, gamma, lam, bootstrap, log_rhos, (rho_clip, c_clip))
+
+    def _compute(self, check: bool, *arguments) -> None:
+        self._scan.run(check, *arguments)
         self._subset = None
         if check and not self._ring.capturing():
             self._report_non_finite()
@@ -304,10 +340,10 @@ class RolloutBuffer(Rollout):
         """Reports NaN and infinite numbers for :meth:`compute_gae`; on a GPU, "warn" waits for :meth:`check`."""
         if self.device.type == "cuda":
             if self._report.policy == "raise":
-                self._check_finite(*self.flags()[3:].tolist(), 4)
+                self._check_finite(*self.flags()[3:].tolist(), 5)
         elif self._report.policy != "ignore":  # on the host: nothing to wait for
             observed = self._storage.not_finite.tolist()[self._ring.place]
-            self._check_finite(observed, sum(self._storage.statistics.tolist()[1:]), 4)
+            self._check_finite(observed, sum(self._storage.statistics.tolist()[1:]), 5)
 
     def minibatches(
         self,
@@ -341,8 +377,8 @@ class RolloutBuffer(Rollout):
             :class:`Minibatch`.
 
         Raises:
-            RuntimeError: before :meth:`compute_gae`, or after :meth:`clear`, :meth:`load_state_dict` or an
-                :meth:`advance` that discards, while iterating.
+            RuntimeError: before :meth:`compute_gae` or :meth:`compute_vtrace`, or after :meth:`clear`,
+                :meth:`load_state_dict` or an :meth:`advance` that discards, while iterating.
             ValueError: a bad argument.
         """
         count = positive("num_minibatches", num_minibatches)
@@ -396,41 +432,8 @@ class RolloutBuffer(Rollout):
             raise ValueError(f"num_minibatches: expected at most one per environment, {self.num_envs}, got {count}")
         boolean("normalize_advantages", normalize_advantages)
         self._scan.require("sequences")
-        states = {}
-        if hidden is not None and not isinstance(hidden, Mapping):
-            raise TypeError(f"hidden: expected a mapping of names to fields or tensors, got {type(hidden).__name__}")
-        for name, state in (hidden or {}).items():
-            if isinstance(state, Tensor):
-                self._steps.sources.check(f"hidden[{name!r}]", state)
-            elif not isinstance(state, str):
-                raise TypeError(f"hidden[{name!r}]: expected a field's name or a tensor, got {type(state).__name__}")
-            elif state not in self.layout.extra:
-                names = ", ".join(self.layout.extra) or "none"
-                raise ValueError(f"hidden[{name!r}]: expected the name of a field, one of {names}, got {state!r}")
-            states[name] = self[state] if isinstance(state, str) else state
-            if states[name].shape[:2] != (self.num_envs, self.num_steps):
-                expected = f"[{self.num_envs}, {self.num_steps}, ...]"
-                raise ValueError(f"hidden[{name!r}]: expected shape {expected}, got {list(states[name].shape)}")
-        return self._trajectories(states, burn_in, count, epochs, normalize_advantages)
-
-    def _trajectories(
-        self, states: dict[str, Tensor], burn_in: int | Tensor, count: int, epochs: int, normalize: bool
-    ) -> Iterator[Sequences]:
-        views = {name: self._field(name) for name in self.layout.stored}
-        views["advantages"], views["returns"] = self.advantages, self.returns
-        if normalize:
-            mean, scale = normalization(self.statistics)
-            views["advantages"] = (views["advantages"] - mean) * scale
-        position, discards = torch.arange(self.num_envs, device=self.device), self._ring.discards
-        for _ in range(epochs):
-            epoch = self._draws.next_epoch()
-            order = permute(position, self.num_envs, self._draws.key, self._ring.rollout, epoch)
-            for i in range(count):
-                if discards != self._ring.discards or not self._scan.computed:
-                    raise RuntimeError("sequences: the rollout was discarded while they were being read")
-                envs = order[i * self.num_envs // count : (i + 1) * self.num_envs // count]
-                groups, resets = tuple(self.layout.obs), self._ring.has_resets
-                yield pad(views, groups, self.layout.obs_is_mapping, self.dones, states, envs, burn_in, resets)
+        states = hidden_states(self, self._steps.sources, hidden)
+        return draw(self, self._draws, states, burn_in, count, epochs, normalize_advantages)
 
     def _valid_samples(self) -> Tensor | None:
         """The valid samples, by number n * T + t; None if all are. One host sync a rollout."""
@@ -499,28 +502,14 @@ class RolloutBuffer(Rollout):
         """The NaN and infinite numbers of the oldest rollout: observations by group, actions, values, rewards; earliest
         step first.
 
-        If all of these are finite, the advantages: then ``last_values``, a final value or an overflow is the cause.
+        If all of these are finite, the advantages: then ``last_values``, a final value, a log-ratio or an overflow is
+        the cause.
         Invalid steps (``valid`` 0) do not count, except where their value is the next one of a step that has not
         terminated.
         Plain PyTorch over the whole rollout, with host syncs: :meth:`compute_gae` and :meth:`check` call it only where
         a launch has found something.
         """
-        groups = self.obs if self.layout.obs_is_mapping else {"": self.obs}
-        # In this order a step computes them: of one step the first is the cause.
-        fields = {f"obs[{name!r}]" if name else "obs": x for name, x in groups.items()}
-        fields |= {"actions": self.actions, "values": self.values, "rewards": self.rewards}
-        valid = self.valid
-        sampled = torch.ones_like(self.dones, dtype=torch.bool) if valid is None else valid
-        found = finiteness.find(fields, sampled)
-        if not found and self._scan.computed:
-            found = finiteness.find({"advantages": self._storage.advantages}, sampled)
-            if found and valid is not None:
-                before = self.dones[:, :-1]
-                final = torch.zeros_like(valid)
-                final[:, 1:] = ~valid[:, 1:] & (before != TERMINATED) & (before != INVALID)
-                del fields["actions"], fields["rewards"]
-                found = finiteness.find(fields, final) or found
-        return found
+        return finiteness.of_rollout(self)
 
     def _check_finite(self, observed: float, advantages: float, level: int) -> None:
         """Acts on two of :meth:`flags`; ``level`` of a warning's caller."""
@@ -558,7 +547,7 @@ class RolloutBuffer(Rollout):
         ring, tensors = self._ring, self._storage.tensors
         state: dict[str, object] = {f"memory.{name}": x for name, x in tensors.items() if name not in states.TRANSIENT}
         state |= {"appended": ring.appended, "discarded": ring.discarded, "computed": self._scan.computed}
-        state |= {"epoch": self._draws.epoch, "seed": self._seed}
+        state |= {"epoch": self._draws.epoch, "seed": self._seed, "method": self._scan.method}
         layout = [(x.name, tuple(x.shape), str(x.dtype), x.offset) for x in self.layout.fields.values()]
         flags = {"truncations": list(ring.truncations), "resets": list(ring.resets)}
         return state | flags | {"layout": [self.num_steps, *layout]}
@@ -575,6 +564,7 @@ class RolloutBuffer(Rollout):
             if isinstance(x, Tensor):
                 x.copy_(state[name])
         self._scan.computed, self._subset = state["computed"], None
+        self._scan.method = state.get("method", "compute_gae")
         self._seed, self._draws.epoch = state["seed"], state["epoch"]
         self._draws.key = mix_seed(self._seed, self._rank)
         self._steps.begun = None

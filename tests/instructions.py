@@ -18,7 +18,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 LIBRARY = Path(find_spec("pydrone").origin).with_name("_native_cpu.so")
-OPERATIONS = ("append", "gae", "gather", "ppo_act", "ppo_gradients", "clipped_adam")
+OPERATIONS = ("append", "gae", "off_policy", "gather", "ppo_act", "ppo_gradients", "clipped_adam")
 SIZES, T, OBS, ACTIONS = (64, 128), 8, 17, 4
 SAMPLES = {"append": 1, "act": 0.25, "gradients": 0.25}  # of a call, over N; T where not named
 HIDDEN = (32, 8)
@@ -56,16 +56,18 @@ def calls(n: int, only: Sequence[str] = ()) -> dict[str, Callable[[], object]]:
     last = torch.zeros(n)
     full.compute_gae(last)
 
-    def gae_of(shape: tuple[int, int], time_dim: int) -> Callable[[], object]:
-        rewards, values, dones = torch.randn(shape), torch.randn(shape), torch.rand(shape) < 0.1
-        out = (torch.empty(shape), torch.empty(shape))
-        return lambda: pydrone.gae(rewards, values, dones, last, time_dim=time_dim, out=out)
+    def gae_of(shape: tuple[int, int], time_dim: int, *log_rhos: torch.Tensor) -> Callable[[], object]:
+        given = torch.randn(shape), torch.randn(shape), torch.rand(shape) < 0.1, last, *log_rhos
+        out, estimator = (torch.empty(shape), torch.empty(shape)), pydrone.vtrace if log_rhos else pydrone.gae
+        return lambda: estimator(*given, time_dim=time_dim, out=out)
 
     every = {
         "append": lambda: filling.append(**step),
         "gae of a buffer": lambda: full.compute_gae(last),
         "gae of [T, N]": gae_of((T, n), 0),
         "gae of [N, T]": gae_of((n, T), 1),
+        "vtrace of [T, N]": gae_of((T, n), 0, torch.randn(T, n)),
+        "vtrace of [N, T]": gae_of((n, T), 1, torch.randn(n, T)),
         "minibatches": lambda: [None for _ in full.minibatches(1, reuse=True)],
     }
     return {name: call for name, call in every.items() if name in (only or every)}

@@ -15,10 +15,12 @@ import test_gae_contract
 import test_minibatches
 import test_properties
 import test_ring
+import test_vtrace
 
 MODULES = (
     test_gae,
     test_gae_contract,
+    test_vtrace,
     test_ring,
     test_buffer,
     test_buffer_state,

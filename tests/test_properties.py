@@ -503,7 +503,7 @@ def permutation(backend: str, num_envs: int, num_steps: int, key: int, rollout: 
     out = torch.empty(samples if size is None else size, dtype=torch.int64)
     rows = torch.empty(num_steps, num_envs, 0, dtype=torch.uint8)
     select(out.device, backend).gather(
-        *(rows, [], [], [], 0, None, None, None, num_steps, 0, samples, key, rollout, epoch, True, first, None),
+        *(rows, [], [], [], 0, None, None, None, None, num_steps, 0, samples, key, rollout, epoch, True, first, None),
         *(None, None, out),
     )
     return out

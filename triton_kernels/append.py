@@ -23,14 +23,14 @@ from .launch import (
     TRITON_TYPES,
     TRUNCATED,
     encode,
-    on_device_of,
     power_of_2,
     take_ticket,
 )
+from .prepared import Launches, contents
 
 # Most environments per program; warps; most elements per tile; fields up to NARROW wide are all loaded before any is
 # stored.
-ENVS, WARPS, MAX_TILE, NARROW = 32, 4, 2048, 64
+ENVS, WARPS, MAX_TILE, NARROW = 16, 4, 2048, 64
 
 # LENGTH constants describe a field, and one flat tuple all fields (kernels take no nested ones): byte offset, stored
 # type, width, tile width, stride over environments, then three inner (size, stride) pairs, the last dimension first.
@@ -198,19 +198,31 @@ def append_kernel(
             tl.store(cursor + CURSOR_FLAG, 1)
 
 
-def append(memory, sources, layout, dones, truncated, valid, slot, pool_slot, cursor, commit) -> None:
-    """Stores one step of all environments, see :mod:`pydrone.ops.schema`."""
-    capacity, num_envs, _ = memory[0].shape
-    if num_envs == 0:
+LAUNCHES = Launches(append_kernel)
+
+
+def append(memory, sources, layout, dones, truncated, valid, slot, pool_slot, cursor, commit, checked=None) -> None:
+    """Stores one step of all environments, see :mod:`pydrone.ops.schema`. ``checked``: as :class:`Launches`."""
+    num_memory, num_flags = len(memory), len(memory) + len(sources)
+    if memory[0].shape[1] == 0:
         return
-    numbers = layout.tolist()
-    envs = power_of_2(MAX_TILE // max([1, *(width for _, _, width, _ in numbers[1:])]), 1, ENVS)
-    step = taken_apart(memory, sources, numbers, dones, truncated, valid, MAX_TILE // envs)
-    with on_device_of(memory[0]):
-        append_kernel[(triton.cdiv(num_envs, envs),)](
-            *step.tensors, cursor, step.strides, num_envs, capacity, slot, pool_slot, step.num_rollouts, step.pool_rows,
-            **step.constants, COMMIT=commit, ENVS=envs, NARROW=NARROW, num_warps=WARPS, enable_fp_fusion=True,
+
+    def arrange(tensors, numbers):
+        memory, sources = tensors[:num_memory], tensors[num_memory:num_flags]
+        dones, truncated, valid, cursor = tensors[num_flags:]
+        capacity, num_envs, _ = memory[0].shape
+        described = layout.tolist()
+        envs = power_of_2(MAX_TILE // max([1, *(width for _, _, width, _ in described[1:])]), 1, ENVS)
+        step = taken_apart(memory, sources, described, dones, truncated, valid, MAX_TILE // envs)
+        arguments = (
+            *step.tensors, cursor, step.strides, num_envs, capacity, *numbers, step.num_rollouts, step.pool_rows,
         )  # fmt: skip
+        constants = {"COMMIT": commit, "ENVS": envs, "NARROW": NARROW, "num_warps": WARPS, "enable_fp_fusion": True}
+        return (triton.cdiv(num_envs, envs),), arguments, step.constants | constants
+
+    tensors = (*memory, *sources, dones, truncated, valid, cursor)
+    key = contents(layout), num_memory, num_flags, commit
+    LAUNCHES(key, tensors, (slot, pool_slot), arrange, checked)
 
 
 class TakenApart(NamedTuple):

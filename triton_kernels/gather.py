@@ -12,13 +12,14 @@ import triton.language as tl
 from pydrone.ops import reference, schema
 from pydrone.ops.schema import DTYPES
 
-from .launch import CURSOR_DISCARDED, TRITON_TYPES, on_device_of, power_of_2
+from .launch import CURSOR_DISCARDED, TRITON_TYPES, power_of_2
+from .prepared import Launches
 
 STD_EPSILON = tl.constexpr(schema.STD_EPSILON)
 ROUNDS = tl.constexpr(reference.ROUNDS)
 
 # Most samples per program; warps; most elements per tile; fields up to NARROW wide are all loaded before any is stored.
-SAMPLES, WARPS, MAX_TILE, NARROW = 128, 4, 4096, 64
+SAMPLES, WARPS, MAX_TILE, NARROW = 32, 2, 4096, 64
 
 # LENGTH constants describe a field, and one flat tuple all fields (kernels take no nested ones): byte offset, stored
 # type, width, tile width.
@@ -157,7 +158,7 @@ def store_field(output, sample, inside, first, x, FIELDS: tl.constexpr, AT: tl.c
 @triton.jit(do_not_specialize=["key_low", "key_high", "rollout_low", "rollout_high", "epoch", "num_envs", "capacity",
                                "start", "first", "batch", "num_samples", "a", "b"])  # fmt: skip
 def gather_kernel(
-    rows, outputs, advantages, stats, subset, cursor, advantages_out, returns_out, indices_out, advantage_strides,
+    rows, outputs, advantages, returns, stats, subset, cursor, advantages_out, returns_out, indices_out, strides,
     key_low, key_high, rollout_low, rollout_high, epoch, num_envs, capacity, start, first, batch, num_samples, a, b,
     NUM_STEPS: tl.constexpr, SHUFFLE: tl.constexpr, ROW_BYTES: tl.constexpr, FIELDS: tl.constexpr,
     VALUE: tl.constexpr, SAMPLES: tl.constexpr, NARROW: tl.constexpr,
@@ -190,17 +191,23 @@ def gather_kernel(
     if indices_out is not None:
         tl.store(indices_out + sample, index, mask=inside)
     if advantages is not None:
-        source = advantages + env.to(tl.int64) * advantage_strides[0] + step.to(tl.int64) * advantage_strides[1]
-        advantage = tl.load(source, mask=found, other=0.0)
+        place = env.to(tl.int64) * strides[0] + step.to(tl.int64) * strides[1]
+        advantage = tl.load(advantages + place, mask=found, other=0.0)
         if returns_out is not None:
-            values = rows.to(tl.pointer_type(tl.float32), bitcast=True) + row * (ROW_BYTES // 4) + VALUE // 4
-            total = advantage + tl.load(values, mask=found, other=0.0).to(advantage.dtype)
+            if returns is None:
+                values = rows.to(tl.pointer_type(tl.float32), bitcast=True) + row * (ROW_BYTES // 4) + VALUE // 4
+                total = advantage + tl.load(values, mask=found, other=0.0).to(advantage.dtype)
+            else:
+                total = tl.load(returns + place, mask=found, other=0.0)
             tl.store(returns_out + sample, total.to(returns_out.dtype.element_ty), mask=inside)
         if advantages_out is not None:
             if stats is not None:
                 mean, scale = moments_of(stats, advantage.dtype)
                 advantage = (advantage - mean) * scale
             tl.store(advantages_out + sample, advantage.to(advantages_out.dtype.element_ty), mask=inside)
+
+
+LAUNCHES = Launches(gather_kernel)
 
 
 def gather(
@@ -210,6 +217,7 @@ def gather(
     outputs,
     value_offset,
     advantages,
+    returns,
     stats,
     subset,
     num_steps,
@@ -224,27 +232,38 @@ def gather(
     advantages_out,
     returns_out,
     indices_out,
+    checked=None,
 ) -> None:
-    """One minibatch, see :mod:`pydrone.ops.schema`."""
-    written = (*outputs, *(x for x in (advantages_out, returns_out, indices_out) if x is not None))
-    batch = written[0].shape[0] if written else 0
+    """One minibatch, see :mod:`pydrone.ops.schema`. ``checked``: as :class:`Launches`."""
+    batch = next((x.shape[0] for x in (*outputs, advantages_out, returns_out, indices_out) if x is not None), 0)
     if batch == 0:
         return
-    capacity, num_envs, row_bytes = rows.shape
-    widths = [output.numel() // batch for output in outputs]
-    samples = power_of_2(MAX_TILE // max(*widths, 1, 1), 1, SAMPLES)
-    fields = []
-    for width, offset, dtype in zip(widths, offsets, dtypes, strict=True):
-        fields += [offset, TRITON_TYPES[DTYPES[dtype]], width, power_of_2(width, 1, MAX_TILE // samples)]
-    a, b = reference.feistel_sides(num_samples)
-    with on_device_of(rows):
-        gather_kernel[(triton.cdiv(batch, samples),)](
-            rows, tuple(outputs), advantages, stats, subset, cursor, advantages_out, returns_out, indices_out,
+
+    def arrange(tensors, numbers):
+        rows, advantages, returns, stats, subset, cursor, advantages_out, returns_out, indices_out, *outputs = tensors
+        *words, start, first = numbers
+        capacity, num_envs, row_bytes = rows.shape
+        widths = [output.numel() // batch for output in outputs]
+        samples = power_of_2(MAX_TILE // max(*widths, 1, 1), 1, SAMPLES)
+        fields = []
+        for width, offset, dtype in zip(widths, offsets, dtypes, strict=True):
+            fields += [offset, TRITON_TYPES[DTYPES[dtype]], width, power_of_2(width, 1, MAX_TILE // samples)]
+        a, b = reference.feistel_sides(num_samples)
+        arguments = (
+            rows, tuple(outputs), advantages, returns, stats, subset, cursor, advantages_out, returns_out, indices_out,
             (0, 0) if advantages is None else advantages.stride(),
-            *_words(key), *_words(rollout), _words(epoch)[0], num_envs, capacity, start, first, batch, num_samples,
-            a, b, NUM_STEPS=num_steps, SHUFFLE=shuffle, ROW_BYTES=row_bytes, FIELDS=tuple(fields), VALUE=value_offset,
-            SAMPLES=samples, NARROW=NARROW, num_warps=WARPS, enable_fp_fusion=True,
+            *words, num_envs, capacity, start, first, batch, num_samples, a, b,
         )  # fmt: skip
+        constants = {
+            "NUM_STEPS": num_steps, "SHUFFLE": shuffle, "ROW_BYTES": row_bytes, "FIELDS": tuple(fields),
+            "VALUE": value_offset, "SAMPLES": samples, "NARROW": NARROW, "num_warps": WARPS, "enable_fp_fusion": True,
+        }  # fmt: skip
+        return (triton.cdiv(batch, samples),), arguments, constants
+
+    tensors = (rows, advantages, returns, stats, subset, cursor, advantages_out, returns_out, indices_out, *outputs)
+    numbers = (*_words(key), *_words(rollout), _words(epoch)[0], start, first)
+    described = (*offsets, *dtypes, value_offset, num_steps, num_samples, shuffle)
+    LAUNCHES(described, tensors, numbers, arrange, checked)
 
 
 def _words(number: int) -> tuple[int, int]:

@@ -141,6 +141,21 @@ def iteration(rollout: Rollout) -> Run:
     return Run(call, lambda: {**storage, **gae.outputs()})
 
 
+def small_copies(rollout: Rollout) -> Run:
+    """``copy_`` of a tensor [N], once for each step."""
+    copied = torch.empty_like(rollout.last_values)
+
+    def call() -> None:
+        for _ in range(rollout.num_steps):
+            copied.copy_(rollout.last_values)
+
+    def outputs() -> dict[str, Tensor]:
+        assert torch.equal(copied, rollout.last_values), "the copy differs"
+        return {"rewards": rollout.rewards}
+
+    return Run(call, outputs)
+
+
 def memcpy(bytes_per_sample: int, times: int = 1, parts: Callable[[Size], int] | None = None) -> Callable:
     """``copy_`` that reads plus writes ``bytes_per_sample`` for each sample, in ``times`` passes over the same memory.
 

@@ -147,6 +147,32 @@ def append_split(rollout: Rollout, **options: Any) -> Run:
     return Run(call, lambda: stored(buf, steps[0]))
 
 
+def _each_step(run: Run, rollout: Rollout) -> Run:
+    """``run``'s call once for each step."""
+
+    def call() -> None:
+        for _ in range(rollout.num_steps):
+            run.call()
+
+    return Run(call, run.outputs)
+
+
+def gae_calls(rollout: Rollout, backend: str | None = None) -> Run:
+    """``compute_gae``, once for each step."""
+    return _each_step(gae(rollout, backend), rollout)
+
+
+def gae_out_calls(rollout: Rollout, backend: str | None = None) -> Run:
+    """``pydrone.gae(out=, stats=True)``, once for each step."""
+    return _each_step(gae_rows(rollout, backend), rollout)
+
+
+def minibatch_calls(rollout: Rollout, backend: str | None = None) -> Run:
+    """One epoch with a minibatch for each step, in the same tensors."""
+    buf = filled(rollout, backend=backend)
+    return epoch_run(lambda: buf.minibatches(rollout.num_steps, reuse=True), policy_fields)
+
+
 def _fields(mb) -> dict[str, Tensor]:  # type: ignore[no-untyped-def]
     names = ("actions", "values", "log_probs", "returns")
     return {"obs": mb.obs, "normalized": mb.advantages, **{name: getattr(mb, name) for name in names}}

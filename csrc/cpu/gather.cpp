@@ -23,7 +23,7 @@ struct Job {
   bool streaming;
   Samples samples;
   std::vector<Output> outputs;
-  const float* advantages;
+  const float *advantages, *returns;
   int64_t value_offset;
   float mean, scale;
   float *advantages_out, *returns_out;
@@ -94,9 +94,13 @@ void write_field(const Job& job, const Output& output, const Batch& batch, int64
 
 void write_advantages(const Job& job, const Batch& batch, int64_t i0, int64_t n, int64_t position) {
   alignas(64) float advantage[kGroup], result[kGroup];
-  const auto* bytes = reinterpret_cast<const char*>(job.advantages);
+  const auto *bytes = reinterpret_cast<const char*>(job.advantages),
+             *returns = reinterpret_cast<const char*>(job.returns);
   for (int64_t i = 0; i < n; ++i) std::memcpy(&advantage[i], bytes + batch.advantage[i0 + i], 4);
-  if (job.returns_out) {
+  if (job.returns_out && returns) {
+    for (int64_t i = 0; i < n; ++i) std::memcpy(&result[i], returns + batch.advantage[i0 + i], 4);
+    put(job.returns_out + position, result, n * 4, job.streaming);
+  } else if (job.returns_out) {
     for (int64_t i = 0; i < n; ++i) {
       float value;
       std::memcpy(&value, job.rows + batch.row[i0 + i] + job.value_offset, 4);
@@ -113,8 +117,9 @@ void write_advantages(const Job& job, const Batch& batch, int64_t i0, int64_t n,
 void fetch_group(const Job& job, const Batch& batch, int64_t i0, int64_t n) {
   if (!job.outputs.empty())
     for (int64_t i = 0; i < n; ++i) fetch(job.rows + batch.row[i0 + i], job.row_bytes);
-  if (job.advantages)
-    for (int64_t i = 0; i < n; ++i) fetch(reinterpret_cast<const char*>(job.advantages) + batch.advantage[i0 + i], 1);
+  for (const float* plane : {job.advantages, job.returns})
+    if (plane)
+      for (int64_t i = 0; i < n; ++i) fetch(reinterpret_cast<const char*>(plane) + batch.advantage[i0 + i], 1);
 }
 
 // Batches [begin, end). While a group of one batch is written out, the same group of the next batch is prefetched. A
@@ -150,9 +155,10 @@ void run_batches(const Job& job, int64_t begin, int64_t end) {
 
 void gather(const Tensor& rows, const std::vector<int64_t>& offsets, const std::vector<int64_t>& dtypes,
             const std::vector<Tensor>& outputs, int64_t value_offset, const Optional& advantages,
-            const Optional& stats, const Optional& subset, int64_t num_steps, int64_t start, int64_t num_samples,
-            int64_t key, int64_t rollout, int64_t epoch, bool shuffle, int64_t first, const Optional& cursor,
-            const Optional& advantages_out, const Optional& returns_out, const Optional& indices_out) {
+            const Optional& returns, const Optional& stats, const Optional& subset, int64_t num_steps, int64_t start,
+            int64_t num_samples, int64_t key, int64_t rollout, int64_t epoch, bool shuffle, int64_t first,
+            const Optional& cursor, const Optional& advantages_out, const Optional& returns_out,
+            const Optional& indices_out) {
   check_shape("rows", rows, {-1, -1, -1});
   check_dtype("rows", rows, ScalarType::Byte);
   check_contiguous("rows", rows);
@@ -199,6 +205,11 @@ void gather(const Tensor& rows, const std::vector<int64_t>& offsets, const std::
     job.indices_out = static_cast<int64_t*>(indices_out->data_ptr());
   }
   if (advantages) job.advantages = take_advantages(samples, *advantages, rows);
+  if (returns) {
+    STD_TORCH_CHECK(advantages.has_value(), "advantages: expected a tensor with returns, got None");
+    check_like("returns", *returns, *advantages);
+    job.returns = static_cast<const float*>(returns->data_ptr());
+  }
   for (const auto& [name, out] : {std::pair{"advantages_out", &advantages_out}, {"returns_out", &returns_out}}) {
     if (!out->has_value()) continue;
     STD_TORCH_CHECK(advantages.has_value(), "advantages: expected a tensor with ", name, ", got None");

@@ -3,6 +3,7 @@
 // library is instantiated here: the linker could use these inline functions in files compiled for less.
 // With PYDRONE_BF16 the operands of products are rounded to bfloat16, with two consecutive numbers along the depth in
 // the place of one float; everything else, sums included, stays in float32.
+#include "exponential.h"
 #include "mlp.h"
 
 namespace pydrone {
@@ -43,31 +44,10 @@ constexpr int64_t kPair = 1;  // numbers in the place of a float
 PYDRONE_IN Vec multiply_add(Vec a, Vec b, Vec sum) { return sum + a * b; }
 #endif
 
-// x = n ln 2 + r with |r| <= ln 2 / 2; returns e^r - 1 from its Taylor series (to 1e-8), and 2^n in `power`.
-PYDRONE_IN Vec reduced_expm1(Vec x, Vec& power) {
-  const Vec shifted = x * 1.44269504f + 12582912.0f;  // rounds to the nearest integer in the low bits
-  const Vec n = shifted - 12582912.0f;
-  const Vec r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-  Vec p = all(1.0f / 5040);
-  p = p * r + 1.0f / 720;
-  p = p * r + 1.0f / 120;
-  p = p * r + 1.0f / 24;
-  p = p * r + 1.0f / 6;
-  p = p * r + 0.5f;
-  power = reinterpret_cast<Vec>((reinterpret_cast<Ints>(shifted) << 23) + 0x3F800000);
-  return p * (r * r) + r;
-}
-
-// Both are accurate to about 1 ulp where e^x is a normal number, and clamp outside that range. NaN stays NaN.
-PYDRONE_IN Vec exponential(Vec x) {
-  Vec power;
-  const Vec clamped = x > 88.0f ? all(88.0f) : (x < -87.0f ? all(-87.0f) : x);
-  const Vec part = reduced_expm1(clamped, power);
-  return part * power + power;
-}
+PYDRONE_IN Vec exponential(Vec x) { return clamped_exponential<float, Ints>(x); }
 PYDRONE_IN Vec expm1_below_0(Vec x) {
   Vec power;
-  const Vec part = reduced_expm1(x < -87.0f ? all(-87.0f) : x, power);
+  const Vec part = reduced_expm1<float, Ints>(x < -87.0f ? all(-87.0f) : x, power);
   return part * power + (power - 1.0f);
 }
 

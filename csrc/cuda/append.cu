@@ -219,8 +219,8 @@ __global__ void __launch_bounds__(kThreads) append_step(const __grid_constant__ 
   }
   if (!args.cursor || !args.commit) return;
   // The last block moves the head; all others have read it by then.
-  auto* ticket = reinterpret_cast<unsigned long long*>(args.cursor + kTicket);
-  if (last_block(ticket, static_cast<unsigned long long>(gridDim.x) * gridDim.y) && threadIdx.x == 0) {
+  auto* ticket = reinterpret_cast<uint64_t*>(args.cursor + kTicket);
+  if (last_block(ticket, static_cast<uint64_t>(gridDim.x) * gridDim.y) && threadIdx.x == 0) {
     ++args.cursor[kAppended];
     *ticket = 0;
   }

@@ -12,26 +12,38 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
-#include <vector>
+#include <optional>
 
 namespace pydrone {
 
 // Elements of the cursor; same as in pydrone/ops/schema.py.
 enum Cursor : int { kAppended = 0, kDiscarded = 1, kFlag = 2, kTicket = 3, kNumSteps = 4 };
 
-// Makes the tensor's device current and holds its current stream.
+// Makes the tensor's device current, if it is not, and holds its current stream. Asks CUDA as little as it can: its calls
+// are much of what a launch costs on the host.
 class Launch {
  public:
-  explicit Launch(const Tensor& tensor) : guard_(tensor.get_device_index()) {
+  explicit Launch(const Tensor& tensor) {
+    const auto device = tensor.get_device_index();
+    static const bool several = [] {
+      int count = 0;
+      STD_CUDA_CHECK(cudaGetDeviceCount(&count));
+      return count > 1;
+    }();
+    if (several) {
+      int current = -1;
+      STD_CUDA_CHECK(cudaGetDevice(&current));
+      if (current != device) guard_.emplace(device);
+    }
     void* stream = nullptr;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
     this->stream = static_cast<cudaStream_t>(stream);
   }
 
   cudaStream_t stream;
 
  private:
-  torch::stable::accelerator::DeviceGuard guard_;
+  std::optional<torch::stable::accelerator::DeviceGuard> guard_;
 };
 
 inline void check_element(const char* name, const Tensor& x) { item_size(name, static_cast<int64_t>(x.scalar_type())); }
@@ -98,17 +110,24 @@ __device__ inline int64_t ring_slot(int64_t k, int64_t capacity) {
   return static_cast<int64_t>(static_cast<uint64_t>(k) % static_cast<uint64_t>(capacity));
 }
 
+// Adds to a counter that all blocks share and returns what it was. What this thread wrote before it, and behind a
+// barrier its block, is seen by whoever reads the counter afterwards. One fence, where __threadfence() before and after
+// an atomicAdd are two, each of them sequentially consistent.
+__device__ inline uint64_t fetch_add(uint64_t* counter, uint64_t x) {
+  uint64_t before;
+  asm volatile("atom.add.acq_rel.gpu.global.u64 %0, [%1], %2;"
+               : "=l"(before)
+               : "l"(__cvta_generic_to_global(counter)), "l"(x)
+               : "memory");
+  return before;
+}
+
 // Returns true in every thread of the last of `blocks` to arrive. That block sees all writes of the others, and the
 // others have finished reading. It must reset the counter.
-template <typename Counter>
-__device__ inline bool last_block(Counter* ticket, Counter blocks) {
+__device__ inline bool last_block(uint64_t* ticket, uint64_t blocks) {
   __shared__ bool last;
   __syncthreads();
-  if (threadIdx.x == 0) {
-    __threadfence();
-    last = atomicAdd(ticket, Counter{1}) == blocks - 1;
-    __threadfence();
-  }
+  if (threadIdx.x == 0) last = fetch_add(ticket, 1) == blocks - 1;
   __syncthreads();
   return last;
 }

@@ -1,6 +1,6 @@
 // Gathers one minibatch in one launch.
 //
-// A block takes 128 samples. One thread per sample evaluates the permutation and shares the result. The needed part of
+// A block takes 256 samples, or 128 where rows are long. One thread per sample evaluates the permutation and shares the result. The needed part of
 // each row is then loaded into shared memory in 16-byte words, several lanes per row and all loads in flight together,
 // and written out field by field in contiguous stores. Rows too long for that are copied from memory to memory.
 #include "common.cuh"
@@ -13,8 +13,9 @@ namespace pydrone {
 namespace {
 
 constexpr int kMaxFields = 60;  // limited by the 4 KiB of kernel arguments
-constexpr int kThreads = 256, kSamples = 128, kUnroll = 4;
-constexpr int64_t kStaged = 288;  // most bytes of a row loaded into shared memory: 36 KiB per block
+constexpr int kThreads = 256, kSamples = 256, kUnroll = 4;
+constexpr int64_t kStaged = 288;         // most bytes of a row loaded into shared memory
+constexpr int64_t kShared = 128 * 304;   // and most for all rows of a block
 constexpr int kPad = 16;          // bytes between rows in shared memory, against bank conflicts
 
 // A field, copied `word` bytes at a time; word 0: converted between floating types.
@@ -31,9 +32,10 @@ struct Args {
   int64_t row_bytes, num_envs, capacity, start, first, count;
   int64_t staged_offset;
   int32_t staged_words;  // 16-byte words of a row in shared memory; 0: none
-  int32_t num_steps, num_fields;
+  int32_t num_steps, num_fields, samples;  // samples: of a block
   const int64_t *cursor, *subset;
   const char* advantages;
+  const char* returns;  // null, or as advantages
   int64_t advantages_env, advantages_step, value_offset;
   const double* stats;
   char *advantages_out, *returns_out;
@@ -97,10 +99,13 @@ __device__ int64_t place(const Args& args, int64_t position, int64_t start, cons
   slot -= slot >= args.capacity ? args.capacity : 0;
   const int64_t row = (slot * args.num_envs + env) * args.row_bytes;
   if (args.advantages && blockIdx.y == 0) {
-    const double advantage = read_real<double>(args.advantages, args.advantages_type,
-                                               env * args.advantages_env + step * args.advantages_step);
+    const int64_t at = env * args.advantages_env + step * args.advantages_step;
+    const double advantage = read_real<double>(args.advantages, args.advantages_type, at);
     const bool wide = args.advantages_type == static_cast<int32_t>(ScalarType::Double);
-    if (args.returns_out) {
+    if (args.returns_out && args.returns) {
+      write_real(args.returns_out, args.returns_out_type, position,
+                 read_real<double>(args.returns, args.advantages_type, at));
+    } else if (args.returns_out) {
       const float value = *reinterpret_cast<const float*>(args.rows + row + args.value_offset);
       write_real(args.returns_out, args.returns_out_type, position,
                  wide ? advantage + value : static_cast<float>(advantage) + value);
@@ -123,8 +128,8 @@ __global__ void __launch_bounds__(kThreads) gather_rows(const __grid_constant__ 
   extern __shared__ uint4 staged[];
   // Offsets, not addresses: through shared memory the compiler would not know that they point to global memory.
   __shared__ int64_t rows[kSamples];
-  const int64_t begin = static_cast<int64_t>(blockIdx.x) * kSamples;
-  const int samples = static_cast<int>(min(static_cast<int64_t>(kSamples), args.count - begin));
+  const int64_t begin = static_cast<int64_t>(blockIdx.x) * args.samples;
+  const int samples = static_cast<int>(min(static_cast<int64_t>(args.samples), args.count - begin));
   if (threadIdx.x < samples) {
     int64_t start = args.start;
     Permutation permutation = args.permutation;
@@ -164,9 +169,10 @@ __global__ void __launch_bounds__(kThreads) gather_rows(const __grid_constant__ 
 
 void gather(const Tensor& rows, const std::vector<int64_t>& offsets, const std::vector<int64_t>& dtypes,
             const std::vector<Tensor>& outputs, int64_t value_offset, const Optional& advantages,
-            const Optional& stats, const Optional& subset, int64_t num_steps, int64_t start, int64_t num_samples,
-            int64_t key, int64_t rollout, int64_t epoch, bool shuffle, int64_t first, const Optional& cursor,
-            const Optional& advantages_out, const Optional& returns_out, const Optional& indices_out) {
+            const Optional& returns, const Optional& stats, const Optional& subset, int64_t num_steps, int64_t start,
+            int64_t num_samples, int64_t key, int64_t rollout, int64_t epoch, bool shuffle, int64_t first,
+            const Optional& cursor, const Optional& advantages_out, const Optional& returns_out,
+            const Optional& indices_out) {
   check_shape("rows", rows, {-1, -1, -1});
   check_dtype("rows", rows, ScalarType::Byte);
   check_contiguous("rows", rows);
@@ -252,6 +258,11 @@ void gather(const Tensor& rows, const std::vector<int64_t>& offsets, const std::
     check_shape(name, **out, {-1});
     check_real(name, **out);
   }
+  if (returns) {
+    STD_TORCH_CHECK(advantages.has_value(), "advantages: expected a tensor with returns, got None");
+    check_like("returns", *returns, *advantages);
+    args.returns = static_cast<const char*>(returns->data_ptr());
+  }
   if (advantages_out) {
     args.advantages_out = static_cast<char*>(advantages_out->data_ptr());
     args.advantages_out_type = static_cast<int32_t>(advantages_out->scalar_type());
@@ -305,19 +316,23 @@ void gather(const Tensor& rows, const std::vector<int64_t>& offsets, const std::
   high = (high + 15) / 16 * 16;
   const bool stage = args.num_fields > 1 && high - low <= kStaged && args.row_bytes % 16 == 0 &&
                      reinterpret_cast<uintptr_t>(args.rows) % 16 == 0;
-  size_t shared = 0;
+  int64_t shared = 0;
+  args.samples = kSamples;
   if (stage) {
     args.staged_offset = low;
     args.staged_words = static_cast<int32_t>((high - low) / 16);
     for (int i = 0; i < args.num_fields; ++i) args.fields[i].offset -= low;
-    shared = kSamples * (high - low + kPad);
+    while (args.samples * (high - low + kPad) > kShared) args.samples /= 2;
+    shared = args.samples * (high - low + kPad);
+  } else {
+    args.samples = std::min(kSamples, 128);
   }
   const Launch context(rows);
   // For images: several blocks per group of samples.
   int64_t widest = 1;
   for (int i = 0; i < args.num_fields; ++i) widest = std::max<int64_t>(widest, args.fields[i].width);
-  const int64_t share = stage ? 1 : std::clamp<int64_t>(kSamples * widest / (16 * kUnroll * kThreads), 1, 64);
-  const dim3 blocks(static_cast<unsigned>((args.count + kSamples - 1) / kSamples), static_cast<unsigned>(share));
+  const int64_t share = stage ? 1 : std::clamp<int64_t>(args.samples * widest / (16 * kUnroll * kThreads), 1, 64);
+  const dim3 blocks(static_cast<unsigned>((args.count + args.samples - 1) / args.samples), static_cast<unsigned>(share));
   auto* kernel = stage ? gather_rows<true> : gather_rows<false>;
   kernel<<<blocks, kThreads, shared, context.stream>>>(args);
   STD_CUDA_KERNEL_LAUNCH_CHECK();

@@ -138,7 +138,7 @@ class _Rows:
             outputs = self._recycler.empty(wanted, rows.device)
         order = (index, steps, 0, samples, 0, 0, 0, False, 0)
         described = self._described(names)
-        select(rows.device).gather(rows, *described, outputs, 0, None, None, *order, None, None, None, None)
+        select(rows.device).gather(rows, *described, outputs, 0, None, None, None, *order, None, None, None, None)
         return dict(zip(names, outputs))
 
     def permuted(self, size: int, count: int) -> Tensor:
@@ -147,7 +147,7 @@ class _Rows:
         index = torch.empty(count, dtype=torch.int64, device=self.rows.device)
         rows = self.rows.view(1, -1, self.rows.shape[2])[:, :size]
         order = (None, 1, 0, size, key, 0, 0, True, 0)
-        select(rows.device).gather(rows, [], [], [], 0, None, None, *order, None, None, None, index)
+        select(rows.device).gather(rows, [], [], [], 0, None, None, None, *order, None, None, None, index)
         return index
 
 

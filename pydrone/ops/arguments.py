@@ -29,15 +29,27 @@ def boolean(name: str, x: object) -> bool:
 
 def unit_interval(name: str, x: float) -> float:
     """``x`` as a float in [0, 1], or an error that names it."""
-    try:
-        number = float(None if isinstance(x, (str, bytes)) else x)
-    except OverflowError:  # an int beyond all floats
-        number = math.inf
-    except (TypeError, ValueError, RuntimeError):  # RuntimeError: a tensor
-        raise TypeError(f"{name}: expected a number, got {type(x).__name__}") from None
+    number = _number(name, x)
     if not 0 <= number <= 1:  # NaN too; torch.compile cannot trace math.isfinite of a number that changes
         raise ValueError(f"{name}: expected a number in [0, 1], got {x}")
     return number
+
+
+def at_least_0(name: str, x: float) -> float:
+    """``x`` as a float of at least 0, infinity included, or an error that names it."""
+    number = _number(name, x)
+    if not number >= 0:
+        raise ValueError(f"{name}: expected a number of at least 0, got {x}")
+    return number
+
+
+def _number(name: str, x: float) -> float:
+    try:
+        return float(None if isinstance(x, (str, bytes)) else x)
+    except OverflowError:  # an int beyond all floats
+        return math.inf
+    except (TypeError, ValueError, RuntimeError):  # RuntimeError: a tensor
+        raise TypeError(f"{name}: expected a number, got {type(x).__name__}") from None
 
 
 def env_scalars(name: str, x: Tensor, num_envs: int, device: torch.device, hint: str = "") -> Tensor:

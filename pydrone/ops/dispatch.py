@@ -1,19 +1,24 @@
 """Chooses the backend for a device and a request, and caches the choice.
 
 The default is ``torch.ops.pydrone``: cpu for CPU tensors, cuda for CUDA tensors, with the fallbacks of
-:mod:`pydrone.ops.native`. A request (``backend=``, else the environment variable ``PYDRONE_BACKEND``) is served by
-exactly the backend it names, or fails with the reason.
+:mod:`pydrone.ops.native`; what a buffer launches in a CUDA graph is Triton's (:func:`_by_cursor`). A request
+(``backend=``, else the environment variable ``PYDRONE_BACKEND``) is served by exactly the backend it names, or fails
+with the reason.
 """
 
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
 
 from pydrone.ops import native, reference, triton
+from pydrone.ops.schema import SCHEMAS
+from pydrone.ops.streams import capturing
 
 NAMES = ("reference", "cpu", "triton", "cuda")
 
@@ -21,14 +26,23 @@ NAMES = ("reference", "cpu", "triton", "cuda")
 class Backend(NamedTuple):
     """One backend's operations, each with the signature of :mod:`pydrone.ops.schema`.
 
-    ``checks``: whether they check all arguments before they write anything.
+    ``checks``: whether they check all arguments before they write anything.  ``prepared``: the same operations, which
+    raise RuntimeError and write nothing unless a call with such arguments was made before (their shapes, dtypes,
+    strides and devices are the same), and outputs of ``gae`` have memory of their own.
     """
 
     name: str
     checks: bool
     gae: Callable[..., None]
+    off_policy: Callable[..., None]
     append: Callable[..., None]
     gather: Callable[..., None]
+    prepared: Backend | None = None
+
+    @property
+    def unchecked(self) -> Backend | None:
+        """The operations for arguments that nobody has checked: they raise RuntimeError rather than write."""
+        return self if self.checks and self.prepared is None else self.prepared
 
 
 def backends() -> dict[str, str | None]:
@@ -62,6 +76,8 @@ def _pick(device: str, backend: str | None) -> Backend:
     if name is None:
         default = {"cpu": "cpu" if native.CPU_MISSING is None else "reference"}
         default["cuda"] = "cuda" if native.CUDA_MISSING is None else "triton"
+        if default.get(device) == "cuda" and triton.missing() is None:
+            return _by_cursor(_operations("cuda"), _operations("triton"))
         return _operations(default.get(device, "reference"))
     if name not in NAMES:
         raise ValueError(f"{source}: expected one of {', '.join(NAMES)}, got {name!r}")
@@ -76,14 +92,60 @@ def _pick(device: str, backend: str | None) -> Backend:
 
 
 def _operations(name: str) -> Backend:
+    ops = [getattr(torch.ops.pydrone, x).default for x in SCHEMAS]
     if name == "reference":
-        return Backend(name, False, reference.gae, reference.append, reference.gather)
-    if name == "triton" and native.CUDA_MISSING is None:
-        return Backend(name, False, triton.gae, triton.append, triton.gather)
-    if name == "triton" and triton.interpreted():
-        return Backend(name, False, triton.gae, triton.append, triton.gather)
-    ops = torch.ops.pydrone
-    return Backend(name, name in ("cpu", "cuda"), ops.gae.default, ops.append.default, ops.gather.default)
+        return Backend(name, False, *(getattr(reference, x) for x in SCHEMAS))
+    if name == "triton":
+        checked, unchecked = ([partial(getattr(triton, x), checked=y) for x in SCHEMAS] for y in (True, False))
+        if native.CUDA_MISSING is not None and not triton.interpreted():  # torch.ops runs Triton on CUDA tensors
+            checked = [*map(_unless_traced, ops, checked)]
+        return Backend(name, False, *checked, Backend(name, True, *unchecked))
+    return Backend(name, True, *ops)
+
+
+def _unless_traced(operation: Callable[..., None], launch: Callable[..., None]) -> Callable[..., None]:
+    """``launch``, which costs less on the host; ``operation`` in a trace."""
+
+    def call(*args) -> None:
+        (operation if torch.compiler.is_compiling() else launch)(*args)
+
+    return call
+
+
+def _by_cursor(eager: Backend, captured: Backend) -> Backend:
+    """``captured`` for calls with a cursor, as in a CUDA graph, ``eager`` for others.
+
+    A capture may not load kernels, so what ``captured`` has not prepared by then ``eager`` does; and so it does where
+    Triton fails, for instance because there is no C compiler for its launcher.
+    """
+
+    def unchecked(name: str) -> Callable[..., None]:
+        call, again, at = getattr(eager, name), getattr(captured.prepared, name), _cursor_of(name)
+        return lambda *args: (call if args[at] is None else again)(*args)
+
+    def checked(name: str) -> Callable[..., None]:
+        call, launch, again = getattr(eager, name), getattr(captured, name), getattr(captured.prepared, name)
+        at = _cursor_of(name)
+
+        def run(*args) -> None:
+            if args[at] is None:
+                return call(*args)
+            within = capturing(args[at].get_device())
+            try:
+                return again(*args) if within else launch(*args)
+            except Exception as error:  # of any kind: a compiler's, a driver's
+                if not within:
+                    warnings.warn(f"{name}: Triton failed, CUDA does it: {error}", RuntimeWarning, stacklevel=2)
+                return call(*args)
+
+        return run
+
+    prepared = Backend(eager.name, True, *map(unchecked, SCHEMAS))
+    return Backend(eager.name, True, *map(checked, SCHEMAS), prepared)
+
+
+def _cursor_of(name: str) -> int:
+    return [x.name for x in torch._C.parse_schema(name + SCHEMAS[name]).arguments].index("cursor")
 
 
 def written(*tensors: torch.Tensor) -> None:

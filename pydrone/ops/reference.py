@@ -6,6 +6,7 @@ Signatures and argument shapes: :mod:`pydrone.ops.schema`. Runs on any device, i
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -60,37 +61,111 @@ def gae(
     workspace,
 ) -> None:
     """Generalized advantage estimation (Schulman et al. 2016, arXiv:1506.02438, eq. 16), cut at episode ends."""
-    num_steps, capacity, dtype = advantages.shape[1], rewards.shape[1], advantages.dtype
+    dtype, codes = advantages.dtype, dones if coded else encode(dones, truncated, valid)
+    slots = _slots(advantages, rewards, start, cursor)
+    carry = 0.0
+    bootstrapped = rewards, values, codes, last_values, final_values, final_rows, bootstrap
+    for t, code, reward, value, next_value in _backwards(slots, dtype, *bootstrapped):
+        delta = reward + gamma * next_value - value
+        carry = torch.where(code == 0, delta + gamma * lam * carry, delta)
+        advantages[:, t] = carry = torch.where(code == INVALID, 0, carry)
+        if returns is not None:
+            returns[:, t] = carry + value
+    if stats is not None:
+        _moments(advantages, codes[:, slots], stats)
+
+
+def off_policy(
+    rewards,
+    values,
+    dones,
+    truncated,
+    valid,
+    last_values,
+    final_values,
+    final_rows,
+    log_rhos,
+    q_values,
+    gamma,
+    lam,
+    rho_clip,
+    c_clip,
+    start,
+    coded,
+    bootstrap,
+    cursor,
+    advantages,
+    targets,
+    stats,
+    workspace,
+) -> None:
+    """V-trace (arXiv:1802.01561, eq. 1 and remark 2); with q_values, Retrace(lambda) (arXiv:1606.02647, eq. 4)."""
+    dtype, codes = targets.dtype, dones if coded else encode(dones, truncated, valid)
+    slots = _slots(targets, rewards, start, cursor)
+    carry = link = 0.0
+    bootstrapped = rewards, values, codes, last_values, final_values, final_rows, bootstrap
+    for t, code, reward, value, next_value in _backwards(slots, dtype, *bootstrapped):
+        ratio = log_rhos[:, slots[t]].to(dtype).exp()
+        rho, trace = ratio.clamp(max=rho_clip), lam * ratio.clamp(max=c_clip)  # clamp keeps a NaN
+        if q_values is not None:
+            value, rho = q_values[:, slots[t]].to(dtype), 1
+        else:
+            link = trace
+        delta = reward + gamma * next_value - value
+        if advantages is not None:
+            advantage = rho * torch.where(code == 0, delta + gamma * carry, delta)
+            advantages[:, t] = torch.where(code == INVALID, 0, advantage)
+        carry = torch.where(code == 0, rho * delta + gamma * link * carry, rho * delta)
+        carry = torch.where(code == INVALID, 0, carry)
+        link = torch.where(code == INVALID, 0, trace)
+        targets[:, t] = value + carry
+    if stats is not None:
+        _moments(advantages, codes[:, slots], stats)
+
+
+def _slots(output: Tensor, plane: Tensor, start: int, cursor: Tensor | None) -> list[int]:
+    """The slots of a rollout's steps in a ring's planes."""
+    capacity = plane.shape[1]
     if cursor is not None:
         start = int(cursor[CURSOR_DISCARDED]) % capacity
-    codes = dones if coded else encode(dones, truncated, valid)
-    next_value = last_values.to(dtype)
-    carry = torch.zeros_like(next_value)
-    for t in reversed(range(num_steps)):
-        slot = (start + t) % capacity
+    return [(start + t) % capacity for t in range(output.shape[1])]
+
+
+def _backwards(
+    slots: list[int],
+    dtype: torch.dtype,
+    rewards: Tensor,
+    values: Tensor,
+    codes: Tensor,
+    last_values: Tensor,
+    final_values: Tensor | None,
+    final_rows: Tensor | None,
+    bootstrap: int,
+) -> Iterator[tuple]:
+    """The steps from the last to the first: t, code, reward, value, and V' of the temporal difference."""
+    following = last_values.to(dtype)
+    for t in reversed(range(len(slots))):
+        slot = slots[t]
         code, value = codes[:, slot], values[:, slot].to(dtype)
         if bootstrap == 1:
             at_truncation = _final_value(final_values, final_rows, slot, dtype)
         elif bootstrap == 2:
             at_truncation = value
         else:
-            at_truncation = next_value
+            at_truncation = following
         # Selects, never products: 0 * NaN is NaN, and values after an end must not leak back across it.
-        next_value = torch.where(code == TRUNCATED, at_truncation, next_value)
+        next_value = torch.where(code == TRUNCATED, at_truncation, following)
         next_value = torch.where(code == TERMINATED, 0, next_value)
-        delta = rewards[:, slot].to(dtype) + gamma * next_value - value
-        advantage = torch.where(code == 0, delta + gamma * lam * carry, delta)
-        advantage = torch.where(code == INVALID, 0, advantage)
-        advantages[:, t] = advantage
-        if returns is not None:
-            returns[:, t] = advantage + value
-        carry, next_value = advantage, value
-    if stats is not None:
-        slots = (start + torch.arange(num_steps, device=codes.device)) % capacity
-        sample = advantages[codes[:, slots] != INVALID].double()
-        count = sample.numel()
-        mean = sample.mean() if count else sample.new_zeros(())
-        stats.copy_(torch.stack([mean.new_tensor(float(count)), mean, (sample - mean).square().sum()]))
+        yield t, code, rewards[:, slot].to(dtype), value, next_value
+        following = value
+
+
+def _moments(advantages: Tensor, codes: Tensor, stats: Tensor) -> None:
+    """Count, mean and M2 of the advantages of valid steps."""
+    sample = advantages[codes != INVALID].double()
+    count = sample.numel()
+    mean = sample.mean() if count else sample.new_zeros(())
+    stats.copy_(torch.stack([mean.new_tensor(float(count)), mean, (sample - mean).square().sum()]))
 
 
 def _final_value(final_values: Tensor, final_rows: Tensor | None, slot: int, dtype: torch.dtype) -> Tensor:
@@ -162,6 +237,7 @@ def gather(
     outputs,
     value_offset,
     advantages,
+    returns,
     stats,
     subset,
     num_steps,
@@ -199,7 +275,8 @@ def gather(
         return
     advantage = advantages[env, step]
     if returns_out is not None:
-        returns_out.copy_(advantage + _field(row, value_offset, torch.float32, 1).squeeze(1))
+        value = _field(row, value_offset, torch.float32, 1).squeeze(1)
+        returns_out.copy_(advantage + value if returns is None else returns[env, step])
     if advantages_out is not None:
         if stats is not None:
             mean, scale = normalization(stats)

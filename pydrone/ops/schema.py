@@ -17,6 +17,20 @@ names the argument, what it was and what it must be; the reference and Triton ch
     rewards or values is not, since each of these enters an advantage.  workspace: float64 [workspace_size(N)], zero
     before the first launch, used by one stream only.
 
+``off_policy``  V-trace (Espeholt et al. 2018, arXiv:1802.01561) or, with q_values, Retrace(lambda) (Munos et al. 2016,
+    arXiv:1606.02647): gae's scan with a weight on the temporal difference and a link on the carry.
+
+    Arguments as for ``gae``, and log_rhos: [N, C], any strides, floating: log of the new over the old probability of
+    the action; q_values: [N, C], Q(s_t, a_t), then values are E_pi Q(s_t, .).  rho_clip, c_clip: at least 0, may be
+    infinite.  targets: [N, T], float32 or float64, the dtype of the computation: V-trace's vs, or Retrace's targets.
+    advantages: [N, T] of that dtype, V-trace's for the policy gradient; None with q_values.  stats: of them.
+    With next_t and code_t as in ``gae``, ratio_t = exp(log_rho_t), rho_t = min(rho_clip, ratio_t),
+    c_t = lam * min(c_clip, ratio_t) and x_T = 0, where a NaN ratio stays NaN:
+    V-trace: delta_t = r_t + gamma * next_t - V_t; x_t = rho_t * delta_t + (0 if code_t else gamma * c_t * x_{t+1});
+    targets_t = V_t + x_t; advantages_t = rho_t * (delta_t + (0 if code_t else gamma * x_{t+1})).
+    Retrace: delta_t = r_t + gamma * next_t - Q_t; x_t = delta_t + (0 if code_t else gamma * c_{t+1} * x_{t+1});
+    targets_t = Q_t + x_t.  An invalid step: x_t and advantages_t are 0, and c_t is not used.
+
 ``append``  stores one step of N environments.  Each argument costs 0.1 us per call, a list 0.5 us or more if it holds
     numbers; hence two lists, and one tensor of numbers, built by :func:`pydrone.rollout.layout.of_append`.
 
@@ -38,8 +52,9 @@ names the argument, what it was and what it must be; the reference and Triton ch
 
     outputs[i]: [B, ...] contiguous, read at byte offsets[i] of the rows; dtypes[i] is the stored dtype (half-precision
     fields may have float32 outputs).  advantages: [N, T]; advantages_out = (A - mean) / (std + STD_EPSILON) with
-    stats, A without; returns_out = A + the float32 value at byte value_offset of the row.  subset: int64
-    [num_samples], sample numbers n * T + t to draw from; None: all N * T.  indices_out: int64 [B], n * T + t.
+    stats, A without; returns_out is read from returns [N, T], of the dtype and strides of advantages, or, where that is
+    None, A + the float32 value at byte value_offset of the row.  subset: int64 [num_samples], sample numbers n * T + t
+    to draw from; None: all N * T.  indices_out: int64 [B], n * T + t.
 
 ``ppo_gradients``  gradients of a minibatch of B samples for two multilayer perceptrons and a Gaussian.
 
@@ -127,15 +142,21 @@ SCHEMAS = {
         "Tensor? final_values, Tensor? final_rows, float gamma, float lam, int start, bool coded, int bootstrap, "
         "Tensor? cursor, Tensor(a!) advantages, Tensor(b!)? returns, Tensor(c!)? stats, Tensor(d!)? workspace) -> ()"
     ),
+    "off_policy": (
+        "(Tensor rewards, Tensor values, Tensor dones, Tensor? truncated, Tensor? valid, Tensor last_values, "
+        "Tensor? final_values, Tensor? final_rows, Tensor log_rhos, Tensor? q_values, float gamma, float lam, "
+        "float rho_clip, float c_clip, int start, bool coded, int bootstrap, Tensor? cursor, Tensor(a!)? advantages, "
+        "Tensor(b!) targets, Tensor(c!)? stats, Tensor(d!)? workspace) -> ()"
+    ),
     "append": (
         "(Tensor(a!)[] memory, Tensor[] sources, Tensor layout, Tensor? dones, Tensor? truncated, Tensor? valid, "
         "int slot, int pool_slot, Tensor(b!)? cursor, bool commit) -> ()"
     ),
     "gather": (
         "(Tensor rows, int[] offsets, int[] dtypes, Tensor(a!)[] outputs, int value_offset, Tensor? advantages, "
-        "Tensor? stats, Tensor? subset, int num_steps, int start, int num_samples, int key, int rollout, int epoch, "
-        "bool shuffle, int first, Tensor? cursor, Tensor(b!)? advantages_out, Tensor(c!)? returns_out, "
-        "Tensor(d!)? indices_out) -> ()"
+        "Tensor? returns, Tensor? stats, Tensor? subset, int num_steps, int start, int num_samples, int key, "
+        "int rollout, int epoch, bool shuffle, int first, Tensor? cursor, Tensor(b!)? advantages_out, "
+        "Tensor(c!)? returns_out, Tensor(d!)? indices_out) -> ()"
     ),
 }
 
@@ -236,9 +257,14 @@ STD_EPSILON = 1e-8
 MAX_SAMPLES = 2**31 - 1
 
 
+# The most programs of a launch of ``gae`` with fewer than four environments each; CUDA's have no more.
+PARTIALS = 512
+
+
 def workspace_size(num_envs: int) -> int:
-    """Elements of ``gae``'s float64 workspace: a ticket, then (count, mean, M2) per program of at least 4 envs."""
-    return 3 * ((num_envs + 3) // 4) + 1
+    """Elements of ``gae``'s float64 workspace: a ticket, then at most three sums of each program (CUDA: two, aligned to
+    two elements)."""
+    return 3 * max((num_envs + 3) // 4, min(num_envs, PARTIALS)) + 1
 
 
 def packed_size(parameters: Sequence[torch.Tensor]) -> int:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import os
+from collections.abc import Callable
 from importlib import import_module
 from importlib.util import find_spec
 
@@ -47,82 +49,65 @@ def why_not(kernel: str, *subject: object) -> str | None:
     return None if asked is None else asked(*subject)
 
 
-def gae(*args) -> None:
-    from pydrone._triton.gae import gae as launch
-
-    launch(*args)
-
-
-def append(*args) -> None:
-    from pydrone._triton.append import append as launch
-
-    launch(*args)
+@functools.cache
+def _launcher(module: str, name: str) -> Callable[..., object]:
+    return getattr(import_module(f"pydrone._triton.{module}"), name)
 
 
-def gather(*args) -> None:
-    from pydrone._triton.gather import gather as launch
+def gae(*args, **options) -> None:
+    _launcher("gae", "gae")(*args, **options)
 
-    launch(*args)
+
+def off_policy(*args, **options) -> None:
+    _launcher("gae", "off_policy")(*args, **options)
+
+
+def append(*args, **options) -> None:
+    _launcher("append", "append")(*args, **options)
+
+
+def gather(*args, **options) -> None:
+    _launcher("gather", "gather")(*args, **options)
 
 
 def activate(*args) -> None:
-    from pydrone._triton.layers import activate as launch
-
-    launch(*args)
+    _launcher("layers", "activate")(*args)
 
 
 def activate_backward(*args) -> None:
-    from pydrone._triton.layers import activate_backward as launch
-
-    launch(*args)
+    _launcher("layers", "activate_backward")(*args)
 
 
 def ppo_loss(*args) -> None:
-    from pydrone._triton.ppo_loss import ppo_loss as launch
-
-    launch(*args)
+    _launcher("ppo_loss", "ppo_loss")(*args)
 
 
 def ppo_gradients(*args) -> None:
-    from pydrone._triton.ppo_gradients import ppo_gradients as launch
-
-    launch(*args)
+    _launcher("ppo_gradients", "ppo_gradients")(*args)
 
 
 def ppo_act(*args) -> None:
-    from pydrone._triton.ppo_act import ppo_act as launch
-
-    launch(*args)
+    _launcher("ppo_act", "ppo_act")(*args)
 
 
 def ppo_step(*args) -> None:
-    from pydrone._triton.ppo_act import ppo_step as launch
-
-    launch(*args)
+    _launcher("ppo_act", "ppo_step")(*args)
 
 
 def clipped_adam(*args) -> None:
-    from pydrone._triton.clipped_adam import clipped_adam as launch
-
-    launch(*args)
+    _launcher("clipped_adam", "clipped_adam")(*args)
 
 
 def task_step(*args) -> None:
     """A step of :mod:`pydrone.envs.fused`."""
-    from pydrone._triton.quadrotor import step as launch
-
-    launch(*args)
+    _launcher("quadrotor", "step")(*args)
 
 
 def task_propel(*args) -> None:
     """The forces before a simulator's step, see :mod:`pydrone.envs.fused`."""
-    from pydrone._triton.propellers import propel as launch
-
-    launch(*args)
+    _launcher("propellers", "propel")(*args)
 
 
 def task_programs(num_envs: int) -> int:
     """How many programs a step of ``num_envs`` drones takes."""
-    from pydrone._triton.quadrotor import programs
-
-    return programs(num_envs)
+    return _launcher("quadrotor", "programs")(num_envs)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pydrone.ops.dispatch import written
+from pydrone.ops.dispatch import bump
 from pydrone.ops.pages import Recycler
 from pydrone.ops.schema import SCALAR_TYPES
 from pydrone.rollout.minibatch import Drawn, InRing, Minibatch, Plan
@@ -93,7 +93,9 @@ class Draws:
                     "minibatches: expected to be read in the capture that they were drawn in, or outside"
                 )
             if runs != self._scan.runs:
-                raise RuntimeError("minibatches: compute_gae() has renewed the advantages while they were being read")
+                raise RuntimeError(
+                    f"minibatches: {self._scan.method}() has renewed the advantages while they were being read"
+                )
 
         def gather() -> dict[str, Tensor]:
             require_unchanged()
@@ -110,7 +112,8 @@ class Draws:
             statistics = storage.statistics if plan.normalize else None
             cursor = self._ring.cursor if captured else None
             groups = storage.groups(storage.views)
-            return InRing(groups, storage.views, storage.advantages, numbers, statistics, plan.subset, cursor)
+            planes = storage.advantages, self._scan.targets
+            return InRing(groups, storage.views, *planes, numbers, statistics, plan.subset, cursor)
 
         names = (*self._names, "advantages", "returns")
         return Drawn(names, part.size, *self._groups(), self._indices(part), gather, overwritten, place)
@@ -133,7 +136,7 @@ class Draws:
         plan = part.plan
         tensors = self._outputs(part.size, plan.largest, plan.reuse)
         self._gather(part, tensors, self._names, self._storage.statistics if plan.normalize is True else None)
-        written(*tensors.values())
+        bump([*tensors.values()])
         return tensors
 
     def _indices(self, part: Part) -> Callable[[], Tensor]:
@@ -170,6 +173,7 @@ class Draws:
             [tensors[name] for name in names],
             storage.layout.fields["values"].offset,
             storage.advantages if names else None,
+            self._scan.targets if names else None,
             statistics,
             plan.subset,
             ring.num_steps,

@@ -104,13 +104,15 @@ class Minibatch:
 class InRing(NamedTuple):
     """Where a minibatch's samples are in the ring: arguments of ``ppo_gradients``, see :mod:`pydrone.ops.schema`.
 
-    obs: [C, N, ...], or a dict of groups. fields: name to [C, N, ...]. advantages: [N, T]. numbers: the operation's
-    ``drawn``. cursor: the device's counters, in a captured graph.
+    obs: [C, N, ...], or a dict of groups. fields: name to [C, N, ...]. advantages: [N, T]. returns: [N, T], or None
+    where they are advantages + values: the operation forms no others. numbers: its ``drawn``. cursor: the device's
+    counters, in a captured graph.
     """
 
     obs: Tensor | dict[str, Tensor]
     fields: dict[str, Tensor]
     advantages: Tensor
+    returns: Tensor | None
     numbers: list[int]
     statistics: Tensor | None
     subset: Tensor | None

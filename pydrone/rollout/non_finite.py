@@ -7,7 +7,11 @@ import warnings
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
+
+from pydrone.ops.schema import INVALID, TERMINATED
+from pydrone.rollout.views import Rollout
 
 
 class NonFinite(NamedTuple):
@@ -90,3 +94,23 @@ class Report:
             raise FloatingPointError(message)
         if not warned:
             warnings.warn(message, RuntimeWarning, stacklevel=level + 1)
+
+
+def of_rollout(rollout: Rollout) -> list[NonFinite]:
+    """As :meth:`pydrone.buffer.RolloutBuffer.non_finite`."""
+    groups = rollout.obs if rollout.layout.obs_is_mapping else {"": rollout.obs}
+    # In this order a step computes them: of one step the first is the cause.
+    fields = {f"obs[{name!r}]" if name else "obs": x for name, x in groups.items()}
+    fields |= {"actions": rollout.actions, "values": rollout.values, "rewards": rollout.rewards}
+    valid = rollout.valid
+    sampled = torch.ones_like(rollout.dones, dtype=torch.bool) if valid is None else valid
+    found = find(fields, sampled)
+    if not found and rollout._scan.computed:
+        found = find({"advantages": rollout._storage.advantages}, sampled)
+        if found and valid is not None:
+            before = rollout.dones[:, :-1]
+            final = torch.zeros_like(valid)
+            final[:, 1:] = ~valid[:, 1:] & (before != TERMINATED) & (before != INVALID)
+            del fields["actions"], fields["rewards"]
+            found = find(fields, final) or found
+    return found

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pydrone.ops.schema import CURSOR_DISCARDED, CURSOR_NUM_STEPS
+from pydrone.ops.streams import capturing
 
 
 class BufferFull(RuntimeError):
@@ -37,7 +38,7 @@ class Ring:
         self.appended = self.discarded = self.discards = 0
         self.truncations, self.resets = [False] * num_rollouts, [False] * num_rollouts
         self.captured_truncations = self.captured_resets = False
-        self._on_cuda = cursor.is_cuda
+        self._device = cursor.get_device() if cursor.is_cuda else None
         self._as_captured = False
         self._cursor_live = False  # whether the device's counters equal the host's
 
@@ -85,7 +86,7 @@ class Ring:
 
     def capturing(self) -> bool:
         """Whether calls follow the device's counters now."""
-        return self._as_captured or (self._on_cuda and torch.cuda.is_current_stream_capturing())
+        return self._as_captured or (self._device is not None and capturing(self._device))
 
     @contextlib.contextmanager
     def as_captured(self) -> Iterator[None]:

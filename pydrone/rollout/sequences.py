@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from pydrone.ops.reference import normalization, permute
 from pydrone.ops.schema import INVALID
+from pydrone.rollout.draws import Draws
+from pydrone.rollout.sources import Sources
+from pydrone.rollout.views import Rollout
 
 
 class Sequences(NamedTuple):
@@ -27,6 +31,57 @@ class Sequences(NamedTuple):
     hidden: dict[str, Tensor]
     envs: Tensor
     starts: Tensor
+
+
+def hidden_states(rollout: Rollout, sources: Sources, hidden: Mapping[str, str | Tensor] | None) -> dict[str, Tensor]:
+    """The states before each step, [N, T, ...] by name, after all checks of the argument ``hidden``."""
+    states = {}
+    if hidden is not None and not isinstance(hidden, Mapping):
+        raise TypeError(f"hidden: expected a mapping of names to fields or tensors, got {type(hidden).__name__}")
+    for name, state in (hidden or {}).items():
+        if isinstance(state, Tensor):
+            sources.check(f"hidden[{name!r}]", state)
+        elif not isinstance(state, str):
+            raise TypeError(f"hidden[{name!r}]: expected a field's name or a tensor, got {type(state).__name__}")
+        elif state not in rollout.layout.extra:
+            names = ", ".join(rollout.layout.extra) or "none"
+            raise ValueError(f"hidden[{name!r}]: expected the name of a field, one of {names}, got {state!r}")
+        states[name] = rollout[state] if isinstance(state, str) else state
+        sizes = rollout.dones.shape
+        if states[name].shape[:2] != sizes:
+            expected = f"[{sizes[0]}, {sizes[1]}, ...]"
+            raise ValueError(f"hidden[{name!r}]: expected shape {expected}, got {list(states[name].shape)}")
+    return states
+
+
+def draw(
+    rollout: Rollout,
+    draws: Draws,
+    states: Mapping[str, Tensor],
+    burn_in: int | Tensor,
+    count: int,
+    epochs: int,
+    normalize: bool,
+) -> Iterator[Sequences]:
+    """``count`` minibatches of whole environments an epoch, each epoch in an order of its own."""
+    ring, scan, layout = rollout._ring, rollout._scan, rollout.layout
+    views = {name: rollout[name] for name in layout.stored}
+    views["advantages"], views["returns"] = rollout.advantages, rollout.returns
+    if normalize:
+        mean, scale = normalization(rollout.statistics)
+        views["advantages"] = (views["advantages"] - mean) * scale
+    num_envs, discards = layout.num_envs, ring.discards
+    position = torch.arange(num_envs, device=rollout.dones.device)
+    for _ in range(epochs):
+        epoch = draws.next_epoch()
+        order = permute(position, num_envs, draws.key, ring.rollout, epoch)
+        for i in range(count):
+            if discards != ring.discards or not scan.computed:
+                raise RuntimeError("sequences: the rollout was discarded while they were being read")
+            envs = order[i * num_envs // count : (i + 1) * num_envs // count]
+            yield pad(
+                views, tuple(layout.obs), layout.obs_is_mapping, rollout.dones, states, envs, burn_in, ring.has_resets
+            )
 
 
 def trajectories(ended: Tensor, envs: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -9,6 +9,7 @@ from torch import Tensor
 from pydrone.ops.arguments import check_strided
 
 COUNTERS = ("appended", "discarded", "computed", "epoch", "seed")
+METHODS = ("compute_gae", "compute_vtrace")
 # Rebuilt by the next launch, or by advance().
 TRANSIENT = ("workspace", "cursor", "not_finite")
 
@@ -17,16 +18,18 @@ def check(state: Mapping[str, object], own: Mapping[str, object], num_steps: int
     """Raises ValueError or TypeError unless a buffer whose state is ``own`` could load ``state``."""
     if not isinstance(state, Mapping):
         raise TypeError(f"state_dict: expected a mapping, got {type(state).__name__}")
-    if state.keys() != own.keys():
+    if state.keys() | {"method"} != own.keys():  # a state without it is of an earlier version: GAE's
         raise ValueError(f"state_dict: expected the keys {sorted(own)}, got {sorted(map(str, state))}")
     if state["layout"] != own["layout"]:
         raise ValueError(f"state_dict: expected the fields {own['layout']}, got {state['layout']}")
     for name, x in own.items():
         if isinstance(x, Tensor):
             _check_tensor(name, state[name], x)
-    for name, kind in {**dict.fromkeys(COUNTERS, int), "computed": bool}.items():
-        if type(state[name]) is not kind:
+    for name, kind in {**dict.fromkeys(COUNTERS, int), "computed": bool, "method": str}.items():
+        if name in state and type(state[name]) is not kind:
             raise TypeError(f"state_dict: {name}: expected {kind.__name__}, got {type(state[name]).__name__}")
+    if state.get("method", METHODS[0]) not in METHODS:
+        raise ValueError(f"state_dict: method: expected one of {', '.join(METHODS)}, got {state['method']!r}")
     appended, discarded = state["appended"], state["discarded"]
     if discarded < 0 or discarded % num_steps or state["epoch"] < 0:
         raise ValueError(

@@ -74,24 +74,32 @@ class Steps:
     def store(self, kind: str, row: Mapping[str, object] | None, ends: Ends | None) -> None:
         """Stores a step or half of one: its row (:meth:`Sources.named`), and how it ended.
 
-        An operation that checks its arguments does so before it writes. Python then checks only what the operation
-        cannot see. If either check fails, Python checks everything, to name the fault.
+        An operation that checks its arguments, or knows them, does so before it writes. Python then checks only what
+        the operation cannot see. If either check fails, Python checks everything, to name the fault.
         """
-        if self._storage.ops.checks:
+        ops = self._storage.ops
+        if (unchecked := ops.unchecked) is not None:
             fields, final = () if row is None else self.sources.quick_row(row), ()
             if ends is not None:
                 final = self.sources.quick_final(ends)
             if fields is not None and final is not None:
                 try:
-                    return self._launch(kind, fields, ends, final)
+                    return self._launch(unchecked.append, kind, fields, ends, final)
                 except (RuntimeError, TypeError):
                     pass
         fields, final = () if row is None else self.sources.row(row), ()
         if ends is not None:
             ends, final = self.sources.ends(ends)
-        self._launch(kind, fields, ends, final)
+        self._launch(ops.append, kind, fields, ends, final)
 
-    def _launch(self, kind: str, fields: Sequence[Tensor], ends: Ends | None, final: Sequence[Tensor]) -> None:
+    def _launch(
+        self,
+        append: Callable[..., None],
+        kind: str,
+        fields: Sequence[Tensor],
+        ends: Ends | None,
+        final: Sequence[Tensor],
+    ) -> None:
         ring, sources = self._ring, [*fields]
         captured, (slot, place) = ring.capturing(), ring.where(ring.appended)
         if fields:
@@ -105,9 +113,7 @@ class Steps:
             sources += (rewards, *final)
         memory, layout = self._calls[kind][0 if truncated is None else 2 if final else 1]
         cursor = ring.cursor if captured else None
-        self._storage.ops.append(
-            memory, sources, layout, dones, truncated, valid, slot, place, cursor, ends is not None
-        )
+        append(memory, sources, layout, dones, truncated, valid, slot, place, cursor, ends is not None)
         bump(self.written)
         if ends is not None:
             self._count(captured, truncated, valid)

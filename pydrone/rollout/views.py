@@ -75,7 +75,7 @@ class Rollout:
 
     @property
     def returns(self) -> Tensor:
-        """[N, T] float32: advantages + values."""
+        """[N, T] float32: advantages + values; after :meth:`~pydrone.buffer.RolloutBuffer.compute_vtrace`, vs."""
         self._scan.require("returns")
         return self._storage.returns
 

@@ -151,7 +151,7 @@ def test_a_copy_stands_beside_every_operation(device):
     for operation in OPERATIONS:
         names = [c.name for c in contenders(operation, for_device(device))]
         assert names.count("memcpy") == 1 and len(set(names)) == len(names)
-        two = ("gae", "append", "minibatch epoch", "iteration")  # operations that have two GPU backends
+        two = ("gae", "append", "minibatch epoch", "iteration", "calls")  # operations that have two GPU backends
         assert names[0] == "pydrone"
         assert ("pydrone, triton" in names) == (device == "stand-in" and operation in two)
 

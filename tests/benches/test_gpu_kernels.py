@@ -58,7 +58,25 @@ def test_triton_variants_are_interpreted_and_checked():
     pytest.importorskip("triton")
     done = run("gpu_sweep.py", *SMALL, "--backends", "triton", "--kernels", "append", "--variants", "2")
     assert done.returncode == 0, done.stderr
-    assert "ENVS 32, WARPS 4; the default; again" in done.stdout and "ENVS 16, WARPS 4" in done.stdout
+    assert "ENVS 16, WARPS 4; the default; again" in done.stdout and "ENVS 32, WARPS 4" in done.stdout
+
+
+def test_the_backends_are_compared_by_kind_of_call():
+    pytest.importorskip("triton")
+    done = run("gpu_backends.py", "--device", "stand-in", "--repeats", "1")
+    assert done.returncode == 0, done.stderr
+    assert all(f"3x8 {x}, {kind}" in done.stdout for x in ("gae", "append", "gather") for kind in ("eager", "graph"))
+    assert "the figures mean nothing" in done.stdout
+
+
+def test_a_default_that_is_slower_is_named():
+    import gpu_backends
+
+    rows = [{"num_envs": 4, "num_steps": 2, "operation": "gae", "kind": kind, "cuda_us": 2.0, "triton_us": x}
+            for kind in ("eager", "graph") for x in (1.0, 2.05, 4.0)]  # fmt: skip
+    lines = gpu_backends.table(rows).splitlines()[1:]
+    assert [line.endswith("is slower") for line in lines] == [True, False, False, False, False, True]
+    assert "the default, cuda, is slower" in lines[0] and "the default, triton, is slower" in lines[5]
 
 
 @pytest.mark.slow
@@ -267,7 +285,7 @@ def test_what_ncu_says_of_a_kernel():
     stall = "smsp__average_warps_issue_stalled_{}_per_issue_active.ratio"
     columns = {
         "ID": ("", "0"),
-        "Kernel Name": ("", "void pydrone::(anonymous namespace)::gae_rows<float, 2, 2>(Args<float>)"),
+        "Kernel Name": ("", "void pydrone::(anonymous namespace)::scan_rows<float, 0, 2, 32, 2>(Args<float>)"),
         "gpu__time_duration.sum": ("ns", "5,120"),
         "dram__bytes_read.sum": ("Mbyte", "7.37"),
         "dram__bytes_write.sum": ("furlong", "1"),
@@ -279,7 +297,7 @@ def test_what_ncu_says_of_a_kernel():
     }
     lines = [",".join(f'"{x}"' for x in line) for line in (columns, *zip(*columns.values()))]
     (row,) = gpu_profile.summary("\n".join(["==PROF== a line of ncu's own", *lines]))
-    assert row["kernel"] == "gae_rows<float, 2, 2>(Args<float>)"
+    assert row["kernel"] == "scan_rows<float, 0, 2, 32, 2>(Args<float>)"
     assert (row["us"], row["read MB"], row["written MB"]) == ("5.12", "7.37", "1 furlong")
     assert row["occupancy %"] == "43.21"
     assert row["stalls, cycles an instruction"] == "long_scoreboard 12.5, barrier 0.2"

@@ -39,7 +39,7 @@ def wrong_final_observation(*args) -> None:
 
 
 def other_permutation(*args) -> None:
-    reference.gather(*args[:11], args[11] + 1, *args[12:])
+    reference.gather(*args[:12], args[12] + 1, *args[13:])
 
 
 def gather_of_a_neighbour(*args) -> None:
@@ -49,7 +49,7 @@ def gather_of_a_neighbour(*args) -> None:
 
 
 def gather_unshuffled(*args) -> None:
-    reference.gather(*args[:14], False, *args[15:])
+    reference.gather(*args[:15], False, *args[16:])
 
 
 def raising(*args) -> None:

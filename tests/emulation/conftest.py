@@ -20,7 +20,7 @@ def operations() -> dispatch.Backend:
         native.fall_back(library, name)
     torch.ops.load_library(str(cuda_on_cpu.build()))
     ops = torch.ops.pydrone_emulated
-    yield dispatch.Backend("cuda", True, ops.gae.default, ops.append.default, ops.gather.default)
+    yield dispatch.Backend("cuda", True, *(getattr(ops, name).default for name in SCHEMAS))
     del library
 
 

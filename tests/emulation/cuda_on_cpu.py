@@ -33,6 +33,7 @@ REWRITTEN = [
     (r"__shared__ (\w+) (\w+)\[(.+?)\];", r"auto& \2 = emulated::shared<\1[\3]>([] {});"),
     (r"__shared__ (\w+) (\w+);", r"auto& \2 = emulated::shared<\1>([] {});"),
     (r"(\w+)<<<(.+?)>>>\(", r"emulated::launch(\1, \2, "),
+    (r'asm volatile\("atom\.add\.acq_rel\.gpu\.global\.u64 [^;]*;"\s[^;]*;', "before = atomicAdd(counter, x);"),
     (r"\b__noinline__\b", "__attribute__((noinline))"),
 ]
 

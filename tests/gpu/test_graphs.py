@@ -7,7 +7,9 @@ from collections.abc import Callable
 import pytest
 import torch
 from rollout_model import assert_close, memory_bytes, random_step
+from torch.profiler import ProfilerActivity, profile
 
+import pydrone
 from pydrone import BufferFull, RolloutBuffer
 
 if not torch.cuda.is_available():
@@ -195,3 +197,83 @@ def test_a_graph_outlives_many_rollouts(backend):
     assert (
         buf._storage.cursor.tolist() == [200 * T, 200 * T, 0, 0, T] and buf._storage.tensors["workspace"][0].item() == 0
     )
+
+
+def rollout_of(buf: RolloutBuffer, inputs: dict, last: torch.Tensor) -> list[dict[str, torch.Tensor]]:
+    for _ in range(T):
+        buf.append(**inputs)
+    buf.compute_gae(last, GAMMA, LAM, check=False)
+    found = epochs(buf)
+    buf.clear()
+    return found
+
+
+def kernels(run: Callable[[], object]) -> set[str]:
+    """The names of the kernels that ``run`` launches."""
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as recorded:
+        run()
+        torch.cuda.synchronize()
+    return {event.name for event in recorded.events()}
+
+
+OURS = {"append_kernel", "gae_kernel", "gather_kernel"}
+
+
+@pytest.mark.skipif(any(pydrone.backends()[x] for x in ("cuda", "triton")), reason="not both GPU backends")
+@pytest.mark.parametrize("warm", [True, False])
+def test_by_default_a_graph_launches_tritons_kernels(warm):
+    """If they were loaded before; the eager calls are CUDA's."""
+    forget()
+    buf = make(None, "cuda")
+    inputs, last = on_gpu(random_step(buf)), torch.randn(N, device="cuda")
+    assert not OURS & kernels(lambda: rollout_of(buf, inputs, last))
+    buf.advance(T, rollouts=1)
+    if warm:
+        with buf.as_captured():
+            rollout_of(buf, inputs, last)
+        buf.advance(T, rollouts=1)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="global" if warm else "relaxed"):
+        seen = rollout_of(buf, inputs, last)
+    assert OURS & kernels(graph.replay) == (OURS if warm else set())
+    eager = make("cuda", "cuda")
+    eager._ring.restore(T * (1 + warm), T * (1 + warm), eager._ring.truncations, eager._ring.resets)
+    for ours, theirs in zip(seen, rollout_of(eager, inputs, last), strict=True):
+        assert torch.equal(ours["indices"], theirs["indices"]) and torch.equal(ours["state"], theirs["state"])
+        assert_close(ours["advantages"], theirs["advantages"])
+
+
+def on_gpu(step: dict) -> dict:
+    return {name: on_gpu(x) if isinstance(x, dict) else x.cuda() for name, x in step.items()}
+
+
+def forget() -> None:
+    from pydrone._triton import append, gae, gather
+
+    for module in (append, gae, gather):
+        module.LAUNCHES.cache_clear()
+
+
+@pytest.mark.skipif(pydrone.backends()["triton"] is not None, reason="no Triton")
+def test_triton_binds_a_buffers_arguments_once(monkeypatch):
+    """Later launches are repeated (triton_kernels/prepared.py). If not, Triton or torch is not as it is known there."""
+    from triton.runtime.jit import JITFunction
+
+    forget()
+    seen, run = [], JITFunction.run
+
+    def counted(self, *args, **options):
+        seen.append(self.fn.__name__)
+        return run(self, *args, **options)
+
+    monkeypatch.setattr(JITFunction, "run", counted)
+    buf, other = make("triton", "cuda"), make("cuda" if pydrone.backends()["cuda"] is None else "triton", "cuda")
+    inputs, last = on_gpu(random_step(buf)), torch.randn(N, device="cuda")
+    for rollout in range(3):
+        seen.clear()
+        found, wanted = (rollout_of(x, inputs, last) for x in (buf, other))
+        assert (len(seen) > 0) == (rollout == 0), seen
+        for ours, theirs in zip(found, wanted, strict=True):
+            assert torch.equal(ours["indices"], theirs["indices"]) and torch.equal(ours["state"], theirs["state"])
+            assert_close(ours["advantages"], theirs["advantages"])

@@ -19,9 +19,9 @@ from pydrone.cli import main as cli
 EARLIER = Path(__file__).with_name("of_7964951")
 
 NAMES = {
-    "pydrone": "BufferFull Minibatch RolloutBuffer backends gae __version__",
+    "pydrone": "BufferFull Minibatch RolloutBuffer backends gae retrace vtrace __version__",
     "pydrone.buffer": "BufferFull Minibatch NonFinite RolloutBuffer",
-    "pydrone.estimators": "gae",
+    "pydrone.estimators": "gae retrace vtrace",
     "pydrone.memory": "MemoryPlan plan render",
     "pydrone.ppo": "clipped_step fused_update",
     "pydrone.ppo.config": "PPOConfig TrainConfig",
@@ -37,6 +37,7 @@ NAMES = {
     "pydrone.integrations.sb3": "DictRolloutBuffer PPO RolloutBuffer",
     "pydrone.integrations.torchrl": "GAE",
     "pydrone.integrations.rl_games": "patch unpatch",
+    "pydrone.integrations.pufferlib": "compute_puff_advantage patch unpatch",
 }
 
 FLAGS = {

@@ -19,7 +19,8 @@ ISAS = ("baseline", "x86-64-v3", "x86-64-v4")
 
 
 def results() -> dict[str, torch.Tensor]:
-    """GAE in both orders and precisions, a rollout's rows and minibatches, a step of Adam, the learner; odd sizes."""
+    """The estimators in both orders and precisions, a rollout's rows and minibatches, a step of Adam, the learner; odd
+    sizes."""
     import pydrone
     from pydrone.buffer import RolloutBuffer
     from pydrone.ppo import clipped_step
@@ -33,9 +34,15 @@ def results() -> dict[str, torch.Tensor]:
             last, name = torch.randn(n, dtype=dtype), f"gae of {n}, {t}, {dtype}"
             options = {"timeout_bootstrap": "stored_value", "stats": True, "gamma": 0.97, "lam": 0.9}
             turned = {key: x.t().contiguous() for key, x in flags.items()}
+            across = [x.t().contiguous() for x in given]
             rows = pydrone.gae(*given, last, **flags, **options)
-            columns = pydrone.gae(*(x.t().contiguous() for x in given), last, **turned, **options, time_dim=0)
-            found |= {f"{name}, {i}": x for i, x in enumerate((*rows, *columns))}
+            columns = pydrone.gae(*across, last, **turned, **options, time_dim=0)
+            log_rhos = torch.randn(n, t, dtype=dtype)
+            off_policy = pydrone.vtrace(*given, last, log_rhos, rho_clip=2.0, **flags, **options)
+            del options["stats"]
+            across.insert(1, torch.randn(t, n, dtype=dtype))
+            q = pydrone.retrace(*across, last, log_rhos.t().contiguous(), **turned, **options, time_dim=0)
+            found |= {f"{name}, {i}": x for i, x in enumerate((*rows, *columns, *off_policy, q))}
     buffer = RolloutBuffer(67, 9, 17, 4)
     for _ in range(9):
         row = {"obs": torch.randn(67, 17), "actions": torch.randn(67, 4), "dones": torch.rand(67) < 0.1}

@@ -69,6 +69,13 @@ def gae_arguments() -> dict:
     }
 
 
+def off_policy_arguments() -> dict:
+    given = gae_arguments()
+    given["targets"] = given.pop("returns")
+    given |= {"log_rhos": torch.randn(N, C), "q_values": None, "rho_clip": 1.0, "c_clip": 1.2}
+    return {name: given[name] for name in inspect.signature(reference.off_policy).parameters}
+
+
 SHORT = SCALAR_TYPES[torch.int16]
 
 
@@ -131,6 +138,7 @@ def gather_arguments() -> dict:
         "outputs": [i32(5, 2), u8(5)],
         "value_offset": 12,
         "advantages": torch.randn(N, C),
+        "returns": None,
         "stats": f64(3),
         "subset": None,
         "num_steps": C,
@@ -148,7 +156,12 @@ def gather_arguments() -> dict:
     }
 
 
-ARGUMENTS = {"gae": gae_arguments, "append": append_arguments, "gather": gather_arguments}
+ARGUMENTS = {
+    "gae": gae_arguments,
+    "off_policy": off_policy_arguments,
+    "append": append_arguments,
+    "gather": gather_arguments,
+}
 
 
 def call(name: str, change: dict | None = None) -> None:
@@ -171,6 +184,9 @@ VARIANTS = [
     ("gae", {"returns": None, "stats": None, "workspace": None}),
     ("gae", {"dones": u8(N, C), "coded": True, "start": 2, "advantages": zeros(N, 2), "returns": zeros(N, 2)}),
     ("gae", {"truncated": torch.ones(N, C), "final_values": torch.ones(N, C), "bootstrap": 1, "valid": zeros(N, C)}),
+    ("off_policy", {}),
+    ("off_policy", {"q_values": zeros(N, C), "advantages": None, "stats": None, "workspace": None}),
+    ("off_policy", {"dones": u8(N, C), "coded": True, "start": 2, "advantages": zeros(N, 2), "targets": zeros(N, 2)}),
     ("append", {}),
     ("append", step(row=[], fields=FIELDS[2:])),
     ("append", step(pools=[], final=[], fields=FIELDS[:2]) | {"dones": None, "truncated": None}),
@@ -179,6 +195,7 @@ VARIANTS = [
     ("append", look(i32(2))),
     ("gather", {}),
     ("gather", {"subset": torch.arange(12), "shuffle": False, "first": 7}),
+    ("gather", {"returns": torch.randn(N, C)}),
     (
         "gather",
         {"outputs": [], "offsets": [], "dtypes": [], "advantages": None, "advantages_out": None, "returns_out": None},
@@ -236,6 +253,19 @@ def test_compiles_into_one_graph():
 META, COMPLEX = {"device": "meta"}, torch.complex64
 BAD = [
     # gae
+    ("off_policy", {"log_rhos": i32(N, C)}, "log_rhos: expected a floating dtype"),
+    ("off_policy", {"log_rhos": zeros(N, C + 1)}, "log_rhos: expected shape"),
+    ("off_policy", {"q_values": zeros(N, 1)}, "q_values: expected shape"),
+    ("off_policy", {"q_values": zeros(N, C)}, "advantages: expected None with q_values, got a tensor"),
+    ("off_policy", {"advantages": None}, "advantages: expected a tensor with stats, got None"),
+    ("off_policy", {"targets": zeros(N, C).half()}, "targets: expected dtype Float or Double"),
+    ("off_policy", {"targets": zeros(N, C + 1)}, "targets: expected at most"),
+    ("off_policy", {"advantages": f64(N, C)}, "advantages: expected dtype"),
+    ("off_policy", {"rho_clip": -1.0}, "rho_clip: expected a number of at least 0, got -1"),
+    ("off_policy", {"c_clip": float("nan")}, "c_clip: expected a number of at least 0"),
+    ("gather", {"returns": zeros(N, C).double()}, "returns: expected dtype"),
+    ("gather", {"returns": zeros(N, 1)}, "returns: expected shape"),
+    ("gather", {"returns": zeros(C, N).t()}, "returns: expected the strides"),
     ("gae", {"rewards": zeros(N)}, "rewards: expected shape"),
     ("gae", {"rewards": i32(N, C)}, "rewards: expected a floating dtype"),
     ("gae", {"values": zeros(N, C + 1)}, "values: expected shape"),
@@ -269,7 +299,7 @@ BAD = [
     ("gae", {"stats": f64(4)}, "stats: expected shape"),
     ("gae", {"stats": f64(6)[::2]}, "stats: expected a contiguous"),
     ("gae", {"workspace": None}, "workspace: expected a tensor"),
-    ("gae", {"workspace": f64(workspace_size(N) - 1)}, "workspace: expected at least 4 elements, got 3"),
+    ("gae", {"workspace": f64(workspace_size(N) - 1)}, "workspace: expected at least 13 elements, got 12"),
     ("gae", {"workspace": zeros(9)}, "workspace: expected dtype"),
     ("gae", {"workspace": f64(18)[::2]}, "workspace: expected a contiguous"),
     ("gae", {"cursor": i64(4)}, "cursor: expected shape"),

@@ -1,5 +1,6 @@
-"""The Triton kernels against the reference: triton_cases.py, triton_properties.py, step_cases.py (the environments'
-steps) and genesis_cases.py (what surrounds the simulator's), each in its own process.
+"""The Triton kernels against the reference: triton_cases.py, triton_properties.py, triton_scan_cases.py (what GAE,
+V-trace and Retrace share), step_cases.py (the environments' steps) and genesis_cases.py (what surrounds the
+simulator's), each in its own process.
 
 Triton decides at import, for the whole process, whether kernels are interpreted, and other tests may have imported it
 already. On a machine with a GPU the cases run compiled; the properties use CPU tensors and are always interpreted here
@@ -37,6 +38,10 @@ def run(path: Path, *options: str, interpreted: bool = not torch.cuda.is_availab
 @pytest.mark.parametrize("operations", ["gae", "append-gather", "loss-layer"])  # a process takes seconds to start
 def test_cases(operations):
     run(CASES, "-k", " or ".join(f"test_{x}" for x in operations.split("-")), "-m", "not slow")
+
+
+def test_scan():
+    run(CASES.with_name("triton_scan_cases.py"), "-m", "not slow")
 
 
 def test_steps():

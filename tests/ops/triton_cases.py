@@ -125,9 +125,9 @@ def test_gae_64_by_100(layout, ends):
     Rollout(64, 100, layout=layout, ends=ends).check()
 
 
-@pytest.mark.parametrize(("num_steps", "ends"), [(100, 0.05), (260, 0.0), (260, 0.01)])
-def test_gae_two_rows_per_warp(monkeypatch, num_steps, ends):
-    monkeypatch.setattr(gae_module, "MANY_ENVS", 1)
+@pytest.mark.parametrize(("num_steps", "ends"), [(100, 0.05), (9, 0.1), (260, 0.0), (260, 0.01)])
+def test_gae_two_rows_a_thread(monkeypatch, num_steps, ends):
+    monkeypatch.setattr(gae_module, "MANY", 1)
     Rollout(19, num_steps, ends=ends).check()
 
 
@@ -212,7 +212,10 @@ def test_gae_nan_where_a_final_value_is_missing():
 
 
 @pytest.mark.parametrize("num_steps", [257, 300])
-def test_gae_carries_through_three_tiles(num_steps):
+@pytest.mark.parametrize("warps", [1, 2, 16])
+def test_gae_carries_through_tiles_and_warps(monkeypatch, num_steps, warps):
+    """Three tiles, two of two warps each, one of four."""
+    monkeypatch.setattr(gae_module, "WARPS_A_ROW", warps)
     rollout = Rollout(2, num_steps, ends=0.0)
     rollout.arguments |= {"gamma": 0.999, "lam": 0.998}
     rollout.check()
@@ -418,20 +421,21 @@ GATHERED = [
 
 
 @pytest.mark.parametrize(
-    ("batch", "shuffle", "subset", "by_cursor", "count"),
+    ("batch", "shuffle", "subset", "by_cursor", "count", "with_returns"),
     [
-        (1, True, False, False, None),
-        (64, False, False, False, 100.0),
-        (150, True, False, False, 100.0),
-        (150, True, True, False, 100.0),
-        (150, True, True, True, 0.0),
-        (65, False, True, True, 1.0),
-        (178, True, False, True, 2.0),
+        (1, True, False, False, None, False),
+        (64, False, False, False, 100.0, True),
+        (150, True, False, False, 100.0, False),
+        (150, True, True, False, 100.0, False),
+        (150, True, True, True, 0.0, True),
+        (65, False, True, True, 1.0, False),
+        (178, True, False, True, 2.0, True),
     ],
 )
-def test_gather(batch, shuffle, subset, by_cursor, count):
+def test_gather(batch, shuffle, subset, by_cursor, count, with_returns):
     rows = filled_rows()
     advantages = torch.randn(NUM_STEPS, NUM_ENVS).t()
+    returns = torch.randn(NUM_STEPS, NUM_ENVS).t() if with_returns else None
     total = NUM_ENVS * NUM_STEPS
     numbers = torch.randperm(total)[:160] if subset else None
     stats = None if count is None else torch.tensor([count, 0.3, 70.0], dtype=torch.float64)
@@ -443,8 +447,8 @@ def test_gather(batch, shuffle, subset, by_cursor, count):
         indices = torch.full((batch,), -1)
         offsets, stored = [f[0] for f in GATHERED], [SCALAR_TYPES[f[1]] for f in GATHERED]
         backend(
-            rows, offsets, stored, fields, 64, advantages, stats, numbers, NUM_STEPS, 4, 160 if subset else total,
-            2**62 + 12345, 2**33 + 1, 3, shuffle, 7, cursor, *scalars, indices,
+            rows, offsets, stored, fields, 64, advantages, returns, stats, numbers, NUM_STEPS, 4,
+            160 if subset else total, 2**62 + 12345, 2**33 + 1, 3, shuffle, 7, cursor, *scalars, indices,
         )  # fmt: skip
         outcome.append((fields, scalars, indices))
     (fields, scalars, indices), (fields_, scalars_, indices_) = outcome
@@ -464,8 +468,8 @@ def test_gather_permutation(shape):
     for key, rollout, epoch in ((0, 0, 0), (2**63 - 1, 0, 0), (7, 2**40 + 1, 0), (7, 2**40 + 1, 2**31 + 5)):
         indices = torch.full((total,), -1)
         gather_module.gather(
-            rows, [], [], [], 0, None, None, None, shape[1], 0, total, key, rollout, epoch, True, 0, None, None, None,
-            indices,
+            rows, [], [], [], 0, None, None, None, None, shape[1], 0, total, key, rollout, epoch, True, 0, None, None,
+            None, indices,
         )  # fmt: skip
         assert torch.equal(indices, reference.permute(torch.arange(total), total, key, rollout, epoch))
         assert torch.equal(indices.sort().values, torch.arange(total))
@@ -477,8 +481,8 @@ def test_gather_permutation(shape):
 def test_gather_nothing():
     rows = torch.zeros(2, 3, 32, dtype=torch.uint8)
     gather_module.gather(
-        rows, [0], [0], [torch.zeros(0, 4, dtype=torch.uint8)], 0, None, None, None, 2, 0, 6, 1, 0, 0, True, 0, None,
-        None, None, None,
+        rows, [0], [0], [torch.zeros(0, 4, dtype=torch.uint8)], 0, None, None, None, None, 2, 0, 6, 1, 0, 0, True, 0,
+        None, None, None, None,
     )  # fmt: skip
 
 

@@ -30,7 +30,7 @@ from pydrone._triton import ppo_act as act_module
 from pydrone._triton import ppo_gradients as gradients_module
 from pydrone._triton.append import append
 from pydrone._triton.clipped_adam import clipped_adam
-from pydrone._triton.gae import gae
+from pydrone._triton.gae import gae, off_policy
 from pydrone._triton.gather import gather
 from pydrone._triton.layers import activate, activate_backward
 from pydrone._triton.ppo_act import ppo_act, ppo_step
@@ -141,6 +141,16 @@ def launch_gae(
     )  # fmt: skip
 
 
+def launch_off_policy(retrace: bool, time_major=False, num_envs=8192, num_steps=100, dtype=torch.float32) -> None:
+    make = partial(column, num_envs, num_steps, time_major)
+    off_policy(
+        make(), make(), make(torch.uint8), None, None, torch.empty(num_envs), None, None, make(),
+        make() if retrace else None, 0.99, 0.95, 1.0, 1.0, 0, True, 0, None, None if retrace else make(dtype),
+        make(dtype), None if retrace else torch.empty(3, dtype=torch.float64),
+        torch.empty(workspace_size(num_envs), dtype=torch.float64),
+    )  # fmt: skip
+
+
 WIDTHS, OFFSETS = (17, 4, 1, 1, 4, 4), (0, 68, 84, 88, 92, 108)
 
 
@@ -163,7 +173,7 @@ def launch_gather(cursor: bool, num_envs: int = 8192, num_steps: int = 4) -> Non
     gather(
         torch.empty(num_steps, num_envs, 128, dtype=torch.uint8), list(OFFSETS), [F32] * 6,
         [torch.empty(batch, width) for width in WIDTHS], 84, torch.empty(num_envs, num_steps),
-        torch.empty(3, dtype=torch.float64), None, num_steps, 0, num_envs * num_steps, 1, 2, 3, True, 0,
+        None, torch.empty(3, dtype=torch.float64), None, num_steps, 0, num_envs * num_steps, 1, 2, 3, True, 0,
         torch.zeros(5, dtype=torch.int64) if cursor else None, scalar, scalar, torch.empty(batch, dtype=torch.int64),
     )  # fmt: skip
 
@@ -306,10 +316,16 @@ def reports() -> Iterator[dict]:
     yield report("gae rows, cursor", partial(launch_gae, cursor=True))
     yield report("gae rows, wrapped", partial(launch_gae, capacity=120, start=40))
     yield report("gae rows, odd", partial(launch_gae, num_steps=101, capacity=101))
-    yield report("gae rows, long", partial(launch_gae, num_steps=2048, capacity=2048, num_envs=64))
+    yield report("gae rows, long", partial(launch_gae, num_steps=1000, capacity=1000))
+    yield report("gae rows, several warps", partial(launch_gae, num_steps=2048, capacity=2048, num_envs=256))
+    yield report("gae rows, short", partial(launch_gae, num_envs=32768, num_steps=8, capacity=8))
+    yield report("vtrace rows", partial(launch_off_policy, False))
+    yield report("retrace rows", partial(launch_off_policy, True))
     yield report("gae rows, float64", partial(launch_gae, dtype=torch.float64))
     yield report("gae columns", partial(launch_gae, time_major=True))
     if not FEW:
+        yield report("vtrace columns", partial(launch_off_policy, False, True))
+        yield report("retrace columns", partial(launch_off_policy, True, True))
         yield report("gae columns, pool", partial(launch_gae, time_major=True, pool=True))
     yield report("append", partial(launch_append, False))
     yield report("append, cursor", partial(launch_append, True))
@@ -360,6 +376,10 @@ def main() -> None:
     for line, opcodes in zip(lines, disassembled([line.pop("code") for line in lines]), strict=True):
         first_store = next(i for i, opcode in enumerate(opcodes) if opcode.startswith("STG"))
         line["opcodes"] = Counter(opcodes)
+        ticket = next((i for i, opcode in enumerate(opcodes) if opcode.startswith("ATOM")), 0)
+        line["before the ticket"] = {
+            name: sum(opcode.startswith(name) for opcode in opcodes[:ticket]) for name in ("SHFL", "BAR", "STG.E.128")
+        }
         line["loads before the first store"] = sum(opcode.startswith("LDG") for opcode in opcodes[:first_store])
         print(json.dumps(line), flush=True)
 

@@ -7,6 +7,7 @@ import torch
 from rollout_model import assert_close, gae_loop, memory_bytes, random_step, stacked
 
 from pydrone import BufferFull, RolloutBuffer
+from pydrone.ops.schema import SCHEMAS
 
 N, T = 7, 3
 
@@ -24,7 +25,7 @@ class Graph:
         def recorded(name: str):
             return lambda *args: self.launches.append((getattr(ops, name), args))
 
-        buf._storage.ops = ops._replace(**{name: recorded(name) for name in ("gae", "append", "gather")})
+        buf._storage.ops = ops._replace(**{name: recorded(name) for name in SCHEMAS})
         self.monkeypatch.setattr(buf._ring, "capturing", lambda: True)
         return self
 

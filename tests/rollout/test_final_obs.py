@@ -53,7 +53,7 @@ def test_by_hand(backend):
 
 def test_a_final_value_that_is_missing_is_no_number(backend):
     """Calls the operation directly, as with ``check=False`` on a GPU, with indices outside the pool."""
-    zeros, (stats, workspace) = torch.zeros(3, 2), torch.zeros(2, 8, dtype=torch.float64)
+    zeros, (stats, workspace) = torch.zeros(3, 2), torch.zeros(2, 10, dtype=torch.float64)
     codes, rows = torch.tensor([[2, 0]] * 3, dtype=torch.uint8), torch.tensor([[0, 0], [1, 0], [-1, 0]]).int()
     advantages, returns = torch.zeros(3, 2), torch.zeros(3, 2)
     select(zeros.device, backend).gae(

@@ -89,7 +89,7 @@ def indices_of(samples: int, num_steps: int, key: int, rollout: int, epoch: int 
     out = torch.empty(samples, dtype=torch.int64)
     rows = torch.empty(num_steps, samples // num_steps, 0, dtype=torch.uint8)
     select(torch.device("cpu")).gather(
-        *(rows, [], [], [], 0, None, None, None, num_steps, 0, samples, key, rollout, epoch, True, 0, None),
+        *(rows, [], [], [], 0, None, None, None, None, num_steps, 0, samples, key, rollout, epoch, True, 0, None),
         *(None, None, out),
     )
     return out

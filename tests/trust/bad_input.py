@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import math
 import random
 import re
 import sys
@@ -68,7 +69,8 @@ class Case(NamedTuple):
 # ---------------------------------------------------------------------------------------------- the functions
 
 
-def gae(rng: random.Random) -> Subject:
+def estimator(rng: random.Random) -> Subject:
+    name = rng.choice(["gae", "gae", "vtrace", "retrace"])
     n, t = rng.randint(2, 5), rng.randint(2, 5)
     dtype = rng.choice([torch.float32, torch.float32, torch.float64, torch.float16])
     result = torch.float64 if dtype == torch.float64 else torch.float32
@@ -88,8 +90,10 @@ def gae(rng: random.Random) -> Subject:
         given |= {how: torch.randn(shape).to(dtype)} if how == "final_values" else {"timeout_bootstrap": how}
     if rng.random() < 0.3:
         given["valid"] = flags()
-    wrong: dict[str, list] = {name: bad_tensor(given[name], "real") for name in ("values", "last_values")}
-    everything = ("values", "dones", "last_values", "truncated", "valid")
+    reals = ["values", "last_values", *{"gae": (), "vtrace": ("log_rhos",)}.get(name, ("log_rhos", "q_values"))]
+    given |= {x: torch.randn(shape).to(dtype) for x in reals[2:]}
+    wrong: dict[str, list] = {name: bad_tensor(given[name], "real") for name in reals}
+    everything = (*reals, "dones", "truncated", "valid")
     wrong["rewards"] = [Bad(x, everything) for x in bad_tensor(given["rewards"], "real")]
     wrong["dones"] = bad_tensor(given["dones"], "flag")
     wrong |= {name: bad_tensor(given[name], "flag", True) for name in ("truncated", "valid") if name in given}
@@ -101,14 +105,22 @@ def gae(rng: random.Random) -> Subject:
     elif how:
         wrong["final_values"] = [Bad(torch.zeros(shape), ("timeout_bootstrap",))]
         wrong["timeout_bootstrap"] = [*bad_choice(True), Bad(None, ("truncated",))]
-    for name in ("rewards", "values", "last_values", "final_values"):
-        if isinstance(given.get(name), Tensor):
-            wrong[name].append(given[name].clone().requires_grad_())
-            wrong[name].append(given[name].clone().requires_grad_() * 1)
+    for x in ("rewards", "final_values", *reals):
+        if isinstance(given.get(x), Tensor):
+            wrong[x].append(given[x].clone().requires_grad_())
+            wrong[x].append(given[x].clone().requires_grad_() * 1)
+    clips = {"gae": (), "vtrace": ("rho_clip", "c_clip"), "retrace": ("c_clip",)}[name]
+    wrong |= {x: [-1, -1e-30, -math.inf, NAN, "1", None, [1.0], object()] for x in clips}
     wrong |= {"gamma": bad_unit(), "lam": bad_unit(), "time_dim": [2, -1, "1", None, 0.5, [1], HUGE]}
     wrong |= {"stats": bad_bool(), "backend": ["tpu", "", "CPU", 3, b"cpu", object(), "cuda", "triton"]}
     tensors = tuple(x for x in given.values() if isinstance(x, Tensor))
-    if rng.random() < 0.5:
+    if name == "retrace":
+        del given["stats"], wrong["stats"]
+        if rng.random() < 0.5:
+            given["out"] = torch.zeros(shape, dtype=result)
+            wrong["out"] = [*bad_tensor(given["out"], "real"), given["out"].half(), (given["out"],), given["values"]]
+            tensors += (given["out"],)
+    elif rng.random() < 0.5:
         outputs = torch.zeros(shape, dtype=result), torch.zeros(shape, dtype=result)
         given["out"] = outputs
         both = [*overlapping(outputs, tensors), outputs[:1], outputs * 2, outputs[0], "x", 3, {}]
@@ -118,7 +130,7 @@ def gae(rng: random.Random) -> Subject:
         wrong["out"] = both
         # A tensor of the outputs' own dtype only if the inputs say so.
         tensors += outputs
-    return Subject("gae", pydrone.gae, given, wrong, tensors)
+    return Subject(name, getattr(pydrone, name), given, wrong, tensors)
 
 
 OBS = [3, (2, 2), {"a": 3, "b": ((2, 2), torch.uint8)}, {"a": (2, torch.float16), "c": ()}]
@@ -442,6 +454,10 @@ def order(rng: random.Random) -> Subject:
 # Integer arguments of the operations, and values out of range whatever the other arguments are.
 RANGES = {
     "gae": {"start": (-1, 3, BIG, -BIG), "bootstrap": (-1, 4, BIG)},
+    "off_policy": {
+        **{"start": (-1, 3, BIG, -BIG), "bootstrap": (-1, 4, BIG)},
+        **dict.fromkeys(("rho_clip", "c_clip"), (-1.0, -math.inf, NAN)),
+    },
     "append": {"slot": (-1, 3, BIG, -BIG), "pool_slot": (-1, 2, BIG)},
     "gather": {
         **{"num_steps": (-1, 4, BIG, -BIG), "start": (-1, 3, BIG, -BIG), "first": (-1, 8, BIG, -BIG)},
@@ -466,7 +482,7 @@ def wrong_in_an_op(op: str, name: str, x: object) -> list[object]:
     if isinstance(x, list) and x:
         return [x[1:], [*x, 0], [BIG] * len(x), [-BIG] * len(x), [-1] * len(x), "x", [0.5] * len(x), None]
     if name in RANGES[op]:
-        return [*RANGES[op][name], None, "x", 0.5]
+        return [*RANGES[op][name], None, "x", *([0.5] if isinstance(x, int) else [])]
     return [object()]
 
 
@@ -477,7 +493,12 @@ def an_op(rng: random.Random) -> Subject:
     if op == "gae":
         for name, inputs in (("advantages", ("rewards", "values", "returns")), ("returns", ("rewards", "values"))):
             wrong[name] += [given[x] for x in inputs] + [given[name][:1].expand(given[name].shape)]
+    if op == "off_policy":
+        for name, inputs in (("advantages", ("log_rhos", "targets")), ("targets", ("log_rhos", "values"))):
+            wrong[name] += [given[x] for x in inputs] + [given[name][:1].expand(given[name].shape)]
+        wrong["q_values"] += [torch.ones(given["rewards"].shape)]  # then there are no advantages
     if op == "gather":
+        wrong["returns"] += [given["advantages"].double(), given["advantages"].t().contiguous().t()]
         across = given["rows"].flatten()[:40].view(torch.int32).view(5, 2)
         wrong["outputs"].append([across, given["outputs"][1]])
     names = (*given, *PARTS)
@@ -492,7 +513,7 @@ def an_op(rng: random.Random) -> Subject:
 
 
 SUBJECTS: dict[Callable[[random.Random], Subject], int] = {
-    **{gae: 6, append: 6, begin: 2, end: 3, compute_gae: 4, minibatches: 2, sequences: 2, constructor: 4},
+    **{estimator: 9, append: 6, begin: 2, end: 3, compute_gae: 4, minibatches: 2, sequences: 2, constructor: 4},
     **{memory_plan: 2, load_state_dict: 3, others: 2, order: 3, an_op: 6 if NATIVE else 0},
     **dict.fromkeys((fused_update, clipped_step, learner_op), 2 if NATIVE else 0),
 }

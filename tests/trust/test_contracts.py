@@ -79,6 +79,32 @@ def test_gae_compiles_into_one_graph(time_dim):
         given[0] = given[0] + 1
 
 
+@pytest.mark.parametrize("time_dim", [0, 1])
+def test_vtrace_and_retrace_compile_into_one_graph(time_dim):
+    def function(rewards: Tensor, values: Tensor, dones: Tensor, last: Tensor) -> tuple[Tensor, ...]:
+        how = {"time_dim": time_dim, "lam": 0.9}
+        vs, advantages, moments = pydrone.vtrace(rewards * 2, values, dones, last, values, stats=True, **how)
+        return vs + 1, advantages, moments, pydrone.retrace(rewards, values * 2, values, dones, last, rewards, **how)
+
+    given = arguments()
+    given = given if time_dim else [*(x.t().contiguous() for x in given[:3]), given[3]]
+    assert same(torch.compile(function, fullgraph=True, backend="aot_eager")(*given), function(*given))
+
+
+def test_a_gradient_of_the_ratios_would_be_dropped(backend):
+    rewards, values, dones, last = arguments()
+
+    def function(x: Tensor) -> Tensor:
+        return pydrone.vtrace(rewards, values, dones, last, x, backend=backend)[0]
+
+    for tangent in TANGENTS.values():
+        with pytest.raises(RuntimeError, match=r"^log_rhos: (requires grad|has a tangent), .* pass log_rhos\.detach"):
+            tangent(function, values)
+    both = torch.stack([values, values + 1])
+    with pytest.raises(RuntimeError, match=r"^vmap: inplace|Batching rule not implemented for pydrone::off_policy"):
+        torch.vmap(function)(both)  # an error and not a wrong number
+
+
 def test_gae_into_given_outputs_compiles_into_one_graph():
     rewards, *rest = arguments()
 

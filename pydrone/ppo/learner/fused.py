@@ -90,7 +90,7 @@ def readable(obs: Tensor | Mapping[str, Tensor]) -> bool:
 def _in_ring(policy: ActorCritic, minibatch: Drawn) -> tuple[tuple | None, tuple]:
     """As :func:`_samples`, of the ring, and the arguments that draw the minibatch; None: it has to be gathered."""
     place = minibatch.place()
-    if not readable(place.obs):
+    if place.returns is not None or not readable(place.obs):
         return None, ()
     samples = _samples(policy, place.obs, place.fields, (place.advantages, None))
     return samples, (place.numbers, place.statistics, place.subset, place.cursor)

@@ -52,6 +52,9 @@ struct uint2 {
 struct alignas(16) uint4 {
   uint32_t x, y, z, w;
 };
+struct alignas(16) double2 {
+  double x, y;
+};
 struct dim3 {
   unsigned x, y, z;
   dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
@@ -299,6 +302,7 @@ T from_lane(const uint64_t* lanes, unsigned lane) {
 }  // namespace emulated
 
 inline void __syncthreads() { emulated::block.barrier(); }
+inline void __syncwarp() { emulated::block.shuffle(__func__, 0xFFFFFFFFu, 0); }
 
 template <typename T>
 T __shfl_sync(unsigned mask, T x, int lane) {
@@ -309,9 +313,13 @@ T __shfl_xor_sync(unsigned mask, T x, int with) {
   return emulated::from_lane<T>(emulated::block.shuffle(__func__, mask, x), emulated::block.lane() ^ with);
 }
 template <typename T>
-T __shfl_up_sync(unsigned mask, T x, unsigned by) {
+T __shfl_up_sync(unsigned mask, T x, unsigned by, int width = emulated::kWarp) {
   const unsigned lane = emulated::block.lane();
-  return emulated::from_lane<T>(emulated::block.shuffle(__func__, mask, x), lane < by ? lane : lane - by);
+  return emulated::from_lane<T>(emulated::block.shuffle(__func__, mask, x), lane % width < by ? lane : lane - by);
+}
+inline unsigned __reduce_add_sync(unsigned mask, unsigned x) {
+  const uint64_t* lanes = emulated::block.shuffle(__func__, mask, x);
+  return static_cast<unsigned>(std::accumulate(lanes, lanes + emulated::kWarp, uint64_t{0}));
 }
 inline unsigned __ballot_sync(unsigned mask, bool x) {
   const uint64_t* lanes = emulated::block.shuffle(__func__, mask, uint64_t{x});
@@ -347,6 +355,8 @@ using ::EmulatedGuard;
 }
 #define DeviceGuard EmulatedGuard
 using cudaStream_t = void*;
+inline void cudaGetDeviceCount(int* count) { *count = 2; }
+inline void cudaGetDevice(int* device) { *device = -1; }  // what CPU tensors say
 inline void cudaMemsetAsync(void* at, int byte, size_t count, cudaStream_t) { std::memset(at, byte, count); }
 inline AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void** stream) {
   *stream = nullptr;

@@ -143,6 +143,23 @@ def test_an_update_is_the_same(settings, monkeypatch):
     assert all(torch.equal(x, y) for x, y in zip(results[0][1].values(), results[1][1].values(), strict=True))
 
 
+def test_targets_of_vtrace_are_those_that_minibatches_have():
+    """They are no sums of advantages and values, which the operation would form."""
+    policy = make_policy(7, 3, PPOConfig(hidden_dims=(33, 16)))
+    buffer = rollout(policy, **WRAPS)
+    last, log_rhos = torch.zeros(64), torch.randn(64, 9)
+    buffer.compute_vtrace(last, log_rhos)
+    expected = gradients(policy, copy.deepcopy(buffer), False)
+    found = []
+    for minibatch in buffer.minibatches(num_epochs=2, reuse=True, lazy=True):
+        policy.zero_grad(set_to_none=True)
+        figures = fused.of_policy(policy, minibatch, PPOConfig())
+        found.append([*(x.grad.clone() for x in policy.parameters()), figures])
+    assert equal(found, expected)
+    buffer.compute_gae(last)  # reads the ring again
+    gradients(policy, buffer, True)
+
+
 def test_a_drawn_minibatch_is_gathered_when_it_is_asked():
     policy = make_policy(GROUPS, 3, PPOConfig(hidden_dims=(4,)))
     buffer = rollout(policy, reset=0.2, **WRAPS)

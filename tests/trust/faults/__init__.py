@@ -9,11 +9,12 @@ from .cpp import CPP
 from .cuda import CUDA
 from .fault import Fault
 from .learner import LEARNER
+from .off_policy import OFF_POLICY
 from .python import PYTHON
 from .sb3 import SB3
 from .skrl import SKRL
 from .triton import TRITON
 
-FAULTS = [*PYTHON, *TRITON, *CPP, *LEARNER, *CUDA, *SB3, *SKRL]
+FAULTS = [*PYTHON, *TRITON, *CPP, *LEARNER, *OFF_POLICY, *CUDA, *SB3, *SKRL]
 
-__all__ = ["CPP", "CUDA", "FAULTS", "LEARNER", "PYTHON", "SB3", "SKRL", "TRITON", "Fault"]
+__all__ = ["CPP", "CUDA", "FAULTS", "LEARNER", "OFF_POLICY", "PYTHON", "SB3", "SKRL", "TRITON", "Fault"]

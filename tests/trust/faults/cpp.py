@@ -6,6 +6,7 @@ from .fault import Fault
 
 RECURRENCE = "csrc/recurrence.h"
 GAE = "csrc/cpu/gae.cpp"
+STEP = "csrc/cpu/scan_step.h"
 GATHER = "csrc/cpu/gather.cpp"
 APPEND = "csrc/cpu/append.cpp"
 TILES = "csrc/cpu/tiles.h"
@@ -22,17 +23,23 @@ CPP = [
     Fault(
         "last_values in the carry as well",
         GAE,
-        "    after_ = advantages_row_;\n    next_ = next_row_;\n  }",
-        "    std::copy(next_row_, next_row_ + envs_, advantages_row_);\n    after_ = advantages_row_;\n"
+        "    row_.after = carry_row_;\n    next_ = next_row_;\n  }",
+        "    std::copy(next_row_, next_row_ + envs_, carry_row_);\n    row_.after = carry_row_;\n"
         "    next_ = next_row_;\n  }",
         OF_GAE,
     ),
-    Fault("gamma instead of lambda", GAE, "job.gamma_lam = gamma * lam;", "job.gamma_lam = gamma * gamma;", OF_GAE),
+    Fault(
+        "gamma instead of lambda",
+        GAE,
+        "job.decay = gamma * lam;\n  run(job, scan, advantages);",
+        "job.decay = gamma * gamma;\n  run(job, scan, advantages);",
+        OF_GAE,
+    ),
     Fault(
         "done shifted by one step",
         GAE,
-        "const uint8_t* codes = codes_of(i, slot);",
-        "const uint8_t* codes = codes_of(i > 0 ? i - 1 : i, slot > 0 ? slot - 1 : slot);",
+        "row.codes = codes_of(i, slot);",
+        "row.codes = codes_of(i > 0 ? i - 1 : i, slot > 0 ? slot - 1 : slot);",
         OF_GAE,
     ),
     Fault(
@@ -53,14 +60,14 @@ CPP = [
         "a product instead of the select of the carry",
         RECURRENCE,
         "return cut ? delta : joined;",
-        "return joined - (cut ? T{} + decay : T{}) * carry;",
+        "return joined - (cut ? T{} + link : T{}) * carry;",
         OF_GAE,
     ),
     Fault(
         "the stored value instead of the next one",
         GAE,
-        "job_.bootstrap == kStoredValue ? values : (job_",
-        "job_.bootstrap != kFinalValues ? values : (job_",
+        "if (job_.bootstrap == kStoredValue) row.at_truncation",
+        "if (job_.bootstrap != kFinalValues) row.at_truncation",
         OF_GAE,
     ),
     Fault(
@@ -72,9 +79,9 @@ CPP = [
     ),
     Fault(
         "the last environment of a row left out",
-        GAE,
-        "  for (; i < n; ++i) {\n    const T advantage",
-        "  for (; i + 1 < n; ++i) {\n    const T advantage",
+        STEP,
+        "  for (; i < n; ++i) {\n    T ratio",
+        "  for (; i + 1 < n; ++i) {\n    T ratio",
         OF_GAE,
     ),
     Fault(
@@ -86,20 +93,20 @@ CPP = [
     ),
     Fault(
         "the end of a row left out of the moments",
-        GAE,
+        STEP,
         "  for (; i < n; ++i) merge(into, 1, x[i], 0);",
         "",
         OF_STATS,
     ),
     Fault(
         "moments joined without the difference of the means",
-        GAE,
+        STEP,
         "into[2] += m2 + difference * difference * into[0] * count / total;",
         "into[2] += m2;",
         OF_STATS,
     ),
-    Fault("naive sums of squares", GAE, "if (m2 >= 0.25 * second)", "if (m2 >= 0 || second >= 0)", OF_STATS),
-    Fault("invalid steps in the statistics", GAE, "kept += codes[n] != kInvalid;", "kept += 1;", OF_GAE),
+    Fault("naive sums of squares", STEP, "if (m2 >= 0.25 * second)", "if (m2 >= 0 || second >= 0)", OF_STATS),
+    Fault("invalid steps in the statistics", GAE, "valid += row.codes[n] != kInvalid;", "valid += 1;", OF_GAE),
     Fault(
         "zero for a missing final value",
         GAE,
@@ -109,9 +116,9 @@ CPP = [
     ),
     Fault(
         "streamed advantages without the end of a row",
-        GAE,
-        "    if constexpr (Stream) advantages_out[i] = advantage;\n    returns[i]",
-        "    returns[i]",
+        STEP,
+        "      if constexpr (Stream) row.advantages_out[i] = found.advantage;\n",
+        "",
         "tests/test_gae.py tests/ops/test_pages.py",
     ),
     Fault(

@@ -21,6 +21,7 @@ OF_FINAL_OBS = "tests/rollout/test_final_obs.py"
 OF_PROPERTIES = "tests/test_properties.py"
 OF_SEQUENCES = "tests/rollout/test_sequences.py"
 OF_STATE = "tests/test_buffer_state.py"
+OF_CALLS = "tests/ops/test_calls.py"
 OF_DRAWN = "tests/ppo/learner/test_fused_ring.py"
 OF_LEARNER = "tests/ppo/learner/test_learner.py"
 OF_LOSS = "tests/ppo/learner/test_loss.py"
@@ -30,8 +31,8 @@ PYTHON = [
     Fault(
         "the last value in the carry as well, in the reference",
         REFERENCE,
-        "carry = torch.zeros_like(next_value)",
-        "carry = next_value",
+        "carry = 0.0",
+        "carry = last_values.to(dtype)",
         OF_GAE,
     ),
     Fault(
@@ -149,9 +150,23 @@ PYTHON = [
     Fault(
         "an overwritten tensor that autograd does not notice",
         DRAWS,
-        "        written(*tensors.values())\n",
+        "        bump([*tensors.values()])\n",
         "",
         OF_STATE,
+    ),
+    Fault(
+        "a kernel loaded within a capture",
+        "pydrone/ops/dispatch.py",
+        "            within = capturing(args[at].get_device())\n",
+        "            within = False\n",
+        OF_CALLS,
+    ),
+    Fault(
+        "two graphs share the memory of a scan's statistics",
+        "pydrone/ops/streams.py",
+        "torch.compiler.is_compiling() or capturing(device.index):",
+        "torch.compiler.is_compiling():",
+        OF_CALLS,
     ),
     Fault(
         "the final values of another rollout",

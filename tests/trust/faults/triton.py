@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from .fault import Fault
 
-TRITON_GAE = "triton_kernels/gae.py"
+TRITON_SCAN, TRITON_MOMENTS = "triton_kernels/scan.py", "triton_kernels/moments.py"
 TRITON_GATHER = "triton_kernels/gather.py"
 OF_TRITON = "tests/ops/test_triton.py::test_cases[gae] tests/ops/test_triton.py::test_properties"
+OF_SCAN = "tests/ops/test_triton.py::test_scan"
 OF_GATHER = "tests/ops/test_triton.py::test_cases[append-gather] tests/ops/test_triton.py::test_properties"
 TRITON_GRADIENTS, TRITON_NETWORKS = "triton_kernels/ppo_gradients.py", "triton_kernels/networks.py"
 CATEGORICAL = "triton_kernels/categorical.py"
@@ -17,7 +18,7 @@ OF_LAYER = "tests/ops/test_triton.py::test_cases[loss-layer]"
 STEP = "triton_kernels/quadrotor.py"
 OF_STEP = "tests/ops/test_triton.py::test_steps"
 PROPELLERS, OF_GENESIS = "triton_kernels/propellers.py", "tests/ops/test_triton.py::test_steps_of_genesis"
-
+PREPARED, OF_PREPARED = "triton_kernels/prepared.py", "tests/ops/test_prepared.py"
 ADAM, ACT = "triton_kernels/clipped_adam.py", "triton_kernels/ppo_act.py"
 OF_ADAM, OF_ACT = "tests/ops/test_triton.py::test_adam", "tests/ops/test_triton.py::test_act"
 
@@ -150,51 +151,93 @@ TRITON = [
     ),
     Fault(
         "a product instead of the select of the carry, in Triton",
-        TRITON_GAE,
-        "return tl.where(cut, advantage, advantage + link * later), ",
-        "return advantage + tl.where(cut, 0.0, link) * later, ",
+        TRITON_SCAN,
+        "return tl.where(cut, x, x + link * later), ",
+        "return x + tl.where(cut, 0.0, link) * later, ",
         OF_TRITON,
     ),
     Fault(
         "a truncation taken for a termination, in Triton",
-        TRITON_GAE,
+        TRITON_SCAN,
         "next_value = tl.where(code == TRUNCATED, at_truncation, next_value)",
         "next_value = tl.where(code == TRUNCATED, 0.0, next_value)",
         OF_TRITON,
     ),
     Fault(
         "the last tile without its mask",
-        TRITON_GAE,
+        TRITON_SCAN,
         "mask=mask, other=INVALID).to(tl.int32)",
         "mask=mask, other=RUNNING).to(tl.int32)",
         OF_TRITON,
     ),
     Fault(
         "the carry between tiles from the wrong step",
-        TRITON_GAE,
-        "carry = tl.sum(tl.where(lane == 0, a0, 0.0), 1)[:, None]",
-        "carry = tl.sum(tl.where(lane == 0, a1, 0.0), 1)[:, None]",
+        TRITON_SCAN,
+        "carry = head  #",
+        "carry = run  #",
         OF_TRITON,
     ),
     Fault(
+        "a cut between warps lost by underflow",
+        TRITON_SCAN,
+        "last = tl.where(lane == x.shape[1] - 1, x.to(bits, bitcast=True), 0)",
+        "last = tl.where(lane == x.shape[1] - 1, (x + 0.0).to(bits, bitcast=True), 0)",
+        OF_SCAN,
+    ),
+    Fault(
+        "a warp's whole joined to itself",
+        TRITON_SCAN,
+        "whole = of_segment_before(whole, SEGMENTS)",
+        "whole = whole",
+        OF_SCAN,
+    ),
+    Fault(
+        "the sign of a ratio that is not a number taken for a cut, in Triton",
+        TRITON_SCAN,
+        "factors[1] * tl.abs(tl.where(ratio > factors[3], factors[3], ratio))",
+        "factors[1] * tl.where(ratio > factors[3], factors[3], ratio)",
+        OF_SCAN,
+    ),
+    Fault(
+        "an invalid step's ratio used, in Triton",
+        TRITON_SCAN,
+        "ratio = tl.where(codes == INVALID, 0.0, ratio)",
+        "ratio = ratio + 0.0",
+        OF_SCAN,
+    ),
+    Fault(
+        "Retrace with the ratio of the step itself, in Triton",
+        TRITON_SCAN,
+        "d = (d[1], d[2], d[3], trace)",
+        "d = (d[0], d[1], d[2], d[3])",
+        OF_SCAN,
+    ),
+    Fault(
+        "a pivot taken from the float32 of a float64, in Triton",
+        TRITON_MOMENTS,
+        "offset = pivot.to(tl.float64) - new_pivot.to(tl.float64)",
+        "offset = pivot.to(tl.float32).to(tl.float64) - new_pivot.to(tl.float64)",
+        OF_SCAN,
+    ),
+    Fault(
         "a cut lost by underflow",
-        TRITON_GAE,
+        TRITON_SCAN,
         "cut = link.to(tl.int32, bitcast=True) < 0",
         "cut = link < 0",
         OF_TRITON,
     ),
     Fault(
         "the ring's end off by one, in Triton",
-        TRITON_GAE,
+        TRITON_SCAN,
         "slot = tl.where(slot >= capacity, slot - capacity, slot)",
         "slot = tl.where(slot > capacity, slot - capacity, slot)",
         OF_TRITON,
     ),
     Fault(
         "moments of programs joined without their means' differences, in Triton",
-        TRITON_GAE,
-        "squares += spread + number * offset * offset",
-        "squares += spread",
+        TRITON_MOMENTS,
+        "return new_total, squares.to(tl.float64) + offset * (total.to(tl.float64) + new_total)",
+        "return new_total, squares.to(tl.float64)",
         OF_TRITON,
     ),
     Fault(
@@ -224,6 +267,55 @@ TRITON = [
         "place = place + tl.cumsum(wanted.to(tl.int32)) - 1",
         "place = place + tl.cumsum(wanted.to(tl.int32)) // 2",
         OF_APPEND,
+    ),
+    Fault(
+        "a repeated launch of other strides",
+        PREPARED,
+        "dynamic_dims_strides=strides)",
+        "dynamic_dims_strides=[[None] * len(x) for x in strides])",
+        OF_PREPARED,
+    ),
+    Fault(
+        "a repeated launch of unaligned memory",
+        PREPARED,
+        'if aligned[at])])}) & 15")',
+        'if aligned[at])])}) & 1")',
+        OF_PREPARED,
+    ),
+    Fault(
+        "a repeated launch without an argument that is there",
+        PREPARED,
+        'conditions = [f"t[{i}] is None" for i, x in enumerate(tensors) if x is None]',
+        "conditions = []",
+        OF_PREPARED,
+    ),
+    Fault(
+        "a repeated launch into memory that is read",
+        PREPARED,
+        "        conditions += self._separate(tensors, given)\n",
+        "",
+        OF_PREPARED,
+    ),
+    Fault(
+        "a repeated launch that a profiler does not hear of",
+        PREPARED,
+        "current() != device or _hooked() or not",
+        "current() != device or not",
+        OF_PREPARED,
+    ),
+    Fault(
+        "a repeated launch takes what nobody has checked",
+        PREPARED,
+        "        key = key, checked is None\n",
+        "        key = key, True\n",
+        OF_PREPARED,
+    ),
+    Fault(
+        "a repeated launch with the layout of an earlier one",
+        PREPARED,
+        "if kept is not None and kept[0]() is x and kept[1] == x._version:",
+        "if kept is not None and kept[0]() is x:",
+        OF_PREPARED,
     ),
     Fault(
         "SiLU's derivative of what is not kept, in Triton",
