@@ -62,7 +62,10 @@ def _copy(useful: int, clock: Clock, operation: str) -> Contender:
 
 
 def gae(clock: Clock) -> list[Contender]:
-    """Advantages and returns; the time includes what else a package does in this step (normalisation, statistics)."""
+    """Advantages and returns; the time includes what else a package does in this step (normalisation, statistics).
+
+    V-trace and Retrace have ratios of one, so that their targets are GAE's returns; they read 4 or 8 bytes more.
+    """
     all_of = partial(Contender, useful_bytes=GAE_BYTES)
     # A CUDA graph can capture only launches on the current stream.
     graph = partial(all_of, capturable=True)
@@ -71,6 +74,8 @@ def gae(clock: Clock) -> list[Contender]:
         *_ours("pydrone", ours.gae, cases.gae, clock, storage_bytes=49, **rest),
         *_ours("pydrone.gae [T, N]", ours.gae_steps, None, clock, storage_bytes=8, **rest),
         *_ours("pydrone.gae [N, T]", ours.gae_rows, None, clock, storage_bytes=17, **rest),
+        *_ours("pydrone.vtrace [T, N]", ours.vtrace_steps, None, clock, storage_bytes=8, **rest),
+        *_ours("pydrone.retrace [T, N]", ours.retrace_steps, None, clock, storage_bytes=4, **rest),
         _copy(GAE_BYTES, clock, "gae"),
         graph("torch loop", by_hand.gae_loop, storage_bytes=12),
         graph("torch.compile", by_hand.gae_compiled, storage_bytes=8),
@@ -79,6 +84,7 @@ def gae(clock: Clock) -> list[Contender]:
         all_of("SB3", sb3.gae, storage_bytes=36, on_host=True),
         all_of("TorchRL loop", torchrl.gae_loop, storage_bytes=40),
         all_of("TorchRL vectorised", torchrl.gae_vectorised, storage_bytes=40),
+        all_of("TorchRL V-trace", torchrl.vtrace, storage_bytes=40),
         all_of("rl_games", rl_games.gae, storage_bytes=24),
         graph("PufferLib", gpu_kernels.gae_pufferlib, storage_bytes=20),
         graph("rl-triton", gpu_kernels.gae_rl_triton, storage_bytes=16),

@@ -23,14 +23,18 @@ pytestmark = pytest.mark.skipif(pydrone.backends()["cpu"] is not None, reason=f"
 ISAS = ("x86-64-v4", "x86-64-v3", "baseline")
 MEASURED = {
     "append": (107, 111, 137),
-    "gae of a buffer": (9.2, 11.3, 17.9),
-    "gae of [T, N]": (7.6, 9.8, 16.3),
-    "gae of [N, T]": (22.5, 32, 45),
+    "gae of a buffer": (9.2, 10.7, 17.6),
+    "gae of [T, N]": (7.6, 9.2, 16),
+    "gae of [N, T]": (22.5, 31.3, 44.3),
+    "vtrace of [T, N]": (10.7, 14.6, 36),
+    "vtrace of [N, T]": (27.7, 40.4, 69.7),
     "minibatches": (160, 186, 281),
 }
 # What PyTorch's dispatcher runs; views read and write nothing.
 VIEWS = {"aten.detach.default", "aten.view.default", "aten.select.int", "aten.t.default"}
-OPERATION = {"append": "append", "minibatches": "gather"}
+OPERATION = {"append": "append", "minibatches": "gather"} | dict.fromkeys(
+    ("vtrace of [T, N]", "vtrace of [N, T]"), "off_policy"
+)
 
 
 def count(*calls: str, **environment: str) -> dict[str, float]:

@@ -6,6 +6,8 @@ import math
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from rollout_model import array, assert_close, rollout
 from test_gae import BOOTSTRAPS, FLOATS, LAYOUTS, SHAPES, with_bootstrap
 from torch import Tensor, tensor
@@ -60,13 +62,13 @@ def test_table(case, backend):
 def test_invalid_step_counts_for_nothing(bad, backend):
     # NEXT_STEP: step 1 is truncated, step 2 is not a transition. d3 = 5 + 10/2 - 8 = 2, d1 = 2 + 6/2 - 4 = 1, trace
     # cut;  x0 = 4 + 1/2, advantage 0 = 4 (1 + 1/2).
-    given = row(1, 2, NAN, 5), row(2, 4, 6, 8), row(0, 1, 0, 0), tensor([10.0]), row(INF, 0, bad, 0)
+    steps = row(1, 2, NAN, 5), row(2, 4, 6, 8), row(0, 1, 0, 0), tensor([10.0]), row(INF, 0, bad, 0)
     valid = {"truncated": row(0, 1, 0, 0), "timeout_bootstrap": "next_value", "valid": row(1, 1, 0, 1)}
-    vs, advantages, stats = vtrace(*given, 0.5, 0.5, 4.0, 2.0, **valid, stats=True, backend=backend)
+    vs, advantages, stats = vtrace(*steps, 0.5, 0.5, 4.0, 2.0, **valid, stats=True, backend=backend)
     assert vs.tolist() == [[13 / 2, 5, 6, 10]] and advantages.tolist() == [[6, 1, 0, 2]]
     assert stats.tolist() == pytest.approx([3, 3, 14])
     # Without the flags at step 1, which then runs into the invalid step: d1 = 2 + 6/2 - 4, and nothing more.
-    vs, _ = vtrace(*given[:2], torch.zeros(1, 4), *given[3:], 0.5, 0.5, 4.0, 2.0, valid=valid["valid"], backend=backend)
+    vs, _ = vtrace(*steps[:2], torch.zeros(1, 4), *steps[3:], 0.5, 0.5, 4.0, 2.0, valid=valid["valid"], backend=backend)
     assert vs.tolist() == [[13 / 2, 5, 6, 10]]
 
 
@@ -272,6 +274,21 @@ def test_in_a_ring(start, retraced, backend):
 
 
 # ---------------------------------------------------------------------------------------------- properties
+
+
+@given(draw=st.data())
+def test_any_sizes_and_factors_match_the_definition(backend, draw):
+    shape = draw.draw(st.tuples(st.integers(1, 70), st.integers(1, 9)), label="N, T")
+    bootstrap = draw.draw(st.sampled_from(BOOTSTRAPS), label="bootstrap")
+    data = off_policy(draw.draw(st.integers(0, 2**20), label="seed"), *shape, bootstrap, ends=0.4)
+    unit, clip = st.floats(0, 1), st.one_of(st.floats(0, 4), st.just(INF))
+    factors = {x: draw.draw(unit, label=x) for x in ("gamma", "lam")}
+    factors |= {x: draw.draw(clip, label=x) for x in ("rho_clip", "c_clip")}
+    expected = definition(data, **factors)
+    turned = {x: y.t().contiguous().t() if isinstance(y, Tensor) and y.dim() == 2 else y for x, y in data.items()}
+    for x in (data, turned):
+        for found, wanted in zip(vtrace(backend=backend, **factors, **x), expected, strict=True):
+            assert_close(found, wanted, 2e-5)
 
 
 @pytest.mark.parametrize("bootstrap", BOOTSTRAPS)

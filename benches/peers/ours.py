@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from measurement import Graphed, Run
 from torch import Tensor
 from workload import GAMMA, LAM, NUM_ACTIONS, NUM_EPOCHS, NUM_MINIBATCHES, NUM_OBS, Rollout
@@ -67,6 +68,23 @@ def gae_steps(rollout: Rollout, backend: str | None = None) -> Run:
         )
 
     return Run(call, lambda: {"advantages": results[0], "returns": results[1], **moments(results[2])})
+
+
+def vtrace_steps(rollout: Rollout, backend: str | None = None) -> Run:
+    """``pydrone.vtrace(out=, stats=True)`` on the caller's [T, N] tensors, all ratios one: its targets."""
+    out = rollout.rewards.new_empty(2, *rollout.rewards.shape).unbind()
+    given = rollout.rewards, rollout.values, rollout.dones, rollout.last_values, torch.zeros_like(rollout.rewards)
+    how = {"time_dim": 0, "out": out, "stats": True, "backend": backend}
+    return Run(lambda: pydrone.vtrace(*given, GAMMA, LAM, **how), lambda: {"returns": out[0]})
+
+
+def retrace_steps(rollout: Rollout, backend: str | None = None) -> Run:
+    """``pydrone.retrace(out=)`` likewise, with V for Q: its targets."""
+    out = torch.empty_like(rollout.rewards)
+    q_values, ratios = rollout.values.clone(), torch.zeros_like(rollout.rewards)
+    given = rollout.rewards, q_values, rollout.values, rollout.dones, rollout.last_values, ratios
+    how = {"time_dim": 0, "out": out, "backend": backend}
+    return Run(lambda: pydrone.retrace(*given, GAMMA, LAM, **how), lambda: {"returns": out})
 
 
 def gae_rows(rollout: Rollout, backend: str | None = None) -> Run:

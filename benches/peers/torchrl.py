@@ -39,6 +39,19 @@ def _gae(name: str) -> Callable[[Rollout], Run]:
     return prepare
 
 
+def vtrace(rollout: Rollout) -> Run:
+    """``vtrace_advantage_estimate`` on [N, T, 1], all ratios one. It has no lambda; the clip of c does as much here."""
+    function = need("torchrl.objectives.value.functional").vtrace_advantage_estimate
+    values, following, rewards, dones = _inputs(rollout)
+    dones, zeros = dones.bool(), torch.zeros_like(rewards)
+    out: list[Tensor] = []
+
+    def call() -> None:
+        out[:] = function(GAMMA, zeros, zeros, values, following, rewards, dones, dones, c_thresh=LAM)
+
+    return Run(call, lambda: {"returns": out[1].squeeze(2).t()})
+
+
 gae_loop = _gae("generalized_advantage_estimate")
 gae_vectorised = _gae("vec_generalized_advantage_estimate")
 
