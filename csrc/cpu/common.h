@@ -20,20 +20,22 @@
 #define PYDRONE_VERSIONS
 #define PYDRONE_V3 __attribute__((target("arch=x86-64-v3")))
 #define PYDRONE_V4 __attribute__((target("arch=x86-64-v4")))
+#define PYDRONE_BASELINE __attribute__((noinline))  // as the others are; tests/ops/test_isa.py finds it by name
 // Defines the function `name`; `body` is an inline template over the bytes of a vector. GCC 12 takes selects of wider
 // vectors than the instruction set has apart into scalars.
-#define PYDRONE_VERSIONED(result, name, body, parameters, arguments)                    \
-  PYDRONE_V4 inline result name##_v4 parameters { return body<64> arguments; }          \
-  PYDRONE_V3 inline result name##_v3 parameters { return body<32> arguments; }          \
-  inline result name##_baseline parameters { return body<16> arguments; }               \
-  [[maybe_unused]] inline result name parameters {                                      \
-    switch (isa()) {                                                                    \
-      case Isa::kV4: return name##_v4 arguments;                                        \
-      case Isa::kV3: return name##_v3 arguments;                                        \
-      default: return name##_baseline arguments;                                        \
-    }                                                                                   \
+#define PYDRONE_VERSIONED(result, name, body, parameters, arguments)                       \
+  PYDRONE_V4 inline result name##_v4 parameters { return body<64> arguments; }             \
+  PYDRONE_V3 inline result name##_v3 parameters { return body<32> arguments; }             \
+  PYDRONE_BASELINE inline result name##_baseline parameters { return body<16> arguments; } \
+  [[maybe_unused]] inline result name parameters {                                         \
+    switch (isa()) {                                                                       \
+      case Isa::kV4: return name##_v4 arguments;                                           \
+      case Isa::kV3: return name##_v3 arguments;                                           \
+      default: return name##_baseline arguments;                                           \
+    }                                                                                      \
   }
 #else
+#define PYDRONE_BASELINE
 #define PYDRONE_VERSIONED(result, name, body, parameters, arguments) \
   [[maybe_unused]] inline result name parameters { return body<16> arguments; }
 #endif
