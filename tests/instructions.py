@@ -87,16 +87,16 @@ def child() -> None:
 
 
 @functools.cache
-def symbols() -> dict[str, int]:
-    """The library's functions, by mangled name."""
+def symbols() -> list[tuple[str, int]]:
+    """The library's functions: mangled names, which local ones may share, and addresses."""
     text = subprocess.run(["nm", str(LIBRARY)], capture_output=True, text=True, check=True).stdout
     found = (line.split() for line in text.splitlines())
-    return {words[2]: int(words[0], 16) for words in found if len(words) == 3 and words[1] in "tT"}
+    return [(words[2], int(words[0], 16)) for words in found if len(words) == 3 and words[1] in "tT"]
 
 
 def versions() -> list[str]:
     """The instruction sets that the library was compiled for."""
-    several = any("_v4E" in name for name in symbols())
+    several = any("_v4E" in name for name, _ in symbols())
     return ["baseline", "x86-64-v3", "x86-64-v4"] if several else ["baseline"]
 
 
@@ -120,7 +120,7 @@ def entries(pid: int) -> list[int]:
     """The operations' addresses in the child."""
     found = [
         base(pid) + address
-        for name, address in symbols().items()
+        for name, address in symbols()
         if any(name.startswith(f"_ZN7pydrone{len(x)}{x}E") for x in OPERATIONS) and "." not in name
     ]
     assert len(found) == len(OPERATIONS), f"{LIBRARY}: {len(found)} of {OPERATIONS} found by nm"
