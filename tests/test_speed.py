@@ -25,8 +25,8 @@ MEASURED = {
     "append": (107, 111, 137),
     "gae of a buffer": (9.2, 11.3, 17.9),
     "gae of [T, N]": (7.6, 9.8, 16.3),
-    "gae of [N, T]": (22.5, 32, 45),
-    "minibatches": (160, 186, 281),
+    "gae of [N, T]": (22.5, 24.6, 34.2),
+    "minibatches": (160, 172, 277),
 }
 # What PyTorch's dispatcher runs; views read and write nothing.
 VIEWS = {"aten.detach.default", "aten.view.default", "aten.select.int", "aten.t.default"}
