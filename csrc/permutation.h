@@ -21,8 +21,9 @@ PYDRONE_HD uint32_t mix32(uint32_t x) {
   return x ^ (x >> 16);
 }
 
-PYDRONE_HD uint32_t feistel_round(uint32_t x, uint32_t key) {
-  uint32_t h = (x ^ key) * 0x9E3779B1u;
+template <class U32>  // uint32_t, or a vector of them
+PYDRONE_HD U32 feistel_round(U32 x, U32 key) {
+  U32 h = (x ^ key) * 0x9E3779B1u;
   h ^= h >> 15;
   return h * 0x85EBCA77u;
 }

@@ -8,6 +8,7 @@ costs by itself. ``python tests/instructions.py [CALL ...]``; ``PYDRONE_ISA`` as
 from __future__ import annotations
 
 import ctypes
+import functools
 import json
 import os
 import signal
@@ -124,25 +125,41 @@ def child() -> None:
         os.kill(os.getpid(), signal.SIGSTOP)
 
 
+@functools.cache
+def symbols() -> list[tuple[str, int]]:
+    """The library's functions: mangled names, which local ones may share, and addresses."""
+    text = subprocess.run(["nm", str(LIBRARY)], capture_output=True, text=True, check=True).stdout
+    found = (line.split() for line in text.splitlines())
+    return [(words[2], int(words[0], 16)) for words in found if len(words) == 3 and words[1] in "tT"]
+
+
+def versions() -> list[str]:
+    """The instruction sets that the library was compiled for."""
+    several = any("_v4E" in name for name, _ in symbols())
+    return ["baseline", "x86-64-v3", "x86-64-v4"] if several else ["baseline"]
+
+
 def isa() -> str:
     """The instruction set whose version runs, if the compiler made several."""
     import torch
 
-    symbols = subprocess.run(["nm", str(LIBRARY)], capture_output=True, text=True, check=True).stdout
-    if "_v4" not in symbols:
+    if versions() == ["baseline"]:
         return "baseline"
     best = {"AVX512": "x86-64-v4", "AVX2": "x86-64-v3"}.get(torch.backends.cpu.get_cpu_capability(), "baseline")
     return os.environ.get("PYDRONE_ISA") or best
 
 
+def base(pid: int) -> int:
+    """Where the library begins in the child's memory."""
+    maps = (line.split() for line in Path(f"/proc/{pid}/maps").read_text().splitlines())
+    return min(int(line[0].split("-")[0], 16) for line in maps if line[-1] == str(LIBRARY))
+
+
 def entries(pid: int) -> list[int]:
     """The operations' addresses in the child."""
-    maps = (line.split() for line in Path(f"/proc/{pid}/maps").read_text().splitlines())
-    base = min(int(line[0].split("-")[0], 16) for line in maps if line[-1] == str(LIBRARY))
-    symbols = subprocess.run(["nm", str(LIBRARY)], capture_output=True, text=True, check=True).stdout.splitlines()
     found = [
-        base + int(address, 16)
-        for address, _, name in (line.split() for line in symbols if len(line.split()) == 3)
+        base(pid) + address
+        for name, address in symbols()
         if any(name.startswith(f"_ZN7pydrone{len(x)}{x}E") for x in OPERATIONS) and "." not in name
     ]
     assert len(found) == len(OPERATIONS), f"{LIBRARY}: {len(found)} of {OPERATIONS} found by nm"

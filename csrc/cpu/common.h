@@ -20,20 +20,22 @@
 #define PYDRONE_VERSIONS
 #define PYDRONE_V3 __attribute__((target("arch=x86-64-v3")))
 #define PYDRONE_V4 __attribute__((target("arch=x86-64-v4")))
+#define PYDRONE_BASELINE __attribute__((noinline))  // as the others are; tests/ops/test_isa.py finds it by name
 // Defines the function `name`; `body` is an inline template over the bytes of a vector. GCC 12 takes selects of wider
 // vectors than the instruction set has apart into scalars.
-#define PYDRONE_VERSIONED(result, name, body, parameters, arguments)                    \
-  PYDRONE_V4 inline result name##_v4 parameters { return body<64> arguments; }          \
-  PYDRONE_V3 inline result name##_v3 parameters { return body<32> arguments; }          \
-  inline result name##_baseline parameters { return body<16> arguments; }               \
-  [[maybe_unused]] inline result name parameters {                                      \
-    switch (isa()) {                                                                    \
-      case Isa::kV4: return name##_v4 arguments;                                        \
-      case Isa::kV3: return name##_v3 arguments;                                        \
-      default: return name##_baseline arguments;                                        \
-    }                                                                                   \
+#define PYDRONE_VERSIONED(result, name, body, parameters, arguments)                       \
+  PYDRONE_V4 inline result name##_v4 parameters { return body<64> arguments; }             \
+  PYDRONE_V3 inline result name##_v3 parameters { return body<32> arguments; }             \
+  PYDRONE_BASELINE inline result name##_baseline parameters { return body<16> arguments; } \
+  [[maybe_unused]] inline result name parameters {                                         \
+    switch (isa()) {                                                                       \
+      case Isa::kV4: return name##_v4 arguments;                                           \
+      case Isa::kV3: return name##_v3 arguments;                                           \
+      default: return name##_baseline arguments;                                           \
+    }                                                                                      \
   }
 #else
+#define PYDRONE_BASELINE
 #define PYDRONE_VERSIONED(result, name, body, parameters, arguments) \
   [[maybe_unused]] inline result name parameters { return body<16> arguments; }
 #endif
@@ -54,6 +56,42 @@
 #endif
 
 namespace pydrone {
+
+// Vectors of kSize bytes; Half has as many lanes as F64.
+template <int kSize>
+struct Vectors {
+  typedef int32_t I32 __attribute__((vector_size(kSize)));
+  typedef uint32_t U32 __attribute__((vector_size(kSize)));
+  typedef int64_t I64 __attribute__((vector_size(kSize)));
+  typedef uint64_t U64 __attribute__((vector_size(kSize)));
+  typedef double F64 __attribute__((vector_size(kSize)));
+  typedef int32_t Half __attribute__((vector_size(kSize / 2)));
+};
+
+#if defined(PYDRONE_VERSIONS)
+// The products of the lower halves of 64-bit lanes, for which GNU C has no operator. In assembly, because an intrinsic
+// cannot be inlined into a template that is compiled for several instruction sets.
+template <class V>
+PYDRONE_INLINE V multiply_halves(V x, V y) {
+  if constexpr (sizeof(V) == 16)
+    asm("pmuludq %1, %0" : "+x"(x) : "x"(y));
+  else
+    asm("vpmuludq %1, %0, %0" : "+v"(x) : "v"(y));
+  return x;
+}
+
+// The upper halves of the products of 32-bit lanes with n: those of even lanes, and those of odd ones.
+template <int kSize>
+PYDRONE_INLINE typename Vectors<kSize>::U32 scale32(typename Vectors<kSize>::U32 h, uint32_t n) {
+  using U32 = typename Vectors<kSize>::U32;
+  using U64 = typename Vectors<kSize>::U64;
+  typename Vectors<kSize>::I32 places{};
+  for (int i = 0; i < kSize / 4; ++i) places[i] = i % 2 ? kSize / 4 + i : i;
+  const U64 x = reinterpret_cast<U64>(h), all = n + U64{};
+  const U64 even = multiply_halves(x, all) >> 32, odd = multiply_halves(x >> 32, all);
+  return __builtin_shuffle(reinterpret_cast<U32>(even), reinterpret_cast<U32>(odd), places);
+}
+#endif
 
 enum class Isa { kBaseline, kV3, kV4 };
 

@@ -5,6 +5,7 @@
 #include "common.h"
 
 #include <algorithm>
+#include <type_traits>
 
 namespace pydrone {
 namespace {
@@ -35,37 +36,25 @@ struct Plane {
 // Clang has no shuffle by an index vector: there elements are moved one by one.
 #if defined(__GNUC__) && !defined(__clang__)
 #define PYDRONE_SQUARES
-// A kSize x kSize square of elements; a Row is one vector.
-template <class T>
-struct Square;
-template <>
-struct Square<float> {
-  typedef float Row __attribute__((vector_size(32)));
-  typedef int32_t Mask __attribute__((vector_size(32)));
-  static constexpr int kSize = 8;
-};
-template <>
-struct Square<double> {
-  typedef double Row __attribute__((vector_size(32)));
-  typedef int64_t Mask __attribute__((vector_size(32)));
-  static constexpr int kSize = 4;
-};
-template <>
-struct Square<uint8_t> {
-  typedef uint8_t Row __attribute__((vector_size(16)));
-  typedef uint8_t Mask __attribute__((vector_size(16)));
-  static constexpr int kSize = 16;
+// A kSize x kSize square of elements; a Row is one vector of kBytes.
+template <class T, int kBytes>
+struct Square {
+  using Integer = std::conditional_t<sizeof(T) == 1, uint8_t, std::conditional_t<sizeof(T) == 4, int32_t, int64_t>>;
+  typedef T Row __attribute__((vector_size(kBytes)));
+  typedef Integer Mask __attribute__((vector_size(kBytes)));
+  static constexpr int kSize = kBytes / sizeof(T);
 };
 
 // Swaps the off-diagonal quarters of each 2 D x 2 D square; with D = kSize / 2 ... 1 in turn, this is a transpose.
-template <class T, int D>
-PYDRONE_INLINE void swap_quarters(typename Square<T>::Row* rows) {
-  constexpr int kSize = Square<T>::kSize;
-  typename Square<T>::Mask low{}, high{};
+template <class Kind, int D>
+PYDRONE_INLINE void swap_quarters(typename Kind::Row* rows) {
+  constexpr int kSize = Kind::kSize;
+  typename Kind::Mask low{}, high{};
   for (int j = 0; j < kSize; ++j) {
     low[j] = j & D ? kSize + j - D : j;
     high[j] = j & D ? kSize + j : j + D;
   }
+#pragma GCC unroll 16
   for (int i = 0; i < kSize; ++i) {
     if (i & D) continue;
     const auto upper = rows[i], lower = rows[i + D];
@@ -74,32 +63,61 @@ PYDRONE_INLINE void swap_quarters(typename Square<T>::Row* rows) {
   }
 }
 
-template <class T>
+// Interleaves row i with row i + kSize / 2, for which vectors of 16 bytes have instructions; log2(kSize) times, this is a
+// transpose.
+template <class Kind>
+PYDRONE_INLINE void interleave(typename Kind::Row* rows) {
+  constexpr int kSize = Kind::kSize, kHalf = kSize / 2;
+  typename Kind::Mask low{}, high{};
+  for (int j = 0; j < kSize; ++j) {
+    low[j] = j / 2 + (j % 2 ? kSize : 0);
+    high[j] = low[j] + kHalf;
+  }
+  typename Kind::Row before[kSize];
+#pragma GCC unroll 16
+  for (int i = 0; i < kSize; ++i) before[i] = rows[i];
+#pragma GCC unroll 16
+  for (int i = 0; i < kHalf; ++i) {
+    rows[2 * i] = __builtin_shuffle(before[i], before[i + kHalf], low);
+    rows[2 * i + 1] = __builtin_shuffle(before[i], before[i + kHalf], high);
+  }
+}
+
+// All loops are unrolled: rows that are indexed by a variable would go through memory.
+template <class Kind>
 PYDRONE_INLINE void transpose_square(char* to, int64_t to_row, const char* from, int64_t from_row) {
-  constexpr int kSize = Square<T>::kSize;
-  typename Square<T>::Row rows[kSize];
-  for (int i = 0; i < kSize; ++i) std::memcpy(&rows[i], from + i * from_row, sizeof(rows[i]));
-  if constexpr (kSize > 8) swap_quarters<T, 8>(rows);
-  if constexpr (kSize > 4) swap_quarters<T, 4>(rows);
-  swap_quarters<T, 2>(rows);
-  swap_quarters<T, 1>(rows);
-  for (int i = 0; i < kSize; ++i) std::memcpy(to + i * to_row, &rows[i], sizeof(rows[i]));
+  constexpr int kSize = Kind::kSize;
+  using Row = typename Kind::Row;
+  Row rows[kSize];
+#pragma GCC unroll 16
+  for (int i = 0; i < kSize; ++i) std::memcpy(&rows[i], from + i * from_row, sizeof(Row));
+  if constexpr (sizeof(Row) == 16) {
+#pragma GCC unroll 4
+    for (int size = 1; size < kSize; size *= 2) interleave<Kind>(rows);
+  } else {
+    if constexpr (kSize > 4) swap_quarters<Kind, 4>(rows);
+    swap_quarters<Kind, 2>(rows);
+    swap_quarters<Kind, 1>(rows);
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < kSize; ++i) std::memcpy(to + i * to_row, &rows[i], sizeof(Row));
 }
 #endif
 
 // to[c][r] = from[r][c]; to_row and from_row are row strides in bytes.
-template <int, class T>
+template <int kVector, class T>
 PYDRONE_INLINE void transpose_body(T* to_first, int64_t to_row, const T* from_first, int64_t from_row, int64_t rows,
                                    int64_t columns) {
   auto* const to = reinterpret_cast<char*>(to_first);
   auto* const from = reinterpret_cast<const char*>(from_first);
   int64_t whole_rows = 0, whole_columns = 0;
 #if defined(PYDRONE_SQUARES)
-  constexpr int kSize = Square<T>::kSize;
+  using Kind = Square<T, sizeof(T) == 1 ? 16 : std::min(kVector, 32)>;
+  constexpr int kSize = Kind::kSize;
   whole_rows = rows / kSize * kSize, whole_columns = columns / kSize * kSize;
   for (int64_t r = 0; r < whole_rows; r += kSize)
     for (int64_t c = 0; c < whole_columns; c += kSize)
-      transpose_square<T>(to + c * to_row + r * sizeof(T), to_row, from + r * from_row + c * sizeof(T), from_row);
+      transpose_square<Kind>(to + c * to_row + r * sizeof(T), to_row, from + r * from_row + c * sizeof(T), from_row);
 #endif
   for (int64_t r = 0; r < rows; ++r)
     for (int64_t c = r < whole_rows ? whole_columns : 0; c < columns; ++c)

@@ -8,10 +8,11 @@ together.
 from __future__ import annotations
 
 import ctypes
+import functools
 import math
 import mmap
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection
 from contextlib import suppress
 
 import torch
@@ -24,29 +25,33 @@ Spec = tuple[tuple[int, ...], torch.dtype]
 
 
 def together(
-    specs: Sequence[Spec], device: torch.device, take: Callable[[int], mmap.mmap | ctypes.Array] | None = None
+    specs: Collection[Spec], device: torch.device, take: Callable[[int], mmap.mmap | ctypes.Array] | None = None
 ) -> list[Tensor]:
     """Uninitialised tensors, one per (shape, dtype), adjacent in one block of memory, each with its own storage.
 
     ``take`` returns a block of the given number of bytes. On other devices than the CPU, or if the tensors are smaller
     than a huge page together, each is a plain ``torch.empty``.
     """
-    sizes = [math.prod(shape) * dtype.itemsize for shape, dtype in specs]
-    places = [-(-size // _LINE) * _LINE for size in sizes]
-    total = sum(places)
+    total, places = _places(tuple(specs))
     if device.type != "cpu" or total < _HUGE or not hasattr(mmap, "MADV_HUGEPAGE"):
         return [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in specs]
     memory = (take or _map)(-(-total // _HUGE) * _HUGE)
-    made, offset = [], 0
-    for (shape, dtype), size, place in zip(specs, sizes, places, strict=True):
-        count = size // dtype.itemsize
-        made.append(
-            torch.frombuffer(memory, dtype=dtype, count=count, offset=offset).view(shape)
-            if count
-            else torch.empty(shape, dtype=dtype)
-        )
-        offset += place
+    made = []
+    for shape, dtype, count, offset in places:
+        x = torch.frombuffer(memory, dtype=dtype, count=count, offset=offset) if count else torch.empty(0, dtype=dtype)
+        made.append(x if len(shape) == 1 else x.view(shape))
     return made
+
+
+@functools.lru_cache(64)
+def _places(specs: tuple[Spec, ...]) -> tuple[int, list[tuple[tuple[int, ...], torch.dtype, int, int]]]:
+    """Bytes of a block, and (shape, dtype, elements, offset) of its tensors."""
+    total, places = 0, []
+    for shape, dtype in specs:
+        count = math.prod(shape)
+        places.append((shape, dtype, count, total))
+        total += -(-count * dtype.itemsize // _LINE) * _LINE
+    return total, places
 
 
 def _map(nbytes: int) -> mmap.mmap:
@@ -71,7 +76,7 @@ class Recycler:
     def __reduce__(self) -> tuple:  # a copy starts without blocks
         return Recycler, ()
 
-    def empty(self, specs: Sequence[Spec], device: torch.device) -> list[Tensor]:
+    def empty(self, specs: Collection[Spec], device: torch.device) -> list[Tensor]:
         """Like :func:`together`, from reused blocks."""
         return together(specs, device, self._take)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pydrone.ops.dispatch import bump
-from pydrone.ops.pages import Recycler
+from pydrone.ops.pages import Recycler, Spec
 from pydrone.ops.schema import SCALAR_TYPES
 from pydrone.rollout.minibatch import Drawn, InRing, Minibatch, Plan
 from pydrone.rollout.ring import Ring
@@ -47,6 +47,7 @@ class Draws:
         self.reused: dict[int, dict[str, Tensor]] = {}
         self._turns: dict[int, int] = {}  # minibatches handed out so far, by the keys of ``reused``
         self._recycler = Recycler()
+        self._wanted: dict[int, dict[str, Spec]] = {}  # a minibatch's tensors, by its size
         stored = storage.layout.stored
         self._names = [*stored]
         self._offsets = [field.offset for field in stored.values()]
@@ -159,9 +160,10 @@ class Draws:
 
     @torch.inference_mode(False)
     def _fresh(self, size: int) -> dict[str, Tensor]:
-        wanted = self._storage.layout.minibatch(size)
-        made = self._recycler.empty([(x.shape, x.dtype) for x in wanted], self._storage.device)
-        return {x.name: tensor for x, tensor in zip(wanted, made, strict=True)}
+        if size not in self._wanted:
+            self._wanted[size] = {x.name: (x.shape, x.dtype) for x in self._storage.layout.minibatch(size)}
+        wanted = self._wanted[size]
+        return dict(zip(wanted, self._recycler.empty(wanted.values(), self._storage.device), strict=True))
 
     def _gather(self, part: Part, tensors: dict[str, Tensor], names: list[str], statistics: Tensor | None) -> None:
         plan, key, rollout, start, epoch, first, _ = part

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -122,6 +124,33 @@ def test_versions_agree(isa, baseline, tmp_path):
         tolerance["equal_nan"] = name.endswith("metrics")  # discrete actions have no divergence
         torch.testing.assert_close(x, baseline[name], **tolerance, msg=lambda text, name=name: f"{name}: {text}")
     assert any(not torch.equal(x, baseline[name]) for name, x in found.items()), "PYDRONE_ISA had no effect"
+
+
+@pytest.fixture(scope="module")
+def running() -> dict[str, subprocess.Popen]:
+    """tests/versions.py for each instruction set, side by side."""
+    command = [sys.executable, Path(__file__).parents[1] / "versions.py"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return {isa: subprocess.Popen(command, env=os.environ | {"PYDRONE_ISA": isa}, **pipes) for isa in ISAS}
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_every_operation_runs_the_version_that_is_asked_for(isa, running):
+    if (platform.system(), platform.machine()) != ("Linux", "x86_64"):
+        pytest.skip("tests/versions.py knows the registers of Linux on x86-64 only")
+    output, errors = running[isa].communicate()
+    if "PYDRONE_ISA: expected" in errors:
+        pytest.skip(f"this processor has no {isa}")
+    if "PermissionError" in errors and "ptrace" in errors:
+        pytest.skip("this machine does not let a process trace its child")
+    assert running[isa].returncode == 0, errors
+    found = json.loads(output)
+    if not any(found.values()):
+        pytest.skip("the library has one version only: it was built by Clang")
+    assert {call for call, ran in found.items() if isa not in ran} == set()
+    also = {"x86-64-v3"} if isa == "x86-64-v4" else set()  # append has no 64-byte stores: they are no faster
+    others = {call: {*ran} - {isa} - (also if call in ("append", "ppo_step") else set()) for call, ran in found.items()}
+    assert not any(others.values()), others
 
 
 if __name__ == "__main__":

@@ -166,8 +166,8 @@ CPP = [
     Fault(
         "the first sample beyond the last not walked back",
         SAMPLES,
-        "n, batch)) >= samples.permutation.size)",
-        "n, batch)) > samples.permutation.size)",
+        "permute(samples.permutation, batch)) >= samples.permutation.size)",
+        "permute(samples.permutation, batch)) > samples.permutation.size)",
         OF_MINIBATCHES,
     ),
     Fault(
@@ -194,8 +194,8 @@ CPP = [
     Fault(
         "rows gathered past the ring's end",
         SAMPLES,
-        "slot -= slot >= capacity ? capacity : 0;",
-        "slot -= slot > capacity ? capacity : 0;",
+        "slot = slot >= capacity ?",
+        "slot = slot > capacity ?",
         OF_RING,
     ),
     Fault(
@@ -206,11 +206,25 @@ CPP = [
         OF_MINIBATCHES,
     ),
     Fault(
-        "a sample's step without its correction",
+        "a sample's environment rounded to nearest",
         SAMPLES,
-        "step += step < 0 ? num_steps : (step >= num_steps ? -num_steps : 0);",
-        "",
+        "x * inverse + half + kRound",
+        "x * inverse + kRound",
         OF_MINIBATCHES,
+    ),
+    Fault(
+        "odd lanes multiplied as the even ones",
+        "csrc/cpu/common.h",
+        "odd = multiply_halves(x >> 32, all);",
+        "odd = multiply_halves(x, all);",
+        OF_MINIBATCHES,
+    ),
+    Fault(
+        "vectors wider than the instruction set's, which GCC takes apart",
+        APPEND,
+        "return look_body<kSize, float>(from, bytes, found);",
+        "return look_body<64, float>(from, bytes, found);",
+        "tests/ops/test_vectors.py",
     ),
     Fault(
         "time-outs stored as crashes",
