@@ -282,7 +282,7 @@ BAD = [
     ("gae", {"stats": f64(4)}, "stats: expected shape"),
     ("gae", {"stats": f64(6)[::2]}, "stats: expected a contiguous"),
     ("gae", {"workspace": None}, "workspace: expected a tensor"),
-    ("gae", {"workspace": f64(workspace_size(N) - 1)}, "workspace: expected at least 4 elements, got 3"),
+    ("gae", {"workspace": f64(workspace_size(N) - 1)}, "workspace: expected at least 10 elements, got 9"),
     ("gae", {"workspace": zeros(9)}, "workspace: expected dtype"),
     ("gae", {"workspace": f64(18)[::2]}, "workspace: expected a contiguous"),
     ("gae", {"cursor": i64(4)}, "cursor: expected shape"),
