@@ -1,6 +1,6 @@
 """A repeated launch is the launch that Triton itself would make: same kernel, grid, stream and arguments, to the bit.
 
-test_prepared.py runs them, in a process whose Triton launches nothing (no_cuda.py).
+test_launches.py runs them, in a process whose Triton launches nothing (no_cuda.py).
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ OF_LAYER = "tests/ops/test_triton.py::test_cases[loss-layer]"
 STEP = "triton_kernels/quadrotor.py"
 OF_STEP = "tests/ops/test_triton.py::test_steps"
 PROPELLERS, OF_GENESIS = "triton_kernels/propellers.py", "tests/ops/test_triton.py::test_steps_of_genesis"
-PREPARED, OF_PREPARED = "triton_kernels/prepared.py", "tests/ops/test_prepared.py"
+PREPARED, OF_PREPARED = "triton_kernels/prepared.py", "tests/ops/test_launches.py"
 ADAM, ACT = "triton_kernels/clipped_adam.py", "triton_kernels/ppo_act.py"
 OF_ADAM, OF_ACT = "tests/ops/test_triton.py::test_adam", "tests/ops/test_triton.py::test_act"
 
