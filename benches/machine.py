@@ -67,6 +67,7 @@ def provenance(clock: Clock) -> dict[str, Any]:
         "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),
         "cache_bytes": clock.cache_bytes,
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "pydrone_isa": os.environ.get("PYDRONE_ISA"),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "packages": {name: version for name in PACKAGES if (version := _version(name))},

@@ -15,7 +15,17 @@ from collections.abc import Callable, Iterator
 import instructions
 from instructions import CONTINUE, PEEK_CODE, PEEK_REGISTER, POKE_CODE, POKE_REGISTER, RIP, TRACEME, ptrace
 
-OPERATIONS = ("gae", "gae of rows", "append", "gather", "ppo_gradients", "clipped_adam", "ppo_act", "ppo_step")
+OPERATIONS = (
+    "gae",
+    "gae of rows",
+    "off_policy",
+    "append",
+    "gather",
+    "ppo_gradients",
+    "clipped_adam",
+    "ppo_act",
+    "ppo_step",
+)
 ISAS = {"base": "baseline", "baseline": "baseline", "v3": "x86-64-v3", "v4": "x86-64-v4", "bf16": "x86-64-v4"}
 VERSION = re.compile(r"\d\w+_(v3|v4|baseline)E|\dmlp_(base|v3|v4|bf16)[L\d]")
 
@@ -55,6 +65,7 @@ def calls(n: int = 64) -> dict[str, Callable[[], object]]:
     made = (
         known["gae of [T, N]"],
         known["gae of [N, T]"],
+        known["vtrace of [T, N]"],
         known["append"],
         known["minibatches"],
         lambda: fused_update(actor, critic, std, **given),
