@@ -10,6 +10,7 @@ SOURCES = cuda_on_cpu.Path(__file__).with_name("mistakes")
 X = torch.arange(64.0)
 NAN = float("nan")
 REVERSE, NO_BARRIER, SUM, LANE_GONE, TWO_SHUFFLES, ONE_WARP, HALF_A_MASK, TICKETS, SHARED, GRID = range(10)
+AGAIN, OVERTAKEN = 10, 11
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +35,11 @@ def test_correct_kernels(run):
 
 def test_a_missing_barrier_reads_nan(run):
     assert run(NO_BARRIER).isnan().any()
+
+
+def test_what_a_warp_overwrites_too_early_shows(run):
+    assert all(torch.equal(run(AGAIN), X) for _ in range(20))
+    assert any(not torch.equal(run(OVERTAKEN), X) for _ in range(20))
 
 
 @pytest.mark.parametrize(

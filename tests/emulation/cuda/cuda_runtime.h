@@ -1,9 +1,10 @@
 // Replaces CUDA's header of this name: the part of CUDA that csrc/cuda uses, emulated on one CPU thread.
 //
-// A CUDA thread runs until it must wait for others of its block. The order of threads and of blocks is random. Shared
-// memory is new in every block and filled with NaN. A missing barrier therefore reads NaN, and a sum that depends on
-// which block comes last changes from run to run. Whatever would hang, fail or be undefined on a GPU is an error: warps
-// that diverge before a shuffle, a barrier that some threads never reach, launches that are too large.
+// A CUDA thread runs until it must wait for others of its block. The order of threads and of blocks is random, and some
+// warps run far ahead of others. Shared memory is new in every block and filled with NaN. A missing barrier therefore
+// reads NaN or what comes later, and a sum that depends on which block comes last changes from run to run. Whatever would
+// hang, fail or be undefined on a GPU is an error: warps that diverge before a shuffle, a barrier that some threads never
+// reach, launches that are too large.
 #pragma once
 
 #include <torch/csrc/stable/accelerator.h>
@@ -111,13 +112,17 @@ class Block {
       stacks_[i]->begun = false;
       enter(*stacks_[i]);
     }
-    while (released()) {
+    // Warps that are held run when the others can do nothing more, so that some are far ahead.
+    for (uint32_t held = random(); released();) {
       std::shuffle(order_.begin(), order_.end(), random);
+      bool any = false;
       for (const unsigned i : order_) {
-        if (threads_[i].state != Thread::kReady) continue;
+        if (threads_[i].state != Thread::kReady || held >> i / kWarp & 1) continue;
+        any = true;
         become(i);
         enter(*threads_[i].stack);
       }
+      if (!any) held = random();
     }
     for (const Thread& thread : threads_)
       if (thread.state != Thread::kDone) throw Error("threads wait for each other: " + whereabouts());
@@ -202,7 +207,7 @@ class Block {
     leave(false);
   }
 
-  // Releases the threads whose wait is over; returns false if there are none.
+  // Releases the threads whose wait is over; returns false if none can run.
   bool released() {
     bool any = false;
     for (auto warp = threads_.begin(); threads_.end() - warp >= kWarp; warp += kWarp) {
@@ -217,6 +222,7 @@ class Block {
       any = true;
     }
     auto at_barrier = [](const Thread& x) { return x.state == Thread::kBarrier || x.state == Thread::kDone; };
+    for (const Thread& thread : threads_) any = any || thread.state == Thread::kReady;
     if (any || !std::all_of(threads_.begin(), threads_.end(), at_barrier)) return any;
     for (Thread& thread : threads_)
       if (thread.state == Thread::kBarrier) thread.state = Thread::kReady, any = true;

@@ -49,6 +49,20 @@ __global__ void half_a_mask(const __grid_constant__ Args args) {
   args.out[threadIdx.x] = __shfl_sync(0xFFFFu, args.in[threadIdx.x], 0);
 }
 
+// Reverses twice. Without a second array, a warp may write the second time before another has read the first.
+template <bool Twice>
+__global__ void reverse_again(const __grid_constant__ Args args) {
+  __shared__ float numbers[128];
+  float x = args.in[threadIdx.x];
+  for (int i = 0; i < 2; ++i) {
+    float* const side = numbers + (Twice ? 64 * i : 0);
+    side[threadIdx.x] = __shfl_sync(kAll, x, threadIdx.x % 32);
+    __syncthreads();
+    x = side[63 - threadIdx.x];
+  }
+  args.out[threadIdx.x] = x;
+}
+
 // Records the order of blocks: each stores its ticket.
 __global__ void tickets(const __grid_constant__ Args args) {
   if (threadIdx.x == 0) args.out[blockIdx.x] = static_cast<float>(atomicAdd(args.ticket, 1u));
@@ -72,7 +86,9 @@ void run(int64_t kind, const Tensor& in, const Tensor& out) {
                  : kind == 5 ? barrier_for_one_warp
                  : kind == 6 ? half_a_mask
                  : kind == 7 ? tickets
-                             : much_shared;
+                 : kind == 10 ? reverse_again<true>
+                 : kind == 11 ? reverse_again<false>
+                              : much_shared;
   const dim3 grid(kind == 7 ? 64 : 1, kind == 9 ? 70000 : 1);
   const size_t shared = kind == 8 ? 48 << 10 : 0;
   kernel<<<grid, 64, shared, nullptr>>>(args);
