@@ -242,6 +242,14 @@ def test_clips_beyond_float32(backend):
         assert_close(x, y)
 
 
+def test_negated_views(backend):
+    """torch._neg_view, as the imaginary part of a conjugate is: its memory holds the opposite numbers."""
+    data = off_policy(37, 5, 7)
+    views = data | {name: torch._neg_view(-data[name]) for name in ("rewards", "log_rhos", "last_values")}
+    for x, y in zip(vtrace(backend=backend, **views), vtrace(backend=backend, **data), strict=True):
+        assert torch.equal(x, y)
+
+
 @pytest.mark.parametrize("start", [0, 3, 8])
 @pytest.mark.parametrize("retraced", [False, True])
 def test_in_a_ring(start, retraced, backend):
