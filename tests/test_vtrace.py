@@ -232,6 +232,24 @@ def test_ratios_of_any_size(dtype, backend):
         assert vs[-2] == clip and vs[-1] == 0 and vs[-6] == 1
 
 
+def test_clips_beyond_float32(backend):
+    data = off_policy(31, 5, 7)
+    for x, y in zip(
+        vtrace(rho_clip=1e300, c_clip=1e39, backend=backend, **data),
+        definition(data, 0.99, 1.0, 1e300, 1e39),
+        strict=True,
+    ):
+        assert_close(x, y)
+
+
+def test_negated_views(backend):
+    """torch._neg_view, as the imaginary part of a conjugate is: its memory holds the opposite numbers."""
+    data = off_policy(37, 5, 7)
+    views = data | {name: torch._neg_view(-data[name]) for name in ("rewards", "log_rhos", "last_values")}
+    for x, y in zip(vtrace(backend=backend, **views), vtrace(backend=backend, **data), strict=True):
+        assert torch.equal(x, y)
+
+
 @pytest.mark.parametrize("start", [0, 3, 8])
 @pytest.mark.parametrize("retraced", [False, True])
 def test_in_a_ring(start, retraced, backend):

@@ -72,6 +72,8 @@ class Launches:
                 return
         if checked is False:
             raise NotPrepared(f"{self.kernel.fn.__name__}: no launch is prepared for these arguments")
+        if any(x is not None and x.is_neg() for x in tensors):  # only inputs: the kernel reads memory as it is
+            tensors = [x if x is None else x.resolve_neg() for x in tensors]
         grid, arguments, constants = arrange(tensors, numbers)
         with on_device_of(tensors[0]):
             compiled = self.kernel[grid](*arguments, **constants)

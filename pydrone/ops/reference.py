@@ -102,6 +102,8 @@ def off_policy(
     """V-trace (arXiv:1802.01561, eq. 1 and remark 2); with q_values, Retrace(lambda) (arXiv:1606.02647, eq. 4)."""
     dtype, codes = targets.dtype, dones if coded else encode(dones, truncated, valid)
     slots = _slots(targets, rewards, start, cursor)
+    most = torch.finfo(dtype).max  # clamp refuses a finite bound beyond it
+    rho_clip, c_clip = (x if x <= most else math.inf for x in (rho_clip, c_clip))
     carry = link = 0.0
     bootstrapped = rewards, values, codes, last_values, final_values, final_rows, bootstrap
     for t, code, reward, value, next_value in _backwards(slots, dtype, *bootstrapped):
