@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Hashable, Sequence
+from operator import attrgetter
 
 import torch
 from torch import Tensor
@@ -29,6 +30,8 @@ except ImportError:  # they are private
 # goes.
 MOST, MOST_KEYS = 8, 256
 LIMIT = 1 << 31
+# The guards ask a nested tensor for strides, which ends the process.
+NESTED = attrgetter("is_nested")
 
 Arrange = Callable[[Sequence, Sequence], tuple[tuple[int, ...], tuple, dict[str, object]]]
 """From an operation's tensors and numbers: a launch's grid, arguments and constants. Numbers are only passed on."""
@@ -133,9 +136,17 @@ class Launches:
             current = int
 
         def again(tensors: Sequence[Tensor | None], numbers: Sequence) -> bool:
-            if current() != device or _hooked() or not matches(tensors):
+            if current() != device or _hooked():
                 return False
-            arguments = pack([*map(address, present(tensors))], numbers)
+            there = present(tensors)
+            try:
+                if any(map(NESTED, there)):
+                    return False
+            except AttributeError:  # not all are tensors
+                return False
+            if not matches(tensors):
+                return False
+            arguments = pack([*map(address, there)], numbers)
             if arguments is None:
                 return False
             run(x, y, z, stream(device), function, metadata, None, None, None, *arguments)

@@ -324,15 +324,22 @@ def test_what_was_not_checked_is_launched_only_as_what_was():
         unchecked.gae(*scan(stats=False, advantages=torch.empty(N, T - 1)))
 
 
+@pytest.mark.filterwarnings("ignore:.*nested tensors")
 def test_mistakes_are_named_after_the_same_launch_was_prepared():
-    buf, step = buffer(), row() | ends()
+    buf, step, x = buffer(), row() | ends(), torch.randn(3, N, T)
     for _ in range(2):
         buf.append(**step)
+        pydrone.gae(*x, torch.ones(N), backend="stub")
     before = STUB.launches
     with pytest.raises(ValueError, match=r"^obs: expected shape \[6, 5\], got \[6, 4\]$"):
         buf.append(**step | {"obs": torch.randn(N, 4)})
     with pytest.raises(TypeError, match=r"^rewards: expected a floating dtype, got torch.int64$"):
         buf.append(**step | {"rewards": torch.zeros(N, dtype=torch.int64)})
+    for wrong in (torch.nested.nested_tensor([*step["obs"]]), step["obs"].tolist(), step["obs"].numpy()):
+        with pytest.raises(TypeError, match=r"^obs: expected a "):
+            buf.append(**step | {"obs": wrong})
+    with pytest.raises(TypeError, match=r"^rewards: expected a strided tensor, got a nested one$"):
+        pydrone.gae(torch.nested.nested_tensor([*x[0]]), *x[1:], torch.ones(N), backend="stub")
     assert STUB.launches == before and len(buf) == 2
 
 
