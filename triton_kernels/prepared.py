@@ -82,11 +82,12 @@ class Launches:
                 return
             try:
                 again = self._again(compiled, tensors, numbers, arrange)
-            except (AttributeError, KeyError, TypeError):  # this Triton or torch is not as those known
+            except Exception:  # this Triton or torch is not as those known; a caller would launch again what raised
                 return
         if again is not None:
             if key not in self._kept and len(self._kept) >= MOST_KEYS:
-                self._kept.pop(next(iter(self._kept)))
+                oldest, *_ = self._kept  # in one go: another thread may do the same
+                self._kept.pop(oldest, None)
             self._kept[key] = [again, *self._kept.get(key, ())][:MOST]
 
     def cache_clear(self) -> None:

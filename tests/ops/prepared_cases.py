@@ -427,6 +427,22 @@ def test_where_internals_are_not_as_known_launches_are_ordinary(gone, bound, mon
     assert bound == ["gae_kernel"] * 3 and STUB.launches == before + 3
 
 
+@pytest.mark.parametrize("error", [ValueError, RuntimeError, AssertionError])
+def test_a_launch_whose_preparation_fails_is_launched_once(error, monkeypatch):
+    """dispatch would have CUDA do what Triton has done: a step would be stored twice."""
+
+    def fail(*args) -> None:
+        raise error("not as known")
+
+    monkeypatch.setattr(prepared, "_text", fail)
+    monkeypatch.setattr(dispatch, "capturing", lambda device: False)
+    eager = dispatch.Backend("cuda", True, *[fail] * 4)
+    operations = dispatch._by_cursor(eager, dispatch._operations("triton"))
+    before = STUB.launches
+    operations.append(*Step().arguments(cursor=torch.zeros(5, dtype=torch.int64)))
+    assert STUB.launches == before + 1
+
+
 def test_a_specialised_number_is_not_repeated(bound, monkeypatch):
     """A kernel that specialised on a number that may change would compute with the old one."""
     kernel, seen = jit(gae.gae_kernel.fn, do_not_specialize=["num_envs", "capacity", "pool_size"]), []
