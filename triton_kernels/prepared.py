@@ -29,6 +29,8 @@ except ImportError:  # they are private
 # Launches kept for a key, which differ in shapes or in which addresses are aligned, and keys for a kernel. The oldest
 # goes.
 MOST, MOST_KEYS = 8, 256
+# Once so many are kept, one in SELDOM of the launches that are not repeated is prepared, which takes as long as ten.
+SELDOM = 32
 LIMIT = 1 << 31
 # The guards ask a nested tensor for strides, which ends the process.
 NESTED = attrgetter("is_nested")
@@ -53,6 +55,7 @@ class Launches:
     def __init__(self, kernel: JITFunction, written: Sequence[int] = (), apart: Sequence[int] = ()) -> None:
         self.kernel, self._written, self._apart = kernel, written, apart
         self._kept: dict[Hashable, list[Again]] = {}
+        self._passed = 0
 
     def __call__(
         self,
@@ -76,9 +79,12 @@ class Launches:
         if checked is False:
             raise NotPrepared(f"{self.kernel.fn.__name__}: no launch is prepared for these arguments")
         grid, arguments, constants = arrange(tensors, numbers)
-        with on_device_of(tensors[0]):
+        context = on_device_of(tensors[0])
+        with context:
             compiled = self.kernel[grid](*arguments, **constants)
             if TensorGuards is None or not isinstance(self.kernel, JITFunction):
+                return
+            if not self._worthwhile(key, isinstance(context, torch.cuda.device)):
                 return
             try:
                 again = self._again(compiled, tensors, numbers, arrange)
@@ -89,6 +95,16 @@ class Launches:
                 oldest, *_ = self._kept  # in one go: another thread may do the same
                 self._kept.pop(oldest, None)
             self._kept[key] = [again, *self._kept.get(key, ())][:MOST]
+
+    def _worthwhile(self, key: Hashable, switched: bool) -> bool:
+        """Whether to prepare a launch; ``switched``: its device was not current."""
+        kept = self._kept.get(key, ())
+        if switched or _hooked():  # what is kept may fit
+            return not kept
+        if len(kept) < MOST and (kept or len(self._kept) < MOST_KEYS):
+            return True
+        self._passed += 1
+        return self._passed % SELDOM == 0
 
     def cache_clear(self) -> None:
         """Forgets all launches: constants that launchers use have changed."""

@@ -5,6 +5,7 @@ test_launches.py runs them, in a process whose Triton launches nothing (no_cuda.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import sys
 import tempfile
@@ -405,6 +406,70 @@ def test_launches_kept_are_few():
                       dones=torch.zeros(N, 512, dtype=torch.uint8)))  # fmt: skip
     kept = gae.LAUNCHES._kept
     assert len(kept) == prepared.MOST_KEYS and all(len(x) <= prepared.MOST for x in kept.values())
+
+
+@pytest.fixture
+def made(monkeypatch) -> list[None]:
+    """As many as launches were prepared, each of which takes as long as ten launches."""
+    seen, again = [], prepared.Launches._again
+
+    def counted(*args):
+        seen.append(None)
+        return again(*args)
+
+    monkeypatch.setattr(prepared.Launches, "_again", counted)
+    return seen
+
+
+def test_what_is_never_repeated_is_seldom_prepared(made):
+    """Outputs whose memory is interleaved, and launches of ever more kinds."""
+    both = torch.empty(N, T, 2)
+    arguments = scan(advantages=both[..., 0], returns=both[..., 1])
+    for _ in range(prepared.MOST + 3 * prepared.SELDOM):
+        gae.gae(*arguments)
+    assert len(made) == prepared.MOST + 3
+    made.clear()
+    gae.LAUNCHES.cache_clear()
+    for n in range(prepared.MOST_KEYS + 2 * prepared.SELDOM):
+        gae.LAUNCHES(n, *arguments_of(scan(stats=False)))
+    assert len(made) == prepared.MOST_KEYS + 2
+
+
+def arguments_of(given: tuple) -> list:
+    """What gae hands to Launches."""
+    seen: list = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gae, "LAUNCHES", lambda key, *args: seen.extend(args))
+        gae.gae(*given)
+    return seen
+
+
+def test_unusual_launches_are_prepared_once(made, monkeypatch):
+    """With a profiler, or on a device that is not current, none is repeated."""
+    arguments = scan()
+    knobs.runtime.launch_enter_hook.add(hook)
+    try:
+        for _ in range(4):
+            gae.gae(*arguments)
+    finally:
+        knobs.runtime.launch_enter_hook.remove(hook)
+    assert len(made) == 1
+    made.clear()
+    gae.LAUNCHES.cache_clear()
+
+    class Device(contextlib.nullcontext):
+        pass
+
+    monkeypatch.setattr(torch.cuda, "device", Device)
+    monkeypatch.setattr(prepared, "on_device_of", lambda x: Device())
+    for _ in range(4):
+        gae.gae(*arguments)
+        driver.active.device = 1
+    assert len(made) == 1
+
+
+def hook(metadata) -> None:
+    pass
 
 
 @pytest.mark.parametrize("gone", ["TensorGuards", "source", "run"])
