@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Hashable, Sequence
+from operator import attrgetter
 
 import torch
 from torch import Tensor
@@ -28,7 +29,11 @@ except ImportError:  # they are private
 # Launches kept for a key, which differ in shapes or in which addresses are aligned, and keys for a kernel. The oldest
 # goes.
 MOST, MOST_KEYS = 8, 256
+# Once so many are kept, one in SELDOM of the launches that are not repeated is prepared, which takes as long as ten.
+SELDOM = 32
 LIMIT = 1 << 31
+# The guards ask a nested tensor for strides, which ends the process.
+NESTED = attrgetter("is_nested")
 
 Arrange = Callable[[Sequence, Sequence], tuple[tuple[int, ...], tuple, dict[str, object]]]
 """From an operation's tensors and numbers: a launch's grid, arguments and constants. Numbers are only passed on."""
@@ -50,6 +55,7 @@ class Launches:
     def __init__(self, kernel: JITFunction, written: Sequence[int] = (), apart: Sequence[int] = ()) -> None:
         self.kernel, self._written, self._apart = kernel, written, apart
         self._kept: dict[Hashable, list[Again]] = {}
+        self._passed = 0
 
     def __call__(
         self,
@@ -75,18 +81,32 @@ class Launches:
         if any(x is not None and x.is_neg() for x in tensors):  # only inputs: the kernel reads memory as it is
             tensors = [x if x is None else x.resolve_neg() for x in tensors]
         grid, arguments, constants = arrange(tensors, numbers)
-        with on_device_of(tensors[0]):
+        context = on_device_of(tensors[0])
+        with context:
             compiled = self.kernel[grid](*arguments, **constants)
             if TensorGuards is None or not isinstance(self.kernel, JITFunction):
                 return
+            if not self._worthwhile(key, isinstance(context, torch.cuda.device)):
+                return
             try:
                 again = self._again(compiled, tensors, numbers, arrange)
-            except (AttributeError, KeyError, TypeError):  # this Triton or torch is not as those known
+            except Exception:  # this Triton or torch is not as those known; a caller would launch again what raised
                 return
         if again is not None:
             if key not in self._kept and len(self._kept) >= MOST_KEYS:
-                self._kept.pop(next(iter(self._kept)))
+                oldest, *_ = self._kept  # in one go: another thread may do the same
+                self._kept.pop(oldest, None)
             self._kept[key] = [again, *self._kept.get(key, ())][:MOST]
+
+    def _worthwhile(self, key: Hashable, switched: bool) -> bool:
+        """Whether to prepare a launch; ``switched``: its device was not current."""
+        kept = self._kept.get(key, ())
+        if switched or _hooked():  # what is kept may fit
+            return not kept
+        if len(kept) < MOST and (kept or len(self._kept) < MOST_KEYS):
+            return True
+        self._passed += 1
+        return self._passed % SELDOM == 0
 
     def cache_clear(self) -> None:
         """Forgets all launches: constants that launchers use have changed."""
@@ -135,9 +155,17 @@ class Launches:
             current = int
 
         def again(tensors: Sequence[Tensor | None], numbers: Sequence) -> bool:
-            if current() != device or _hooked() or not matches(tensors):
+            if current() != device or _hooked():
                 return False
-            arguments = pack([*map(address, present(tensors))], numbers)
+            there = present(tensors)
+            try:
+                if any(map(NESTED, there)):
+                    return False
+            except AttributeError:  # not all are tensors
+                return False
+            if not matches(tensors):
+                return False
+            arguments = pack([*map(address, there)], numbers)
             if arguments is None:
                 return False
             run(x, y, z, stream(device), function, metadata, None, None, None, *arguments)

@@ -5,6 +5,7 @@ test_launches.py runs them, in a process whose Triton launches nothing (no_cuda.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import sys
 import tempfile
@@ -324,15 +325,22 @@ def test_what_was_not_checked_is_launched_only_as_what_was():
         unchecked.gae(*scan(stats=False, advantages=torch.empty(N, T - 1)))
 
 
+@pytest.mark.filterwarnings("ignore:.*nested tensors")
 def test_mistakes_are_named_after_the_same_launch_was_prepared():
-    buf, step = buffer(), row() | ends()
+    buf, step, x = buffer(), row() | ends(), torch.randn(3, N, T)
     for _ in range(2):
         buf.append(**step)
+        pydrone.gae(*x, torch.ones(N), backend="stub")
     before = STUB.launches
     with pytest.raises(ValueError, match=r"^obs: expected shape \[6, 5\], got \[6, 4\]$"):
         buf.append(**step | {"obs": torch.randn(N, 4)})
     with pytest.raises(TypeError, match=r"^rewards: expected a floating dtype, got torch.int64$"):
         buf.append(**step | {"rewards": torch.zeros(N, dtype=torch.int64)})
+    for wrong in (torch.nested.nested_tensor([*step["obs"]]), step["obs"].tolist(), step["obs"].numpy()):
+        with pytest.raises(TypeError, match=r"^obs: expected a "):
+            buf.append(**step | {"obs": wrong})
+    with pytest.raises(TypeError, match=r"^rewards: expected a strided tensor, got a nested one$"):
+        pydrone.gae(torch.nested.nested_tensor([*x[0]]), *x[1:], torch.ones(N), backend="stub")
     assert STUB.launches == before and len(buf) == 2
 
 
@@ -400,6 +408,70 @@ def test_launches_kept_are_few():
     assert len(kept) == prepared.MOST_KEYS and all(len(x) <= prepared.MOST for x in kept.values())
 
 
+@pytest.fixture
+def made(monkeypatch) -> list[None]:
+    """As many as launches were prepared, each of which takes as long as ten launches."""
+    seen, again = [], prepared.Launches._again
+
+    def counted(*args):
+        seen.append(None)
+        return again(*args)
+
+    monkeypatch.setattr(prepared.Launches, "_again", counted)
+    return seen
+
+
+def test_what_is_never_repeated_is_seldom_prepared(made):
+    """Outputs whose memory is interleaved, and launches of ever more kinds."""
+    both = torch.empty(N, T, 2)
+    arguments = scan(advantages=both[..., 0], returns=both[..., 1])
+    for _ in range(prepared.MOST + 3 * prepared.SELDOM):
+        gae.gae(*arguments)
+    assert len(made) == prepared.MOST + 3
+    made.clear()
+    gae.LAUNCHES.cache_clear()
+    for n in range(prepared.MOST_KEYS + 2 * prepared.SELDOM):
+        gae.LAUNCHES(n, *arguments_of(scan(stats=False)))
+    assert len(made) == prepared.MOST_KEYS + 2
+
+
+def arguments_of(given: tuple) -> list:
+    """What gae hands to Launches."""
+    seen: list = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gae, "LAUNCHES", lambda key, *args: seen.extend(args))
+        gae.gae(*given)
+    return seen
+
+
+def test_unusual_launches_are_prepared_once(made, monkeypatch):
+    """With a profiler, or on a device that is not current, none is repeated."""
+    arguments = scan()
+    knobs.runtime.launch_enter_hook.add(hook)
+    try:
+        for _ in range(4):
+            gae.gae(*arguments)
+    finally:
+        knobs.runtime.launch_enter_hook.remove(hook)
+    assert len(made) == 1
+    made.clear()
+    gae.LAUNCHES.cache_clear()
+
+    class Device(contextlib.nullcontext):
+        pass
+
+    monkeypatch.setattr(torch.cuda, "device", Device)
+    monkeypatch.setattr(prepared, "on_device_of", lambda x: Device())
+    for _ in range(4):
+        gae.gae(*arguments)
+        driver.active.device = 1
+    assert len(made) == 1
+
+
+def hook(metadata) -> None:
+    pass
+
+
 @pytest.mark.parametrize("gone", ["TensorGuards", "source", "run"])
 def test_where_internals_are_not_as_known_launches_are_ordinary(gone, bound, monkeypatch):
     def without(self, compiled, *rest):
@@ -418,6 +490,22 @@ def test_where_internals_are_not_as_known_launches_are_ordinary(gone, bound, mon
     for _ in range(3):
         gae.gae(*arguments)
     assert bound == ["gae_kernel"] * 3 and STUB.launches == before + 3
+
+
+@pytest.mark.parametrize("error", [ValueError, RuntimeError, AssertionError])
+def test_a_launch_whose_preparation_fails_is_launched_once(error, monkeypatch):
+    """dispatch would have CUDA do what Triton has done: a step would be stored twice."""
+
+    def fail(*args) -> None:
+        raise error("not as known")
+
+    monkeypatch.setattr(prepared, "_text", fail)
+    monkeypatch.setattr(dispatch, "capturing", lambda device: False)
+    eager = dispatch.Backend("cuda", True, *[fail] * 4)
+    operations = dispatch._by_cursor(eager, dispatch._operations("triton"))
+    before = STUB.launches
+    operations.append(*Step().arguments(cursor=torch.zeros(5, dtype=torch.int64)))
+    assert STUB.launches == before + 1
 
 
 def test_a_specialised_number_is_not_repeated(bound, monkeypatch):

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from test_ops import SCHEMAS
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from pydrone.ops import dispatch, native, reference, streams, triton
 from pydrone.ops.dispatch import Backend
@@ -64,6 +65,18 @@ def test_a_workspace_is_kept_for_a_stream_and_a_size(stream, monkeypatch):
     for n in range(streams.MOST + 5):
         streams.workspace(n, 1, CUDA, "cuda")
     assert len(streams._kept) == streams.MOST
+
+
+def test_a_workspace_made_within_a_mode_is_not_kept(stream, monkeypatch):
+    """A fake one would be handed to launches, and a real one to fake operations."""
+    monkeypatch.setattr(streams, "_zeros", lambda num_envs, device: torch.zeros(num_envs))
+    with FakeTensorMode():
+        assert isinstance(streams.workspace(4, 8, CUDA, "cuda"), FakeTensor)
+    kept = streams.workspace(4, 8, CUDA, "cuda")
+    assert type(kept) is torch.Tensor
+    with FakeTensorMode():
+        assert isinstance(streams.workspace(4, 8, CUDA, "cuda"), FakeTensor)
+    assert streams.workspace(4, 8, CUDA, "cuda") is kept
 
 
 def test_a_workspace_is_zeroed_memory_of_the_size_wanted():

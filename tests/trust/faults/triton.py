@@ -299,8 +299,8 @@ TRITON = [
     Fault(
         "a repeated launch that a profiler does not hear of",
         PREPARED,
-        "current() != device or _hooked() or not",
-        "current() != device or not",
+        "current() != device or _hooked():",
+        "current() != device:",
         OF_PREPARED,
     ),
     Fault(
