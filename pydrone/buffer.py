@@ -465,6 +465,7 @@ class RolloutBuffer(Rollout):
         """
         self._steps.require_idle("advance")
         self._ring.advance(steps, rollouts)
+        self._scan.replayed()
         if rollouts:
             self._forget()
 

@@ -232,6 +232,15 @@ def test_ratios_of_any_size(dtype, backend):
         assert vs[-2] == clip and vs[-1] == 0 and vs[-6] == 1
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_an_infinite_ratio_times_zero_shows(dtype, backend):
+    """Unbounded, and not hidden by lambda: 0 * infinity is NaN, with either sign."""
+    x, none = torch.ones(2, 3, dtype=dtype), torch.zeros(2, 3)
+    log_rhos = torch.tensor([[0, INF, 0], [0, 0, 0]], dtype=dtype)
+    vs, _ = vtrace(x, x, none, x[:, 0], log_rhos, 0.9, 0.0, c_clip=INF, backend=backend)
+    assert vs.isnan().tolist() == [[True, True, False], [False, False, False]]
+
+
 def test_clips_beyond_float32(backend):
     data = off_policy(31, 5, 7)
     for x, y in zip(

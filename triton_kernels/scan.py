@@ -35,7 +35,7 @@ def ratios(columns, strides, rows, slot, mask, codes, factors):
     ratio = tl.exp(load_steps(columns, strides, rows, slot, mask, 7, factors[0].dtype))
     ratio = tl.where(codes == INVALID, 0.0, ratio)
     # abs: the sign bit of a link, that of a NaN too, would mark a cut.
-    trace = factors[1] * tl.abs(tl.where(ratio > factors[3], factors[3], ratio))
+    trace = tl.abs(factors[1] * tl.where(ratio > factors[3], factors[3], ratio))
     return tl.where(ratio > factors[2], factors[2], ratio), trace
 
 

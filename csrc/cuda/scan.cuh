@@ -263,12 +263,12 @@ __device__ void store(const Args<T>& args, const Steps<T, estimator, K>& s, int6
   }
 }
 
-// The decay over `count` lanes, 1 to 32.
+// The decay over `count` lanes, fewer than 32.
 template <typename T>
 __device__ T decay_over(const Args<T>& args, int count) {
   T power = 1;
 #pragma unroll
-  for (int i = 0; i < 6; ++i) power *= count >> i & 1 ? args.powers[i] : T(1);
+  for (int i = 0; i < 5; ++i) power *= count >> i & 1 ? args.powers[i] : T(1);
   return power;
 }
 
@@ -377,6 +377,7 @@ __global__ void __launch_bounds__(32 * kBlockWarps<mode>, estimator == kRetrace 
         before = i == part ? carry : before;
         carry = gae_join(of_env[i].cut, of_env[i].sum, estimator == kGae ? args.powers[5] : of_env[i].link, carry);
       }
+      // Of lane 31, whose own is `carry`, this is not used.
       run.sum = gae_join(run.cut, run.sum, estimator == kGae ? decay_over(args, lane + 1) : run.link, before);
       const T follows = __shfl_up_sync(kAll, run.sum, 1);
       finish(args, s, lane == 0 ? before : follows);

@@ -35,6 +35,8 @@ def compute_puff_advantage(
     have an advantage; the last one is left as it is. ratio: new over old probabilities, not its logarithm; a NaN makes
     its step NaN, where PufferLib takes the bound.
     """
+    if values.shape[1] < 2:
+        return advantages
     before = values[:, :-1].detach()
     steps = rewards[:, 1:], before, terminals[:, 1:], values[:, -1], ratio[:, :-1].log()
     vs, _ = vtrace(*(x.detach() for x in steps), gamma, gae_lambda, vtrace_rho_clip, vtrace_c_clip)

@@ -89,7 +89,8 @@ class Report:
         warned, self._last = self._last == rollout, rollout
         message = f"rollout {rollout}: {'; '.join(map(str, found))}"
         if found[0].name == "advantages":
-            message += ", and observations, rewards and values are finite: last_values, a final value or an overflow"
+            message += ", and observations, rewards and values are finite: "
+            message += "last_values, a final value, a log-ratio or an overflow"
         if self.policy == "raise":
             raise FloatingPointError(message)
         if not warned:

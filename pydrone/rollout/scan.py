@@ -32,6 +32,7 @@ class Scan:
         self._storage, self._ring, self._sources = storage, ring, sources
         self.computed = self.pool_valued = self.captured = self.captured_pool_valued = False
         self.method = "compute_gae"
+        self._captured_method: str | None = None
         self.runs = 0
         self._strict = True  # whether a truncation that is not in the pool is an error
 
@@ -152,7 +153,12 @@ class Scan:
         )
         bump([*outputs])
         self.captured |= captured
+        self._captured_method = name if captured else self._captured_method
         self.computed, self.runs, self.method = True, self.runs + 1, name
+
+    def replayed(self) -> None:
+        """A captured graph is about to run: if it computes advantages, then as it was captured."""
+        self.method = self._captured_method or self.method
 
     def _evaluate(self, value_fn: Callable, check: bool) -> Tensor:
         """The values of the rollout's pool of final observations: of the rows in use, or of all if not known."""
@@ -189,11 +195,11 @@ class Scan:
         if not isinstance(log_rhos, str):
             return self._in_ring("log_rhos", log_rhos)
         layout, fields = self._storage.layout, self._storage.views
-        scalars = [x for x in layout.extra if fields[x].is_floating_point() and fields[x].dim() == 2]
+        scalars = [x for x in layout.extra if fields[x].is_floating_point() and fields[x].shape[2:].numel() == 1]
         if log_rhos not in scalars:
             names = ", ".join(scalars) or "none"
             raise ValueError(f"log_rhos: expected a field of one float, one of {names}; got {log_rhos!r}")
-        return fields[log_rhos].t()
+        return fields[log_rhos].flatten(1).t()
 
     def _in_ring(self, name: str, x: Tensor) -> Tensor:
         """The rollout's argument [N, T], placed at the ring's slots: [N, C]."""

@@ -124,6 +124,38 @@ def test_a_saved_state_keeps_the_targets(backend):
     assert torch.equal(mb.returns, buf.advantages.flatten()[mb.indices] + mb.values)
 
 
+def test_a_field_of_one_float(backend):
+    buf, flat = make(backend, fields={"log_rhos": (1,)}), make(backend)
+    for _ in range(T):
+        step = random_step(flat)
+        flat.append(**step)
+        unused = ("half", "wide", "count")
+        buf.append(**{x: y for x, y in step.items() if x not in unused} | {"log_rhos": step["log_rhos"][:, None]})
+    for x in (buf, flat):
+        x.compute_vtrace(torch.zeros(N), "log_rhos", **FACTORS)
+    assert torch.equal(buf.returns, flat.returns) and torch.equal(buf.advantages, flat.advantages)
+
+
+def test_a_replay_after_eager_calls(backend, monkeypatch):
+    """What a replay computes is known, whatever was computed between."""
+    buf = make(backend)
+    inputs, last = [random_step(buf) for _ in range(T)], torch.randn(N)
+    with Graph(buf, monkeypatch) as graph:
+        for step in inputs:
+            buf.append(**step)
+        buf.compute_vtrace(last, "log_rhos", **FACTORS)
+    for _ in range(2):
+        buf.advance(T)
+        graph.replay()
+        mb = next(buf.minibatches(normalize_advantages=False))
+        assert torch.equal(mb.returns, buf._storage.returns.flatten()[mb.indices])
+        assert not torch.allclose(mb.returns, mb.advantages + mb.values, atol=1e-3)
+        buf.compute_gae(last)
+        mb = next(buf.minibatches(normalize_advantages=False))
+        assert_close(mb.returns, mb.advantages + mb.values)
+        buf.clear()
+
+
 def test_a_captured_call(backend, monkeypatch):
     buf, eager = make(backend, capacity=T + 2), make(backend)
     inputs, last = [random_step(buf) for _ in range(T)], torch.zeros(N)

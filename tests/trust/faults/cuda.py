@@ -54,8 +54,8 @@ CUDA = [
     Fault(
         "the decay of a tile without its last power",
         SCAN,
-        "for (int i = 0; i < 6; ++i) power *= count >> i & 1",
         "for (int i = 0; i < 5; ++i) power *= count >> i & 1",
+        "for (int i = 0; i < 4; ++i) power *= count >> i & 1",
         TESTS,
     ),
     Fault(

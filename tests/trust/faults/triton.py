@@ -194,7 +194,7 @@ TRITON = [
     Fault(
         "the sign of a ratio that is not a number taken for a cut, in Triton",
         TRITON_SCAN,
-        "factors[1] * tl.abs(tl.where(ratio > factors[3], factors[3], ratio))",
+        "tl.abs(factors[1] * tl.where(ratio > factors[3], factors[3], ratio))",
         "factors[1] * tl.where(ratio > factors[3], factors[3], ratio)",
         OF_SCAN,
     ),
