@@ -25,8 +25,9 @@ def workspace(num_envs: int, num_steps: int, device: torch.device, backend: str)
     Kept on CUDA, where zeroing it would be a second launch: launches of one stream run in turn, so they can share it.
     In a captured graph it is new, as replays may run on any stream.
     """
-    within_mode = torch._C._len_torch_dispatch_stack() > 0  # as FakeTensorMode, whose tensors have no memory
-    if device.type != "cuda" or within_mode or torch.compiler.is_compiling() or capturing(device.index):
+    if device.type != "cuda" or torch.compiler.is_compiling() or capturing(device.index):
+        return _zeros(num_envs, device)
+    if torch._C._len_torch_dispatch_stack() > 0:  # as in FakeTensorMode, whose tensors have no memory
         return _zeros(num_envs, device)
     key = device.index, torch._C._cuda_getCurrentRawStream(device.index), num_envs, num_steps, backend
     kept = _kept.get(key)
