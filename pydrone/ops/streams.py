@@ -32,10 +32,13 @@ def workspace(num_envs: int, num_steps: int, device: torch.device, backend: str)
     key = device.index, torch._C._cuda_getCurrentRawStream(device.index), num_envs, num_steps, backend
     kept = _kept.get(key)
     if kept is None:
+        with torch.inference_mode(False):
+            kept = _zeros(num_envs, device)
+        if torch._is_functional_tensor(kept):  # functionalize()'s, which is of no use outside it
+            return kept
         if len(_kept) >= MOST:
             _kept.pop(next(iter(_kept)))
-        with torch.inference_mode(False):
-            kept = _kept[key] = _zeros(num_envs, device)
+        _kept[key] = kept
     return kept
 
 

@@ -25,20 +25,21 @@ class Scan:
         method: which method computed them. After compute_vtrace the returns are no sums of advantages and values.
         runs: how often advantages were computed: minibatches drawn before the last time must not be gathered.
         pool_valued: whether they used values of the pool of final observations.
-        captured, captured_pool_valued: whether a captured call has done so: then every replay does.
+        captured_method: which method a captured call was of, None without one: every replay is of it.
+        captured_pool_valued: whether a captured call used the pool's values: then every replay does.
     """
 
     def __init__(self, storage: Storage, ring: Ring, sources: Sources) -> None:
         self._storage, self._ring, self._sources = storage, ring, sources
-        self.computed = self.pool_valued = self.captured = self.captured_pool_valued = False
+        self.computed = self.pool_valued = self.captured_pool_valued = False
         self.method = "compute_gae"
-        self._captured_method: str | None = None
+        self.captured_method: str | None = None
         self.runs = 0
         self._strict = True  # whether a truncation that is not in the pool is an error
 
     def require(self, name: str) -> None:
         """Raises RuntimeError, naming the call ``name``, if the oldest rollout has no advantages."""
-        if not self.computed and not (self.captured and len(self._ring) >= self._ring.num_steps):
+        if not self.computed and not (self.captured_method and len(self._ring) >= self._ring.num_steps):
             raise RuntimeError(f"{name}: expected compute_gae() before it")
 
     @property
@@ -152,13 +153,13 @@ class Scan:
             storage.tensors["workspace"],
         )
         bump([*outputs])
-        self.captured |= captured
-        self._captured_method = name if captured else self._captured_method
+        if captured:
+            self.captured_method = name
         self.computed, self.runs, self.method = True, self.runs + 1, name
 
     def replayed(self) -> None:
         """A captured graph is about to run: if it computes advantages, then as it was captured."""
-        self.method = self._captured_method or self.method
+        self.method = self.captured_method or self.method
 
     def _evaluate(self, value_fn: Callable, check: bool) -> Tensor:
         """The values of the rollout's pool of final observations: of the rows in use, or of all if not known."""
@@ -227,7 +228,7 @@ class Scan:
             return torch.cat((full, pool, full.new_zeros(2)))
         observed = storage.not_finite[place : place + 1].double()
         mean, m2 = storage.statistics[1:2], storage.statistics[2:]
-        known = self.computed or self.captured
+        known = self.computed or self.captured_method
         return torch.cat((full, pool, observed, mean + m2 if known else full.new_zeros(1)))
 
     def check_pool(self, used: int, missing: int) -> None:

@@ -72,8 +72,9 @@ def test_a_workspace_made_within_a_mode_is_not_kept(stream, monkeypatch):
     monkeypatch.setattr(streams, "_zeros", lambda num_envs, device: torch.zeros(num_envs))
     with FakeTensorMode():
         assert isinstance(streams.workspace(4, 8, CUDA, "cuda"), FakeTensor)
+    torch.func.functionalize(lambda x: x + streams.workspace(4, 8, CUDA, "cuda"))(torch.ones(4))
     kept = streams.workspace(4, 8, CUDA, "cuda")
-    assert type(kept) is torch.Tensor
+    assert type(kept) is torch.Tensor and not torch._is_functional_tensor(kept)
     with FakeTensorMode():
         assert isinstance(streams.workspace(4, 8, CUDA, "cuda"), FakeTensor)
     assert streams.workspace(4, 8, CUDA, "cuda") is kept
