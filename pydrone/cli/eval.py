@@ -103,7 +103,9 @@ def _evaluate(args: argparse.Namespace) -> Any:
     device = device_of(args.device)
     run = runs.load(args.run, device)
     name = args.env or run.environment.buildable(run.checkpoint, FROM_PYTHON)
-    options = {"randomization": _randomization(run)} if args.randomize else {}
+    options: dict[str, Any] = {"randomization": _randomization(run)} if args.randomize else {}
+    if name == run.environment.name:
+        options |= run.settings.get("env_kwargs", {})
     yield f"{run.checkpoint}: iteration {run.iteration}, trained in {run.environment.label}"
     env = envs.make(name, num_envs=args.episodes, device=device, seed=args.seed, **options)
     try:
@@ -146,6 +148,7 @@ def _fly(args: argparse.Namespace, run: Run, env: Any) -> list[Episodes]:
 
 
 def _report(args: argparse.Namespace, run: Run, name: str, flown: list[Episodes]) -> Any:
+    from pydrone.envs.registry import file_name
     from pydrone.report import evaluation, trajectories
 
     found = {COLUMNS[x.resampled] if x.paths is not None else name: evaluation.summary(x, args.within) for x in flown}
@@ -155,14 +158,14 @@ def _report(args: argparse.Namespace, run: Run, name: str, flown: list[Episodes]
         yield f"{_footnote(flown, args.within)}\n"
     out = run.folder if args.out is None else Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    figures = out / f"eval_{name}.json"
+    figures = out / f"eval_{file_name(name)}.json"
     about = {"checkpoint": str(run.checkpoint), "iteration": run.iteration, "env": name, "seed": args.seed}
     about["randomized"] = args.randomize
     figures.write_text(json.dumps(about | {"results": found}, indent=2) + "\n", encoding="utf-8")
     yield f"Figures: {figures}"
     if all(x.paths is not None for x in flown):
         heading = f"{run.checkpoint}, iteration {run.iteration}\n{title}"
-        yield f"Picture: {trajectories.draw(heading, flown, out / f'eval_{name}.png')}"
+        yield f"Picture: {trajectories.draw(heading, flown, out / f'eval_{file_name(name)}.png')}"
 
 
 def _footnote(flown: list[Episodes], within: float | None) -> str:

@@ -10,6 +10,7 @@ import os
 import sys
 import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
@@ -75,6 +76,7 @@ def _lacking(config: TrainConfig) -> str | None:
 
 
 def _train(config: TrainConfig) -> int:
+    from pydrone.envs.registry import check, file_name
     from pydrone.ppo import distributed
     from pydrone.ppo.config import default_num_envs
     from pydrone.ppo.trainer import Trainer, nothing_to_do, read_checkpoint
@@ -92,8 +94,8 @@ def _train(config: TrainConfig) -> int:
             config = dataclasses.replace(
                 config,
                 device=device.type if several else str(device),  # each process has its own index
-                num_envs=config.num_envs or default_num_envs(device.type),
-                run_dir=config.run_dir or str(Path("runs", config.env, time.strftime("%Y-%m-%d_%H-%M-%S"))),
+                num_envs=config.num_envs or default_num_envs(device.type, config.env),
+                run_dir=config.run_dir or str(Path("runs", file_name(config.env), time.strftime("%Y-%m-%d_%H-%M-%S"))),
             )
             iteration = 0
             if config.resume is not None:
@@ -103,6 +105,7 @@ def _train(config: TrainConfig) -> int:
                     print(nothing_to_do(iteration, config.iterations))
                     return 0
                 progress.changes(state["config"], config, config.resume)
+            check(config.env, **_env_options(config))
             ranks = distributed.join(launch, device)
             run_dir = _make_run_dir(config.run_dir) if ranks.rank == 0 else None
             where = f"{config.num_envs} environments on {device}"
@@ -235,10 +238,14 @@ def _make_run_dir(path: str) -> Path:
 def _make_env(config: TrainConfig, device: torch.device, seed: int) -> Env:
     from pydrone.envs import make
 
-    options = config.task.changed()
+    return make(config.env, num_envs=config.num_envs, device=device, seed=seed, **_env_options(config))
+
+
+def _env_options(config: TrainConfig) -> dict[str, Any]:
+    options = config.task.changed() | config.env_kwargs
     if config.randomization.varies():
         options["randomization"] = config.randomization
-    return make(config.env, num_envs=config.num_envs, device=device, seed=seed, **options)
+    return options
 
 
 def for_tyro(cls: type, values: Mapping[str, Any] = {}) -> type:
@@ -252,7 +259,10 @@ def for_tyro(cls: type, values: Mapping[str, Any] = {}) -> type:
     fields = []
     for field in dataclasses.fields(cls):
         hint: Any = hints[field.name]
-        default: Any = {"default": values.get(field.name, field.default)}
+        if field.default_factory is not dataclasses.MISSING and not dataclasses.is_dataclass(hint):
+            default: Any = {"default_factory": partial(values.get, field.name, field.default_factory())}
+        else:
+            default = {"default": values.get(field.name, field.default)}
         if dataclasses.is_dataclass(hint):
             hint = for_tyro(hint, values.get(field.name, {}))
             default = {"default_factory": hint}

@@ -38,7 +38,7 @@ def _differing(before: Any, after: Mapping[str, Any], group: str = "") -> Iterat
         if not isinstance(before, Mapping) or name not in before:
             continue
         old = tuple(before[name]) if isinstance(before[name], list) else before[name]
-        if isinstance(new, Mapping):
+        if isinstance(new, Mapping) and name != "env_kwargs":  # whose names are no settings
             yield from _differing(old, new, name)
         elif old != new:
             yield group, name, old, new
