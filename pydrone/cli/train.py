@@ -105,7 +105,10 @@ def _train(config: TrainConfig) -> int:
                     print(nothing_to_do(iteration, config.iterations))
                     return 0
                 progress.changes(state["config"], config, config.resume)
-            check(config.env, **_env_options(config))
+            obs = check(config.env, **_env_options(config))
+            if isinstance(obs, Mapping) and "policy" not in obs and not config.ppo.actor_obs:
+                # A Dict's parts have names of their own.
+                config.ppo = dataclasses.replace(config.ppo, actor_obs=tuple(obs))
             ranks = distributed.join(launch, device)
             run_dir = _make_run_dir(config.run_dir) if ranks.rank == 0 else None
             where = f"{config.num_envs} environments on {device}"

@@ -65,11 +65,11 @@ def make(
     space = venv.single_action_space
     bounded = isinstance(space, gymnasium.spaces.Box) and bool(space.is_bounded())
     if seed is not None:
-        # Seeds of neighbouring processes and resumed trainings lie close together; those of environments may not overlap.
+        # Neighbouring processes and resumed trainings have seeds that lie close together: seed + i would overlap.
         seed = int(np.random.SeedSequence(seed % 2**64).generate_state(1)[0])
     try:
         env = GymnasiumEnv(venv, device, seed, bounded_actions="rescale" if bounded else "clip")
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         venv.close()
         raise ValueError(f"env {name!r}: {error}") from error
     env.registered_name, env.env_kwargs = name, kwargs

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-    from pydrone.envs.base import Env
+    from pydrone.envs.base import Env, ObsSpec
 
 GROUP = "pydrone.envs"
 GYMNASIUM = "gymnasium:"
@@ -61,10 +61,13 @@ def file_name(name: str) -> str:
     return name.replace(":", "-").replace("/", "-")
 
 
-def check(name: str, **kwargs: Any) -> None:
-    """Raises what :func:`make` would, where that costs little: for ``gymnasium:ID``."""
-    if is_gymnasium(name):
-        make(name, 1, **kwargs).close()
+def check(name: str, **kwargs: Any) -> ObsSpec | None:
+    """Raises what :func:`make` would, and returns the observations, where that costs little: for ``gymnasium:ID``."""
+    if not is_gymnasium(name):
+        return None
+    env = make(name, 1, **kwargs)
+    env.close()
+    return env.obs
 
 
 def make(name: str, num_envs: int, device: torch.device | str = "cpu", seed: int = 0, **kwargs: Any) -> Env:

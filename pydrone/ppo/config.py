@@ -184,7 +184,8 @@ class TrainConfig:
     env_kwargs: dict[str, bool | int | float | str] = field(
         default_factory=dict,
         metadata={
-            "help": "Arguments of an environment that pydrone does not bring, name by name: --env-kwargs g 9.81 sutton True.",
+            "help": "Arguments of an environment that pydrone does not bring, such as --env-kwargs g 9.81 for "
+            "gymnasium:Pendulum-v1.",
             "aliases": (),
         },
     )

@@ -1,9 +1,9 @@
 """A trained policy as a file that runs without pydrone: ONNX, TorchScript, or safetensors with a description.
 
 The file contains the deterministic policy: observation normaliser, actor, and what the environment makes of actions. It
-maps ``obs`` [B, O] float32 to ``actions`` [B, A] float32 (discrete: int64 [B]); a recurrent one also takes and returns
-``memory`` [B, S] float32, zeros at the start of an episode. The file computes in float32: observations rounded for
-storage and bfloat16 products are for training only. docs/export.md says how to run it.
+maps ``obs`` [B, O] float32 to ``actions`` [B, A] float32 (discrete: int64 [B], or [B, D] of D choices each); a
+recurrent one also takes and returns ``memory`` [B, S] float32, zeros at the start of an episode. The file computes in float32:
+observations rounded for storage and bfloat16 products are for training only. docs/export.md says how to run it.
 
 A policy is described by its layers: a list of [operation, argument, ...], arguments the names of tensors or numbers.
 :func:`run` runs them, and all formats are made from it.
@@ -109,7 +109,7 @@ def describe(policy: nn.Module, limits: Limits = None) -> tuple[Layers, dict[str
             raise ExportError(f"policy: expected linear layers and activations in the actor, got {layer}")
         add(activation)
     if _discrete(policy):
-        add("argmax")
+        add("argmax", *(policy.choices or ()))
         if actions.start:
             add("shift", actions.start)
         return layers, tensors
@@ -153,6 +153,11 @@ def _lstm(x: Tensor, memory: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor, b
     return output, torch.cat((output, cell), -1)
 
 
+def _argmax(x: Tensor, sizes: tuple[int, ...]) -> Tensor:
+    """[B], or [B, D] of parts of these ``sizes``."""
+    return torch.stack([part.argmax(-1) for part in x.split(sizes, -1)], -1) if sizes else x.argmax(-1)
+
+
 OPERATIONS: dict[str, Callable[..., Tensor]] = {
     "normalize": lambda x, shift, std: (x - shift) / std,
     "linear": nn.functional.linear,
@@ -162,7 +167,7 @@ OPERATIONS: dict[str, Callable[..., Tensor]] = {
     "silu": nn.functional.silu,
     "clip": torch.clamp,
     "trunc": torch.trunc,
-    "argmax": lambda x: x.argmax(-1),
+    "argmax": lambda x, *sizes: _argmax(x, sizes),
     "shift": lambda x, start: x + start,
 }
 CELLS = {"gru": _gru, "lstm": _lstm}
@@ -420,14 +425,23 @@ def _own(policy: nn.Module, obs: Tensor, memory: Tensor | None) -> tuple[Tensor,
 def _difference(policy: nn.Module, actions: Actions, own: Tensor, precise: Tensor, got: Tensor, path: Path) -> float:
     if not _discrete(policy):
         return _near("actions", path, actions.applied(own), actions.applied(precise), got)
-    if got.dtype != torch.int64 or got.shape != own.shape[:1]:
-        raise ExportError(f"{path}: not written: expected actions int64 [B], got {got.dtype} {list(got.shape)}")
-    # The chosen action must be the likeliest one, up to rounding.
-    index = got.unsqueeze(1) - actions.start
-    if not 0 <= index.min() <= index.max() < own.shape[1]:
-        raise ExportError(f"{path}: not written: expected actions from {actions.start}, got {got.min()} to {got.max()}")
-    chosen, likeliest = precise.gather(1, index).squeeze(1), precise.amax(1)
-    return _near("likelihood of the actions", path, likeliest, likeliest, chosen.to(likeliest.dtype))
+    shape = (*own.shape[:1], *((len(policy.choices),) if policy.choices else ()))
+    if got.dtype != torch.int64 or got.shape != shape:
+        raise ExportError(
+            f"{path}: not written: expected actions int64 {list(shape)}, got {got.dtype} {list(got.shape)}"
+        )
+    # Each chosen action must be the likeliest one, up to rounding.
+    differences = []
+    for logs, index in zip(
+        precise.split(policy.choices or own.shape[1], 1), (got - actions.start).reshape(len(own), -1).T
+    ):
+        if not 0 <= index.min() <= index.max() < logs.shape[1]:
+            raise ExportError(
+                f"{path}: not written: expected actions from {actions.start}, got {got.min()} to {got.max()}"
+            )
+        chosen, likeliest = logs.gather(1, index.unsqueeze(1)).squeeze(1), logs.amax(1)
+        differences.append(_near("likelihood of the actions", path, likeliest, likeliest, chosen))
+    return max(differences)
 
 
 def _near(what: str, path: Path, own: Tensor, precise: Tensor, got: Tensor | None) -> float:
@@ -459,7 +473,8 @@ def policy_of(state: Mapping[str, Any]) -> nn.Module:
         obs = {group: _width(weights, network) for group, network in (("policy", "actor"), ("critic", "critic"))}
         num_actions = weights[f"actor.{2 * len(config.hidden_dims)}.bias"].shape[0]
         continuous = "std_param" in weights
-        policy = make_policy(obs, num_actions if continuous else ((), torch.int64), config, num_actions)
+        choices = weights["choice_counts"].tolist() if "choice_counts" in weights else num_actions
+        policy = make_policy(obs, num_actions if continuous else ((), torch.int64), config, choices)
         policy.load_state_dict(weights)
     except (AttributeError, IndexError, KeyError, TypeError, RuntimeError) as error:
         message = str(error).splitlines()[0] if str(error) else ""
