@@ -2,8 +2,9 @@
 
 The file contains the deterministic policy: observation normaliser, actor, and what the environment makes of actions. It
 maps ``obs`` [B, O] float32 to ``actions`` [B, A] float32 (discrete: int64 [B], or [B, D] of D choices each); a
-recurrent one also takes and returns ``memory`` [B, S] float32, zeros at the start of an episode. The file computes in float32:
-observations rounded for storage and bfloat16 products are for training only. docs/export.md says how to run it.
+recurrent one also takes and returns ``memory`` [B, S] float32, zeros at the start of an episode. The file computes in
+float32: observations rounded for storage and bfloat16 products are for training only. docs/export.md says how to run
+it.
 
 A policy is described by its layers: a list of [operation, argument, ...], arguments the names of tensors or numbers.
 :func:`run` runs them, and all formats are made from it.
