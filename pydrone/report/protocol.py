@@ -91,7 +91,7 @@ def initial_states(device: torch.device | str = "cpu") -> DroneState:
 
 
 def moving_targets(seconds: float, device: torch.device | str = "cpu") -> Tensor:
-    """[256, 3]: the moving targets at a time, in m: on a horizontal circle, even episodes one way, odd ones the other."""
+    """[256, 3]: the moving targets at a time, m: on a horizontal circle, even episodes one way, odd ones the other."""
     number = torch.arange(EPISODES, dtype=torch.float64)
     way = 1 - 2 * (number % 2)
     angle = 2 * math.pi * number / EPISODES + way * (seconds * SPEED / RADIUS)
