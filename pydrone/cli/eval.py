@@ -9,7 +9,7 @@ import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydrone.cli.common import aligned, device_of, fail, not_installed
+from pydrone.cli.common import aligned, device_of, fail, not_installed, quick_imports
 
 if TYPE_CHECKING:
     from pydrone.envs import Randomization
@@ -79,7 +79,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--env", metavar="NAME", help="environment to fly in (default: that of the run)")
     parser.add_argument(
-        "--randomize", action="store_true", help="apply the domain randomisation of the run (default: none)"
+        "--randomize",
+        action="store_true",
+        help="apply the domain randomisation of the run, or, if it had none, of the hover protocol (default: none)",
     )
     parser.add_argument(
         "--steps", type=_count, metavar="T", help="stop episodes after this many steps (default: their time limit)"
@@ -103,10 +105,11 @@ def _evaluate(args: argparse.Namespace) -> Any:
     """Yields the lines to print."""
     import importlib.util
 
-    from pydrone import envs
-    from pydrone.envs.record import Record
-    from pydrone.ppo.training.progress import in_words
-    from pydrone.report import runs, video
+    with quick_imports():
+        from pydrone import envs
+        from pydrone.envs.record import Record
+        from pydrone.ppo.training.progress import in_words
+        from pydrone.report import runs, video
 
     # Check what can be checked before a simulator is built, which takes its time.
     if len(args.runs) > 1:
@@ -140,13 +143,12 @@ def _evaluate(args: argparse.Namespace) -> Any:
 
 
 def _randomization(run: Run) -> Randomization:
-    """The domain randomisation that the run was trained with."""
+    """The domain randomisation that the run was trained with, or else the hover protocol's."""
     from pydrone.envs import Randomization
+    from pydrone.report import protocol
 
     ranges = Randomization(**run.settings.get("randomization", {}))
-    if not ranges.varies():
-        raise ValueError(f"--randomize: {run.checkpoint} was trained without domain randomisation")
-    return ranges
+    return ranges if ranges.varies() else protocol.RANGES
 
 
 def _task(run: Run, name: str) -> dict[str, Any]:
@@ -159,8 +161,9 @@ def _task(run: Run, name: str) -> dict[str, Any]:
 
 def _protocol(args: argparse.Namespace) -> Any:
     """Flies the hover protocol; yields the lines to print."""
-    from pydrone.report import protocol, runs
-    from pydrone.report import protocol_report as report
+    with quick_imports():
+        from pydrone.report import protocol, runs
+        from pydrone.report import protocol_report as report
 
     parser, used = _parser(), ("runs", "protocol", "env", "device", "out")
     for option, value in vars(args).items():
@@ -182,10 +185,10 @@ def _protocol(args: argparse.Namespace) -> Any:
     finally:
         env.close()
     content = report.whole(name, entries)
-    title = f"Hover protocol, {name}, {protocol.EPISODES} episodes a scene" + (
-        f", {len(loaded)} runs: median (lowest to highest)" if len(loaded) > 1 else ""
-    )
-    yield f"{title}\n\n{aligned(report.table(content['summary']), rule=True)}\n"
+    title = f"Hover protocol, {name}, {protocol.EPISODES} episodes a scene"
+    if len(loaded) > 1:
+        title += f", {len(loaded)} runs"
+    yield f"{title}{': median (lowest to highest)' if len(loaded) > 1 else ''}\n\n{aligned(report.table(content['summary']), rule=True)}\n"
     out = Path(args.out or (loaded[0].folder if len(loaded) == 1 else "."))
     out.mkdir(parents=True, exist_ok=True)
     figures = out / f"{report.file_name(name)}.json"

@@ -15,11 +15,12 @@ def main(argv: list[str]) -> int:
     """Runs ``pydrone plot ARGV`` and returns the exit status."""
     from pathlib import Path
 
-    from pydrone.report import curves
-
     args = _parser().parse_args(argv)
     if args.protocol is not None:
         return _protocols(args)
+
+    from pydrone.report import curves
+
     if importlib.util.find_spec("matplotlib") is None:
         return fail(not_installed("matplotlib"))
     try:

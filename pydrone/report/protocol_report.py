@@ -94,7 +94,7 @@ _ENDS = ("median", "low", "high")
 
 def draw_flights(title: str, flights: Sequence[Flight], path: Path) -> Path:
     """Draws each scene's distance to the target over time, of all runs' episodes together. Needs matplotlib."""
-    figure, panels = _panels(2, 2, (11, 8))
+    figure, panels = _panels(2, 2, (11, 8), sharex=True, sharey=True)
     for panel, name in zip(panels, SCENES):
         distance = torch.cat([x.distance[name] for x in flights], dim=1)
         seconds = (torch.arange(len(distance)) + 1) * flights[0].dt
@@ -139,13 +139,13 @@ def draw_comparison(named: Mapping[str, Mapping[str, Any]], path: Path) -> Path:
     return _save(figure, "Hover protocol", path)
 
 
-def _panels(rows: int, columns: int, size: tuple[float, float]) -> tuple[Any, Any]:
+def _panels(rows: int, columns: int, size: tuple[float, float], **shared: bool) -> tuple[Any, Any]:
     # Not through pyplot, which would look for a display.
     with needed("matplotlib", "a picture of the protocol", "matplotlib"):
         from matplotlib.figure import Figure
 
     figure = Figure(figsize=size, layout="constrained")
-    return figure, figure.subplots(rows, columns).flat
+    return figure, list(figure.subplots(rows, columns, **shared).flat)
 
 
 def _save(figure: Any, title: str, path: Path) -> Path:
