@@ -188,7 +188,8 @@ def _protocol(args: argparse.Namespace) -> Any:
     title = f"Hover protocol, {name}, {protocol.EPISODES} episodes a scene"
     if len(loaded) > 1:
         title += f", {len(loaded)} runs"
-    yield f"{title}{': median (lowest to highest)' if len(loaded) > 1 else ''}\n\n{aligned(report.table(content['summary']), rule=True)}\n"
+    spread = ": median (lowest to highest)" if len(loaded) > 1 else ""
+    yield f"{title}{spread}\n\n{aligned(report.table(content['summary']), rule=True)}\n"
     out = Path(args.out or (loaded[0].folder if len(loaded) == 1 else "."))
     out.mkdir(parents=True, exist_ok=True)
     figures = out / f"{report.file_name(name)}.json"
