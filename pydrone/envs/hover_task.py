@@ -280,6 +280,12 @@ class HoverTask:
         self._stats.reset()
         return self._obs.copy_(self._first_observations())
 
+    def place(self, state: DroneState) -> Tensor:
+        """Takes ``state`` as the drones' own from now on, and returns the observations [N, 17]; episodes go on."""
+        self.last_pos.copy_(state.pos)
+        sensed = state if self.randomizer is None else self.randomizer.sense(state)
+        return self._obs.copy_(observe(sensed, self.target, self.last_actions, self.constants))
+
     def randomize_ages(self) -> None:
         """Draws the age of every running episode from [0, max_episode_length)."""
         draw = torch.rand(self.num_envs, generator=self.generator, device=self.device)

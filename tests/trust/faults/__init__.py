@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from .cpp import CPP
 from .cuda import CUDA
+from .evaluation import EVALUATION
 from .fault import Fault
 from .learner import LEARNER
 from .off_policy import OFF_POLICY
@@ -16,6 +17,19 @@ from .skrl import SKRL
 from .startup import STARTUP
 from .triton import TRITON
 
-FAULTS = [*PYTHON, *TRITON, *CPP, *LEARNER, *OFF_POLICY, *CUDA, *SB3, *SKRL, *STARTUP]
+FAULTS = [*PYTHON, *TRITON, *CPP, *LEARNER, *OFF_POLICY, *CUDA, *SB3, *SKRL, *STARTUP, *EVALUATION]
 
-__all__ = ["CPP", "CUDA", "FAULTS", "LEARNER", "OFF_POLICY", "PYTHON", "SB3", "SKRL", "STARTUP", "TRITON", "Fault"]
+__all__ = [
+    "CPP",
+    "CUDA",
+    "EVALUATION",
+    "FAULTS",
+    "LEARNER",
+    "OFF_POLICY",
+    "PYTHON",
+    "SB3",
+    "SKRL",
+    "STARTUP",
+    "TRITON",
+    "Fault",
+]
