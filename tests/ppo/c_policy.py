@@ -66,11 +66,11 @@ def build(path: Path, language: str, folder: Path, *flags: str) -> Path:
     answer = "" if discrete else "float actions[P_NUM_ACTIONS];"
     call = f'printf("%d ", p_act({given}obs));' if discrete else f"p_act({given}obs, actions);"
     if not discrete:
-        call += ' for (i = 0; i < P_NUM_ACTIONS; ++i) printf("%.9g ", (double)actions[i]);'
+        call += '\n    for (i = 0; i < P_NUM_ACTIONS; ++i) printf("%.9g ", (double)actions[i]);'
     if memory:
         answer += " p_memory memory; p_reset(&memory);"
-        call = 'for (i = 0; i < P_MEMORY; ++i) if (scanf("%f", &memory.state[i]) != 1) return 6; ' + call
-        call += ' for (i = 0; i < P_MEMORY; ++i) printf("%.9g ", (double)memory.state[i]);'
+        call = 'for (i = 0; i < P_MEMORY; ++i) if (scanf("%f", &memory.state[i]) != 1) return 6;\n    ' + call
+        call += '\n    for (i = 0; i < P_MEMORY; ++i) printf("%.9g ", (double)memory.state[i]);'
     main = MAIN.replace("ANSWER", answer).replace("CALL", call)
     if language == "cpp":
         main = main.replace("(double)actions[i]", "double(actions[i])").replace(

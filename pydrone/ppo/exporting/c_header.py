@@ -61,7 +61,7 @@ def check_prefix(prefix: str) -> str:
 def source(layers: Layers, tensors: Mapping[str, Tensor], described: Mapping[str, str], head: Header) -> str:
     """The header's text, ASCII. ``described``: the policy's metadata, of which the comment names env and iteration."""
     body = _Body(layers, tensors, head)
-    names = {"P": head.prefix, "PP": head.prefix.upper(), "T": "uint16_t" if body.half else "float"}
+    names = {"P": head.prefix, "PP": head.prefix.upper(), "T": "int16_t" if body.half else "float"}
     code = "\n\n".join(
         [
             _comment(described, head, body),
@@ -171,7 +171,7 @@ class _Body:
         name = f"@P@_weight_{number}"
         if self.half:
             bits = fours.half().view(torch.int16).tolist()
-            self.arrays.append(_array("@T@", name, (f"0x{x & 0xFFFF:04x}" for x in bits), len(bits)))
+            self.arrays.append(_array("@T@", name, map(str, bits), len(bits)))
         else:
             self.arrays.append(_array("@T@", name, map(_number, fours.tolist()), fours.numel()))
         padded = torch.zeros(_padded(outputs))
@@ -198,7 +198,7 @@ class _Body:
             named["MEMORY"] = self.state
         lines = [f"#define @PP@_{name} {value}" for name, value in named.items()]
         if self.head.step is not None:
-            lines.append(f"#define @PP@_STEP_SECONDS {_number(self.head.step)}")
+            lines.append(f"#define @PP@_STEP_MICROSECONDS {round(1e6 * self.head.step)}")
         return lines
 
     def memory(self) -> str:
@@ -276,14 +276,19 @@ _ACTIVATIONS = {"tanh": "tanhf", "trunc": "truncf", "relu": "relu", "elu": "elu"
 # In the order that they are written in. A comparison with NaN is false, so NaN passes through, as in torch.
 _FUNCTIONS = {
     "half": """
-/* The float16 with these bits, which is no infinity and no NaN; exact for subnormal ones too. */
-static inline float @P@_half(uint32_t bits)
+/* The float16 with these bits, which is no infinity and no NaN. Exact for subnormal ones too. */
+static inline float @P@_half(int16_t bits)
 {
-  union { uint32_t bits; float value; } x;
-  x.bits = (bits & 0x7fffu) << 13;
-  x.value *= 5.192296858534828e33f; /* 2^112: the exponents' biases differ by 112 */
-  x.bits |= (bits & 0x8000u) << 16;
+#ifdef __ARM_FP16_FORMAT_IEEE /* -mfp16-format=ieee: the processor converts */
+  union { int16_t bits; __fp16 value; } x;
+  x.bits = bits;
   return x.value;
+#else
+  union { int32_t whole; uint32_t bits; float value; } x;
+  x.whole = bits;
+  x.bits = (x.bits << 13) & 0x8fffffffu; /* the shift leaves the sign in the four highest bits */
+  return x.value * 5.192296858534828e33f; /* 2^112: the exponents' biases differ by 112 */
+#endif
 }
 """,
     "linear": """
