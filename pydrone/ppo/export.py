@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 import json
 import math
 import os
@@ -42,8 +43,8 @@ VERSION = "1"
 
 # The largest difference from the policy's own actions, beyond float32's rounding.
 TOLERANCE = 1e-5
-# That of the C header, which shares no library with torch: what another order of the sums may make.
-C_TOLERANCE = 1e-6
+# That of the C header, where the rounding is measured over some other orders of the policy's sums.
+C_TOLERANCE, ORDERS = 1e-6, 8
 # Steps over which a recurrent policy is compared.
 STEPS = 5
 
@@ -315,16 +316,18 @@ def _check(
     # All at once, and some in batches of other sizes.
     batches, largest, count = [obs, obs[:1], obs[16:23]], 0.0, 0
     exact = copy.deepcopy(policy).double()
+    others = [_reordered(policy, seed) for seed in range(ORDERS if tolerance < TOLERANCE else 0)]
     for batch in batches:
         state = torch.zeros(len(batch), memory) if memory else None
         for _ in range(STEPS if memory else 1):
             own, own_state = _own(policy, batch, state)
             # The policy's own float32 rounding is not the file's fault.
             precise, precise_state = _own(exact, batch.double(), None if state is None else state.double())
+            outputs, states = zip((own, own_state), *(_own(x, batch[:, order], state) for x, order in others))
             got, got_state = runner(batch, state)
-            difference = _difference(policy, actions, own, precise, got, path, tolerance)
+            difference = _difference(policy, actions, outputs, precise, got, path, tolerance)
             if state is not None:
-                _near("memory", path, own_state, precise_state, got_state, tolerance)
+                _near("memory", path, states, precise_state, got_state, tolerance)
             largest, count, state = max(largest, difference), count + len(batch), own_state
             batch = batch.roll(1, 0)
     return count, largest
@@ -335,11 +338,40 @@ def _own(policy: nn.Module, obs: Tensor, memory: Tensor | None) -> tuple[Tensor,
     return (policy.mean(obs), None) if memory is None else policy(obs, memory)
 
 
+def _reordered(policy: nn.Module, seed: int) -> tuple[nn.Module, Tensor]:
+    """The same function with its inputs and hidden units in another order, and that order of the observations."""
+    draw, policy = torch.Generator().manual_seed(seed), copy.deepcopy(policy)
+
+    def shuffled(x: Tensor, dim: int, order: Tensor) -> None:
+        x.copy_(x.index_select(dim, order))
+
+    linear = [layer for layer in policy.actor if isinstance(layer, nn.Linear)]
+    first = policy.actor_rnn.weight_ih_l0 if getattr(policy, "recurrent", False) else linear[0].weight
+    given = torch.randperm(first.shape[1], generator=draw)
+    shuffled(first, 1, given)
+    if policy.actor_normalizer is not None:
+        shuffled(policy.actor_normalizer.shift, 0, given)
+        shuffled(policy.actor_normalizer.std, 0, given)
+    for layer, following in itertools.pairwise(linear):
+        order = torch.randperm(layer.out_features, generator=draw)
+        for x, dim in ((layer.weight, 0), (layer.bias, 0), (following.weight, 1)):
+            shuffled(x, dim, order)
+    return policy, given
+
+
 def _difference(
-    policy: nn.Module, actions: Actions, own: Tensor, precise: Tensor, got: Tensor, path: Path, tolerance: float
+    policy: nn.Module,
+    actions: Actions,
+    outputs: Sequence[Tensor],
+    precise: Tensor,
+    got: Tensor,
+    path: Path,
+    tolerance: float,
 ) -> float:
+    """``outputs``: the policy's own, and with its sums in other orders."""
+    own = outputs[0]
     if not _discrete(policy):
-        return _near("actions", path, actions.applied(own), actions.applied(precise), got, tolerance)
+        return _near("actions", path, [*map(actions.applied, outputs)], actions.applied(precise), got, tolerance)
     if got.dtype != torch.int64 or got.shape != own.shape[:1]:
         raise ExportError(f"{path}: not written: expected actions int64 [B], got {got.dtype} {list(got.shape)}")
     # The chosen action must be the likeliest one, up to rounding.
@@ -347,15 +379,18 @@ def _difference(
     if not 0 <= index.min() <= index.max() < own.shape[1]:
         raise ExportError(f"{path}: not written: expected actions from {actions.start}, got {got.min()} to {got.max()}")
     chosen, likeliest = precise.gather(1, index).squeeze(1), precise.amax(1)
-    return _near("likelihood of the actions", path, likeliest, likeliest, chosen.to(likeliest.dtype), TOLERANCE)
+    return _near("likelihood of the actions", path, [likeliest], likeliest, chosen.to(likeliest.dtype), TOLERANCE)
 
 
-def _near(what: str, path: Path, own: Tensor, precise: Tensor, got: Tensor | None, tolerance: float) -> float:
+def _near(
+    what: str, path: Path, outputs: Sequence[Tensor], precise: Tensor, got: Tensor | None, tolerance: float
+) -> float:
+    own = outputs[0]
     if got is None or got.shape != own.shape:
         shape = None if got is None else list(got.shape)
         raise ExportError(f"{path}: not written: {what}: expected shape {list(own.shape)}, got {shape}")
     precise = precise.double()
-    rounding = (own - precise).abs().amax(-1, keepdim=True)
+    rounding = torch.stack([(x - precise).abs() for x in outputs]).amax(0).amax(-1, keepdim=True)
     scale = precise.abs().amax(-1, keepdim=True).clamp_min(1.0)
     difference = (got - own).abs().double()
     if not bool((difference <= tolerance * scale + 8 * rounding).all()):

@@ -51,14 +51,17 @@ def need_tools() -> None:
 
 
 def measure(header: Path, obs: torch.Tensor, folder: Path, *flags: str) -> Run:
-    """Runs the policy of ``header``, with the prefix pydrone and continuous actions, on ``obs`` [B, O]."""
+    """Runs the policy of ``header``, with the prefix pydrone and continuous actions, on ``obs`` [B, O].
+
+    ``flags``: the compiler's, besides its own.
+    """
     rows = ",\n".join(
         "{" + ", ".join(f"{x:.9g}f" if "." in f"{x:.9g}" else f"{x:.1f}f" for x in r) + "}" for r in obs.tolist()
     )
     (folder / "inputs.h").write_text(
         f"#define ROWS {len(obs)}\nstatic const float inputs[ROWS][{obs.shape[1]}] = {{\n{rows}\n}};\n"
     )
-    shutil.copyfile(header, folder / "policy.h")
+    (folder / "policy.h").write_text(header.read_text())  # it may be there
     flash, ram = _build(folder, "policy", *flags)
     empty_flash, empty_ram = _build(folder, "empty", *flags, "-DEMPTY", "-Wno-unused-const-variable")
     said = _call([*MACHINE, "-kernel", str(folder / "policy.elf")]).split()

@@ -27,6 +27,11 @@ int main(void)
 static __attribute__((noinline)) void call(void)
 {
   pydrone_act(row, actions);
+#ifdef NOPS /* so many more instructions */
+#define TEXT(x) #x
+#define TIMES(x) ".rept " TEXT(x) "\nnop\n.endr"
+  __asm__ volatile(TIMES(NOPS));
+#endif
 }
 
 static __attribute__((noinline)) void nothing(void)
