@@ -188,13 +188,14 @@ def test_the_compiler_that_cc_names_is_used(tmp_path, monkeypatch):
     assert export.save(policy(), tmp_path / "policy.h", "c", LIMITS).checked_with == "the C compiler gcc -O0"
 
 
-def test_the_self_test_sees_another_weight(tmp_path):
+@pytest.mark.parametrize("other", ["0.7f", "NAN"])
+def test_the_self_test_sees_another_weight(other, tmp_path):
     path = export.save(policy(), tmp_path / "policy.h", "c", LIMITS).path
     program = c_policy.build(path, "c", tmp_path)
     c_policy.run(program, torch.zeros(1, 17))  # fails where the self-test does
     text = path.read_text()
     number = re.search(r"pydrone_weight_0\[\d+\] = \{\s+(-?[\d.]+f)", text)[1]
-    path.write_text(text.replace(number, "0.7f", 1))
+    path.write_text(text.replace(number, other, 1))
     with pytest.raises(AssertionError, match="status 4"):
         c_policy.run(c_policy.build(path, "c", tmp_path), torch.zeros(1, 17))
 

@@ -5,6 +5,7 @@ Their results are finite, plausible and wrong: a mistake that crashes at once ne
 
 from __future__ import annotations
 
+from .c_export import C_EXPORT
 from .cpp import CPP
 from .cuda import CUDA
 from .fault import Fault
@@ -15,6 +16,6 @@ from .sb3 import SB3
 from .skrl import SKRL
 from .triton import TRITON
 
-FAULTS = [*PYTHON, *TRITON, *CPP, *LEARNER, *OFF_POLICY, *CUDA, *SB3, *SKRL]
+FAULTS = [*PYTHON, *TRITON, *CPP, *LEARNER, *OFF_POLICY, *CUDA, *SB3, *SKRL, *C_EXPORT]
 
-__all__ = ["CPP", "CUDA", "FAULTS", "LEARNER", "OFF_POLICY", "PYTHON", "SB3", "SKRL", "TRITON", "Fault"]
+__all__ = ["CPP", "CUDA", "C_EXPORT", "FAULTS", "LEARNER", "OFF_POLICY", "PYTHON", "SB3", "SKRL", "TRITON", "Fault"]
