@@ -9,7 +9,7 @@ import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydrone.cli.common import device_of, fail, not_installed
+from pydrone.cli.common import device_of, fail, not_installed, quick_imports
 
 if TYPE_CHECKING:
     from pydrone.envs import Randomization
@@ -87,10 +87,11 @@ def _evaluate(args: argparse.Namespace) -> Any:
     """Yields the lines to print."""
     import importlib.util
 
-    from pydrone import envs
-    from pydrone.envs.record import Record
-    from pydrone.ppo.training.progress import in_words
-    from pydrone.report import runs, video
+    with quick_imports():
+        from pydrone import envs
+        from pydrone.envs.record import Record
+        from pydrone.ppo.training.progress import in_words
+        from pydrone.report import runs, video
 
     # Check what can be checked before a simulator is built, which takes its time.
     if args.video is not None:

@@ -15,9 +15,10 @@ def main(argv: list[str]) -> int:
     """Runs ``pydrone plot ARGV`` and returns the exit status."""
     from pathlib import Path
 
+    args = _parser().parse_args(argv)
+
     from pydrone.report import curves
 
-    args = _parser().parse_args(argv)
     if importlib.util.find_spec("matplotlib") is None:
         return fail(not_installed("matplotlib"))
     try:

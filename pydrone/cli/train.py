@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
-from pydrone.cli.common import device_of, fail, not_installed
+from pydrone.cli.common import device_of, fail, not_installed, quick_imports
 from pydrone.ops.packages import needed
 
 if TYPE_CHECKING:
@@ -75,11 +75,12 @@ def _lacking(config: TrainConfig) -> str | None:
 
 
 def _train(config: TrainConfig) -> int:
-    from pydrone.ppo import distributed
-    from pydrone.ppo.config import default_num_envs
-    from pydrone.ppo.trainer import Trainer, nothing_to_do, read_checkpoint
-    from pydrone.ppo.training import checkpoint, progress
-    from pydrone.report import learning_curve, live
+    with quick_imports():
+        from pydrone.ppo import distributed
+        from pydrone.ppo.config import default_num_envs
+        from pydrone.ppo.trainer import Trainer, nothing_to_do, read_checkpoint
+        from pydrone.ppo.training import checkpoint, progress
+        from pydrone.report import learning_curve, live
 
     with contextlib.ExitStack() as stack:
         try:

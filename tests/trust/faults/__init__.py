@@ -14,8 +14,22 @@ from .off_policy import OFF_POLICY
 from .python import PYTHON
 from .sb3 import SB3
 from .skrl import SKRL
+from .startup import STARTUP
 from .triton import TRITON
 
-FAULTS = [*PYTHON, *TRITON, *CPP, *LEARNER, *OFF_POLICY, *CUDA, *SB3, *SKRL, *C_EXPORT]
+FAULTS = [*PYTHON, *TRITON, *CPP, *LEARNER, *OFF_POLICY, *CUDA, *SB3, *SKRL, *STARTUP, *C_EXPORT]
 
-__all__ = ["CPP", "CUDA", "C_EXPORT", "FAULTS", "LEARNER", "OFF_POLICY", "PYTHON", "SB3", "SKRL", "TRITON", "Fault"]
+__all__ = [
+    "CPP",
+    "CUDA",
+    "C_EXPORT",
+    "FAULTS",
+    "LEARNER",
+    "OFF_POLICY",
+    "PYTHON",
+    "SB3",
+    "SKRL",
+    "STARTUP",
+    "TRITON",
+    "Fault",
+]
