@@ -52,7 +52,7 @@ def channels(constants: Mapping[str, Any]) -> list[Channel]:
         *(Channel(f"attitude, quaternion {x}", "", "body to world") for x in f"w{AXES}"),
         *(Channel(f"velocity, {x}", "m/s", "body frame", constants["lin_vel_scale"], 1.0) for x in AXES),
         *(Channel(f"angular velocity, {x}", "rad/s", "body frame", constants["ang_vel_scale"], 1.0) for x in AXES),
-        *(Channel(f"action {i} of the step before", "", "as clipped; 0 at the start") for i in range(4)),
+        *(Channel(f"actions[{i}] of the call before", "", "0 at the start") for i in range(4)),
     ]
 
 

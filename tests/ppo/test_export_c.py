@@ -217,7 +217,7 @@ def test_the_contract_names_what_observe_computes():
     values |= {f"attitude, quaternion {x}": quat[:, i] for i, x in enumerate("wxyz")}
     values |= {f"velocity, {x}": vel[:, i] for i, x in enumerate("xyz")}
     values |= {f"angular velocity, {x}": ang[:, i] for i, x in enumerate("xyz")}
-    values |= {f"action {i} of the step before": last[:, i] for i in range(4)}
+    values |= {f"actions[{i}] of the call before": last[:, i] for i in range(4)}
     row = torch.stack([(values[c.name] * c.scale).clamp(-c.limit, c.limit) for c in found], 1)
     torch.testing.assert_close(row, observe(state, target, last, Constants.of(config)))
     text, dt = contract(record, 17, 4, record.actions)
@@ -257,7 +257,7 @@ def test_the_command_writes_the_contract(run_dir, capsys):
         assert part in text
     assert "pydrone_" not in text
     comment = text.partition("*/")[0]
-    assert "obs[16]  action 3 of the step before" in comment and "(100 Hz)" in comment
+    assert "obs[16]  actions[3] of the call before" in comment and "(100 Hz)" in comment
     assert all(len(line) <= 120 for line in text.splitlines())
     c_policy.act(run_dir / "policy.h", torch.zeros(1, 17))
 
