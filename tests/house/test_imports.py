@@ -21,6 +21,7 @@ HOUSE = (
     "pydrone.report pydrone.doctor",
     "pydrone.integrations",
     "pydrone.ppo.trainer pydrone.ppo.export",
+    "pydrone.ppo.exporting",
     "pydrone.ppo.training",
     "pydrone.ppo.learner",
     "pydrone.ppo.policy",

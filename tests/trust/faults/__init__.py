@@ -5,6 +5,7 @@ Their results are finite, plausible and wrong: a mistake that crashes at once ne
 
 from __future__ import annotations
 
+from .c_export import C_EXPORT
 from .cpp import CPP
 from .cuda import CUDA
 from .evaluation import EVALUATION
@@ -17,11 +18,12 @@ from .skrl import SKRL
 from .startup import STARTUP
 from .triton import TRITON
 
-FAULTS = [*PYTHON, *TRITON, *CPP, *LEARNER, *OFF_POLICY, *CUDA, *SB3, *SKRL, *STARTUP, *EVALUATION]
+FAULTS = [*PYTHON, *TRITON, *CPP, *C_EXPORT, *LEARNER, *OFF_POLICY, *CUDA, *SB3, *SKRL, *STARTUP, *EVALUATION]
 
 __all__ = [
     "CPP",
     "CUDA",
+    "C_EXPORT",
     "EVALUATION",
     "FAULTS",
     "LEARNER",
