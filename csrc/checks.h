@@ -33,17 +33,21 @@ inline std::string shape_of(const Tensor& x) {
   return '[' + text + ']';
 }
 
-// Exactly these sizes; -1 matches any.
+// Exactly these sizes; -1 matches any. Here and below `sizes()` and `strides()` are read once: each read of a tensor is
+// a call into PyTorch, and an operation of a small step reads many.
 inline void check_shape(const char* name, const Tensor& x, std::initializer_list<int64_t> sizes) {
-  bool same = x.dim() == static_cast<int64_t>(sizes.size());
-  int64_t i = 0;
-  for (int64_t size : sizes) same = same && (size < 0 || x.size(i) == size), ++i;
+  const auto given = x.sizes();
+  bool same = given.size() == sizes.size();
+  size_t i = 0;
+  for (int64_t size : sizes) same = same && (size < 0 || given[i] == size), ++i;
   STD_TORCH_CHECK(same, name, ": expected shape ", shape_of(sizes), ", got ", shape_of(x));
 }
 
 // One element per environment: [N] or [N, 1].
 inline void check_scalars(const char* name, const Tensor& x, int64_t num_envs) {
-  const bool fits = x.dim() >= 1 && x.size(0) == num_envs && x.numel() == num_envs;
+  const auto sizes = x.sizes();
+  bool fits = sizes.size() >= 1 && sizes[0] == num_envs;
+  for (size_t i = 1; i < sizes.size(); ++i) fits = fits && (sizes[i] == 1 || !num_envs);
   STD_TORCH_CHECK(fits, name, ": expected shape [", num_envs, "] or [", num_envs, ", 1], got ", shape_of(x));
 }
 
@@ -98,9 +102,12 @@ inline void check_like(const char* name, const Tensor& x, const Tensor& like) {
 
 // Bytes from the start of a tensor's first element to the end of its last.
 inline int64_t span(const Tensor& x) {
-  if (!x.numel()) return 0;
+  const auto sizes = x.sizes(), strides = x.strides();
   int64_t last = 0;
-  for (int64_t i = 0; i < x.dim(); ++i) last += (x.size(i) - 1) * x.stride(i);
+  for (size_t i = 0; i < sizes.size(); ++i) {
+    if (!sizes[i]) return 0;
+    last += (sizes[i] - 1) * strides[i];
+  }
   return (last + 1) * static_cast<int64_t>(x.element_size());
 }
 

@@ -175,13 +175,14 @@ PYDRONE_HD bool not_finite(uint32_t bits, Exponent of) { return ((bits & of.mask
 // A field's source: [N, ...] with the dimensions and elements per environment that the layout gives; a scalar is [N] or
 // [N, 1].
 inline void check_source(const char* name, const Tensor& source, const Step::Field& field, int64_t num_envs) {
-  const int64_t dims = source.dim();
-  bool fits = dims >= 1 && source.size(0) == num_envs;
+  const auto sizes = source.sizes();
+  const auto dims = static_cast<int64_t>(sizes.size());
+  bool fits = dims >= 1 && sizes[0] == num_envs;
   if (fits && dims == 2 && field.dims < 2) {
-    fits = source.size(1) == (field.dims ? field.width : 1);
+    fits = sizes[1] == (field.dims ? field.width : 1);
   } else if (fits) {
     int64_t width = 1;
-    for (int64_t i = 1; i < dims; ++i) width *= source.size(i);
+    for (int64_t i = 1; i < dims; ++i) width *= sizes[i];
     fits = dims == 1 + field.dims && width == field.width;
   }
   STD_TORCH_CHECK(fits, name, ": expected shape [", num_envs, ", ...] of ", field.dims, " inner dimensions and ",

@@ -28,7 +28,7 @@ from pydrone.rollout.non_finite import NonFinite
 from pydrone.rollout.ring import BufferFull, Ring
 from pydrone.rollout.scan import Scan
 from pydrone.rollout.sequences import Sequences, draw, hidden_states
-from pydrone.rollout.sources import Ends, Sources
+from pydrone.rollout.sources import Sources
 from pydrone.rollout.steps import Steps
 from pydrone.rollout.storage import Storage, device_of
 from pydrone.rollout.views import Rollout
@@ -180,8 +180,8 @@ class RolloutBuffer(Rollout):
             TypeError, ValueError: an argument is missing, unknown, or of the wrong shape, dtype or device.
         """
         self._steps.require_start("append")
-        row = self._steps.sources.named(obs, actions, values, log_probs, fields)
-        self._steps.store("append", row, Ends(rewards, dones, truncated, final_obs, valid))
+        row, ends = (obs, actions, values, log_probs, fields), (rewards, dones, truncated, final_obs, valid)
+        self._steps.store("append", row, ends)
 
     def begin(
         self,
@@ -194,7 +194,7 @@ class RolloutBuffer(Rollout):
     ) -> None:
         """The first half of :meth:`append`, for environments that write over their observation in ``step()``."""
         self._steps.require_start("begin")
-        self._steps.store("begin", self._steps.sources.named(obs, actions, values, log_probs, fields), None)
+        self._steps.store("begin", (obs, actions, values, log_probs, fields), None)
         self._steps.begun = "begin"
 
     def slot(self) -> dict[str, Tensor | dict[str, Tensor]]:
@@ -225,7 +225,7 @@ class RolloutBuffer(Rollout):
         if begun is None:
             raise RuntimeError("end: expected begin() or slot() before it")
         kind = "slot" if begun == "slot" else "end"
-        self._steps.store(kind, None, Ends(rewards, dones, truncated, final_obs, valid))
+        self._steps.store(kind, None, (rewards, dones, truncated, final_obs, valid))
         self._steps.begun = None
 
     def turn(self, run: Callable[[tuple, tuple], None], row: dict[str, object], ends: Mapping | None) -> bool:

@@ -41,7 +41,8 @@ Field describe(const char* name, const Tensor& source, const Step::Field& wanted
   field.to = static_cast<ScalarType>(dtype);
   field.to_size = item_size(name, dtype);
   field.from_size = field.from == field.to ? field.to_size : static_cast<int64_t>(source.element_size());
-  field.env = source.stride(0) * field.from_size;
+  const auto sizes = source.sizes(), strides = source.strides();
+  field.env = strides[0] * field.from_size;
   field.offset = offset;
   field.width = width;
   STD_TORCH_CHECK(offset % field.to_size == 0, name, ": byte offset ", offset, " is not a multiple of ", field.to_size);
@@ -51,8 +52,8 @@ Field describe(const char* name, const Tensor& source, const Step::Field& wanted
   // Merge inner dimensions from the last one up; if none is left, each environment's elements are dense.
   int64_t dense = 1;
   bool is_dense = true;
-  for (int64_t i = source.dim() - 1; i >= 1; --i) {
-    const int64_t size = source.size(i), stride = source.stride(i);
+  for (auto i = static_cast<int64_t>(sizes.size()) - 1; i >= 1; --i) {
+    const int64_t size = sizes[i], stride = strides[i];
     if (size == 1) continue;
     is_dense = is_dense && stride == dense;
     dense *= size;

@@ -9,7 +9,7 @@ import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydrone.cli.common import device_of, fail, not_installed
+from pydrone.cli.common import aligned, device_of, fail, not_installed, quick_imports
 
 if TYPE_CHECKING:
     from pydrone.envs import Randomization
@@ -29,7 +29,7 @@ def main(argv: list[str]) -> int:
     """Runs ``pydrone eval ARGV`` and returns the exit status."""
     args = _parser().parse_args(argv)
     try:
-        for line in _evaluate(args):
+        for line in _evaluate(args) if args.protocol is None else _protocol(args):
             print(line, flush=True)
     except BrokenPipeError:
         raise
@@ -44,7 +44,19 @@ def _parser() -> argparse.ArgumentParser:
         description="Fly the policy of a run with deterministic actions, one episode in each environment. Print a "
         "table, and write its figures (JSON) and a picture of the flight paths to the folder of the run.",
     )
-    parser.add_argument("run", metavar="RUN", help="folder of a run (its newest checkpoint is used), or a checkpoint")
+    parser.add_argument(
+        "runs",
+        nargs="+",
+        metavar="RUN",
+        help="folder of a run (its newest checkpoint is used), or a checkpoint; several, as of several seeds, with "
+        "--protocol",
+    )
+    parser.add_argument(
+        "--protocol",
+        choices=("hover",),
+        help="fly the held-out episodes of this protocol, docs/evaluation.md, in place of the run's own task; of the "
+        "other options it takes --env, --device and --out",
+    )
     parser.add_argument(
         "--episodes",
         type=_count,
@@ -67,14 +79,20 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--env", metavar="NAME", help="environment to fly in (default: that of the run)")
     parser.add_argument(
-        "--randomize", action="store_true", help="apply the domain randomisation of the run (default: none)"
+        "--randomize",
+        action="store_true",
+        help="apply the domain randomisation of the run, or, if it had none, of the hover protocol (default: none)",
     )
     parser.add_argument(
         "--steps", type=_count, metavar="T", help="stop episodes after this many steps (default: their time limit)"
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the targets (default: 0)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if available, else cpu)")
-    parser.add_argument("--out", metavar="DIR", help="folder for figures and picture (default: the folder of the run)")
+    parser.add_argument(
+        "--out",
+        metavar="DIR",
+        help="folder for figures and picture (default: the folder of the run; of several runs, the current folder)",
+    )
     parser.add_argument(
         "--video",
         metavar="OUT.mp4",
@@ -87,12 +105,15 @@ def _evaluate(args: argparse.Namespace) -> Any:
     """Yields the lines to print."""
     import importlib.util
 
-    from pydrone import envs
-    from pydrone.envs.record import Record
-    from pydrone.ppo.training.progress import in_words
-    from pydrone.report import runs, video
+    with quick_imports():
+        from pydrone import envs
+        from pydrone.envs.record import Record
+        from pydrone.ppo.training.progress import in_words
+        from pydrone.report import runs, video
 
     # Check what can be checked before a simulator is built, which takes its time.
+    if len(args.runs) > 1:
+        raise ValueError(f"RUN: expected one, got {len(args.runs)}; several are for --protocol")
     if args.video is not None:
         if not args.video.lower().endswith(".mp4"):
             raise ValueError(f"--video {args.video}: expected a file name that ends in .mp4")
@@ -101,9 +122,11 @@ def _evaluate(args: argparse.Namespace) -> Any:
     if importlib.util.find_spec("matplotlib") is None:
         raise ImportError(not_installed("matplotlib"))
     device = device_of(args.device)
-    run = runs.load(args.run, device)
+    run = runs.load(args.runs[0], device)
     name = args.env or run.environment.buildable(run.checkpoint, FROM_PYTHON)
-    options: dict[str, Any] = {"randomization": _randomization(run)} if args.randomize else {}
+    options: dict[str, Any] = _task(run, name)
+    if args.randomize:
+        options["randomization"] = _randomization(run)
     if name == run.environment.name:
         options |= run.settings.get("env_kwargs", {})
     yield f"{run.checkpoint}: iteration {run.iteration}, trained in {run.environment.label}"
@@ -124,13 +147,59 @@ def _evaluate(args: argparse.Namespace) -> Any:
 
 
 def _randomization(run: Run) -> Randomization:
-    """The domain randomisation that the run was trained with."""
+    """The domain randomisation that the run was trained with, or else the hover protocol's."""
     from pydrone.envs import Randomization
+    from pydrone.report import protocol
 
     ranges = Randomization(**run.settings.get("randomization", {}))
-    if not ranges.varies():
-        raise ValueError(f"--randomize: {run.checkpoint} was trained without domain randomisation")
-    return ranges
+    return ranges if ranges.varies() else protocol.RANGES
+
+
+def _task(run: Run, name: str) -> dict[str, Any]:
+    """The options of the run's own task, if it is what is flown."""
+    from pydrone.envs import TaskOptions
+
+    stored = run.settings.get("task")
+    return TaskOptions(**stored).changed() if stored and name == run.environment.name else {}
+
+
+def _protocol(args: argparse.Namespace) -> Any:
+    """Flies the hover protocol; yields the lines to print."""
+    with quick_imports():
+        from pydrone.report import protocol, runs
+        from pydrone.report import protocol_report as report
+
+    parser, used = _parser(), ("runs", "protocol", "env", "device", "out")
+    for option, value in vars(args).items():
+        if option not in used and value != parser.get_default(option):
+            raise ValueError(f"--{option} {value}: expected none with --protocol, which says how it flies")
+    device = device_of(args.device)
+    loaded = [runs.load(run, device) for run in args.runs]
+    name = args.env or loaded[0].environment.buildable(loaded[0].checkpoint, FROM_PYTHON)
+    flights, entries = [], []
+    env = protocol.environment(name, device)
+    try:
+        for run in loaded:
+            policy = runs.load_policy(run, env)
+            memory = {"ended": policy.reset} if policy.recurrent else {}
+            env.generator.manual_seed(protocol.VERSION)
+            flights.append(protocol.fly(env, policy.mode, **memory))
+            entries.append(report.entry(run, flights[-1]))
+            yield f"{run.checkpoint}: iteration {run.iteration}, trained in {run.environment.label}"
+    finally:
+        env.close()
+    content = report.whole(name, entries)
+    title = f"Hover protocol, {name}, {protocol.EPISODES} episodes a scene"
+    if len(loaded) > 1:
+        title += f", {len(loaded)} runs"
+    spread = ": median (lowest to highest)" if len(loaded) > 1 else ""
+    yield f"{title}{spread}\n\n{aligned(report.table(content['summary']), rule=True)}\n"
+    out = Path(args.out or (loaded[0].folder if len(loaded) == 1 else "."))
+    out.mkdir(parents=True, exist_ok=True)
+    figures = out / f"{report.file_name(name)}.json"
+    figures.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    yield f"Figures: {figures}"
+    yield f"Picture: {report.draw_flights(title, flights, figures.with_suffix('.png'))}"
 
 
 def _fly(args: argparse.Namespace, run: Run, env: Any) -> list[Episodes]:
@@ -203,10 +272,7 @@ def table(found: dict[str, dict[str, Any]]) -> str:
         if any(key in figures for figures in found.values()):
             values = [figures.get(key) for figures in found.values()]
             rows.append([label, *("-" if x is None else text(x) for x in values)])
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["  ".join([row[0].ljust(widths[0]), *(x.rjust(w) for x, w in zip(row[1:], widths[1:]))]) for row in rows]
-    lines.insert(1, "-" * len(lines[0]))
-    return "\n".join(line.rstrip() for line in lines)
+    return aligned(rows, rule=True)
 
 
 def _count(text: str) -> int:

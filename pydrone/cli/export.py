@@ -23,7 +23,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--out",
         metavar="FILE",
-        help="file to write (default: policy.onnx, policy.pt or policy.safetensors beside the checkpoint)",
+        help="file to write (default: policy.onnx, policy.pt, policy.safetensors or policy.h beside the checkpoint)",
     )
     parser.add_argument(
         "--clip",
@@ -32,7 +32,18 @@ def main(argv: list[str]) -> int:
         metavar=("LOW", "HIGH"),
         help="clip actions to this range (default: what the environment made of them that the policy was trained in)",
     )
+    parser.add_argument(
+        "--weights",
+        choices=["float32", "float16"],
+        default="float32",
+        help="what a C header stores the networks' matrices as; it computes in float32 (default: float32)",
+    )
+    parser.add_argument(
+        "--prefix", metavar="NAME", help="what the names in a C header begin with (default: pydrone, as in pydrone_act)"
+    )
     options = parser.parse_args(argv)
+    if options.format != "c" and (options.prefix is not None or options.weights != "float32"):
+        return fail("--prefix and --weights float16: expected with --format c, got " + options.format)
     lacking = export.missing(options.format)
     if lacking:
         return fail(not_installed(*lacking, extra="export"))
@@ -45,7 +56,8 @@ def main(argv: list[str]) -> int:
 
 def _export(options: argparse.Namespace) -> str:
     """Writes the file and returns the lines to print."""
-    from pydrone.envs.record import Record
+    from pydrone.envs.contract import contract
+    from pydrone.envs.record import Actions, Record, bounds
     from pydrone.ppo import export
     from pydrone.ppo.trainer import read_checkpoint
     from pydrone.report.runs import checkpoint_of
@@ -54,18 +66,36 @@ def _export(options: argparse.Namespace) -> str:
     state = read_checkpoint(path)
     try:
         policy = export.policy_of(state)
-        label = Record.read(state).label
+        record = Record.read(state)
         actions = None if options.clip else export.actions_of(state, policy)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     out = Path(options.out) if options.out else path.parent / f"policy{export.FORMATS[options.format]}"
-    metadata = {"env": label, "iteration": state["iteration"]}
-    done = export.save(policy, out, options.format, actions or tuple(options.clip), metadata)
+    metadata = {"env": record.label, "iteration": state["iteration"]}
+    sizes = export.sizes(policy)
+    groups = state["config"]["ppo"].get("actor_obs", ())
+    done = export.save(
+        policy,
+        out,
+        options.format,
+        actions or tuple(options.clip),
+        metadata,
+        contract=contract(record, *sizes, actions or Actions(bounds(options.clip, "--clip")), groups),
+        weights=options.weights,
+        prefix=options.prefix or "pydrone",
+    )
     clipped = actions or "clipped to [{:g}, {:g}]".format(*options.clip)
     remembered = f", with a memory of {done.memory}" if done.memory else ""
+    if done.checked_with:
+        own = "the policy's with these weights" if done.rounding else "the policy's"
+        checked = (
+            f"Checked with {done.checked_with} on {done.num_inputs} inputs: actions differ from {own} by at most "
+            f"{done.difference:.1e}"
+        )
+    else:
+        checked = "Not checked: there is no C compiler (cc, gcc or clang; CC names another) to run it with"
     return (
         f"{done.path}: {done.num_obs} observations to {done.num_actions} actions, {clipped}{remembered}; from "
         f"iteration {state['iteration']} of {path}\n"
-        f"Checked with {done.checked_with} on {done.num_inputs} inputs: actions differ from the policy's by at most "
-        f"{done.difference:.1e}"
+        f"{checked}" + (f"\n{done.rounding}" if done.rounding else "")
     )

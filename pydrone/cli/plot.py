@@ -6,7 +6,7 @@ import argparse
 import importlib.util
 from typing import Any
 
-from pydrone.cli.common import fail, not_installed
+from pydrone.cli.common import aligned, fail, not_installed
 
 NAME = "learning_curves.png"
 
@@ -15,9 +15,12 @@ def main(argv: list[str]) -> int:
     """Runs ``pydrone plot ARGV`` and returns the exit status."""
     from pathlib import Path
 
+    args = _parser().parse_args(argv)
+    if args.protocol is not None:
+        return _protocols(args)
+
     from pydrone.report import curves
 
-    args = _parser().parse_args(argv)
     if importlib.util.find_spec("matplotlib") is None:
         return fail(not_installed("matplotlib"))
     try:
@@ -34,6 +37,28 @@ def main(argv: list[str]) -> int:
     return 0
 
 
+def _protocols(args: argparse.Namespace) -> int:
+    """Compares files of ``pydrone eval --protocol hover``."""
+    from pathlib import Path
+
+    from pydrone.report import protocol_report as report
+
+    if args.x != "iteration" or args.figure:
+        return fail("--x, --figure: expected none with --protocol, which has figures of its own")
+    try:
+        named = {Path(x).name: report.read(x) for x in args.runs}
+        if len(named) < len(args.runs):
+            named = {str(x): report.read(x) for x in args.runs}
+        drawn = report.draw_comparison(named, Path(args.out or "protocol_hover.png"))
+    except (ValueError, OSError, ImportError) as error:
+        return fail(error)
+    for name, content in named.items():
+        rows = aligned(report.table(content["summary"]), rule=True)
+        print(f"{name}: {content['env']}, runs: {len(content['runs'])}\n\n{rows}\n")
+    print(f"Comparison: {drawn}")
+    return 0
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="pydrone plot",
@@ -41,6 +66,12 @@ def _parser() -> argparse.ArgumentParser:
         "a band from their minimum to their maximum.",
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run, or a folder that contains runs")
+    parser.add_argument(
+        "--protocol",
+        choices=("hover",),
+        help="compare the figures that `pydrone eval --protocol` wrote instead: each RUN is a folder with such a file, "
+        "or the file",
+    )
     parser.add_argument(
         "--x",
         choices=("iteration", "steps", "time"),
@@ -67,11 +98,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         ends = [(row["episode_length"], 1), (row["episode_return"], 3)]
         lines.append([row["label"], str(row["runs"]), str(row["iterations"]), *(_end(x, n) for x, n in ends)])
-    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
-    return "\n".join(
-        "  ".join([line[0].ljust(widths[0]), *(x.rjust(w) for x, w in zip(line[1:], widths[1:]))]).rstrip()
-        for line in lines
-    )
+    return aligned(lines)
 
 
 def _end(x: tuple[float, float, float] | None, digits: int) -> str:

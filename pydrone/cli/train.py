@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
-from pydrone.cli.common import device_of, fail, not_installed
+from pydrone.cli.common import device_of, fail, not_installed, quick_imports
 from pydrone.ops.packages import needed
 
 if TYPE_CHECKING:
@@ -51,6 +51,7 @@ def _parse(argv: list[str]) -> TrainConfig:
     with needed("tyro", "pydrone train", '"pydrone-rl[train]"'):
         import tyro
 
+    from pydrone.ppo import presets
     from pydrone.ppo.config import TrainConfig
 
     base = _base(argv)
@@ -59,8 +60,9 @@ def _parse(argv: list[str]) -> TrainConfig:
         args=argv,
         prog="pydrone train",
         description="Train a drone with PPO. --config FILE reads settings from a TOML file, such as the config.toml in "
-        "the folder of a run; options on the command line override it. Ctrl-C stops after the current iteration and "
-        "saves a checkpoint.",
+        "the folder of a run; options on the command line override it. --preset NAME starts from other defaults: "
+        f"{'; '.join(f'{name}: {preset.help}' for name, preset in presets.PRESETS.items())}. Ctrl-C stops after the "
+        "current iteration and saves a checkpoint.",
     )
 
 
@@ -76,12 +78,13 @@ def _lacking(config: TrainConfig) -> str | None:
 
 
 def _train(config: TrainConfig) -> int:
-    from pydrone.envs.registry import check, file_name
-    from pydrone.ppo import distributed
-    from pydrone.ppo.config import default_num_envs
-    from pydrone.ppo.trainer import Trainer, nothing_to_do, read_checkpoint
-    from pydrone.ppo.training import checkpoint, progress
-    from pydrone.report import learning_curve, live
+    with quick_imports():
+        from pydrone.envs.registry import check, file_name
+        from pydrone.ppo import distributed
+        from pydrone.ppo.config import default_num_envs
+        from pydrone.ppo.trainer import Trainer, nothing_to_do, read_checkpoint
+        from pydrone.ppo.training import checkpoint, progress
+        from pydrone.report import learning_curve, live
 
     with contextlib.ExitStack() as stack:
         try:
@@ -150,16 +153,19 @@ def _train(config: TrainConfig) -> int:
 
 
 def _base(argv: list[str]) -> dict[str, Any]:
-    """The settings that replace the defaults: those of the resumed checkpoint, overridden by those of ``--config``.
+    """The settings that replace the defaults: those of the resumed checkpoint, or else of the preset, overridden by
+    those of ``--config``.
 
-    Removes ``--config FILE`` from ``argv`` and replaces the folder in ``--resume FOLDER`` by its newest checkpoint.
+    Removes ``--config FILE`` and ``--preset NAME`` from ``argv`` and replaces the folder in ``--resume FOLDER`` by its
+    newest checkpoint.
     """
     from pydrone.envs import check_name
-    from pydrone.ppo import configfile
+    from pydrone.ppo import configfile, presets
     from pydrone.ppo.config import TrainConfig
 
     options = argparse.ArgumentParser(prog="pydrone train", add_help=False, allow_abbrev=False)
     options.add_argument("--config")
+    options.add_argument("--preset")
     options.add_argument("--resume")
     options.add_argument("--env")
     # Further ways to write a setting of three values.
@@ -178,7 +184,9 @@ def _base(argv: list[str]) -> dict[str, Any]:
         check_name(base["env"], f"--config {given.config}: env")
     resume = given.resume or base.get("resume")
     if resume in (None, "None"):
-        return base
+        return configfile.merged(presets.settings(given.preset, given.env or base.get("env")), base)
+    if given.preset is not None:
+        raise ValueError(f"--preset {given.preset}: expected none with --resume, the settings are the checkpoint's")
     from pydrone.envs.record import Record
     from pydrone.ppo.trainer import read_checkpoint
 

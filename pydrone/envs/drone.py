@@ -57,6 +57,11 @@ def rotate_inverse(quat: Tensor, vec: Tensor) -> Tensor:
     return vec.add(torch.addcmul(torch.linalg.cross(axis, cross), quat[:, :1], cross, value=-1), alpha=2)
 
 
+def rotate(quat: Tensor, vec: Tensor) -> Tensor:
+    """Body vectors [N, 3] of unit quaternions [N, 4] in the world: the inverse of :func:`rotate_inverse`."""
+    return rotate_inverse(quat * quat.new_tensor([1, -1, -1, -1]), vec)
+
+
 def yaw(quat: Tensor) -> Tensor:
     """Yaw [N] in rad of unit quaternions [N, 4]: the last angle of rotations about the fixed axes x, y, z in order."""
     w, x, y, z = quat.unbind(-1)

@@ -26,6 +26,7 @@ from pydrone.envs.drone import (
     DroneState,
     clip_actions,
     propeller_rpm,
+    rotate,
     rotate_inverse,
 )
 from pydrone.envs.genesis_arrays import GenesisArrays, of_scene
@@ -210,6 +211,12 @@ class GenesisHover:
                 arrays.rewind(result.dones)
             self.outside(lambda: self._place(result.dones))
         return result
+
+    def place(self, state: DroneState) -> Tensor:
+        """Puts the drones into ``state``, in the episodes that run, and returns the observations [N, 17]."""
+        self._open().drone.set_qpos(torch.cat((state.pos, state.quat), dim=1), zero_velocity=True)
+        self.drone.set_dofs_velocity(torch.cat((rotate(state.quat, state.lin_vel), state.ang_vel), dim=1))
+        return self.task.place(state)
 
     def state(self) -> DroneState:
         """The state of the drones, read from the simulator; NaN where it could not integrate a step."""

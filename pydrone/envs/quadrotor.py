@@ -22,6 +22,7 @@ from pydrone.envs.drone import (
     DroneState,
     clip_actions,
     propeller_rpm,
+    rotate,
     rotate_inverse,
 )
 from pydrone.envs.fused import Body
@@ -166,6 +167,14 @@ class Quadrotor:
         self.vel.masked_fill_(ended, 0)
         self.ang_vel.masked_fill_(ended, 0)
         return result
+
+    def place(self, state: DroneState) -> Tensor:
+        """Puts the drones into ``state``, in the episodes that run, and returns the observations [N, 17]."""
+        self.pos.copy_(state.pos)
+        self.quat.copy_(state.quat)
+        self.vel.copy_(rotate(state.quat, state.lin_vel))
+        self.ang_vel.copy_(state.ang_vel)
+        return self.task.place(state)
 
     def randomize_episode_lengths(self) -> None:
         """Sets every running episode to a random age."""

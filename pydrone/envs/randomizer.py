@@ -94,6 +94,13 @@ class Randomizer:
         self._history.masked_fill_(rows, 0)
         self._rpm.masked_fill_(rows, self.config.hover_rpm)
 
+    def make_nominal(self, drones: Tensor) -> None:
+        """Makes the drones of ``drones`` [N] bool those without randomisation, until their next episode."""
+        rows, nominal = drones[:, None], Randomization()
+        least = [float(getattr(nominal, name)[0]) for name, n in COLUMNS.items() for _ in range(n)]
+        torch.where(rows, self._drawn.new_tensor(least), self._drawn, out=self._drawn)
+        self.wind.masked_fill_(rows, 0)
+
     def propeller_rpm(self, actions: Tensor) -> Tensor:
         """The propeller speeds [N, 4] of clipped actions [N, 4], after latency and motor lag. Call it once per step.
 

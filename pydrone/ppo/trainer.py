@@ -22,7 +22,7 @@ from pydrone.ppo.training.figures import WINDOW
 from pydrone.ppo.training.graphs import Graph, UpdateGraph
 from pydrone.ppo.training.interrupt import Interrupt
 from pydrone.ppo.training.iteration import Iteration
-from pydrone.ppo.training.meters import REPLAY, STAGES, Stopwatch, stages_of
+from pydrone.ppo.training.meters import REPLAY, STAGES, Stopwatch, since_process_start, stages_of
 from pydrone.ppo.training.progress import progress_of, restore
 from pydrone.ppo.training.run_log import RunLog, open_run
 
@@ -188,6 +188,7 @@ class Trainer(Iteration):
         figures["iteration"] = self.iteration
         figures["steps_per_second"] = self.ranks.world_size * self.buffer.num_envs * self.buffer.num_steps / seconds
         figures["time/iteration"] = seconds
+        figures["time/process"] = since_process_start()
         if culprit is not None:
             losses = figures["surrogate_loss"], figures["value_loss"]
             if not all(map(math.isfinite, losses)):

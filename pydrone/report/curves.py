@@ -153,7 +153,7 @@ def draw(
         if logarithmic and any(y > 0 for line in axis.lines for y in line.get_ydata()):
             axis.set_yscale("log")
         if x == "iteration":
-            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+            axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     for axis in axes.flat[len(panels) :]:
         axis.remove()
     for i in range(columns):

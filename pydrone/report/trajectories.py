@@ -51,6 +51,10 @@ def _draw_paths(space: Any, episodes: Episodes, paths: Paths) -> int:
         if episodes.crashed[k]:
             crashes.extend(flown[-1:])
         space.plot(*flown.T.tolist(), color=f"C{k}", linewidth=1)
+        each = max(1, round(1 / paths.dt))
+        seconds = flown[each - 1 :: each]
+        said = {"label": "every second"} if k == 0 else {}
+        space.scatter(*seconds.T.tolist(), color=f"C{k}", s=8, depthshade=False, **said)
         targets = paths.target[: int(episodes.length[k]), k].unique(dim=0)
         label = {"label": "targets"} if k == 0 else {}
         space.scatter(*targets.T.tolist(), color=f"C{k}", marker="*", s=90, depthshade=False, **label)

@@ -90,6 +90,8 @@ def render(
                 camera.set_pose(pos=eye, lookat=look, up=(0.0, 0.0, 1.0))
                 # Without force_render, Genesis only draws again after a simulation step.
                 image = camera.render(force_render=True)[0]
+                distance = torch.linalg.vector_norm(targets[step] - poses[step, :3]).item()
+                image = captioned(image, f"{(step + 1) * paths.dt:5.2f} s   {distance:.2f} m from the target")
                 for packet in stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")):
                     container.mux(packet)
             for packet in stream.encode(None):
@@ -99,6 +101,19 @@ def render(
         beside.unlink(missing_ok=True)
         scene.destroy()
     return out
+
+
+def captioned(image: Any, text: str) -> Any:
+    """``image``, uint8 [height, width, 3], with a line of text on a band across its top. Needs Pillow."""
+    import numpy as np
+    from PIL import Image, ImageDraw, ImageFont
+
+    picture = Image.fromarray(np.ascontiguousarray(image))
+    draw = ImageDraw.Draw(picture, "RGBA")
+    size = picture.height // 24
+    draw.rectangle((0, 0, picture.width, 2 * size), fill=(0, 0, 0, 140))
+    draw.text((size // 2, size // 3), text, fill=(255, 255, 255), font=ImageFont.load_default(size))
+    return np.asarray(picture)
 
 
 def camera_path(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from operator import itemgetter
 from typing import NamedTuple
 
 import torch
@@ -24,6 +23,10 @@ class Ends(NamedTuple):
     valid: Tensor | None = None
 
 
+Row = tuple[object, object, object, object, Mapping[str, object]]
+"""A step's row as it was given: obs, actions, values, log_probs and the constructor's fields."""
+
+
 class Sources:
     """Checks the tensors of one step against a layout. Kernels can read those that pass as they are.
 
@@ -35,22 +38,19 @@ class Sources:
 
     def __init__(self, layout: Layout, device: torch.device) -> None:
         self.layout, self.device, self.num_envs = layout, device, layout.num_envs
-        self._in_order = itemgetter(*layout.stored)
         self._deep, self._final_deep = (_deep(layout, x.values()) for x in (layout.stored, layout.pool_fields))
 
-    def named(self, obs: object, actions: object, values: object, log_probs: object, fields: dict) -> dict[str, object]:
-        """The arguments of a step's row, by the names of the layout's fields."""
-        row = self.groups("obs", obs)
-        row["actions"], row["values"], row["log_probs"] = actions, values, log_probs
-        row.update(fields)
-        return row
-
-    def quick_row(self, named: Mapping[str, object]) -> tuple[Tensor, ...] | None:
+    def quick_row(self, row: Row) -> tuple[Tensor, ...] | None:
         """The sources of a row in the layout's order, or None."""
+        obs, actions, values, log_probs, fields = row
+        layout = self.layout
+        if len(fields) != len(layout.extra):
+            return None
         try:
-            sources = self._in_order(named)
-            if len(named) != len(sources):
-                return None
+            groups = self.groups("obs", obs).values() if layout.obs_is_mapping else (obs,)
+            sources = (*groups, actions, log_probs, values)  # layout.stored's order
+            if fields:
+                sources += tuple([fields[x] for x in layout.extra])
             for i, shape in self._deep:
                 if sources[i].shape != shape:
                     return None
@@ -64,13 +64,14 @@ class Sources:
 
     def quick_final(self, ends: Ends) -> list[object] | None:
         """The final observations of a step ([]: it has none), or None."""
-        if ends.dones is None:  # without them the operation would store half a step
+        _, dones, truncated, final_obs, _ = ends
+        if dones is None:  # without them the operation would store half a step
             return None
-        if ends.final_obs is None:
+        if final_obs is None:
             return []
-        if ends.truncated is None or not self.layout.final_obs_rows:
+        if truncated is None or not self.layout.final_obs_rows:
             return None
-        final = list(self.groups("final_obs", ends.final_obs).values())
+        final = list(self.groups("final_obs", final_obs).values())
         try:
             for i, shape in self._final_deep:
                 if final[i].shape != shape:
@@ -79,8 +80,10 @@ class Sources:
             return None
         return final
 
-    def row(self, named: Mapping[str, object]) -> tuple[Tensor, ...]:
+    def row(self, row: Row) -> tuple[Tensor, ...]:
         """As :meth:`quick_row`, with all checks."""
+        obs, actions, values, log_probs, fields = row
+        named = {**self.groups("obs", obs), "actions": actions, "values": values, "log_probs": log_probs, **fields}
         stored = self.layout.stored
         if named.keys() != stored.keys():
             for name in self.layout.extra:

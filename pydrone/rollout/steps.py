@@ -11,7 +11,7 @@ from torch import Tensor
 from pydrone.ops.dispatch import bump
 from pydrone.rollout.layout import of_append
 from pydrone.rollout.ring import Ring
-from pydrone.rollout.sources import Ends, Sources
+from pydrone.rollout.sources import Ends, Row, Sources
 from pydrone.rollout.storage import Storage
 
 
@@ -71,8 +71,8 @@ class Steps:
         if self.begun is not None:
             raise RuntimeError(f"{call}: expected end() first, {self.begun}() has begun a step")
 
-    def store(self, kind: str, row: Mapping[str, object] | None, ends: Ends | None) -> None:
-        """Stores a step or half of one: its row (:meth:`Sources.named`), and how it ended.
+    def store(self, kind: str, row: Row | None, ends: tuple | None) -> None:
+        """Stores a step or half of one: its row, and how it ended (a tuple as :class:`Ends`, which costs less to make).
 
         An operation that checks its arguments, or knows them, does so before it writes. Python then checks only what
         the operation cannot see. If either check fails, Python checks everything, to name the fault.
@@ -89,7 +89,7 @@ class Steps:
                     pass
         fields, final = () if row is None else self.sources.row(row), ()
         if ends is not None:
-            ends, final = self.sources.ends(ends)
+            ends, final = self.sources.ends(Ends(*ends))
         self._launch(ops.append, kind, fields, ends, final)
 
     def _launch(
@@ -159,9 +159,9 @@ class Steps:
             memory, layout = self._calls["end"][0 if truncated is None else 2 if final else 1]
             end = memory, [rewards, *final], layout, dones, truncated, valid, *ring.where(ring.appended)
         fields = dict(row)
-        named = self.sources.named(*(fields.pop(x) for x in ("obs", "actions", "values", "log_probs")), fields)
+        whole = *(fields.pop(x) for x in ("obs", "actions", "values", "log_probs")), fields
         try:
-            sources = self.sources.quick_row(named) if self._storage.ops.checks else self.sources.row(named)
+            sources = self.sources.quick_row(whole) if self._storage.ops.checks else self.sources.row(whole)
         except (TypeError, ValueError):
             return False
         if sources is None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 SOURCES = cuda_on_cpu.Path(__file__).with_name("mistakes")
+MISTAKES = cuda_on_cpu.FOLDER.with_name(f"{cuda_on_cpu.FOLDER.name}-mistakes")
 X = torch.arange(64.0)
 NAN = float("nan")
 REVERSE, NO_BARRIER, SUM, LANE_GONE, TWO_SHUFFLES, ONE_WARP, HALF_A_MASK, TICKETS, SHARED, GRID = range(10)
@@ -14,10 +15,10 @@ AGAIN, OVERTAKEN = 10, 11
 
 
 @pytest.fixture(scope="module")
-def run(operations, tmp_path_factory):
+def run(operations):
     library = torch.library.Library("pydrone_emulated", "FRAGMENT")
     library.define("mistake(int kind, Tensor x, Tensor(a!) out) -> ()")
-    torch.ops.load_library(str(cuda_on_cpu.build(tmp_path_factory.mktemp("mistakes"), SOURCES)))
+    torch.ops.load_library(str(cuda_on_cpu.build(MISTAKES, SOURCES)))
 
     def call(kind: int) -> torch.Tensor:
         out = torch.full((64,), NAN)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from pydrone.envs import Randomization, make
-from pydrone.envs.drone import propeller_rpm, roll_pitch, yaw
+from pydrone.envs.drone import DroneState, propeller_rpm, roll_pitch, yaw
 from pydrone.envs.genesis_arrays import of_scene
 from pydrone.envs.genesis_hover import GenesisHover
 from pydrone.envs.hover_task import HoverTask, observe
@@ -21,6 +21,7 @@ from pydrone.ppo.config import PPOConfig, TrainConfig
 from pydrone.ppo.learner.fused_loss import FusedLoss
 from pydrone.ppo.trainer import Trainer
 from pydrone.ppo.training import graphs
+from pydrone.report.protocol import initial_states
 
 # Not imported here: importing it takes ten seconds, in each of the processes that collect the tests.
 pytestmark = [pytest.mark.genesis, pytest.mark.skipif(find_spec("genesis") is None, reason="genesis not found")]
@@ -128,6 +129,22 @@ def test_the_quadrotor_without_simulator_agrees(env: GenesisHover) -> None:
     torch.testing.assert_close(state.quat, twin.quat, atol=0.01, rtol=0)
     torch.testing.assert_close(state.ang_vel, twin.ang_vel, atol=0.1, rtol=0)
     assert (state.quat[:, 1:3].norm(dim=-1) > 0.05).any()
+
+
+def test_drones_are_placed_as_the_twin_places_them(env: GenesisHover) -> None:
+    twin = Quadrotor(N, seed=0, max_episode_length=LIMIT)
+    twin.reset()
+    env.reset()
+    env.task.target.copy_(twin.task.target)
+    state = DroneState(*(x[:N].clone() for x in initial_states()))
+    torch.testing.assert_close(env.place(state), twin.place(state), atol=1e-6, rtol=0)
+    for found, wanted in zip(env.state(), state, strict=True):
+        torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
+    actions = torch.zeros(N, 4)
+    env.step(actions), twin.step(actions)
+    torch.testing.assert_close(env.state().pos, twin.pos, atol=1e-4, rtol=0)
+    torch.testing.assert_close(env.task.last_pos, env.state().pos)
+    env.reset()
 
 
 # one second of the same open-loop actions: the twin's largest error in m, degrees and rad/s (docs/environments.md)

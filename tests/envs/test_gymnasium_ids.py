@@ -41,9 +41,8 @@ BOX = spaces.Box(-1, 1, (1,), np.float32)
 def told():
     """Builds ``gymnasium:Told-v0`` with the given spaces; two environments."""
     gym.register("Told-v0", entry_point=Told, max_episode_steps=2)
-    yield lambda obs=BOX, action=BOX, shown=np.zeros(1, np.float32): make(
-        "gymnasium:Told-v0", 2, obs=obs, action=action, shown=shown
-    )
+    zero = np.zeros(1, np.float32)
+    yield lambda obs=BOX, action=BOX, shown=zero: make("gymnasium:Told-v0", 2, obs=obs, action=action, shown=shown)
     del gym.registry["Told-v0"]
 
 

@@ -57,7 +57,7 @@ FLAGS = {
     "eval": "device env episodes out randomize seed steps targets video within",
     "plot": "figure out x",
     "doctor": "json no-speed",
-    "export": "clip format out",
+    "export": "clip format out prefix weights",
     "memory": """
         capacity field iterations max-episode-length max-iterations num-actions num-envs num-obs num-steps
         num-steps-per-env obs-dtype reused-minibatch

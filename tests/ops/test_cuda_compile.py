@@ -3,6 +3,7 @@ the toolkit's or Triton's."""
 
 from __future__ import annotations
 
+import hashlib
 import re
 import shutil
 import subprocess
@@ -12,8 +13,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 
 ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / "build" / "compiled"
 FLAGS = ["-std=c++20", "-O3", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000", "-DTORCH_STABLE_ONLY"]
 
 # Kernel: registers per thread, bytes of shared memory, barriers. A multiprocessor has 65,536 registers: two blocks of
@@ -137,15 +140,31 @@ def by_function(listing: str, heading: str) -> dict[tuple[int, str], str]:
     return found
 
 
-def compiled(name: str, architectures: tuple[int, ...], folder: Path) -> Path:
-    """Compiles a source for several architectures in one call of nvcc. Returns the object."""
-    target, source = folder / f"{name}.o", ROOT / "csrc" / "cuda" / f"{name}.cu"
+def compiled(name: str, architectures: tuple[int, ...]) -> Path:
+    """Compiles a source for several architectures in one call of nvcc, unless build/ has the object of equal sources.
+    Returns the object."""
+    source = ROOT / "csrc" / "cuda" / f"{name}.cu"
     codes = [f"-gencode=arch=compute_{number},code=sm_{number}" for number in architectures]
     include = Path(torch.__path__[0], "include")
-    command = ["nvcc", *FLAGS, "--threads", "0", *codes, f"-I{include}", "-c", str(source), "-o", str(target)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    command = ["nvcc", *FLAGS, *codes, f"-I{include}", "-c", str(source)]
+    headers = [x.read_text() for x in sorted([*source.parents[1].glob("*.h"), *source.parent.glob("*.cuh")])]
+    seen = [*command, source.read_text(), *headers, torch.__version__, nvcc("--version")]
+    kind = f"{name}-{'-'.join(map(str, architectures))}"
+    target = FOLDER / f"{kind}-{hashlib.sha256(chr(0).join(seen).encode()).hexdigest()[:16]}.o"
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    with FileLock(FOLDER / f"{kind}.lock"):
+        if not target.exists():
+            for old in FOLDER.glob(f"{kind}-*.o"):
+                old.unlink()
+            made = target.with_suffix(".new")
+            done = subprocess.run([*command, "--threads", "0", "-o", str(made)], capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr
+            made.rename(target)
     return target
+
+
+def nvcc(option: str) -> str:
+    return subprocess.run(["nvcc", option], capture_output=True, text=True, check=True).stdout
 
 
 def kernels_of(target: Path) -> list[Kernel]:
@@ -160,16 +179,15 @@ def kernels_of(target: Path) -> list[Kernel]:
 
 @pytest.fixture(scope="module", params=[(90,), pytest.param((80, 86, 89, 100, 120), marks=pytest.mark.slow)], ids=str)
 def architectures(request) -> tuple[int, ...]:
-    known = subprocess.run(["nvcc", "--list-gpu-code"], capture_output=True, text=True).stdout.split()
+    known = nvcc("--list-gpu-code").split()
     found = tuple(number for number in request.param if f"sm_{number}" in known)
     assert 90 in found or 90 not in request.param
     return found
 
 
 @pytest.fixture(scope="module")
-def objects(architectures, tmp_path_factory) -> list[Path]:
-    folder = tmp_path_factory.mktemp("cuda")
-    return [compiled(name, architectures, folder) for name in KERNELS]
+def objects(architectures) -> list[Path]:
+    return [compiled(name, architectures) for name in KERNELS]
 
 
 @pytest.fixture(scope="module")

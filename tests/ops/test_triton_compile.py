@@ -15,6 +15,8 @@ from pydrone.ops.schema import ACTIVATIONS
 pytest.importorskip("triton")
 
 CUBINS = Path(__file__).with_name("triton_cubins.py")
+# Triton keeps what it compiled under the hash of sources, options and its version: only what has changed is compiled.
+CACHE = CUBINS.parents[2] / "build" / "triton"
 FEW = "90 few"
 ARCHITECTURES = [FEW, *(pytest.param(x, marks=pytest.mark.slow) for x in ("80", "86", "89", "90", "100", "120"))]
 
@@ -113,9 +115,9 @@ WIDE = ["gae rows", "gae rows, no statistics", "gae rows, second rollout", "gae 
 WIDE += ["gae rows, several warps", "gae rows, short", "gae rows, long"]
 
 
-def compiled(arguments: str, cache: Path) -> dict[str, dict]:
+def compiled(arguments: str) -> dict[str, dict]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(cache)
+    environment["TRITON_CACHE_DIR"] = str(CACHE)
     command = [sys.executable, str(CUBINS), *arguments.split()]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -123,8 +125,8 @@ def compiled(arguments: str, cache: Path) -> dict[str, dict]:
 
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
-def kernels(request, tmp_path_factory) -> dict[str, dict]:
-    return compiled(request.param, tmp_path_factory.mktemp("triton"))
+def kernels(request) -> dict[str, dict]:
+    return compiled(request.param)
 
 
 def count(kernel: dict, prefix: str) -> int:

@@ -10,6 +10,7 @@ import sys
 import types
 from pathlib import Path
 
+import c_policy
 import numpy as np
 import pytest
 import torch
@@ -21,6 +22,7 @@ from pydrone.envs.record import Actions, Record
 from pydrone.ppo import export
 from pydrone.ppo.config import PPOConfig, TrainConfig
 from pydrone.ppo.policy.actor_critic import ActorCritic
+from pydrone.ppo.policy.make import make_policy
 from pydrone.ppo.trainer import Trainer
 from pydrone.ppo.training import checkpoint
 
@@ -33,11 +35,14 @@ FORMATS = list(export.FORMATS)
 def format(request) -> str:
     for name in export.NEEDS[request.param]:
         pytest.importorskip(name)
+    if request.param == "c":
+        c_policy.need_compilers()
     return request.param
 
 
 # The ONNX exporter takes a second per policy.
-WITHOUT_ONNX = [pytest.param("onnx", marks=pytest.mark.slow), "torchscript", "safetensors"]
+LIBRARIES = [pytest.param("onnx", marks=pytest.mark.slow), "torchscript", "safetensors"]
+WITHOUT_ONNX = [*LIBRARIES, "c"]
 
 
 def policy(obs: object = 3, actions: int = 2, hidden: tuple[int, ...] = (5, 4), **options: object) -> ActorCritic:
@@ -60,6 +65,8 @@ def act(path: Path, format: str, obs: torch.Tensor, *memory: torch.Tensor) -> li
 
         given = dict(zip(("obs", "memory"), (x.numpy() for x in (obs, *memory))))
         return [torch.as_tensor(x) for x in ReferenceEvaluator(str(path)).run(None, given)]
+    if format == "c":
+        return c_policy.act(path, obs, *memory)
     from safetensors import safe_open
 
     with safe_open(str(path), "pt") as file:
@@ -77,6 +84,8 @@ def metadata(path: Path, format: str) -> dict[str, str]:
         import onnx
 
         return {entry.key: entry.value for entry in onnx.load(str(path)).metadata_props}
+    if format == "c":
+        return c_policy.metadata(path)
     from safetensors import safe_open
 
     with safe_open(str(path), "pt") as file:
@@ -125,8 +134,11 @@ def test_the_files_actions_are_the_policys(hidden, format, tmp_path):
 def test_what_is_written_down(by_hand, format, tmp_path):
     done = export.save(by_hand, tmp_path / "policy", format, LIMITS, {"env": "quadrotor", "iteration": 7})
     found = metadata(done.path, format)
-    expected = {"format": "pydrone-policy-1", "num_obs": "2", "num_actions": "2", "memory": "0", "iteration": "7"}
+    expected = {"num_obs": "2", "num_actions": "2", "memory": "0", "iteration": "7"}
     assert expected.items() <= found.items() and found["env"] == "quadrotor"
+    if format == "c":  # whose layers are code
+        return
+    assert found["format"] == "pydrone-policy-1"
     assert json.loads(found["layers"]) == [
         ["linear", "weight_0", "bias_0"],
         ["tanh"],
@@ -140,13 +152,10 @@ def test_what_is_written_down(by_hand, format, tmp_path):
 
 def variant(**options: object) -> nn.Module:
     """A policy with these options and an updated normaliser, for three observation groups and two actions."""
-    policies = pytest.importorskip("pydrone.ppo.policy.actor_critic")
-    if not hasattr(policies, "make_policy"):
-        pytest.skip("policies are of one kind")
     torch.manual_seed(1)
     discrete = options.pop("discrete", None)
     actions = 2 if discrete is None else ((), torch.int64)
-    made = policies.make_policy({"policy": 3, "more": 2, "critic": 6}, actions, PPOConfig(**options), discrete)
+    made = make_policy({"policy": 3, "more": 2, "critic": 6}, actions, PPOConfig(**options), discrete)
     with torch.no_grad():
         for parameter in made.parameters():
             parameter.mul_(2)
@@ -226,7 +235,7 @@ MISTAKES = {
 }
 
 
-@pytest.mark.parametrize("format", WITHOUT_ONNX, indirect=True)
+@pytest.mark.parametrize("format", LIBRARIES, indirect=True)
 @pytest.mark.parametrize("operation", MISTAKES)
 def test_a_file_that_differs_is_not_written(operation, format, tmp_path, monkeypatch):
     path = tmp_path / "policy"
@@ -270,7 +279,7 @@ def test_a_full_disk_keeps_the_previous_file(format, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format": "pickle"}, "format: expected one of onnx, torchscript, safetensors, got 'pickle'"),
+        ({"format": "pickle"}, "format: expected one of onnx, torchscript, safetensors, c, got 'pickle'"),
         ({"limits": (1.0, -1.0)}, r"limits: expected a lower and a higher number, got \(1.0, -1.0\)"),
         ({"path": "."}, r"expected a file's name in a folder that is there"),
         ({"path": "nowhere/policy"}, r"nowhere/policy: expected a file's name in a folder that is there"),
@@ -350,7 +359,8 @@ def test_the_exported_actions_are_those_that_the_environment_gets(kind, format, 
     np.testing.assert_allclose(actions.numpy(), taken, rtol=1e-6)
     found = metadata(path, format)
     assert "genesis" not in str(found) and found["env"].endswith("GymnasiumEnv")
-    json.loads(found["layers"], parse_constant=lambda x: pytest.fail(f"{x} is not JSON"))
+    if format != "c":
+        json.loads(found["layers"], parse_constant=lambda x: pytest.fail(f"{x} is not JSON"))
     assert str(Actions.of(env)) in capsys.readouterr().out
 
 
@@ -513,7 +523,9 @@ DOCUMENTED = [
 
 
 def test_every_format_is_documented():
-    assert {parameter.values[0] for parameter in DOCUMENTED} == set(FORMATS)
+    assert {parameter.values[0] for parameter in DOCUMENTED} == set(FORMATS) - {"c"}
+    # test_export_c.py compiles these.
+    assert "```c\n" in (ROOT / "docs" / "export.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(("format", "block"), DOCUMENTED)

@@ -17,7 +17,7 @@ from pydrone.envs.quadrotor import Quadrotor
 from pydrone.ppo.config import PPOConfig, TrainConfig
 from pydrone.ppo.trainer import Trainer
 from pydrone.ppo.training import checkpoint
-from pydrone.report import evaluation, runs, video
+from pydrone.report import evaluation, protocol, runs, video
 
 NAN = math.nan
 
@@ -241,13 +241,18 @@ def test_eval_from_beginning_to_end(run_dir, tmp_path, capsys):
     assert list(results) == ["fixed target"] and results["fixed target"]["episode_length"] == 9
 
 
-def test_with_the_randomisation_of_the_run(run_dir, tmp_path, monkeypatch, capsys):
-    assert evaluate(run_dir, "--episodes", 1, "--randomize") == 1
-    assert "model_2.pt was trained without domain randomisation" in capsys.readouterr().err
+def test_with_the_task_and_the_randomisation_of_the_run(run_dir, tmp_path, monkeypatch):
     ppo = PPOConfig(num_minibatches=2, hidden_dims=(8,))
     ranges = Randomization(wind=(0.01, 0.01), latency=(0, 2))
-    config = TrainConfig("quadrotor", num_steps=4, iterations=1, tensorboard=False, ppo=ppo, randomization=ranges)
-    Trainer(Quadrotor(2), config, tmp_path, echo=lambda line: None).train()
+    config = TrainConfig(
+        "quadrotor",
+        num_steps=4,
+        iterations=1,
+        tensorboard=False,
+        ppo=ppo,
+        randomization=ranges,
+    )
+    Trainer(Quadrotor(2, hold=0.25, weight_near=3.0), config, tmp_path, echo=lambda line: None).train()
     made, real = [], evaluation.fly
     monkeypatch.setattr(
         evaluation, "fly", lambda env, *args, **options: made.append(env) or real(env, *args, **options)
@@ -257,6 +262,9 @@ def test_with_the_randomisation_of_the_run(run_dir, tmp_path, monkeypatch, capsy
         assert json.loads((tmp_path / "eval_quadrotor.json").read_text())["randomized"] == bool(flags)
     plain, random = (env.task.randomizer for env in (made[0], made[-1]))
     assert plain is None and random.ranges == ranges
+    assert {(env.config.hold, env.config.weight_near) for env in made} == {(0.25, 3.0)}
+    assert evaluate(run_dir, "--episodes", 1, "--steps", 1, "--randomize", "--out", tmp_path) == 0
+    assert made[-1].task.randomizer.ranges == protocol.RANGES  # the run has none of its own
 
 
 def test_another_task_than_that_of_the_training_is_said(run_dir, tmp_path, capsys):
@@ -268,7 +276,7 @@ def test_another_task_than_that_of_the_training_is_said(run_dir, tmp_path, capsy
     assert evaluate(tmp_path, "--episodes", 1, "--steps", 3) == 0
     said = capsys.readouterr().out
     line = next(line for line in said.splitlines() if line.startswith("Changed since the checkpoint: "))
-    assert "hold 0.5, now 0.0" in line and "dt 0.02, now 0.01" in line
+    assert line == "Changed since the checkpoint: dt 0.02, now 0.01."  # the task's options are the run's
 
 
 def test_a_run_of_an_environment_object_is_flown_from_python(tmp_path, monkeypatch, capsys):

@@ -24,7 +24,7 @@ from faults import FAULTS, Fault
 
 ROOT = Path(__file__).resolve().parents[2]
 # The folders that the tests need; the rest of a checkout may be large.
-FOLDERS = ("benches", "csrc", "docs", "pydrone", "tests", "triton_kernels")
+FOLDERS = ("benches", "csrc", "docs", "examples", "pydrone", "tests", "triton_kernels")
 TEST_LIMIT, BUILD_LIMIT = 1800, 900  # seconds; a fault that hangs counts as caught
 # The table's own test looks for the replaced text, and the packaging test at the installed package.
 OTHERS = ("--ignore", "tests/trust/test_faults.py", "--ignore", "tests/house/test_packaging.py")

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import operator
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from types import NoneType
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -17,6 +21,31 @@ from pydrone.ops import dispatch, native, triton
 _PLAIN = {"weight_decay": 0, "amsgrad": False, "maximize": False, "differentiable": False}
 
 
+def _uncompiled(name: str) -> Callable[..., Any]:
+    """torch.optim.Adam's method, without torch's wrapper until torch._dynamo is imported."""
+    wrapped = getattr(torch.optim.Adam, name)
+    plain = inspect.unwrap(wrapped)
+
+    @functools.wraps(plain)
+    def method(*args: Any, **kwargs: Any) -> Any:
+        return (wrapped if "torch._dynamo" in sys.modules else plain)(*args, **kwargs)
+
+    return method
+
+
+class Adam(torch.optim.Adam):
+    """torch.optim.Adam that does not import torch._dynamo, which takes almost as long as ``import torch``.
+
+    torch keeps these methods from being compiled by wrappers that import it at their first call. Before that import
+    there is no compiler to keep away. ``step()``, which :func:`step` replaces, still imports it.
+    """
+
+    add_param_group = _uncompiled("add_param_group")
+    zero_grad = _uncompiled("zero_grad")
+    state_dict = _uncompiled("state_dict")
+    load_state_dict = _uncompiled("load_state_dict")
+
+
 # For each optimiser the tensors that were last found to fit.
 _fitting: WeakKeyDictionary[torch.optim.Optimizer, list[object]] = WeakKeyDictionary()
 
@@ -26,7 +55,7 @@ def why_not(optimizer: torch.optim.Optimizer, groups: Sequence[Sequence[Tensor]]
 
     With ``groups``, also where a parameter is in two of them, which torch would clip twice.
     """
-    if type(optimizer) is not torch.optim.Adam:  # nor a subclass
+    if type(optimizer) not in (torch.optim.Adam, Adam):  # nor another subclass
         return f"it takes the steps of torch.optim.Adam, this is {type(optimizer).__name__}"
     if len(optimizer.param_groups) != 1:
         return f"expected one group of parameters, got {len(optimizer.param_groups)}"

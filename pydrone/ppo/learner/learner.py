@@ -52,7 +52,7 @@ class Learner:
         self.config = config = config or PPOConfig()
         device = next(policy.parameters()).device
         self.learning_rate = torch.tensor(config.learning_rate, device=device)
-        self.optimizer = torch.optim.Adam(policy.parameters(), lr=self.learning_rate, fused=True)
+        self.optimizer = adam.Adam(policy.parameters(), lr=self.learning_rate, fused=True)
         #: why autograd computes the gradients; None: the fused operation does, for a whole minibatch at once
         self.not_fused = "learner is torch" if config.learner == "torch" else fused.why_not(policy)
         #: computes only the loss by one operation, where ``not_fused``; None: autograd does

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -18,6 +20,19 @@ REPLAY = "replay"
 def stages_of(figures: Mapping[str, float]) -> dict[str, float]:
     """The seconds of those stages that ``figures`` contain."""
     return {stage: figures[f"time/{stage}"] for stage in (*STAGES, REPLAY) if f"time/{stage}" in figures}
+
+
+_IMPORTED = time.monotonic()
+
+
+def since_process_start() -> float:
+    """Seconds since this process began; where the system does not say, since this module was imported."""
+    try:
+        # Fields after the command, which may hold blanks: the 22nd of all is the start, in ticks since the boot.
+        ticks = Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - int(ticks) / os.sysconf("SC_CLK_TCK")
+    except (OSError, AttributeError, IndexError, ValueError):
+        return time.monotonic() - _IMPORTED
 
 
 class Stopwatch:

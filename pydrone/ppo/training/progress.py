@@ -149,7 +149,8 @@ def _restore_progress(training: Iteration, state: dict[str, Any]) -> str | None:
         if training.device.type == "cuda" and "cuda" in progress["generators"]:
             torch.cuda.set_rng_state(progress["generators"]["cuda"].cpu(), training.device)
         if progress["env"] is None or not hasattr(training.env, "load_state_dict"):
-            return f"{before['env']} cannot restore its simulator: all episodes begin anew, with other targets and random numbers"
+            told = "cannot restore its simulator: all episodes begin anew, with other targets and random numbers"
+            return f"{before['env']} {told}"
         try:
             training.env.load_state_dict(progress["env"])
         except (RuntimeError, ValueError) as error:

@@ -13,7 +13,6 @@ from typing import Any
 from pydrone.ops.packages import needed
 from pydrone.ppo import configfile
 from pydrone.ppo.config import TrainConfig
-from pydrone.ppo.training import checkpoint
 
 PROGRESS = "progress.jsonl"
 CONFIG = "config.json"
@@ -76,6 +75,8 @@ class RunLog:
 
 def open_run(run_dir: Path, config: TrainConfig, after: int) -> RunLog:
     """Makes the run's folder where needed, writes the settings into it, and opens its log at iteration ``after``."""
+    from pydrone.ppo.training import checkpoint  # which imports torch; who reads a log needs none
+
     settings = dataclasses.asdict(config)
     run_dir.mkdir(parents=True, exist_ok=True)
     checkpoint.remove_leftovers(run_dir)

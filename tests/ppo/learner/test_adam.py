@@ -1,7 +1,10 @@
 """Clipping and Adam in one operation, against torch's own and against numbers worked out by hand."""
 
 import copy
+import functools
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -199,6 +202,7 @@ def test_a_scheduler_goes_on():
     [
         (lambda x: torch.optim.SGD([x]), r"torch\.optim\.Adam, this is SGD"),
         (lambda x: torch.optim.AdamW([x]), r"torch\.optim\.Adam, this is AdamW"),
+        (lambda x: type("Adam2", (torch.optim.Adam,), {})([x]), r"torch\.optim\.Adam, this is Adam2"),
         (lambda x: torch.optim.Adam([x], weight_decay=0.1), "weight_decay: expected 0, got 0.1"),
         (lambda x: torch.optim.Adam([x], amsgrad=True), "amsgrad: expected False, got True"),
         (lambda x: torch.optim.Adam([x], maximize=True), "maximize: expected False, got True"),
@@ -234,6 +238,51 @@ def test_other_arguments_are_refused():
     with pytest.raises(RuntimeError, match=r"float32 parameters on the CPU, got torch\.float64"):
         clipped_step(torch.optim.Adam([double]), [[double]])
     assert x.eq(1).all()
+
+
+TWO_STEPS = """
+x = torch.nn.Parameter(torch.ones(3))
+optimizer = Adam([x], lr=torch.tensor(0.1), fused=True)
+for _ in range(2):
+    x.grad = torch.tensor([1.0, -2.0, 3.0])
+    clipped_step(optimizer, [[x]], 1.0)
+    optimizer.zero_grad()
+assert x.grad is None
+optimizer.load_state_dict(optimizer.state_dict())
+optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(1))]})
+"""
+
+
+def test_the_learners_adam_is_torchs_without_the_compiler():
+    # In a process of its own: other tests import torch._dynamo.
+    code = (
+        "import sys, torch\nfrom pydrone.ppo.learner.adam import Adam, clipped_step\n"
+        f"{TWO_STEPS}\nassert 'torch._dynamo' not in sys.modules\nprint(x.tolist(), optimizer.state_dict())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    theirs = {"torch": torch, "Adam": torch.optim.Adam, "clipped_step": clipped_step}
+    exec(TWO_STEPS, theirs)
+    assert done.stdout.strip() == f"{theirs['x'].tolist()} {theirs['optimizer'].state_dict()}"
+
+
+def test_adam_keeps_torchs_wrappers_where_the_compiler_is(monkeypatch):
+    called = []
+
+    def plain(self):
+        called.append("plain")
+
+    @functools.wraps(plain)
+    def wrapped(self):
+        called.append("wrapped")
+
+    monkeypatch.setattr(torch.optim.Adam, "zero_grad", wrapped)
+    method = adam._uncompiled("zero_grad")
+    monkeypatch.delitem(sys.modules, "torch._dynamo", raising=False)
+    method(None)
+    monkeypatch.setitem(sys.modules, "torch._dynamo", torch)
+    method(None)
+    assert called == ["plain", "wrapped"]
 
 
 def call(**changed):

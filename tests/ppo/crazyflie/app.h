@@ -1,0 +1,3 @@
+/* Stand-in for the tests. */
+#pragma once
+void appMain(void);
