@@ -181,14 +181,6 @@ class TrainConfig:
         "quadrotor-course: through waypoints; or one that an installed package offers (docs/environments.md); or "
         "gymnasium:ID, as gymnasium:Pendulum-v1.",
     )
-    env_kwargs: dict[str, bool | int | float | str] = field(
-        default_factory=dict,
-        metadata={
-            "help": "Arguments of an environment that pydrone does not bring, such as --env-kwargs g 9.81 for "
-            "gymnasium:Pendulum-v1.",
-            "aliases": (),
-        },
-    )
     num_envs: int | None = option(
         None,
         "Environments that run at once, in each process. None: 8192 on CUDA, 1024 on the CPU; 16 of Gymnasium, which "
@@ -228,6 +220,14 @@ class TrainConfig:
     randomization: Randomization = field(
         default_factory=Randomization,
         metadata={"help": "Ranges that every drone draws from for each episode. Off by default.", "aliases": ()},
+    )
+    env_kwargs: dict[str, bool | int | float | str] = field(
+        default_factory=dict,
+        metadata={
+            "help": "Arguments of an environment that pydrone does not bring, such as --env-kwargs g 9.81 for "
+            "gymnasium:Pendulum-v1.",
+            "aliases": (),
+        },
     )
 
     def __post_init__(self) -> None:
