@@ -196,7 +196,7 @@ def _protocol(args: argparse.Namespace) -> Any:
     yield f"{title}{spread}\n\n{aligned(report.table(content['summary']), rule=True)}\n"
     out = Path(args.out or (loaded[0].folder if len(loaded) == 1 else "."))
     out.mkdir(parents=True, exist_ok=True)
-    figures = out / f"{report.file_name(name)}.json"
+    figures = out / f"protocol_hover_{name}.json"
     figures.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     yield f"Figures: {figures}"
     yield f"Picture: {report.draw_flights(title, flights, figures.with_suffix('.png'))}"

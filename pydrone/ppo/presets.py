@@ -21,7 +21,7 @@ HOVER = ("genesis-hover", "quadrotor")
 
 _STILL = {
     "hold": 1.0,
-    "weight_smooth": -0.3,
+    "weight_smooth": -0.1,
     "weight_yaw": 1.0,
     "yaw_decay": 2.0,
     "weight_angular": -0.1,
@@ -33,7 +33,31 @@ _STILL = {
 PRESETS = {
     "hover": Preset(
         f"centimetres from a target, upright and calm (the default of {' and '.join(HOVER)})",
-        {"task": _STILL, "ppo": {"entropy_coef": 0.0, "init_std": 0.4, "gamma": 0.98}},
+        {
+            "num_steps": 32,
+            "iterations": 180,
+            "task": _STILL,
+            "ppo": {"entropy_coef": 0.0, "init_std": 0.4, "gamma": 0.98},
+        },
+    ),
+    "seconds": Preset(
+        "a quadrotor that hovers after seconds, within 0.2 m",
+        {
+            "env": "quadrotor",
+            "num_envs": 512,
+            "num_steps": 32,
+            "iterations": 88,
+            "tensorboard": False,
+            "task": _STILL | {"weight_near": 5.0},
+            "ppo": {
+                "entropy_coef": 0.0,
+                "init_std": 0.5,
+                "gamma": 0.98,
+                "num_epochs": 4,
+                "clip": 0.15,
+                "hidden_dims": (64, 64),
+            },
+        },
     ),
     "genesis-example": Preset("the reward and the settings of Genesis' drone example", {}),
 }
