@@ -39,7 +39,7 @@ build: $(VENV)/.stamp-base ## Install the package editable and build its native 
 	@touch $(VENV)/.stamp-native
 
 train: $(VENV)/.stamp-train $(VENV)/.stamp-native ## Train a drone to hover; ARGS="..." is passed to `pydrone train`
-	$(VENV)/bin/pydrone train --target-episode-length 1000 $(ARGS)
+	$(VENV)/bin/pydrone train $(ARGS)
 
 test: $(VENV)/.stamp-test $(VENV)/.stamp-native ## Run the tests
 	$(TEST) $(ARGS)

@@ -85,7 +85,7 @@ def hover(options: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         settings = {"--env": "quadrotor", "--device": options.device, "--num-envs": options.num_envs}
         settings |= {"--num-steps": options.num_steps, "--iterations": options.iterations, "--run-dir": folder}
-        settings |= {"--target-episode-length": options.target}
+        settings |= {"--target-episode-length": options.target, "--preset": "genesis-example"}
         command = [sys.executable, "-m", "pydrone", "train", *(str(x) for item in settings.items() for x in item)]
         began = time.perf_counter()
         command += ["--no-live", "--no-tensorboard"]

@@ -124,7 +124,11 @@ def _evaluate(args: argparse.Namespace) -> Any:
     device = device_of(args.device)
     run = runs.load(args.runs[0], device)
     name = args.env or run.environment.buildable(run.checkpoint, FROM_PYTHON)
-    options = _task(run, name) | ({"randomization": _randomization(run)} if args.randomize else {})
+    options: dict[str, Any] = _task(run, name)
+    if args.randomize:
+        options["randomization"] = _randomization(run)
+    if name == run.environment.name:
+        options |= run.settings.get("env_kwargs", {})
     yield f"{run.checkpoint}: iteration {run.iteration}, trained in {run.environment.label}"
     env = envs.make(name, num_envs=args.episodes, device=device, seed=args.seed, **options)
     try:
@@ -192,7 +196,7 @@ def _protocol(args: argparse.Namespace) -> Any:
     yield f"{title}{spread}\n\n{aligned(report.table(content['summary']), rule=True)}\n"
     out = Path(args.out or (loaded[0].folder if len(loaded) == 1 else "."))
     out.mkdir(parents=True, exist_ok=True)
-    figures = out / f"{report.file_name(name)}.json"
+    figures = out / f"protocol_hover_{name}.json"
     figures.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     yield f"Figures: {figures}"
     yield f"Picture: {report.draw_flights(title, flights, figures.with_suffix('.png'))}"
@@ -213,6 +217,7 @@ def _fly(args: argparse.Namespace, run: Run, env: Any) -> list[Episodes]:
 
 
 def _report(args: argparse.Namespace, run: Run, name: str, flown: list[Episodes]) -> Any:
+    from pydrone.envs.registry import file_name
     from pydrone.report import evaluation, trajectories
 
     found = {COLUMNS[x.resampled] if x.paths is not None else name: evaluation.summary(x, args.within) for x in flown}
@@ -222,14 +227,14 @@ def _report(args: argparse.Namespace, run: Run, name: str, flown: list[Episodes]
         yield f"{_footnote(flown, args.within)}\n"
     out = run.folder if args.out is None else Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    figures = out / f"eval_{name}.json"
+    figures = out / f"eval_{file_name(name)}.json"
     about = {"checkpoint": str(run.checkpoint), "iteration": run.iteration, "env": name, "seed": args.seed}
     about["randomized"] = args.randomize
     figures.write_text(json.dumps(about | {"results": found}, indent=2) + "\n", encoding="utf-8")
     yield f"Figures: {figures}"
     if all(x.paths is not None for x in flown):
         heading = f"{run.checkpoint}, iteration {run.iteration}\n{title}"
-        yield f"Picture: {trajectories.draw(heading, flown, out / f'eval_{name}.png')}"
+        yield f"Picture: {trajectories.draw(heading, flown, out / f'eval_{file_name(name)}.png')}"
 
 
 def _footnote(flown: list[Episodes], within: float | None) -> str:

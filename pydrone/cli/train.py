@@ -10,6 +10,7 @@ import os
 import sys
 import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
@@ -50,6 +51,7 @@ def _parse(argv: list[str]) -> TrainConfig:
     with needed("tyro", "pydrone train", '"pydrone-rl[train]"'):
         import tyro
 
+    from pydrone.ppo import presets
     from pydrone.ppo.config import TrainConfig
 
     base = _base(argv)
@@ -58,8 +60,9 @@ def _parse(argv: list[str]) -> TrainConfig:
         args=argv,
         prog="pydrone train",
         description="Train a drone with PPO. --config FILE reads settings from a TOML file, such as the config.toml in "
-        "the folder of a run; options on the command line override it. Ctrl-C stops after the current iteration and "
-        "saves a checkpoint.",
+        "the folder of a run; options on the command line override it. --preset NAME starts from other defaults: "
+        f"{'; '.join(f'{name}: {preset.help}' for name, preset in presets.PRESETS.items())}. Ctrl-C stops after the "
+        "current iteration and saves a checkpoint.",
     )
 
 
@@ -76,6 +79,7 @@ def _lacking(config: TrainConfig) -> str | None:
 
 def _train(config: TrainConfig) -> int:
     with quick_imports():
+        from pydrone.envs.registry import check, file_name
         from pydrone.ppo import distributed
         from pydrone.ppo.config import default_num_envs
         from pydrone.ppo.trainer import Trainer, nothing_to_do, read_checkpoint
@@ -93,8 +97,8 @@ def _train(config: TrainConfig) -> int:
             config = dataclasses.replace(
                 config,
                 device=device.type if several else str(device),  # each process has its own index
-                num_envs=config.num_envs or default_num_envs(device.type),
-                run_dir=config.run_dir or str(Path("runs", config.env, time.strftime("%Y-%m-%d_%H-%M-%S"))),
+                num_envs=config.num_envs or default_num_envs(device.type, config.env),
+                run_dir=config.run_dir or str(Path("runs", file_name(config.env), time.strftime("%Y-%m-%d_%H-%M-%S"))),
             )
             iteration = 0
             if config.resume is not None:
@@ -104,6 +108,10 @@ def _train(config: TrainConfig) -> int:
                     print(nothing_to_do(iteration, config.iterations))
                     return 0
                 progress.changes(state["config"], config, config.resume)
+            obs = check(config.env, **_env_options(config))
+            if isinstance(obs, Mapping) and "policy" not in obs and not config.ppo.actor_obs:
+                # A Dict's parts have names of their own.
+                config.ppo = dataclasses.replace(config.ppo, actor_obs=tuple(obs))
             ranks = distributed.join(launch, device)
             run_dir = _make_run_dir(config.run_dir) if ranks.rank == 0 else None
             where = f"{config.num_envs} environments on {device}"
@@ -145,16 +153,19 @@ def _train(config: TrainConfig) -> int:
 
 
 def _base(argv: list[str]) -> dict[str, Any]:
-    """The settings that replace the defaults: those of the resumed checkpoint, overridden by those of ``--config``.
+    """The settings that replace the defaults: those of the resumed checkpoint, or else of the preset, overridden by
+    those of ``--config``.
 
-    Removes ``--config FILE`` from ``argv`` and replaces the folder in ``--resume FOLDER`` by its newest checkpoint.
+    Removes ``--config FILE`` and ``--preset NAME`` from ``argv`` and replaces the folder in ``--resume FOLDER`` by its
+    newest checkpoint.
     """
     from pydrone.envs import check_name
-    from pydrone.ppo import configfile
+    from pydrone.ppo import configfile, presets
     from pydrone.ppo.config import TrainConfig
 
     options = argparse.ArgumentParser(prog="pydrone train", add_help=False, allow_abbrev=False)
     options.add_argument("--config")
+    options.add_argument("--preset")
     options.add_argument("--resume")
     options.add_argument("--env")
     # Further ways to write a setting of three values.
@@ -173,7 +184,9 @@ def _base(argv: list[str]) -> dict[str, Any]:
         check_name(base["env"], f"--config {given.config}: env")
     resume = given.resume or base.get("resume")
     if resume in (None, "None"):
-        return base
+        return configfile.merged(presets.settings(given.preset, given.env or base.get("env")), base)
+    if given.preset is not None:
+        raise ValueError(f"--preset {given.preset}: expected none with --resume, the settings are the checkpoint's")
     from pydrone.envs.record import Record
     from pydrone.ppo.trainer import read_checkpoint
 
@@ -236,10 +249,14 @@ def _make_run_dir(path: str) -> Path:
 def _make_env(config: TrainConfig, device: torch.device, seed: int) -> Env:
     from pydrone.envs import make
 
-    options = config.task.changed()
+    return make(config.env, num_envs=config.num_envs, device=device, seed=seed, **_env_options(config))
+
+
+def _env_options(config: TrainConfig) -> dict[str, Any]:
+    options = config.task.changed() | config.env_kwargs
     if config.randomization.varies():
         options["randomization"] = config.randomization
-    return make(config.env, num_envs=config.num_envs, device=device, seed=seed, **options)
+    return options
 
 
 def for_tyro(cls: type, values: Mapping[str, Any] = {}) -> type:
@@ -253,7 +270,10 @@ def for_tyro(cls: type, values: Mapping[str, Any] = {}) -> type:
     fields = []
     for field in dataclasses.fields(cls):
         hint: Any = hints[field.name]
-        default: Any = {"default": values.get(field.name, field.default)}
+        if field.default_factory is not dataclasses.MISSING and not dataclasses.is_dataclass(hint):
+            default: Any = {"default_factory": partial(values.get, field.name, field.default_factory())}
+        else:
+            default = {"default": values.get(field.name, field.default)}
         if dataclasses.is_dataclass(hint):
             hint = for_tyro(hint, values.get(field.name, {}))
             default = {"default_factory": hint}

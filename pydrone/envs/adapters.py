@@ -22,12 +22,14 @@ class GymnasiumEnv:
     """A ``gymnasium.vector.VectorEnv`` (Gymnasium 1.1 or later) with autoreset mode SAME_STEP or NEXT_STEP.
 
     Observation spaces: ``Box``, or ``Dict`` of ``Box``. Observations become float32, except that uint8 images in a
-    ``Dict`` stay uint8. Action spaces: ``Box`` of any shape, flattened to ``actions`` numbers, and ``Discrete``.
+    ``Dict`` stay uint8. Action spaces: ``Box`` of any shape, flattened to ``actions`` numbers, ``Discrete``, and
+    ``MultiDiscrete`` of any shape, flattened to D choices.
 
     Attributes:
         venv: the wrapped environment.
         num_discrete_actions: the number of choices of a ``Discrete`` action space, None for a ``Box``. Discrete actions
             are int64 [N] and start at 0 whatever the ``start`` of the space, and ``actions`` is ``((), torch.int64)``.
+            Of a ``MultiDiscrete``, a tuple of D numbers of choices; actions are int64 [N, D].
         action_low, action_high: [A] float32 bounds of a ``Box``, infinite where there are none; None for ``Discrete``.
         action_limits, action_range, action_integers, action_start: what becomes of actions, see
             :class:`pydrone.envs.base.Env`.
@@ -42,6 +44,7 @@ class GymnasiumEnv:
 
     Raises:
         ValueError: the autoreset mode is DISABLED or unknown, or ``"rescale"`` is used with an infinite bound.
+            Or the choices of a ``MultiDiscrete`` start at different numbers.
         TypeError: the space is of another kind.
     """
 
@@ -76,7 +79,7 @@ class GymnasiumEnv:
         return self._obs(obs)
 
     def step(self, actions: Tensor) -> StepResult:
-        """Applies ``actions``: [N, A] float for a ``Box``, [N] integers for ``Discrete``."""
+        """Applies ``actions``: [N, A] float for a ``Box``; integers [N] for ``Discrete``, [N, D] for several."""
         obs, reward, terminated, truncated, info = self.venv.step(self._actions(actions))
         terminated, truncated = _flags(terminated), _flags(truncated)
         dones = terminated | truncated
@@ -111,7 +114,7 @@ class GymnasiumEnv:
         if bounded not in ("clip", "rescale", "none"):
             raise ValueError(f"bounded_actions: expected 'clip', 'rescale' or 'none', got {bounded!r}")
         self.actions: ActionSpec
-        self.num_discrete_actions: int | None = None
+        self.num_discrete_actions: int | tuple[int, ...] | None = None
         self.action_low: Tensor | None = None
         self.action_high: Tensor | None = None
         self._bounded = bounded
@@ -124,8 +127,17 @@ class GymnasiumEnv:
             self.num_discrete_actions = int(space.n)
             self.action_start = int(space.start)
             return
+        if isinstance(space, spaces.MultiDiscrete):
+            first = set(space.start.reshape(-1).tolist())
+            if len(first) > 1:
+                raise ValueError(f"venv: expected choices that all start at the same number, got {space}")
+            self._action_shape = tuple(space.shape)
+            self.num_discrete_actions = tuple(map(int, space.nvec.reshape(-1)))
+            self.actions = ((len(self.num_discrete_actions),), torch.int64)
+            self.action_start = first.pop()
+            return
         if not isinstance(space, spaces.Box):
-            raise TypeError(f"venv: expected a Box or Discrete action space, got {space}")
+            raise TypeError(f"venv: expected a Box or Discrete action space, or a MultiDiscrete one, got {space}")
         low, high = (np.asarray(bound, np.float32).reshape(-1) for bound in (space.low, space.high))
         if bounded == "rescale" and not (np.isfinite(low).all() and np.isfinite(high).all()):
             raise ValueError(f"bounded_actions: 'rescale' needs finite bounds, got {space}")
@@ -142,7 +154,8 @@ class GymnasiumEnv:
 
     def _actions(self, actions: Tensor) -> np.ndarray:
         if self.num_discrete_actions is not None:
-            expected: list[int] = [self.num_envs]
+            choices = self.num_discrete_actions
+            expected = [self.num_envs] if isinstance(choices, int) else [self.num_envs, len(choices)]
             if actions.is_floating_point():
                 raise TypeError(f"actions: expected integers for a Discrete space, got {actions.dtype}")
         else:
@@ -151,7 +164,7 @@ class GymnasiumEnv:
             raise ValueError(f"actions: expected shape {expected}, got {list(actions.shape)}")
         array = actions.detach().cpu().numpy()
         if self.num_discrete_actions is not None:
-            return array.astype(np.int64) + self.action_start
+            return array.astype(np.int64).reshape(self.num_envs, *self._action_shape) + self.action_start
         low, high = self._action_bounds
         if self._bounded == "clip":
             array = np.clip(array, low, high)

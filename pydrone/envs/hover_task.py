@@ -44,7 +44,7 @@ REWARDS = ("target", "smooth", "yaw", "angular", "crash", "near")
 
 @dataclass(frozen=True)
 class HoverConfig(TaskOptions, DroneConfig):
-    """Constants of the task: lengths in m, angles in degrees, reward weights per second."""
+    """Constants of the task beside its options: lengths in m, angles in degrees."""
 
     max_episode_length: int = 1500
     init_pos: tuple[float, float, float] = (0.0, 0.0, 1.0)
@@ -54,12 +54,6 @@ class HoverConfig(TaskOptions, DroneConfig):
     pos_scale: float = 1 / 3
     lin_vel_scale: float = 1 / 3
     ang_vel_scale: float = 1 / math.pi
-    weight_target: float = 10.0
-    weight_smooth: float = -1e-4
-    weight_yaw: float = 0.01
-    weight_angular: float = -2e-4
-    weight_crash: float = -10.0
-    yaw_decay: float = 10.0
     max_xy: float = 3.0
     max_z: float = 2.0
     min_height: float = 0.1

@@ -149,6 +149,8 @@ class Record(NamedTuple):
 def settings_of(env: Any, record: Record) -> dict[str, Any]:
     """The settings of a training that its environment decides, by the names that they have there."""
     settings = {"env": record.label, "num_envs": env.num_envs}
+    if "env_kwargs" in getattr(env, "__dict__", {}):  # not those of what a wrapper wraps
+        settings["env_kwargs"] = env.env_kwargs
     if record.constants:
         settings["task"] = TaskOptions(**{f.name: record.constants[f.name] for f in dataclasses.fields(TaskOptions)})
         randomizer = getattr(getattr(env, "task", None), "randomizer", None)

@@ -6,7 +6,8 @@ A package registers an environment in the entry point group ``pydrone.envs``, in
     my-env = "my_package.my_module:MyEnv"
 
 where ``MyEnv(num_envs=..., device=..., seed=..., **options)`` returns a :class:`pydrone.envs.base.Env`. Listing
-the names imports none of them.
+the names imports none of them. ``gymnasium:ID`` is an environment of Gymnasium
+(:mod:`pydrone.envs.gymnasium_ids`); such names are not listed.
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-    from pydrone.envs.base import Env
+    from pydrone.envs.base import Env, ObsSpec
 
 GROUP = "pydrone.envs"
+GYMNASIUM = "gymnasium:"
 
 # name -> module:class, imported on first use
 ENVIRONMENTS: dict[str, str] = {
@@ -38,10 +40,34 @@ def known() -> list[str]:
     return sorted(ENVIRONMENTS.keys() | {point.name for point in entry_points(group=GROUP)})
 
 
+def is_gymnasium(name: Any) -> bool:
+    """Whether ``name`` is ``gymnasium:`` with an id, which only Gymnasium can tell to be known."""
+    return isinstance(name, str) and name.startswith(GYMNASIUM) and name != GYMNASIUM
+
+
 def check_name(name: Any, argument: str = "env") -> None:
-    """Raises ValueError, with the known names, if ``name`` is none of them; the message calls it ``argument``."""
+    """Raises ValueError, with the known names, if ``name`` is none of them; the message calls it ``argument``.
+
+    Whether Gymnasium knows the id in ``gymnasium:ID`` is not asked: :func:`check` does.
+    """
+    if is_gymnasium(name):
+        return
     if not isinstance(name, str) or (name not in ENVIRONMENTS and name not in known()):
-        raise ValueError(f"{argument}: expected one of {', '.join(known())}, got {name!r}")
+        raise ValueError(f"{argument}: expected one of {', '.join(known())}, got {name!r} (or {GYMNASIUM}ID)")
+
+
+def file_name(name: str) -> str:
+    """``name`` as part of a file's name: ids of Gymnasium have colons and slashes."""
+    return name.replace(":", "-").replace("/", "-")
+
+
+def check(name: str, **kwargs: Any) -> ObsSpec | None:
+    """Raises what :func:`make` would, and returns the observations, where that costs little: for ``gymnasium:ID``."""
+    if not is_gymnasium(name):
+        return None
+    env = make(name, 1, **kwargs)
+    env.close()
+    return env.obs
 
 
 def make(name: str, num_envs: int, device: torch.device | str = "cpu", seed: int = 0, **kwargs: Any) -> Env:
@@ -50,7 +76,8 @@ def make(name: str, num_envs: int, device: torch.device | str = "cpu", seed: int
     Args:
         name: one of :func:`known`: ``"genesis-hover"`` and ``"genesis-course"`` (they need genesis-world),
             ``"quadrotor"`` and ``"quadrotor-course"`` (torch only), or one that an installed package registers. The
-            names of pydrone's own environments cannot be overridden.
+            names of pydrone's own environments cannot be overridden. Or ``"gymnasium:ID"``, see
+            :func:`pydrone.envs.gymnasium_ids.make`.
         num_envs: number of environments stepped together.
         device: where observations, rewards and actions live.
         seed: of all random numbers of the environment.
@@ -62,6 +89,9 @@ def make(name: str, num_envs: int, device: torch.device | str = "cpu", seed: int
         ImportError: the entry point cannot be imported.
     """
     check_name(name, "name")
+    if is_gymnasium(name):
+        build = importlib.import_module("pydrone.envs.gymnasium_ids").make
+        return build(name, num_envs=num_envs, device=device, seed=seed, **kwargs)
     if name in ENVIRONMENTS:
         module, cls = ENVIRONMENTS[name].split(":")
         return getattr(importlib.import_module(module), cls)(num_envs=num_envs, device=device, seed=seed, **kwargs)

@@ -15,14 +15,23 @@ def _option(default: Any, help: str) -> Any:
 class TaskOptions:
     """Options of the hover and course tasks. With the defaults, the tasks are those of Genesis' drone example.
 
+    Weights are rewards per second, see :func:`pydrone.envs.hover_task.reward_terms`.
+
     Raises:
-        ValueError: ``hold`` or ``weight_near`` is below 0 or not finite, or ``near_decay`` is not above 0 and finite.
+        ValueError: a weight is not finite; ``hold`` or ``weight_near`` is below 0 or not finite; ``near_decay`` or
+            ``yaw_decay`` is not above 0 and finite.
     """
 
     resample_targets: bool = _option(
         True, "Whether a target moves once it is reached; else it stays until the episode ends."
     )
     hold: float = _option(0.0, "How long a drone has to stay at a target, without a break, to reach it, s.")
+    weight_target: float = _option(10.0, "Reward for progress: times the squared distance gained in a step, m^2.")
+    weight_smooth: float = _option(-1e-4, "Times the squared change of the actions, summed over the four.")
+    weight_yaw: float = _option(0.01, "Reward for a heading along x; falls with the angle, by yaw-decay.")
+    yaw_decay: float = _option(10.0, "The reward for the heading is weight-yaw * exp(-yaw-decay * |yaw|), 1/rad.")
+    weight_angular: float = _option(-2e-4, "Times the angular speed, in half turns per second.")
+    weight_crash: float = _option(-10.0, "Times 1 in the step of a crash.")
     weight_near: float = _option(
         0.0, "Reward per second at the target; falls with the distance, by near-decay. 0: only progress is rewarded."
     )
@@ -34,8 +43,12 @@ class TaskOptions:
         for name in ("hold", "weight_near"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}: expected a finite number of at least 0, got {getattr(self, name)!r}")
-        if not 0 < self.near_decay < math.inf:
-            raise ValueError(f"near_decay: expected a finite number above 0, got {self.near_decay!r}")
+        for name in ("near_decay", "yaw_decay"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name}: expected a finite number above 0, got {getattr(self, name)!r}")
+        for name in ("weight_target", "weight_smooth", "weight_yaw", "weight_angular", "weight_crash"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"{name}: expected a finite number, got {getattr(self, name)!r}")
 
     def changed(self) -> dict[str, Any]:
         """The options that differ from their defaults, by name, to construct an environment with."""

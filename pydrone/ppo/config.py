@@ -13,7 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, Literal
 
-from pydrone.envs import Randomization, TaskOptions, check_name
+from pydrone.envs import ENVIRONMENTS, Randomization, TaskOptions, check_name
+from pydrone.envs.registry import is_gymnasium
 
 # The values that fields of PPOConfig may have.
 CHOICES = {
@@ -36,7 +37,7 @@ ON_RESUME = {
     ),
     # Holds from the next iteration, and is said.
     "new": (
-        *("env", "num_envs", "num_steps", "seed", "random_episode_starts", "task", "randomization"),
+        *("env", "env_kwargs", "num_envs", "num_steps", "seed", "random_episode_starts", "task", "randomization"),
         *("learning_rate", "schedule", "desired_kl", "max_kl", "num_epochs", "num_minibatches", "clip", "entropy_coef"),
         *("value_loss_coef", "clipped_value_loss", "max_grad_norm", "gamma", "lam", "normalize_advantages"),
         *("advantage_scope", "obs_clip", "normalize_rewards", "reward_scale", "obs_dtype", "matmul", "burn_in"),
@@ -177,10 +178,13 @@ class TrainConfig:
     env: str = option(
         "genesis-hover",
         "genesis-hover: a Crazyflie in the Genesis simulator; quadrotor: pure PyTorch, no simulator; genesis-course, "
-        "quadrotor-course: through waypoints; or one that an installed package offers (docs/environments.md).",
+        "quadrotor-course: through waypoints; or one that an installed package offers (docs/environments.md); or "
+        "gymnasium:ID, as gymnasium:Pendulum-v1.",
     )
     num_envs: int | None = option(
-        None, "Environments that run at once, in each process. None: 8192 on CUDA, 1024 on the CPU."
+        None,
+        "Environments that run at once, in each process. None: 8192 on CUDA, 1024 on the CPU; 16 of Gymnasium, which "
+        "steps them one after another.",
     )
     num_steps: int = option(100, "Steps per environment in a rollout.", "--num-steps-per-env")
     iterations: int = option(301, "Rollouts to learn from.", "--max-iterations")
@@ -217,6 +221,14 @@ class TrainConfig:
         default_factory=Randomization,
         metadata={"help": "Ranges that every drone draws from for each episode. Off by default.", "aliases": ()},
     )
+    env_kwargs: dict[str, bool | int | float | str] = field(
+        default_factory=dict,
+        metadata={
+            "help": "Arguments of an environment that pydrone does not bring, such as --env-kwargs g 9.81 for "
+            "gymnasium:Pendulum-v1.",
+            "aliases": (),
+        },
+    )
 
     def __post_init__(self) -> None:
         _make_plain(self)
@@ -226,6 +238,7 @@ class TrainConfig:
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise ValueError(f"seed: expected an int, got {self.seed!r}")
         check_name(self.env)
+        _check_env_kwargs(self.env, self.env_kwargs)
         if not isinstance(self.capture, bool) and self.capture != "auto":
             raise ValueError(f"capture: expected True, False or 'auto', got {self.capture!r}")
         if self.target_episode_length is not None:
@@ -237,9 +250,24 @@ class TrainConfig:
             check_minibatches(self.ppo.num_minibatches, self.num_envs * self.num_steps)
 
 
-def default_num_envs(device_type: str) -> int:
-    """The default number of environments on a device of this type."""
+def default_num_envs(device_type: str, env: str = "quadrotor") -> int:
+    """The default number of environments ``env`` on a device of this type."""
+    if is_gymnasium(env):
+        return 16
     return 8192 if device_type == "cuda" else 1024
+
+
+def _check_env_kwargs(env: str, kwargs: Any) -> None:
+    plain = isinstance(kwargs, dict) and all(
+        isinstance(name, str) and isinstance(x, (bool, int, float, str)) for name, x in kwargs.items()
+    )
+    if not plain:
+        raise ValueError(f"env_kwargs: expected names with a number, a bool or a string each, got {kwargs!r}")
+    if kwargs and env in ENVIRONMENTS:
+        raise ValueError(f"env_kwargs: expected none for {env}, whose options are those of [task], got {kwargs}")
+    for name in ("name", "id", "num_envs", "device", "seed", "vectorization_mode", "vector_kwargs", "wrappers"):
+        if name in kwargs:
+            raise ValueError(f"env_kwargs: expected arguments of the environment itself, got {name!r}")
 
 
 def check_minibatches(num_minibatches: int, samples: int) -> None:

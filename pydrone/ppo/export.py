@@ -1,9 +1,10 @@
 """A trained policy as a file that runs without pydrone: ONNX, TorchScript, safetensors with a description, C.
 
 The file contains the deterministic policy: observation normaliser, actor, and what the environment makes of actions. It
-maps ``obs`` [B, O] float32 to ``actions`` [B, A] float32 (discrete: int64 [B]); a recurrent one also takes and returns
-``memory`` [B, S] float32, zeros at the start of an episode. The file computes in float32: observations rounded for
-storage and bfloat16 products are for training only. docs/export.md says how to run it.
+maps ``obs`` [B, O] float32 to ``actions`` [B, A] float32 (discrete: int64 [B], or [B, D] of D choices each); a
+recurrent one also takes and returns ``memory`` [B, S] float32, zeros at the start of an episode. The file computes in
+float32: observations rounded for storage and bfloat16 products are for training only. docs/export.md says how to run
+it.
 
 A policy is described by its layers, :mod:`pydrone.ppo.exporting.layers`, and all formats are made from them. The C
 header has no batches: one observation a call.
@@ -110,7 +111,7 @@ def describe(policy: nn.Module, limits: Limits = None) -> tuple[Layers, dict[str
             raise ExportError(f"policy: expected linear layers and activations in the actor, got {layer}")
         add(activation)
     if _discrete(policy):
-        add("argmax")
+        add("argmax", *(policy.choices or ()))
         if actions.start:
             add("shift", actions.start)
         return layers, tensors
@@ -372,14 +373,24 @@ def _difference(
     own = outputs[0]
     if not _discrete(policy):
         return _near("actions", path, [*map(actions.applied, outputs)], actions.applied(precise), got, tolerance)
-    if got.dtype != torch.int64 or got.shape != own.shape[:1]:
-        raise ExportError(f"{path}: not written: expected actions int64 [B], got {got.dtype} {list(got.shape)}")
-    # The chosen action must be the likeliest one, up to rounding.
-    index = got.unsqueeze(1) - actions.start
-    if not 0 <= index.min() <= index.max() < own.shape[1]:
-        raise ExportError(f"{path}: not written: expected actions from {actions.start}, got {got.min()} to {got.max()}")
-    chosen, likeliest = precise.gather(1, index).squeeze(1), precise.amax(1)
-    return _near("likelihood of the actions", path, [likeliest], likeliest, chosen.to(likeliest.dtype), TOLERANCE)
+    shape = (*own.shape[:1], *((len(policy.choices),) if policy.choices else ()))
+    if got.dtype != torch.int64 or got.shape != shape:
+        raise ExportError(
+            f"{path}: not written: expected actions int64 {list(shape)}, got {got.dtype} {list(got.shape)}"
+        )
+    # Each chosen action must be the likeliest one, up to rounding.
+    differences = []
+    for logs, index in zip(
+        precise.split(policy.choices or own.shape[1], 1), (got - actions.start).reshape(len(own), -1).T
+    ):
+        if not 0 <= index.min() <= index.max() < logs.shape[1]:
+            raise ExportError(
+                f"{path}: not written: expected actions from {actions.start}, got {got.min()} to {got.max()}"
+            )
+        chosen, likeliest = logs.gather(1, index.unsqueeze(1)).squeeze(1), logs.amax(1)
+        near = _near("likelihood of the actions", path, [likeliest], likeliest, chosen.to(likeliest.dtype), TOLERANCE)
+        differences.append(near)
+    return max(differences)
 
 
 def _near(
@@ -414,7 +425,8 @@ def policy_of(state: Mapping[str, Any]) -> nn.Module:
         obs = {group: _width(weights, network) for group, network in (("policy", "actor"), ("critic", "critic"))}
         num_actions = weights[f"actor.{2 * len(config.hidden_dims)}.bias"].shape[0]
         continuous = "std_param" in weights
-        policy = make_policy(obs, num_actions if continuous else ((), torch.int64), config, num_actions)
+        choices = weights["choice_counts"].tolist() if "choice_counts" in weights else num_actions
+        policy = make_policy(obs, num_actions if continuous else ((), torch.int64), config, choices)
         policy.load_state_dict(weights)
     except (AttributeError, IndexError, KeyError, TypeError, RuntimeError) as error:
         message = str(error).splitlines()[0] if str(error) else ""

@@ -26,11 +26,6 @@ FIGURES = {
 }
 
 
-def file_name(env: str) -> str:
-    """The name of the figures' file, without its suffix."""
-    return f"protocol_hover_{env}".replace(":", "_").replace("/", "_")
-
-
 def entry(run: Run, flight: Flight) -> dict[str, Any]:
     """What the file says of one run: ``scenes`` holds :func:`pydrone.report.protocol.figures` of each."""
     seconds = None

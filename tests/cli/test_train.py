@@ -11,6 +11,7 @@ import pytest
 from pydrone.cli import train
 from pydrone.envs import Randomization, TaskOptions
 from pydrone.ppo.config import PPOConfig, TrainConfig
+from pydrone.ppo.presets import PRESETS
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -65,9 +66,38 @@ def test_flags_of_the_algorithm(flags, name, value):
     assert dataclasses.asdict(parse(*flags).ppo) == dataclasses.asdict(PPOConfig(**{name: value}))
 
 
+def parsed(*argv: str) -> TrainConfig:
+    """With presets and files."""
+    pytest.importorskip("tyro")
+    return train._parse(list(argv))
+
+
+@pytest.mark.parametrize("env", ["genesis-hover", "quadrotor", "quadrotor-course"])
+def test_presets(env, tmp_path):
+    """The default is to hover where that is the task; files and flags win over a preset."""
+    hover, plain = PRESETS["hover"].settings, dataclasses.asdict
+    example, tables = plain(TrainConfig(env=env)), {"task": TaskOptions, "ppo": PPOConfig}
+    named = plain(
+        TrainConfig(env=env, **{name: tables[name](**x) if name in tables else x for name, x in hover.items()})
+    )
+    assert plain(parsed("--env", env, "--preset", "hover")) == named
+    assert plain(parsed("--env", env)) == (example if env == "quadrotor-course" else named)
+    assert plain(parsed("--env", env, "--preset", "genesis-example")) == example
+    file = tmp_path / "settings.toml"
+    file.write_text("[task]\nhold = 2.0\n[ppo]\nlam = 0.9\n")
+    mixed = parsed("--env", env, "--preset", "hover", "--config", str(file), "--gamma", "0.95")
+    assert plain(mixed.task) == plain(TaskOptions(**hover["task"] | {"hold": 2.0}))
+    assert plain(mixed.ppo) == plain(PPOConfig(**hover["ppo"] | {"lam": 0.9, "gamma": 0.95}))
+
+
+def test_an_unknown_preset_is_refused():
+    with pytest.raises(ValueError, match=r"--preset: expected one of hover, .*, got 'fast'"):
+        parsed("--preset", "fast")
+
+
 def test_help_shows_every_default_and_every_name(run):
     pytest.importorskip("tyro")
-    result = run("train", "--help")
+    result = run("train", "--preset", "genesis-example", "--help")
     assert result.returncode == 0
     text = " ".join(result.stdout.replace("│", " ").split())
     for config in (TrainConfig, PPOConfig, Randomization, TaskOptions):
@@ -76,10 +106,14 @@ def test_help_shows_every_default_and_every_name(run):
                 continue
             assert f"--{field.name.replace('_', '-')}" in text
             assert field.metadata["help"] in text
+            if field.name == "env_kwargs":  # empty
+                continue
             default = field.default
             default = " ".join(map(str, default)) if isinstance(default, tuple) else default
             assert f"(default: {default})" in text, field.name
             assert all(alias in text for alias in field.metadata["aliases"])
+    text = " ".join(run("train", "--help").stdout.replace("│", " ").split())
+    assert "(default: 0.98)" in text and all(f"{name}: {x.help}" in text for name, x in PRESETS.items())
 
 
 def test_number_of_environments_depends_on_the_device(trained):
@@ -90,10 +124,14 @@ def test_number_of_environments_depends_on_the_device(trained):
 
 def test_options_of_the_task_reach_the_environment(trained, tmp_path):
     """Only options that were changed, as environments of other packages do not know them."""
-    assert trained("--weight-near", "0").env.keys() == {"num_envs", "device", "seed"}
-    env = trained("--config", str(ROOT / "examples" / "hover.toml"), "--near-decay", "5").env
+    example = ("--preset", "genesis-example")
+    assert trained(*example, "--weight-near", "0").env.keys() == {"num_envs", "device", "seed"}
+    file = tmp_path / "settings.toml"
+    file.write_text("[task]\nhold = 1.0\nweight_near = 1.0\n")
+    env = trained(*example, "--config", str(file), "--near-decay", "5").env
     del env["num_envs"], env["device"], env["seed"]
     assert env == {"hold": 1.0, "weight_near": 1.0, "near_decay": 5.0}
+    assert PRESETS["hover"].settings["task"].items() <= trained().env.items()
 
 
 def test_train_from_beginning_to_end(run, tmp_path):

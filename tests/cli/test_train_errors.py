@@ -78,7 +78,7 @@ def test_more_minibatches_than_samples_by_the_default_size(here, making, monkeyp
     from pydrone.ppo import config
 
     making(AssertionError("an environment was built"))
-    monkeypatch.setattr(config, "default_num_envs", lambda device: 3)
+    monkeypatch.setattr(config, "default_num_envs", lambda device, env: 3)
     assert here("--num-envs", "None", "--num-steps", "2", "--num-minibatches", "7") == 1
     said = capsys.readouterr().err
     assert said == "pydrone: num_minibatches: expected at most num_envs * num_steps, 6 samples, got 7\n"

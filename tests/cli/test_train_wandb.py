@@ -42,7 +42,7 @@ def test_weights_and_biases(here, monkeypatch, tmp_path):
         "id": None,
         "resume": "allow",
     }
-    assert run.arguments["config"]["num_envs"] == 2 and run.arguments["config"]["ppo"]["gamma"] == 0.99
+    assert run.arguments["config"]["num_envs"] == 2 and run.arguments["config"]["ppo"]["gamma"] == 0.98
     assert [row["train/iteration"] for row in run.rows] == [1, 2] and run.finished
     logged = learning_curve.read(tmp_path / "with")[-1]
     assert run.rows[-1] == {name if "/" in name else f"train/{name}": x for name, x in logged.items()}

@@ -26,6 +26,7 @@ HOUSE = (
     "pydrone.ppo.learner",
     "pydrone.ppo.policy",
     "pydrone.ppo.configfile",
+    "pydrone.ppo.presets",
     "pydrone.ppo.config pydrone.ppo.distributed",
     "pydrone.envs",
     "pydrone.buffer pydrone.memory",

@@ -182,6 +182,17 @@ def test_every_kind_of_policy(options, format, tmp_path):
     check_variant(options, format, tmp_path)
 
 
+@pytest.mark.parametrize("format", WITHOUT_ONNX, indirect=True)
+def test_several_choices(format, tmp_path):
+    options = {"discrete": (3, 4)}
+    if format != "c":
+        check_variant(options, format, tmp_path)
+        return
+    with pytest.raises(export.ExportError, match="policy: expected one choice an action for a C header, got 2"):
+        check_variant(options, format, tmp_path)
+    assert not list(tmp_path.glob("policy*"))
+
+
 def test_a_recurrent_policy_with_a_normaliser_as_onnx(tmp_path):
     pytest.importorskip("onnxscript")
     check_variant(VARIANTS["gru"], "onnx", tmp_path)

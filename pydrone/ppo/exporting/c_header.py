@@ -131,6 +131,10 @@ class _Body:
             name = function if function in ("tanhf", "truncf") else f"@P@_{function}"
             self._lines.append(f"{each} = {name}({x}[i]);")
         elif operation == "argmax":
+            if given:
+                raise ExportError(
+                    f"policy: expected one choice an action for a C header, got {len(given)}; other formats hold them"
+                )
             self._lines.append(f"for (i = 1; i < {width}; ++i) if ({x}[i] > {x}[best]) best = i;")
             self._lines.append("return best;")
         elif operation == "shift":

@@ -32,6 +32,11 @@ def _lstm(x: Tensor, memory: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor, b
     return output, torch.cat((output, cell), -1)
 
 
+def _argmax(x: Tensor, sizes: tuple[int, ...]) -> Tensor:
+    """[B], or [B, D] of parts of these ``sizes``."""
+    return torch.stack([part.argmax(-1) for part in x.split(sizes, -1)], -1) if sizes else x.argmax(-1)
+
+
 OPERATIONS: dict[str, Callable[..., Tensor]] = {
     "normalize": lambda x, shift, std: (x - shift) / std,
     "linear": nn.functional.linear,
@@ -41,7 +46,7 @@ OPERATIONS: dict[str, Callable[..., Tensor]] = {
     "silu": nn.functional.silu,
     "clip": torch.clamp,
     "trunc": torch.trunc,
-    "argmax": lambda x: x.argmax(-1),
+    "argmax": lambda x, *sizes: _argmax(x, sizes),
     "shift": lambda x, start: x + start,
 }
 CELLS = {"gru": _gru, "lstm": _lstm}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,14 +14,15 @@ from pydrone.ppo.policy.recurrent import RecurrentActorCritic, RecurrentCategori
 
 
 def make_policy(
-    obs: object, actions: object, config: PPOConfig, num_discrete_actions: int | None = None
+    obs: object, actions: object, config: PPOConfig, num_discrete_actions: int | Sequence[int] | None = None
 ) -> ActorCritic:
     """The policy that ``config`` describes, its first weights drawn from torch's generator.
 
     Args:
         obs, actions: as the environment's.
         config: the settings.
-        num_discrete_actions: K, where actions are ``((), torch.int64)``.
+        num_discrete_actions: K, where actions are ``((), torch.int64)``; (K1, ..., KD) where they are
+            ``((D,), torch.int64)``.
 
     Raises:
         TypeError: the actions are neither a number of dimensions nor K discrete ones.

@@ -38,7 +38,7 @@ def _differing(before: Any, after: Mapping[str, Any], group: str = "") -> Iterat
         if not isinstance(before, Mapping) or name not in before:
             continue
         old = tuple(before[name]) if isinstance(before[name], list) else before[name]
-        if isinstance(new, Mapping):
+        if isinstance(new, Mapping) and name != "env_kwargs":  # whose names are no settings
             yield from _differing(old, new, name)
         elif old != new:
             yield group, name, old, new
@@ -149,7 +149,8 @@ def _restore_progress(training: Iteration, state: dict[str, Any]) -> str | None:
         if training.device.type == "cuda" and "cuda" in progress["generators"]:
             torch.cuda.set_rng_state(progress["generators"]["cuda"].cpu(), training.device)
         if progress["env"] is None or not hasattr(training.env, "load_state_dict"):
-            return f"{before['env']} cannot restore its simulator: all episodes begin anew, with other targets"
+            told = "cannot restore its simulator: all episodes begin anew, with other targets and random numbers"
+            return f"{before['env']} {told}"
         try:
             training.env.load_state_dict(progress["env"])
         except (RuntimeError, ValueError) as error:

@@ -69,6 +69,40 @@ def test_the_policy_against_torch_distributions():
     assert torch.equal(policy.mode(obs), policy.actor(obs).argmax(-1))
 
 
+def several(actions=(2, 4), **options) -> CategoricalActorCritic:
+    config = PPOConfig(hidden_dims=(8,), **options)
+    return make_policy(3, ((len(actions),), torch.int64), config, actions)
+
+
+def test_several_choices_against_torch_distributions():
+    """Their log-probabilities, entropies and divergences add up."""
+    policy, obs = several(), torch.randn(50, 3)
+    with torch.no_grad():
+        policy.actor[-1].weight.mul_(100)
+        policy.actor[-1].bias.copy_(torch.arange(6) * 0.5)
+    parts = lambda: [Categorical(logits=x) for x in policy.actor(obs).split((2, 4), -1)]  # noqa: E731
+    step, old = policy.act(obs), parts()
+    assert step.actions.dtype == torch.int64 and step.actions.shape == (50, 2)
+    assert step.actions.amax(0).tolist() == [1, 3] and step.actions.amin() == 0
+    torch.testing.assert_close(step.mean, torch.cat([x.logits for x in old], -1))
+    torch.testing.assert_close(step.log_probs, sum(x.log_prob(step.actions[:, i]) for i, x in enumerate(old)))
+    with torch.no_grad():
+        policy.actor[-1].bias.add_(torch.randn(6))
+    new, now = policy.evaluate(obs, step.actions), parts()
+    torch.testing.assert_close(new.log_probs, sum(x.log_prob(step.actions[:, i]) for i, x in enumerate(now)))
+    torch.testing.assert_close(policy.entropy(new), sum(x.entropy().mean() for x in now))
+    expected = sum(kl_divergence(a, b).mean() for a, b in zip(old, now))
+    torch.testing.assert_close(policy.kl(policy.stored(step), new), expected)
+    assert torch.equal(policy.mode(obs), torch.stack([x.logits.argmax(-1) for x in now], -1))
+
+
+def test_weights_of_other_choices_of_the_same_sum_are_refused():
+    state = several((2, 4)).state_dict()
+    several((2, 4)).load_state_dict(state)
+    with pytest.raises(RuntimeError, match=r"choice_counts: expected \(4, 2\), got \(2, 4\)"):
+        several((4, 2)).load_state_dict(state)
+
+
 def test_actions_come_as_often_as_their_probability_says():
     policy = make()
     obs = torch.zeros(100_000, 3)

@@ -146,7 +146,7 @@ def test_a_replayed_iteration_is_one_launch_and_one_read(schedule, on_the_cpu):
         figures = trainer.iterate()
     assert outside.names == (["aten::fill_"] if schedule == "linear" else [])
     assert figures["time/iteration"] >= figures["time/replay"] > 0
-    assert {name for name in figures if name.startswith("time/")} == {"time/iteration", "time/replay"}
+    assert {name for name in figures if name.startswith("time/")} == {"time/iteration", "time/replay", "time/process"}
     assert f"steps/s  replay {figures['time/replay']:.2f} s  left" in progress_line(figures, ITERATIONS, 0.0)
 
 

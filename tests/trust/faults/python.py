@@ -499,4 +499,18 @@ PYTHON = [
         "    except (OSError",
         "tests/ppo/training/test_checkpoint.py",
     ),
+    Fault(
+        "the second choice's logarithms looked up among the first's",
+        "pydrone/ppo/policy/discrete.py",
+        "logs.gather(-1, actions + self._first)",
+        "logs.gather(-1, actions)",
+        "tests/ppo/policy/test_discrete.py",
+    ),
+    Fault(
+        "environments of Gymnasium whose seeds overlap with the next process's",
+        "pydrone/envs/gymnasium_ids.py",
+        "seed = int(np.random.SeedSequence(seed % 2**64).generate_state(1)[0])",
+        "seed = seed % 2**32",
+        "tests/envs/test_gymnasium_ids.py",
+    ),
 ]
