@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import math
 import textwrap
@@ -156,11 +157,12 @@ def _randomization(run: Run) -> Randomization:
 
 
 def _task(run: Run, name: str) -> dict[str, Any]:
-    """The options of the run's own task, if it is what is flown."""
+    """The options of the run's task, where ``name`` is an environment that has them."""
     from pydrone.envs import TaskOptions
+    from pydrone.envs.registry import ENVIRONMENTS
 
     stored = run.settings.get("task")
-    return TaskOptions(**stored).changed() if stored and name == run.environment.name else {}
+    return TaskOptions(**stored).changed() if stored and name in ENVIRONMENTS else {}
 
 
 def _protocol(args: argparse.Namespace) -> Any:
@@ -230,6 +232,8 @@ def _report(args: argparse.Namespace, run: Run, name: str, flown: list[Episodes]
     figures = out / f"eval_{file_name(name)}.json"
     about = {"checkpoint": str(run.checkpoint), "iteration": run.iteration, "env": name, "seed": args.seed}
     about["randomized"] = args.randomize
+    if args.randomize:
+        about["randomization"] = dataclasses.asdict(_randomization(run))
     figures.write_text(json.dumps(about | {"results": found}, indent=2) + "\n", encoding="utf-8")
     yield f"Figures: {figures}"
     if all(x.paths is not None for x in flown):

@@ -34,6 +34,7 @@ def entry(run: Run, flight: Flight) -> dict[str, Any]:
         seconds = rows[-1].get("time/process") if rows else None
     return {
         "checkpoint": str(run.checkpoint),
+        "trained_in": run.environment.label,
         "iteration": run.iteration,
         "seed": run.settings.get("seed"),
         "seconds_from_process_start": seconds,
@@ -67,8 +68,9 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
             raise ValueError(content["protocol"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{found[0]}: expected the figures of the hover protocol, got something else") from error
-    if content["version"] != protocol.VERSION:
-        raise ValueError(f"{found[0]}: expected version {protocol.VERSION} of the protocol, got {content['version']}")
+    if content.get("version") != protocol.VERSION:
+        found_version = content.get("version")
+        raise ValueError(f"{found[0]}: expected version {protocol.VERSION} of the protocol, got {found_version}")
     return content
 
 

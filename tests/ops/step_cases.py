@@ -14,6 +14,7 @@ from pydrone.envs.course_task import CourseTask
 from pydrone.envs.drone import DroneState, clip_actions
 from pydrone.envs.hover_task import HoverConfig, HoverTask
 from pydrone.envs.quadrotor import Quadrotor, QuadrotorCourse
+from pydrone.ppo.presets import PRESETS
 from pydrone.report.evaluation import fly
 
 if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
@@ -114,13 +115,14 @@ def test_steps_with_resets(steps):
         (Quadrotor, {}, {"hold": 0.02, "max_episode_length": 3}),
         (Quadrotor, {}, {"weight_near": 2.0, "resample_targets": False}),
         (Quadrotor, {}, {"max_tilt": 50.0, "substeps": 3}),
+        (Quadrotor, {}, PRESETS["hover"].settings["task"]),
         (Quadrotor, BODY, {}),
         (Quadrotor, LATE, {}),
         (Quadrotor, WIND, {}),
         (Quadrotor, NOISE, {}),
         (QuadrotorCourse, ALL, TASK),
     ],
-    ids=["course", "course-stays", "hold", "near", "tilt", "body", "late", "wind", "noise", "all"],
+    ids=["course", "course-stays", "hold", "near", "tilt", "preset", "body", "late", "wind", "noise", "all"],
 )
 def test_every_option(env_type, ranges, options):
     ranges = ranges if isinstance(ranges, Randomization) else Randomization(**ranges)

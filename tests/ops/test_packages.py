@@ -11,7 +11,7 @@ import torch
 
 from pydrone.cli.main import main
 from pydrone.envs.genesis_hover import init_genesis
-from pydrone.ppo import export
+from pydrone.ppo.exporting import files
 from pydrone.ppo.training.run_log import RunLog
 from pydrone.report import curves, learning_curve, live, trajectories, video
 
@@ -23,7 +23,7 @@ USES: dict[str, Callable[[Path], object]] = {
     "matplotlib, paths": lambda path: trajectories.draw("", [], path / "x.png"),
     "matplotlib, several runs": lambda path: curves.draw([], path / "x.png"),
     "av": lambda path: video.render(None, 0, path / "x.mp4"),
-    "onnx": lambda path: export._write_onnx(path, (), {}, (1, 0), {}),
+    "onnx": lambda path: files._write_onnx(path, (), {}, (1, 0), {}),
     "rich": lambda path: live.LiveView(""),
 }
 

@@ -324,7 +324,8 @@ def test_the_policy_is_the_checkpoints(run_dir):
         (("gone",), "gone: no such run folder or checkpoint"),
         (
             ("RUN", "--env", "nope"),
-            "name: expected one of genesis-course, genesis-hover, quadrotor, quadrotor-course, got 'nope'",
+            "name: expected one of genesis-course, genesis-hover, quadrotor, quadrotor-course, got 'nope' "
+            "(or gymnasium:ID)",
         ),
         (("RUN", "--video", "a.avi"), "--video a.avi: expected a file name that ends in .mp4"),
         (("RUN", "--device", "foo"), "--device foo: expected cpu, cuda, cuda:1, ..."),

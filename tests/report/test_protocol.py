@@ -183,6 +183,9 @@ def test_errors(run_dir, tmp_path, capsys):
     other = tmp_path / "protocol_hover_x.json"
     other.write_text(json.dumps({"protocol": "race"}))
     assert "expected the figures of the hover protocol" in error("plot", "--protocol", "hover", other)
+    stale = tmp_path / "stale.json"
+    stale.write_text(json.dumps({"protocol": "hover", "summary": dict.fromkeys(protocol.SCENES)}))
+    assert "expected version 1 of the protocol, got None" in error("plot", "--protocol", "hover", stale)
     assert "--x, --figure" in error("plot", "--protocol", "hover", other, "--x", "time")
     with pytest.raises(ValueError, match="expected an environment with the hover task"):
         protocol.environment("quadrotor-course")
