@@ -24,9 +24,9 @@ STAND_INS = Path(__file__).with_name("cuda")
 SANITIZE = os.environ.get("PYDRONE_SANITIZE", "")
 FOLDER = ROOT / "build" / ("emulated-sanitized" if SANITIZE else "emulated")
 CXX = shlex.split(os.environ.get("CXX") or "c++")
-FLAGS = ["-std=c++20", "-O2", "-g", "-fPIC", "-Wall", "-Wno-unknown-pragmas", "-Wno-psabi", "-Wno-unused-function"]
+FLAGS = ["-std=c++20", "-O2", "-fPIC", "-Wall", "-Wno-unknown-pragmas", "-Wno-psabi", "-Wno-unused-function"]
 FLAGS += ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DTORCH_STABLE_ONLY", f"-I{STAND_INS}"]
-FLAGS += [f"-I{path}" for path in include_paths()] + ([f"-fsanitize={SANITIZE}"] if SANITIZE else [])
+FLAGS += [f"-I{path}" for path in include_paths()] + (["-g", f"-fsanitize={SANITIZE}"] if SANITIZE else [])
 
 REWRITTEN = [
     (r"extern __shared__ (\w+) (\w+)\[\];", r"\1* const \2 = static_cast<\1*>(emulated::block.shared(nullptr, 0));"),
