@@ -31,6 +31,13 @@ TRITON = [
         OF_GENESIS,
     ),
     Fault(
+        "the heading's reward falling as that for being near",
+        STEP,
+        "tl.exp2(yaw * c.yaw_decay)",
+        "tl.exp2(yaw * c.near_decay)",
+        OF_STEP,
+    ),
+    Fault(
         "a drone that Genesis could not integrate flies on, in Triton",
         STEP,
         'tl.where(tl.load(solver.error + row, mask=live, other=0) > 0, float("nan"), 0.0)',
