@@ -160,9 +160,12 @@ def _task(run: Run, name: str) -> dict[str, Any]:
     """The options of the run's task, where ``name`` is an environment that has them."""
     from pydrone.envs import TaskOptions
     from pydrone.envs.registry import ENVIRONMENTS
+    from pydrone.ppo import configfile
 
     stored = run.settings.get("task")
-    return TaskOptions(**stored).changed() if stored and name in ENVIRONMENTS else {}
+    if not stored or name not in ENVIRONMENTS:
+        return {}
+    return TaskOptions(**configfile.checked(TaskOptions, stored, known_only=True)).changed()
 
 
 def _protocol(args: argparse.Namespace) -> Any:

@@ -60,7 +60,8 @@ def _parse(argv: list[str]) -> TrainConfig:
         args=argv,
         prog="pydrone train",
         description="Train a drone with PPO. --config FILE reads settings from a TOML file, such as the config.toml in "
-        "the folder of a run; options on the command line override it. --preset NAME starts from other defaults: "
+        "the folder of a run; options on the command line override it. --preset NAME starts from other defaults "
+        "(with --config only if it is named): "
         f"{'; '.join(f'{name}: {preset.help}' for name, preset in presets.PRESETS.items())}. Ctrl-C stops after the "
         "current iteration and saves a checkpoint.",
     )
@@ -154,7 +155,7 @@ def _train(config: TrainConfig) -> int:
 
 def _base(argv: list[str]) -> dict[str, Any]:
     """The settings that replace the defaults: those of the resumed checkpoint, or else of the preset, overridden by
-    those of ``--config``.
+    those of ``--config``. With ``--config`` there is no preset unless it is named.
 
     Removes ``--config FILE`` and ``--preset NAME`` from ``argv`` and replaces the folder in ``--resume FOLDER`` by its
     newest checkpoint.
@@ -184,7 +185,9 @@ def _base(argv: list[str]) -> dict[str, Any]:
         check_name(base["env"], f"--config {given.config}: env")
     resume = given.resume or base.get("resume")
     if resume in (None, "None"):
-        return configfile.merged(presets.settings(given.preset, given.env or base.get("env")), base)
+        if given.preset is None and given.config is not None:
+            return base  # a file means the same as before there were presets, a run's own among them
+        return configfile.merged(presets.settings(given.preset, given.env), base)
     if given.preset is not None:
         raise ValueError(f"--preset {given.preset}: expected none with --resume, the settings are the checkpoint's")
     from pydrone.envs.record import Record

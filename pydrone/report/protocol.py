@@ -90,14 +90,14 @@ def initial_states(device: torch.device | str = "cpu") -> DroneState:
     return DroneState(*(x.to(device, torch.float32) for x in state))
 
 
-def moving_targets(seconds: float, device: torch.device | str = "cpu") -> Tensor:
+def moving_targets(seconds: float) -> Tensor:
     """[256, 3]: the moving targets at a time, m: on a horizontal circle, even episodes one way, odd ones the other."""
     number = torch.arange(EPISODES, dtype=torch.float64)
     way = 1 - 2 * (number % 2)
     angle = 2 * math.pi * number / EPISODES + way * (seconds * SPEED / RADIUS)
     x, y, z = CENTRE
     at = torch.stack((x + RADIUS * angle.cos(), y + RADIUS * angle.sin(), torch.full_like(angle, z)), dim=1)
-    return at.to(device, torch.float32)
+    return at.float()
 
 
 @torch.no_grad()
@@ -108,23 +108,23 @@ def fly(env: Any, act: Callable[[Obs], Tensor], ended: Callable[[Tensor | None],
     dt, scenes = task.config.dt, list(SCENES.values())
     steps = round(SECONDS / dt)
     randomised = torch.tensor([x for _, x in scenes]).repeat_interleave(EPISODES).to(device)
-    moves = torch.tensor([x for x, _ in scenes]).repeat_interleave(EPISODES).to(device)[:, None]
-    centre = torch.tensor(CENTRE, device=device)
+    still = torch.tensor(CENTRE, device=device).expand(EPISODES, 3)
+    moving = torch.stack([moving_targets(step * dt) for step in range(steps + 1)]).to(device)
 
-    def aim(seconds: float) -> Tensor:
-        at = torch.where(moves, moving_targets(seconds, device).repeat(len(scenes), 1), centre)
-        return task.target.copy_(at)
+    def targets(step: int) -> Tensor:
+        return torch.cat([moving[step] if moves else still for moves, _ in scenes])
 
     env.reset()
     task.randomizer.make_nominal(~randomised)
-    aim(0.0)
+    task.target.copy_(targets(0))
     state = initial_states(device)
     obs = env.place(DroneState(*(x.repeat(len(scenes), 1) for x in state)))
     ended(None)
     distance = torch.full((steps, env.num_envs), math.nan, device=device)
     flying = torch.ones(env.num_envs, dtype=torch.bool, device=device)
     for step in range(steps):
-        target = aim((step + 1) * dt).clone()  # what the observation after this step shows
+        target = targets(step + 1)  # what the observation after this step shows
+        task.target.copy_(target)
         result = env.step(act(obs))
         flying = flying & ~result.dones
         away = torch.linalg.vector_norm(target - task.last_pos, dim=1)

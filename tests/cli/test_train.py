@@ -85,6 +85,8 @@ def test_presets(env, tmp_path):
     assert plain(parsed("--env", env, "--preset", "genesis-example")) == example
     file = tmp_path / "settings.toml"
     file.write_text("[task]\nhold = 2.0\n[ppo]\nlam = 0.9\n")
+    alone = plain(parsed("--env", env, "--config", str(file)))  # as before there were presets
+    assert alone == plain(TrainConfig(env=env, task=TaskOptions(hold=2.0), ppo=PPOConfig(lam=0.9)))
     mixed = parsed("--env", env, "--preset", "hover", "--config", str(file), "--gamma", "0.95")
     assert plain(mixed.task) == plain(TaskOptions(**hover["task"] | {"hold": 2.0}))
     assert plain(mixed.ppo) == plain(PPOConfig(**hover["ppo"] | {"lam": 0.9, "gamma": 0.95}))

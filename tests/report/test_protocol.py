@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from pydrone.cli import main as cli
-from pydrone.envs import make
 from pydrone.envs.drone import DroneState, rotate, rotate_inverse
 from pydrone.envs.quadrotor import Quadrotor
 from pydrone.ppo.config import PPOConfig, TrainConfig
@@ -189,4 +188,3 @@ def test_errors(run_dir, tmp_path, capsys):
     assert "--x, --figure" in error("plot", "--protocol", "hover", other, "--x", "time")
     with pytest.raises(ValueError, match="expected an environment with the hover task"):
         protocol.environment("quadrotor-course")
-    assert make("quadrotor", 1).task is not None
