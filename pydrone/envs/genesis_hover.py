@@ -187,7 +187,7 @@ class GenesisHover:
         self._open()
         actions = check_actions(actions, self.num_envs, ACTION_DIM, self.device)
         task, arrays = self.task, self.arrays
-        if arrays is not None and isinstance(task, HoverTask) and task.fused is not None:
+        if arrays is not None and isinstance(task, HoverTask) and task.fused is not None and task.fused.in_solver:
             task.fused.propel(task, actions, arrays.solver, arrays.thrust, arrays.moments)
             self.outside(self._simulate)
             task.draw()
