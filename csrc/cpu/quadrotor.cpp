@@ -593,8 +593,9 @@ void task_step(const Tensor& pos, const Tensor& quat, const Tensor& vel, const T
                bool tilt) {
   Job job;
   Arguments given;
-  check_shape("actions", actions, {-1, 4});
-  const int64_t n = job.num_envs = actions.size(0);
+  check_shape("target", target, {-1, 3});
+  const int64_t n = job.num_envs = target.size(0);
+  check_shape("actions", actions, {n, 4});
   check_dtype("actions", actions, ScalarType::Float);
   check_contiguous("actions", actions);
   check_range("substeps", substeps, 0, int64_t{1} << 31);

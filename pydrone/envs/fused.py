@@ -207,7 +207,8 @@ class FusedStep:
         self._scratch = self._scratch_of(task)
         names = [f"reward/{name}" for name in task.rewards] + ["distance", "non_finite"]
         names += [f"episode/{name}" for name in task._stats.names]
-        self._log = tuple((name, log[LOG.index(name)]) for name in names)
+        self._places = tuple((name, LOG.index(name)) for name in names)
+        self._log = tuple((name, log[place]) for name, place in self._places)
         drawn = task.randomizer
         ranges = () if drawn is None else (drawn._low, drawn._span, drawn._high)
         self._ranges = tuple(tuple(x.tolist()) for x in ranges)
@@ -240,6 +241,9 @@ class FusedStep:
             torch.zeros(triton.task_programs(task.num_envs), LOG_SIZE, device=task.device),
             torch.zeros(1, dtype=torch.int32, device=task.device),
         )
+
+    def prepare(self, body: Body) -> None:
+        """Does before the first step what steps with ``body`` need once."""
 
     def propel(self, task: Any, actions: Tensor, solver: Solver, thrust: float, moments: tuple[float, ...]) -> None:
         """Writes the forces of ``actions`` [N, 4], clipped or not, and of the wind for the simulator's next step.
@@ -278,21 +282,20 @@ class FusedStep:
             body: the physics to compute; None: none.
             substeps: integration steps of the physics.
         """
-        out = self._out
         drones = None if isinstance(state, Solver) else state
         if body is None:
             if drones is not None:
-                drones = DroneState(*(x if x.stride(1) == 1 else x.contiguous() for x in drones))
+                drones = DroneState(*map(_rows, drones))
         elif drones is None or not all(x.is_contiguous() for x in drones):
             raise ValueError("pos, quat, vel, ang_vel: expected contiguous tensors, which the step overwrites")
-        self._launch(task, state, drones, actions.contiguous(), body, substeps)
+        out, log = self._launch(task, state, drones, _rows(actions).contiguous(), body, substeps)
         dispatch.written(*out)
-        return StepResult(out.obs, out.rewards, out.dones, out.truncated, out.final_obs, None, dict(self._log))
+        return StepResult(out.obs, out.rewards, out.dones, out.truncated, out.final_obs, None, log)
 
     def _launch(
         self, task: Any, state: DroneState | Solver, drones: DroneState | None, actions: Tensor, body: Body | None,
         substeps: int,
-    ) -> None:  # fmt: skip
+    ) -> tuple[Outputs, dict[str, Tensor]]:  # fmt: skip
         triton.task_step(
             drones,
             state if drones is None else None,
@@ -304,6 +307,12 @@ class FusedStep:
             self._varied(task), Draws(*task.draws), self._out, self._scratch, self._numbers, body, substeps,
             bool(task.resample_targets), self._near, self._tilt,
         )  # fmt: skip
+        return self._out, dict(self._log)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """``x`` [N, n] as float32, the numbers of a row side by side."""
+    return x if x.dtype is torch.float32 and x.stride(1) == 1 else x.to(torch.float32).contiguous()
 
 
 def flat(numbers: TaskNumbers, body: Body | None, ranges: tuple[tuple[float, ...], ...]) -> Tensor:
@@ -317,7 +326,8 @@ def flat(numbers: TaskNumbers, body: Body | None, ranges: tuple[tuple[float, ...
 
 
 class NativeStep(FusedStep):
-    """The steps of a task on a CPU, by the native library."""
+    """The steps of a task on a CPU, by the native library. As PyTorch's, a step overwrites observations and rewards of
+    the one before, but not its ends, final observations and log."""
 
     in_solver = False
     _operation = torch.ops.pydrone.task_step.default
@@ -330,20 +340,28 @@ class NativeStep(FusedStep):
     def _scratch_of(self, task: Any) -> Scratch | None:
         return None
 
+    def prepare(self, body: Body | None) -> None:
+        self._body, self._flat = body, (flat(self._numbers, body, self._ranges),)
+
     def _launch(
         self, task: Any, state: DroneState | Solver, drones: DroneState | None, actions: Tensor, body: Body | None,
         substeps: int,
-    ) -> None:  # fmt: skip
+    ) -> tuple[Outputs, dict[str, Tensor]]:  # fmt: skip
         if drones is None:
             raise ValueError("state: expected the drones' rows, got the memory of a simulator, which needs CUDA")
         if body is not self._body:
-            self._body, self._flat = body, (flat(self._numbers, body, self._ranges),)
+            self.prepare(body)
+        obs, final_obs, rewards, dones, truncated, log = self._out
+        empty = torch.empty_like
+        out = Outputs(obs, empty(final_obs), rewards, empty(dones), empty(truncated), empty(log))
         varied = self._varied(task)
         drawn, wind, history, _, rpm = (None,) * 5 if varied is None else varied[:5]
         self._operation(
             *drones, actions, task.target, task.last_pos, task.last_actions, task.age, task.held,
             getattr(task, "leg", None), getattr(task, "_waypoints", None), task._stats._sums, drawn, wind, history, rpm,
-            *task.draws, *self._out, *self._flat, self._numbers.max_age, self._numbers.hold_steps,
+            *task.draws, *out, *self._flat, self._numbers.max_age, self._numbers.hold_steps,
             0 if body is None else substeps, bool(task.resample_targets), self._near, self._tilt,
         )  # fmt: skip
         dispatch.written(task.target, *(() if body is None else drones))
+        logged = out.log.unbind()
+        return out, {name: logged[place] for name, place in self._places}

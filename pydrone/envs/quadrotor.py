@@ -128,6 +128,8 @@ class Quadrotor:
             mass=MASS,
             h=self._h,
         )
+        if self.task.fused is not None:
+            self.task.fused.prepare(self._body)
         self._place()
 
     @property

@@ -1,8 +1,9 @@
 """Loads the compiled libraries; registers the operations' schemas, fakes and fallbacks with PyTorch.
 
 ``torch.ops.pydrone.<op>`` runs the native CPU or CUDA library where built. Otherwise it runs Triton on CUDA tensors
-and the plain PyTorch reference on all others; those of PPO_SCHEMAS and CPU_SCHEMAS have no reference. The libraries hold
-implementations only; the schemas are defined here, so that the operations exist without a compiler too.
+and the plain PyTorch reference on all others; those of PPO_SCHEMAS have no reference, those of CPU_SCHEMAS no Triton
+either. The libraries hold implementations only; the schemas are defined here, so that the operations exist without a
+compiler too.
 """
 
 from __future__ import annotations

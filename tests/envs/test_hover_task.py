@@ -9,6 +9,8 @@ from torch import Tensor
 from pydrone.envs.drone import DroneState, clip_actions, propeller_rpm, roll_pitch, rotate_inverse, yaw
 from pydrone.envs.hover_task import REWARDS, Constants, HoverConfig, HoverTask, crashed, observe, reward_terms
 
+pytestmark = pytest.mark.usefixtures("computed_by")
+
 C = Constants.of(HoverConfig())
 ONE = (1.0, 0.0, 0.0, 0.0)
 
