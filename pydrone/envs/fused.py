@@ -69,7 +69,7 @@ class Draws(NamedTuple):
 
 
 class Outputs(NamedTuple):
-    """What a step returns; ``dones`` and ``truncated`` are bool [N], ``log`` is [LOG_SIZE]."""
+    """What a step returns; ``dones`` and ``truncated`` are bool [N], ``log`` is [LOG_SIZE], on a CPU [len(LOG)]."""
 
     obs: Tensor
     final_obs: Tensor
@@ -334,6 +334,7 @@ class NativeStep(FusedStep):
 
     def __init__(self, task: Any) -> None:
         super().__init__(task)
+        self._out = self._out._replace(log=torch.zeros(len(LOG)))
         self._body: Body | None = None
         self._flat = (flat(self._numbers, None, self._ranges),)
 

@@ -144,7 +144,7 @@ WRONG = {
     "rewards": torch.zeros(6, 1),
     "dones": torch.zeros(6, dtype=torch.uint8),
     "truncated": torch.zeros(5, dtype=torch.bool),
-    "log": torch.zeros(12),
+    "log": torch.zeros(16),
     "numbers": torch.zeros(92),
     "max_age": 2**31,
     "hold_steps": -1,
