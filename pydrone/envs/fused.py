@@ -165,6 +165,8 @@ def why_not(task: Any, wanted: bool | None) -> str | None:
     reason = triton.missing()
     if device == "cpu" and not _interpreted(task, wanted):
         reason = None if native.CPU_MISSING is None else f"there is no native library: {native.CPU_MISSING}"
+        if torch.get_default_dtype() != torch.float32:
+            reason = f"the kernel computes in float32, torch's default dtype is {torch.get_default_dtype()}"
     elif device not in ("cpu", "cuda"):
         reason = f"the kernels need a CPU or a CUDA device, the task is on {device}"
     if f"{type(task).__module__}.{type(task).__qualname__}" not in SERVED:
@@ -289,7 +291,7 @@ class FusedStep:
         elif drones is None or not all(x.is_contiguous() for x in drones):
             raise ValueError("pos, quat, vel, ang_vel: expected contiguous tensors, which the step overwrites")
         out, log = self._launch(task, state, drones, _rows(actions).contiguous(), body, substeps)
-        dispatch.written(*out)
+        dispatch.written(*out, task.target, *(drones if body is not None and drones is not None else ()))
         return StepResult(out.obs, out.rewards, out.dones, out.truncated, out.final_obs, None, log)
 
     def _launch(
@@ -337,6 +339,8 @@ class NativeStep(FusedStep):
         self._out = self._out._replace(log=torch.zeros(len(LOG)))
         self._body: Body | None = None
         self._flat = (flat(self._numbers, None, self._ranges),)
+        # a limit that int32 cannot hold is never reached
+        self._limits = tuple(min(x, 2**31 - 1) for x in (self._numbers.max_age, self._numbers.hold_steps))
 
     def _scratch_of(self, task: Any) -> Scratch | None:
         return None
@@ -349,7 +353,7 @@ class NativeStep(FusedStep):
         substeps: int,
     ) -> tuple[Outputs, dict[str, Tensor]]:  # fmt: skip
         if drones is None:
-            raise ValueError("state: expected the drones' rows, got the memory of a simulator, which needs CUDA")
+            raise ValueError("state: expected the drones' rows, got the memory of a simulator, which only CUDA's takes")
         if body is not self._body:
             self.prepare(body)
         obs, final_obs, rewards, dones, truncated, log = self._out
@@ -360,9 +364,8 @@ class NativeStep(FusedStep):
         self._operation(
             *drones, actions, task.target, task.last_pos, task.last_actions, task.age, task.held,
             getattr(task, "leg", None), getattr(task, "_waypoints", None), task._stats._sums, drawn, wind, history, rpm,
-            *task.draws, *out, *self._flat, self._numbers.max_age, self._numbers.hold_steps,
-            0 if body is None else substeps, bool(task.resample_targets), self._near, self._tilt,
+            *task.draws, *out, *self._flat, *self._limits, 0 if body is None else substeps, bool(task.resample_targets),
+            self._near, self._tilt,
         )  # fmt: skip
-        dispatch.written(task.target, *(() if body is None else drones))
         logged = out.log.unbind()
         return out, {name: logged[place] for name, place in self._places}

@@ -42,6 +42,14 @@ def test_on_a_cpu_it_is_the_native_library_unless_there_is_a_reason(monkeypatch:
     with pytest.raises(ValueError, match="expected False or None here: there is no native library: not built"):
         Quadrotor(2, fused=True)
     assert Quadrotor(2).task.not_fused == "there is no native library: not built: no compiler"
+    monkeypatch.setattr(native, "CPU_MISSING", None)
+    torch.set_default_dtype(torch.float64)
+    try:
+        env = Quadrotor(2)
+        assert env.task.not_fused == "the kernel computes in float32, torch's default dtype is torch.float64"
+        assert env.step(torch.zeros(2, 4)).obs.dtype == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
     monkeypatch.setenv("PYDRONE_BACKEND", "reference")
     assert Quadrotor(2).task.not_fused == "PYDRONE_BACKEND is 'reference'"
     elsewhere = on_cuda()

@@ -21,8 +21,8 @@ ISAS = ("baseline", "x86-64-v3", "x86-64-v4")
 
 
 def results() -> dict[str, torch.Tensor]:
-    """The estimators in both orders and precisions, a rollout's rows and minibatches, a step of Adam, the learner, drones;
-    odd sizes."""
+    """The estimators in both orders and precisions, a rollout's rows and minibatches, a step of Adam, the learner, and
+    drones; odd sizes."""
     import pydrone
     from pydrone.buffer import RolloutBuffer
     from pydrone.ppo import clipped_step
