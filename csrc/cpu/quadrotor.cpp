@@ -82,7 +82,7 @@ PYDRONE_INLINE void step_block_body(const Job& job, int64_t first, int64_t count
   to_lanes<4>(job.quat + first * job.quat_row, job.quat_row, count, b.quat);
   to_lanes<3>(job.vel + first * job.vel_row, job.vel_row, count, job.substeps ? b.vel : b.lin_vel);
   to_lanes<3>(job.ang_vel + first * job.ang_vel_row, job.ang_vel_row, count, b.ang_vel);
-  to_lanes<4>(job.actions + first * 4, 4, count, actions);
+  to_lanes<4>(job.actions + first * job.actions_row, job.actions_row, count, actions);
   to_lanes<3>(job.target + first * 3, 3, count, b.target);
   to_lanes<3>(job.last_pos + first * 3, 3, count, b.last_pos);
   to_lanes<4>(job.last_actions + first * 4, 4, count, b.last_actions);
@@ -115,7 +115,8 @@ PYDRONE_INLINE void step_block_body(const Job& job, int64_t first, int64_t count
   to_rows<kObs>(b.obs, count, job.final_obs + first * kObs);
   copy(job.final_obs + first * kObs, count * kObs, job.obs + first * kObs);
   copy(b.rewards, count, job.rewards + first);
-  for (int64_t r = 0; r < count; ++r) job.dones[first + r] = b.dones[r] > 0, job.truncated[first + r] = b.truncated[r] > 0;
+  for (int64_t r = 0; r < count; ++r) job.dones[first + r] = b.dones[r] > 0;
+  for (int64_t r = 0; r < count; ++r) job.truncated[first + r] = b.truncated[r] > 0;
   copy(b.age, count, job.age + first);
   if (job.held) copy(b.held, count, job.held + first);
   to_rows<3>(b.target, count, job.target + first * 3);
@@ -212,15 +213,18 @@ class Arguments {
     check_shape(name, x, sizes);
     check_dtype(name, x, type);
     check_contiguous(name, x);
-    return add(name, x, x.numel() * static_cast<int64_t>(x.element_size()), written);
+    void* const data = x.data_ptr();
+    const auto start = reinterpret_cast<uintptr_t>(data);
+    if (x.numel()) extents_.push_back({start, start + x.numel() * x.element_size(), name, written});
+    return data;
   }
   // Rows of `width` numbers at any stride, which are only read.
-  float* rows(const char* name, const Tensor& x, int64_t num_envs, int64_t width, int64_t& stride) {
+  static float* rows(const char* name, const Tensor& x, int64_t num_envs, int64_t width, int64_t& stride) {
     check_shape(name, x, {num_envs, width});
     check_dtype(name, x, ScalarType::Float);
     STD_TORCH_CHECK(x.stride(1) == 1, name, ": expected numbers of a row side by side, got stride ", x.stride(1));
     stride = x.stride(0);
-    return static_cast<float*>(add(name, x, span(x), false));
+    return static_cast<float*>(x.data_ptr());
   }
   // What is written shares no memory with another argument.
   void check_apart() {
@@ -234,10 +238,18 @@ class Arguments {
       if (x.written && (!last_written || x.end > last_written->end)) last_written = &x;
     }
   }
-  bool writes(const float* from, int64_t count) const {
-    const auto first = reinterpret_cast<uintptr_t>(from), end = first + count * sizeof(float);
-    return std::any_of(extents_.begin(), extents_.end(),
-                       [&](const Extent& x) { return x.written && x.first < end && first < x.end; });
+  // `rows`, or a copy of them where the step writes: a policy may hand back what it was shown.
+  template <class Rows>
+  Rows kept(Rows rows, int64_t num_envs, int64_t width, int64_t& stride) {
+    const auto first = reinterpret_cast<uintptr_t>(rows);
+    const auto end = first + ((num_envs - 1) * stride + width) * sizeof(float);
+    const bool meet = std::any_of(extents_.begin(), extents_.end(),
+                                  [&](const Extent& x) { return x.written && x.first < end && first < x.end; });
+    if (!num_envs || !meet) return rows;
+    std::vector<float>& copy = copies_.emplace_back();
+    for (int64_t n = 0; n < num_envs; ++n) copy.insert(copy.end(), rows + n * stride, rows + n * stride + width);
+    stride = width;
+    return copy.data();
   }
 
  private:
@@ -246,13 +258,8 @@ class Arguments {
     const char* name;
     bool written;
   };
-  void* add(const char* name, const Tensor& x, int64_t bytes, bool written) {
-    void* const data = x.data_ptr();
-    const auto first = reinterpret_cast<uintptr_t>(data);
-    if (bytes) extents_.push_back({first, first + static_cast<uintptr_t>(bytes), name, written});
-    return data;
-  }
   std::vector<Extent> extents_;
+  std::vector<std::vector<float>> copies_;
 };
 
 }  // namespace
@@ -269,9 +276,7 @@ void task_step(const Tensor& pos, const Tensor& quat, const Tensor& vel, const T
   Arguments given;
   check_shape("target", target, {-1, 3});
   const int64_t n = job.num_envs = target.size(0);
-  check_shape("actions", actions, {n, 4});
-  check_dtype("actions", actions, ScalarType::Float);
-  check_contiguous("actions", actions);
+  job.actions = given.rows("actions", actions, n, 4, job.actions_row);
   check_range("substeps", substeps, 0, int64_t{1} << 31);
   check_range("max_age", max_age, 0, int64_t{1} << 31);
   check_range("hold_steps", hold_steps, 0, int64_t{1} << 31);
@@ -322,11 +327,10 @@ void task_step(const Tensor& pos, const Tensor& quat, const Tensor& vel, const T
   auto* const means = given.floats("log", log, {kSums});
   std::memcpy(&job.c, given.floats("numbers", numbers, {kNumbers}, false), sizeof(Numbers));
   given.check_apart();
-  job.actions = static_cast<const float*>(actions.data_ptr());
-  std::vector<float> copied;  // a policy may hand back what it was shown
-  if (given.writes(job.actions, n * 4)) {
-    copied.assign(job.actions, job.actions + n * 4);
-    job.actions = copied.data();
+  job.actions = given.kept(job.actions, n, 4, job.actions_row);
+  if (!substeps) {
+    job.pos = given.kept(job.pos, n, 3, job.pos_row), job.quat = given.kept(job.quat, n, 4, job.quat_row);
+    job.vel = given.kept(job.vel, n, 3, job.vel_row), job.ang_vel = given.kept(job.ang_vel, n, 3, job.ang_vel_row);
   }
 
   const int64_t blocks = (n + kBlock - 1) / kBlock;

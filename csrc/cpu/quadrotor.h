@@ -26,7 +26,7 @@ constexpr int64_t kNumbers = sizeof(Numbers) / sizeof(float);
 struct Job {
   Numbers c;
   float *pos, *quat, *vel, *ang_vel;  // rows of these strides
-  int64_t pos_row, quat_row, vel_row, ang_vel_row;
+  int64_t pos_row, quat_row, vel_row, ang_vel_row, actions_row;
   const float* actions;
   float *target, *last_pos, *last_actions;
   int32_t *age, *held;

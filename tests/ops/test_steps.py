@@ -106,6 +106,13 @@ def test_actions_may_lie_where_the_step_writes(name: str) -> None:
         same_result(*(env.step(getattr(env.task, name).flatten()[:400].view(100, 4)) for env in (plain, fused)))
 
 
+def test_a_state_may_lie_where_the_step_writes() -> None:
+    """Drones at their targets, which move on."""
+    plain, fused = (HoverTask(100, seed=2, fused=wanted) for wanted in (False, True))
+    upright, still = torch.tensor([[1.0, 0, 0, 0]]).expand(100, 4), torch.zeros(100, 3)
+    same_result(*(x.step(DroneState(x.target, upright, still, still), torch.zeros(100, 4)) for x in (plain, fused)))
+
+
 def test_a_limit_that_is_never_reached() -> None:
     env = Quadrotor(2, max_episode_length=10**12, hold=1e9, fused=True)
     assert not env.step(torch.zeros(2, 4)).dones.any()
