@@ -34,6 +34,7 @@ from pydrone.ppo.exporting import ExportError, c_header, c_program
 from pydrone.ppo.exporting.files import READERS, WRITERS, Runner
 from pydrone.ppo.exporting.layers import CELLS, OPERATIONS, Layers, memory_size, run  # noqa: F401 (run, CELLS: for users)
 from pydrone.ppo.policy.make import make_policy
+from pydrone.ppo.training.average import deployed
 
 FORMATS = {"onnx": ".onnx", "torchscript": ".pt", "safetensors": ".safetensors", "c": ".h"}
 # The packages that write and check a format.
@@ -414,12 +415,14 @@ def _near(
 
 
 def policy_of(state: Mapping[str, Any]) -> nn.Module:
-    """The policy in a checkpoint, see :meth:`pydrone.ppo.trainer.Trainer.state_dict`; needs no environment.
+    """The policy in a checkpoint, with the averaged weights where there are any; needs no environment.
+
+    ``state`` as of :meth:`pydrone.ppo.trainer.Trainer.state_dict`.
 
     Raises ValueError where the checkpoint holds no such policy.
     """
     try:
-        weights, settings = state["policy"], state["config"]["ppo"]
+        weights, settings = deployed(state), state["config"]["ppo"]
         # Each network sees its groups concatenated, whatever they were.
         config = PPOConfig(**{**settings, "actor_obs": (), "critic_obs": ()})
         obs = {group: _width(weights, network) for group, network in (("policy", "actor"), ("critic", "critic"))}

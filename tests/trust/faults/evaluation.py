@@ -5,6 +5,7 @@ from __future__ import annotations
 from .fault import Fault
 
 OF_PROTOCOL = "tests/report/test_protocol.py"
+OF_AVERAGE = "tests/ppo/training/test_average.py"
 PROTOCOL = "pydrone/report/protocol.py"
 
 EVALUATION = [
@@ -42,5 +43,19 @@ EVALUATION = [
         "        self.last_pos.copy_(state.pos)\n        sensed = state if",
         "        sensed = state if",
         OF_PROTOCOL,
+    ),
+    Fault(
+        "an average that leans to zero in the first iterations",
+        "pydrone/ppo/training/average.py",
+        'x / average["total"] for',
+        "x for",
+        OF_AVERAGE,
+    ),
+    Fault(
+        "the last weights exported, the averaged ones evaluated",
+        "pydrone/ppo/export.py",
+        "weights, settings = deployed(state), ",
+        'weights, settings = state["policy"], ',
+        OF_AVERAGE,
     ),
 ]
