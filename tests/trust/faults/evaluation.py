@@ -1,4 +1,4 @@
-"""Mistakes in what an evaluation flies and counts."""
+"""Mistakes in what an evaluation flies and counts, and in where episodes begin."""
 
 from __future__ import annotations
 
@@ -57,5 +57,19 @@ EVALUATION = [
         "weights, settings = deployed(state), ",
         'weights, settings = state["policy"], ',
         OF_AVERAGE,
+    ),
+    Fault(
+        "the same initial state for every episode",
+        "pydrone/envs/hover_task.py",
+        "(self._draw[:, -1] * len(initial)).long()",
+        "(self._draw[:, -1] * 0).long()",
+        "tests/envs/test_hover_task.py",
+    ),
+    Fault(
+        "tilted drones that begin an episode at rest, in Genesis' arrays",
+        "pydrone/envs/genesis_arrays.py",
+        "torch.where(ended, rows[:, 7:13].t(), own.vel, out=own.vel)",
+        "own.vel.masked_fill_(ended, 0)",
+        "tests/envs/test_genesis.py",
     ),
 ]
