@@ -23,7 +23,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-
 # Constants that earlier versions kept in tensors, and stored with the state.
 FORMER = ("_upright", "task._first_obs")
 
