@@ -30,15 +30,11 @@ from pydrone._version import __version__
 from pydrone.envs.contract import Contract
 from pydrone.envs.record import Actions, Bounds, Record, bounds
 from pydrone.ppo.config import PPOConfig
-from pydrone.ppo.exporting import ExportError, c_header, c_program
+from pydrone.ppo.exporting import FORMATS, NEEDS, ExportError, c_header, c_program, missing  # noqa: F401 (for users)
 from pydrone.ppo.exporting.files import READERS, WRITERS, Runner
 from pydrone.ppo.exporting.layers import CELLS, OPERATIONS, Layers, memory_size, run  # noqa: F401 (run, CELLS: for users)
 from pydrone.ppo.policy.make import make_policy
 from pydrone.ppo.training.average import deployed
-
-FORMATS = {"onnx": ".onnx", "torchscript": ".pt", "safetensors": ".safetensors", "c": ".h"}
-# The packages that write and check a format.
-NEEDS = {"onnx": ("onnx", "onnxscript"), "torchscript": (), "safetensors": ("safetensors",), "c": ()}
 
 # Version of the description's layout.
 VERSION = "1"
@@ -482,10 +478,3 @@ def _class_of(env: Any) -> Any:
         return points[0].load() if points else None
     except (ImportError, AttributeError):
         return None
-
-
-def missing(format: str) -> Sequence[str]:
-    """The packages that ``format`` needs and that are missing."""
-    from importlib.util import find_spec
-
-    return [name for name in NEEDS[format] if find_spec(name) is None]
