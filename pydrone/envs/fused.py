@@ -43,6 +43,9 @@ class Task(NamedTuple):
     waypoints: Tensor | None
     sums: Tensor
     """[2 or 3 + 1, N]: of :class:`~pydrone.envs.base.EpisodeStats`."""
+    initial: Tensor | None
+    """[K, 16]: of :class:`~pydrone.envs.hover_task.Constants`, of which the last uniform number picks a row; None: all
+    begin at ``init_pos``, at rest."""
 
 
 class Varied(NamedTuple):
@@ -196,8 +199,9 @@ class FusedStep:
         drawn = task.randomizer
         ranges = () if drawn is None else (drawn._low, drawn._span, drawn._high)
         self._ranges = tuple(tuple(x.tolist()) for x in ranges)
+        self._moving = len(c.initial) > 1
         self._numbers = TaskNumbers(
-            init_pos=tuple(c.init_pos.tolist()),
+            init_pos=config.init_pos,
             target_low=tuple(c.target_low.tolist()),
             target_span=tuple(c.target_span.tolist()),
             weights=tuple((c.weights.flatten().tolist() + [0.0])[:6]),
@@ -270,6 +274,7 @@ class FusedStep:
             Task(
                 task.target, task.last_pos, task.last_actions, task.age, task.held, getattr(task, "leg", None),
                 getattr(task, "_waypoints", None), task._stats._sums,
+                task.constants.initial if self._moving else None,
             ),
             self._varied(task), Draws(*task.draws), out, self._scratch, self._numbers, body, substeps,
             bool(task.resample_targets), bool(config.weight_near), config.max_tilt < 180.0,
