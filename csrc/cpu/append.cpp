@@ -171,15 +171,17 @@ void copy_plane(char* to, const Field& source, int64_t num_envs) {
 
 // codes[i] = the flag's code where the flag of environment n0 + i, as a bool, is as it says.
 void mark(uint8_t* codes, const Flag& flag, const Field& source, int64_t n0, int64_t envs) {
+  const bool when = flag.when;  // read once: for all the compiler knows, codes may be a flag's memory
+  const uint8_t code = flag.code;
   for_flag(flag.name, source.from, [&](auto kind) {
     using From = decltype(kind);
     const char* const data = source.data + n0 * source.env;
     if (source.env == sizeof(From)) {
       const auto* const from = reinterpret_cast<const From*>(data);
-      for (int64_t i = 0; i < envs; ++i) codes[i] = nonzero(from[i]) == flag.when ? flag.code : codes[i];
+      for (int64_t i = 0; i < envs; ++i) codes[i] = nonzero(from[i]) == when ? code : codes[i];
     } else {
       for (int64_t i = 0; i < envs; ++i)
-        codes[i] = nonzero(*reinterpret_cast<const From*>(data + i * source.env)) == flag.when ? flag.code : codes[i];
+        codes[i] = nonzero(*reinterpret_cast<const From*>(data + i * source.env)) == when ? code : codes[i];
     }
   });
 }

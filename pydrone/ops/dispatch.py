@@ -161,10 +161,10 @@ def written(*tensors: torch.Tensor) -> None:
 
 
 # what torch.autograd.graph.increment_version calls, without its search for a single tensor, which costs as much again
-_increment_version = getattr(torch._C, "_increment_version", torch.autograd.graph.increment_version)
+increment_version = getattr(torch._C, "_increment_version", torch.autograd.graph.increment_version)
 
 
 def bump(tensors: list[torch.Tensor]) -> None:
     """Like :func:`written`, for tensors known not to be inference tensors."""
     if not torch.compiler.is_compiling():
-        _increment_version(tensors)
+        increment_version(tensors)

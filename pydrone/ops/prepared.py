@@ -1,9 +1,8 @@
-"""Repeats ``append`` on a CPU without PyTorch's dispatcher, which takes three times as long as a step of 256
-environments.
+"""Repeats ``append`` on a CPU without PyTorch's dispatcher, which takes longer than a step of 256 environments.
 
-The dispatcher converts, checks and counts references to each of a step's dozen tensors. All of them but their contents
-are as in the step before. So the operation plans an append once from dtypes, shapes and strides (csrc/cpu/append.cpp),
-the guards of torch.compile tell whether other tensors are like those, and the library launches the plan on addresses.
+The dispatcher converts, checks and counts references to each of a step's dozen tensors, and all but their addresses is
+as in the step before. So the operation plans an append once from dtypes, shapes and strides (csrc/cpu/append.cpp), the
+guards of torch.compile tell whether other tensors are like those, and the library launches the plan on addresses.
 """
 
 from __future__ import annotations
@@ -18,33 +17,37 @@ from torch.nn import Parameter
 
 from pydrone.ops import native
 
-try:
+try:  # all of them are private
+    from torch._C import _dispatch_keys, _dispatch_tls_local_include_set, _len_torch_dispatch_stack
     from torch._C._dynamo.guards import TensorGuards
-except ImportError:  # they are private
+except ImportError:
     TensorGuards = None
 
 # The guards ask a nested tensor for strides, which ends the process.
 NESTED = attrgetter("is_nested")
 
 Again = Callable[[int, int, Sequence], bool]
-"""Repeats an append for (slot, pool_slot, the step's tensors) if the tensors fit; returns whether it did. Where it did
-not, nothing was written."""
+"""Repeats an append with (slot, pool_slot, a step's tensors) if they fit it, and returns whether it did. If not, nothing
+was written."""
 
 
 def _modes() -> int:
     """The dispatch keys that this thread's modes, tracers and function transforms add."""
-    return torch._C._dispatch_tls_local_include_set().raw_repr()
+    return _dispatch_tls_local_include_set().raw_repr()
 
 
 def _kind(x: Tensor) -> int:
-    """The dispatch keys of a tensor: whether it is negated, nested, sparse, of a transform, on a CPU."""
-    return torch._C._dispatch_keys(x).raw_repr()
+    """The dispatch keys of a tensor: its device, and whether it is negated, nested, sparse, of a transform."""
+    return _dispatch_keys(x).raw_repr()
 
 
-_MODES, _KINDS = {_modes()}, {_kind(torch.empty(0))}
-with torch.inference_mode():
-    _MODES.add(_modes())
-    _KINDS.add(_kind(torch.empty(0)))
+# The ordinary ones.
+_MODES, _KINDS = set(), set()
+if TensorGuards is not None:
+    for inference in (False, True):
+        with torch.inference_mode(inference):
+            _MODES.add(_modes())
+            _KINDS.add(_kind(torch.empty(0, device="cpu")))
 
 
 def prepare(
@@ -61,25 +64,29 @@ def prepare(
         given: the step's tensors, each once: those that sources are, then the flags that are not None.
         sources: the operation's, as places in ``given``.
     """
-    if TensorGuards is None or _modes() not in _MODES or len({*map(id, given)}) < len(given):
+    if TensorGuards is None or _modes() not in _MODES:
+        return []
+    if len({*map(id, given)}) < len(given):  # the guards never match a tensor given twice
         return []
     if any(type(x) not in (Tensor, Parameter) or _kind(x) not in _KINDS for x in (*memory, *given)):
         return []
     places = [*sources, *range(max(sources, default=-1) + 1, len(given))]
-    plan = torch.ops.pydrone.append_plan(memory, [given[i] for i in sources], layout, *flags, places)
-    shapes, strides = ([[*f(x)] for x in given] for f in (Tensor.size, Tensor.stride))
-    matches = TensorGuards(*given, dynamic_dims_sizes=shapes, dynamic_dims_strides=strides).check
-    launch, at, address = native.CPU_LIBRARY.pydrone_append, plan.data_ptr(), Tensor.data_ptr
-    pack, modes = struct.Struct(f"{2 + len(memory) + len(given)}q").pack, torch._C._len_torch_dispatch_stack
+    try:
+        plan = torch.ops.pydrone.append_plan(memory, [given[i] for i in sources], layout, *flags, places)
+        shapes, strides = ([[*f(x)] for x in given] for f in (Tensor.size, Tensor.stride))
+        matches = TensorGuards(*given, dynamic_dims_sizes=shapes, dynamic_dims_strides=strides).check
+    except Exception:  # this torch is not as those known; the step is stored, so nothing may be raised
+        return []
+    launch, address = native.CPU_LIBRARY.pydrone_append, Tensor.data_ptr
+    pack = struct.Struct(f"{2 + len(memory) + len(given)}q").pack
 
     def again(slot: int, pool_slot: int, given: Sequence) -> bool:
-        try:
-            if modes() or any(map(NESTED, given)) or not matches(*given):
+        try:  # the guards do not see a FakeTensorMode
+            if _len_torch_dispatch_stack() or any(map(NESTED, given)) or not matches(*given):
                 return False
         except AttributeError:  # not all are tensors
             return False
-        # The memory may have moved: share_memory_() of a view moves it.
-        return not launch(at, pack(slot, pool_slot, *map(address, memory), *map(address, given)))
+        # The memory's addresses too: share_memory_() of a view moves all of its storage.
+        return not launch(plan.data_ptr(), pack(slot, pool_slot, *map(address, memory), *map(address, given)))
 
-    again.plan = plan  # which owns its memory
     return [again]

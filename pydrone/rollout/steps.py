@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import profiler
 
-from pydrone.ops.dispatch import bump
+from pydrone.ops.dispatch import bump, increment_version
 from pydrone.ops.prepared import Again
 from pydrone.rollout.layout import of_append
 from pydrone.rollout.ring import Ring
@@ -111,7 +111,7 @@ class Steps:
         final: Sequence[Tensor],
         fit: Callable[[tuple], bool] | None = None,
     ) -> None:
-        """``fit``: checks ``fields`` unless the launch repeats an earlier one."""
+        """``fit``: checks ``fields``, unless the launch repeats an earlier one."""
         ring = self._ring
         captured, (slot, place) = ring.capturing(), ring.where(ring.appended)
         # The step's tensors, each once: sources, then flags.
@@ -124,10 +124,11 @@ class Steps:
                 given += (truncated,)
             if valid is not None:
                 given += (valid,)
-        memory, layout, *kept = self._calls[kind][0 if truncated is None else 2 if final else 1]
-        kept = kept[valid is not None]
+        call = self._calls[kind][0 if truncated is None else 2 if final else 1]
+        kept = call.again if valid is None else call.again_valid
         # Who traces or profiles wants to see the operation.
-        ordinary = captured or torch.compiler.is_compiling() or profiler._is_profiler_enabled
+        traced = torch.compiler.is_compiling()
+        ordinary = captured or traced or profiler._is_profiler_enabled
         for again in () if ordinary else kept:
             if again(slot, place, given):
                 break
@@ -140,11 +141,12 @@ class Steps:
                 sources.insert(len(fields), self._values_at)
             cursor = ring.cursor if captured else None
             tensors = [given[i] for i in sources]
-            append(memory, tensors, layout, *flags, slot, place, cursor, ends is not None)
+            append(call.memory, tensors, call.layout, *flags, slot, place, cursor, ends is not None)
             prepare = self._storage.ops.prepare_append
             if prepare is not None and not ordinary and len(kept) < MOST:
-                kept += prepare(memory, layout, sources, flags, given)
-        bump(self.written)
+                kept += prepare(call.memory, call.layout, sources, flags, given)
+        if not traced:
+            increment_version(self.written)
         if ends is not None:
             self._count(captured, truncated, valid)
 
