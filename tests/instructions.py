@@ -162,12 +162,12 @@ def base(pid: int) -> int:
 
 def entries(pid: int) -> list[int]:
     """The operations' addresses in the child."""
+    wanted = [*EXPORTED, *(f"_ZN7pydrone{len(x)}{x}E" for x in OPERATIONS)]
     found = [
         base(pid) + address
         for name, address in symbols()
-        if name in EXPORTED or (any(name.startswith(f"_ZN7pydrone{len(x)}{x}E") for x in OPERATIONS) and "." not in name)
+        if any(name.startswith(x) for x in wanted) and "." not in name
     ]
-    wanted = OPERATIONS + EXPORTED
     assert len(found) == len(wanted), f"{LIBRARY}: {len(found)} of {wanted} found by nm"
     return found
 

@@ -27,8 +27,8 @@ except ImportError:
 NESTED = attrgetter("is_nested")
 
 Again = Callable[[int, int, Sequence], bool]
-"""Repeats an append with (slot, pool_slot, a step's tensors) if they fit it, and returns whether it did. If not, nothing
-was written."""
+"""Repeats an append with (slot, pool_slot, a step's tensors) if they fit it, and returns whether it did. If not, it has
+written nothing."""
 
 
 def _modes() -> int:
