@@ -120,6 +120,18 @@ def test_a_repeated_step_is_stored_as_the_operation_stores_it(num_envs, change, 
     assert found == (0 if store is in_place else 2)
 
 
+def test_kinds_of_steps_in_turn():
+    ours, theirs = (RolloutBuffer(9, 24, obs=3, actions=2, max_episode_length=2) for _ in range(2))
+    by_operation, _ = watched(ours), watched(theirs, repeats=False)
+    for t in range(24):
+        step = step_of(ours, *[*PARTS.values(), ("valid",)][t % 4])
+        for buf in (ours, theirs):
+            (whole if t % 8 < 4 else halves)(buf, step)
+        assert memory_bytes(ours) == memory_bytes(theirs), t
+    # halves: one beginning, and four ends
+    assert len(by_operation) == 4 + 5
+
+
 def prepared(num_envs: int = 4, num_steps: int = 6, **options) -> tuple[RolloutBuffer, list[int]]:
     """A buffer that repeats steps of one kind."""
     buf = RolloutBuffer(num_envs, num_steps, **{"obs": 3, "actions": 2, **options})
