@@ -1,8 +1,8 @@
 // Stores one step on the CPU: its row (append_rows.cpp), its planes, and how it ended.
 //
-// What an append takes is first planned from dtypes, shapes and strides, then launched on addresses. PyTorch's
-// dispatcher takes three times as long as the step of 256 environments, so pydrone/ops/prepared.py keeps the plan and
-// launches it on other tensors like those.
+// An append is first planned from dtypes, shapes and strides, then launched on addresses. PyTorch's dispatcher takes
+// longer than a step of 256 environments, so pydrone/ops/prepared.py keeps the plan and launches it on other tensors
+// like those.
 #include "append.h"
 
 #include "append_rows.h"
