@@ -274,6 +274,7 @@ bool append_rows(char* rows, int64_t row_bytes, const Field* first, int64_t coun
   };
   for (const Field& field : fields) {
     const int64_t end = field.offset + field.bytes();
+    if (!field.width) continue;  // an empty tensor has no address
     const int64_t first = (field.offset + kUnit - 1) / kUnit * kUnit, last = end / kUnit * kUnit;
     if (!field.plain() || last - first < 2 * kUnit || num_runs + 3 > kMaxRuns) {
       parts.push_back(field);
