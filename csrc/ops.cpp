@@ -22,6 +22,10 @@ void append(const std::vector<Tensor>& memory, const std::vector<Tensor>& source
             const Optional& dones, const Optional& truncated, const Optional& valid, int64_t slot, int64_t pool_slot,
             const Optional& cursor, bool commit);
 
+Tensor append_plan(const std::vector<Tensor>& memory, const std::vector<Tensor>& sources, const Tensor& layout,
+                   const Optional& dones, const Optional& truncated, const Optional& valid,
+                   const std::vector<int64_t>& places);
+
 void gather(const Tensor& rows, const std::vector<int64_t>& offsets, const std::vector<int64_t>& dtypes,
             const std::vector<Tensor>& outputs, int64_t value_offset, const Optional& advantages,
             const Optional& returns, const Optional& stats, const Optional& subset, int64_t num_steps, int64_t start,
@@ -72,6 +76,7 @@ STABLE_TORCH_LIBRARY_IMPL(pydrone, CPU, m) {
   m.impl("gae", TORCH_BOX(&pydrone::gae));
   m.impl("off_policy", TORCH_BOX(&pydrone::off_policy));
   m.impl("append", TORCH_BOX(&pydrone::append));
+  m.impl("append_plan", TORCH_BOX(&pydrone::append_plan));
   m.impl("gather", TORCH_BOX(&pydrone::gather));
   m.impl("ppo_act", TORCH_BOX(&pydrone::ppo_act));
   m.impl("ppo_step", TORCH_BOX(&pydrone::ppo_step));

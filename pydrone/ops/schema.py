@@ -103,6 +103,10 @@ names the argument, what it was and what it must be; the reference and Triton ch
 
 ``has_bf16``  whether the CPU takes bfloat16 in the above: x86-64 with AVX512_BF16, unless PYDRONE_ISA selects less.
 
+``append_plan``  checks ``append``'s arguments, and returns what it does with such dtypes, shapes and strides, as plain
+    numbers: int64, on the CPU. :mod:`pydrone.ops.prepared` launches it on addresses of the memory's tensors, then of
+    the sources and flags, where places[i] is the number of source or flag i among the latter.
+
 ``ppo_loss``  the loss of one minibatch and its gradients with respect to the networks' outputs; Triton on CUDA, the
     reference on every other device.
 
@@ -193,7 +197,13 @@ PPO_SCHEMAS = {
 }
 
 # Queries about the CPU library.
-CPU_QUERIES = {"has_bf16": "() -> bool"}
+CPU_QUERIES = {
+    "has_bf16": "() -> bool",
+    "append_plan": (
+        "(Tensor[] memory, Tensor[] sources, Tensor layout, Tensor? dones, Tensor? truncated, Tensor? valid, "
+        "int[] places) -> Tensor"
+    ),
+}
 
 # For every device, with no version in the native libraries.
 LEARNER_SCHEMAS = {
