@@ -67,7 +67,7 @@ sanitize: $(VENV)/.stamp-test ## Run the C++ and the emulated CUDA kernels under
 	$(SANITIZED_RUN) tests/trust/bad_input.py --sanitized --cases 20000
 	$(SANITIZED_RUN) -m pytest -q --capture=sys -p no:cacheprovider -k "not memory_is_constant and not test_soak" $(SANITIZED_TESTS) $(ARGS)
 	PYDRONE_SANITIZE=address,undefined $(SANITIZED_RUN) -m pytest -q --capture=sys -p no:cacheprovider tests/emulation
-	$(RACE) $(addprefix csrc/cpu/,act.cpp adam.cpp append.cpp gae.cpp gather.cpp mlp*.cpp ppo.cpp) \
+	$(RACE) $(addprefix csrc/cpu/,act.cpp adam.cpp append.cpp append_rows.cpp gae.cpp gather.cpp isa.cpp mlp*.cpp ppo.cpp) \
 	    tests/trust/race/driver.cpp -o build/race
 	build/race
 	! build/race planted 2> /dev/null

@@ -22,6 +22,10 @@ void append(const std::vector<Tensor>& memory, const std::vector<Tensor>& source
             const Optional& dones, const Optional& truncated, const Optional& valid, int64_t slot, int64_t pool_slot,
             const Optional& cursor, bool commit);
 
+Tensor append_plan(const std::vector<Tensor>& memory, const std::vector<Tensor>& sources, const Tensor& layout,
+                   const Optional& dones, const Optional& truncated, const Optional& valid,
+                   const std::vector<int64_t>& places);
+
 void gather(const Tensor& rows, const std::vector<int64_t>& offsets, const std::vector<int64_t>& dtypes,
             const std::vector<Tensor>& outputs, int64_t value_offset, const Optional& advantages,
             const Optional& returns, const Optional& stats, const Optional& subset, int64_t num_steps, int64_t start,
@@ -67,11 +71,11 @@ void clipped_adam(const std::vector<Tensor>& parameters, const std::vector<Tenso
 void task_step(const Tensor& pos, const Tensor& quat, const Tensor& vel, const Tensor& ang_vel, const Tensor& actions,
                const Tensor& target, const Tensor& last_pos, const Tensor& last_actions, const Tensor& age,
                const Optional& held, const Optional& leg, const Optional& waypoints, const Tensor& sums,
-               const Optional& drawn, const Optional& wind, const Optional& history, const Optional& rpm,
-               const Tensor& uniform, const Optional& normal, const Tensor& obs, const Tensor& final_obs,
-               const Tensor& rewards, const Tensor& dones, const Tensor& truncated, const Tensor& log,
-               const Tensor& numbers, int64_t max_age, int64_t hold_steps, int64_t substeps, bool resample, bool near,
-               bool tilt);
+               const Tensor& initial, const Optional& drawn, const Optional& wind, const Optional& history,
+               const Optional& rpm, const Tensor& uniform, const Optional& normal, const Tensor& obs,
+               const Tensor& final_obs, const Tensor& rewards, const Tensor& dones, const Tensor& truncated,
+               const Tensor& log, const Tensor& numbers, int64_t max_age, int64_t hold_steps, int64_t substeps,
+               bool resample, bool near, bool tilt);
 
 bool has_bf16();
 
@@ -81,6 +85,7 @@ STABLE_TORCH_LIBRARY_IMPL(pydrone, CPU, m) {
   m.impl("gae", TORCH_BOX(&pydrone::gae));
   m.impl("off_policy", TORCH_BOX(&pydrone::off_policy));
   m.impl("append", TORCH_BOX(&pydrone::append));
+  m.impl("append_plan", TORCH_BOX(&pydrone::append_plan));
   m.impl("gather", TORCH_BOX(&pydrone::gather));
   m.impl("ppo_act", TORCH_BOX(&pydrone::ppo_act));
   m.impl("ppo_step", TORCH_BOX(&pydrone::ppo_step));

@@ -9,6 +9,60 @@
 
 namespace pydrone {
 
+// Where a source [N, ...] lies.
+struct Extent {
+  const char* data;
+  int64_t size, env, item;  // bytes: up to the end of its last element, from one environment to the next, of an element
+};
+
+inline Extent extent_of(const Tensor& x) {
+  const auto item = static_cast<int64_t>(x.element_size());
+  return {static_cast<const char*>(x.data_ptr()), span(x), x.stride(0) * item, item};
+}
+
+// The memory that a step writes in `slot`: rows of `bytes`, and columns of planes, float32. A view kept from an earlier
+// rollout may lie there, and whether it is read before it is overwritten would depend on the backend.
+class Written {
+ public:
+  Written(const char* rows, int64_t bytes, int64_t slot, int64_t num_planes)
+      : slot_(slot), first_(rows + slot * bytes), end_(first_ + bytes) {
+    columns_.reserve(num_planes);
+  }
+
+  void add(const void* plane, int64_t env, int64_t step, int64_t num_envs) {
+    const char* const first = static_cast<const char*>(plane) + slot_ * step;
+    columns_.push_back({first, first + (num_envs - 1) * env + 4, num_envs > 1 ? env : 4});
+  }
+
+  // `own`: the column that the source is copied to, which it may be; or -1.
+  void check_apart(const char* name, const Extent& source, int64_t own) const {
+    bool meet = first_ < end_ && first_ < source.data + source.size && source.data < end_;
+    for (int64_t j = 0; j < static_cast<int64_t>(columns_.size()) && source.size; ++j)
+      if (j != own) meet = meet || columns_[j].meets(source);
+    STD_TORCH_CHECK(!meet, name, ": expected memory of its own, got a view of the step that is written");
+  }
+
+ private:
+  struct Column {
+    const char *first, *end;
+    int64_t stride;  // bytes; at most 4 if dense
+
+    // Whether they share an element. A source with the column's own stride, such as another column of the plane, may lie
+    // between its elements.
+    bool meets(const Extent& source) const {
+      if (source.data >= end || first >= source.data + source.size) return false;
+      if (stride <= 4) return true;
+      if (source.env != stride) return false;
+      const int64_t apart = ((source.data - first) % stride + stride) % stride;
+      return apart < 4 || apart + source.item > stride;
+    }
+  };
+
+  int64_t slot_;
+  const char *first_, *end_;
+  std::vector<Column> columns_;
+};
+
 // append's arguments, split up according to its layout; see pydrone/ops/schema.py.
 struct Step {
   struct Field {
@@ -84,28 +138,15 @@ struct Step {
     check_dtype("codes", *codes, ScalarType::Byte);
   }
 
-  // No source overlaps the memory written at `slot`. A view kept from an earlier rollout may lie in that slot, and
-  // whether it is read before it is overwritten would depend on the backend.
+  // No source overlaps the memory written at `slot`.
   void check_apart(int64_t slot) const {
-    const int64_t num_envs = rows.size(1), written = row.count ? num_envs * rows.size(2) : 0;
-    const char* const to = static_cast<const char*>(rows.data_ptr()) + slot * num_envs * rows.size(2);
-    std::vector<Column> columns;
-    columns.reserve(plane.count);
-    for (int64_t j = 0; j < plane.count; ++j) {
-      const int64_t stride = 4 * planes[j].stride(0);
-      const char* const first = static_cast<const char*>(planes[j].data_ptr()) + 4 * slot * planes[j].stride(1);
-      columns.push_back({first, first + (num_envs - 1) * stride + 4, num_envs > 1 ? stride : 4});
-    }
+    const int64_t num_envs = rows.size(1);
+    Written written(static_cast<char*>(rows.data_ptr()), row.count ? num_envs * rows.size(2) : 0, slot, plane.count);
+    for (int64_t j = 0; j < plane.count; ++j)
+      written.add(planes[j].data_ptr(), 4 * planes[j].stride(0), 4 * planes[j].stride(1), num_envs);
     for (const Sources* sources : {&row, &plane, &final})
-      for (int64_t i = 0; i < sources->count; ++i) {
-        const Tensor& source = (*sources)[i];
-        const auto* from = static_cast<const char*>(source.data_ptr());
-        const int64_t size = span(source);
-        bool meet = written && from < to + written && to < from + size;
-        for (int64_t j = 0; j < plane.count && size; ++j)
-          if (sources != &plane || i != j) meet = meet || columns[j].meets(source, from, from + size);
-        STD_TORCH_CHECK(!meet, sources->name, ": expected memory of its own, got a view of the step that is written");
-      }
+      for (int64_t i = 0; i < sources->count; ++i)
+        written.check_apart(sources->name, extent_of((*sources)[i]), sources == &plane ? i : -1);
   }
 
   // Checks the end flags and the pool; returns whether truncations go to a pool.
@@ -132,23 +173,6 @@ struct Step {
   }
 
  private:
-  // The memory written in one plane, float32.
-  struct Column {
-    const char *first, *end;
-    int64_t stride;  // bytes; at most 4 if dense
-
-    // Whether the source, which occupies [from, until), shares an element with this column. A source with the column's
-    // own stride, such as another column of the plane, may lie between its elements.
-    bool meets(const Tensor& source, const char* from, const char* until) const {
-      if (from >= end || first >= until) return false;
-      if (stride <= 4) return true;
-      const auto bytes = static_cast<int64_t>(source.element_size());
-      if (source.stride(0) * bytes != stride) return false;
-      const int64_t apart = ((from - first) % stride + stride) % stride;
-      return apart < 4 || apart + bytes > stride;
-    }
-  };
-
   static const Tensor& first(const std::vector<Tensor>& memory) {
     STD_TORCH_CHECK(!memory.empty(), "memory: expected rows, codes and planes, got no tensor");
     return memory[0];

@@ -260,6 +260,21 @@ def forget(varied, row, ended, zero, num_envs):
 
 
 @triton.jit
+def beginning(task, draws, row, ended, zero, c, WIDTH: tl.constexpr, INITIAL: tl.constexpr):
+    """Where a new episode begins: position, quaternion, velocity in the world, angular velocity, body velocity."""
+    still = (zero, zero, zero)
+    pos, quat, vel, ang_vel, lin_vel = still, (zero + 1, zero, zero, zero), still, still, still
+    if task.initial is None:
+        pos = (zero + c.init_pos[0], zero + c.init_pos[1], zero + c.init_pos[2])
+    else:
+        drawn = tl.load(draws.uniform + row * WIDTH + (WIDTH - 1), mask=ended, other=0.0)
+        one, at = (drawn * INITIAL).to(tl.int32), task.initial
+        pos, quat, vel = load3(at, one, ended, 16), load4(at + 3, one, ended, 16), load3(at + 7, one, ended, 16)
+        ang_vel, lin_vel = load3(at + 10, one, ended, 16), load3(at + 13, one, ended, 16)
+    return pos, quat, vel, ang_vel, lin_vel
+
+
+@triton.jit
 def simulated(solver, row, live, num_envs):
     """The drones in Genesis' arrays, a row a coordinate; NaN where it could not integrate the step."""
     q, v, n = solver.qpos + row, solver.vel + row, num_envs
@@ -278,11 +293,11 @@ def simulated(solver, row, live, num_envs):
 
 @triton.jit
 def place(solver, row, ended, first, num_envs):
-    """Drones whose episode ended at their first place in Genesis' arrays, at rest, without an error."""
+    """Drones whose episode ended in Genesis' arrays: 7 coordinates, 6 velocities, no error."""
     for k in tl.static_range(7):
         tl.store(solver.qpos + k * num_envs + row, first[k], mask=ended)
     for k in tl.static_range(6):
-        tl.store(solver.vel + k * num_envs + row, 0.0, mask=ended)
+        tl.store(solver.vel + k * num_envs + row, first[7 + k], mask=ended)
     tl.store(solver.error + row, 0, mask=ended)
 
 
@@ -312,7 +327,8 @@ def step_kernel(
     drones, solver, actions, task, varied, draws, out, scratch, c, body, num_envs,
     POS: tl.constexpr, QUAT: tl.constexpr, LIN_VEL: tl.constexpr, ANG_VEL: tl.constexpr, UNIFORMS: tl.constexpr,
     NORMALS: tl.constexpr, SUBSTEPS: tl.constexpr, RESAMPLE: tl.constexpr, NEAR: tl.constexpr, TILT: tl.constexpr,
-    WAYPOINTS: tl.constexpr, NUM_SUMS: tl.constexpr, BLOCK: tl.constexpr, PARTIALS: tl.constexpr,
+    WAYPOINTS: tl.constexpr, INITIAL: tl.constexpr, NUM_SUMS: tl.constexpr, BLOCK: tl.constexpr,
+    PARTIALS: tl.constexpr,
 ):  # fmt: skip
     """``body`` None: ``drones`` are after the simulator's step, with body-frame velocities, and are only read.
 
@@ -325,7 +341,7 @@ def step_kernel(
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     live = row < num_envs
     zero = tl.zeros([BLOCK], tl.float32)
-    nothing, still = (zero, zero, zero, zero), (zero, zero, zero)
+    nothing = (zero, zero, zero, zero)
 
     # Everything is loaded before the first store, which no load may overtake.
     if solver is not None:
@@ -389,10 +405,14 @@ def step_kernel(
         if BLOWS:
             east, north = direction(draws.normal + (NORMALS - 2), row, ended, NORMALS)
     last = observation(pos, quat, lin_vel, ang_vel, target, row, live, normal, std, c, NORMALS)
-    start = (zero + c.init_pos[0], zero + c.init_pos[1], zero + c.init_pos[2])
-    upright = (zero + 1, zero, zero, zero)
+    start, turned, moving, turning, body_moving = beginning(
+        task, draws, row, ended, zero, c, UNIFORMS, INITIAL
+    )  # fmt: skip
+    # the drones from here on: those of new episodes where they begin
+    pos, quat, vel = select3(dones, start, pos), select4(dones, turned, quat), select3(dones, moving, vel)
+    ang_vel = select3(dones, turning, ang_vel)
     first = observation(
-        start, upright, still, still, first_target, row, ended, first_normal, first_std, c, NORMALS
+        pos, quat, body_moving, ang_vel, first_target, row, ended, first_normal, first_std, c, NORMALS
     )  # fmt: skip
 
     store_row(out.final_obs, row, live, last, a)
@@ -409,7 +429,6 @@ def step_kernel(
     tl.store(out.truncated + row, timeout & (crash == 0), mask=live)
     tl.store(task.age + row, tl.where(dones, 0, age), mask=live)
     store3(task.target, row, live, select3(dones, first_target, target))
-    pos = select3(dones, start, pos)
     store3(task.last_pos, row, live, pos)
     store4(task.last_actions, row, live, a)
     tl.store(task.sums + num_envs + row, tl.where(dones, 0.0, length), mask=live)
@@ -421,11 +440,11 @@ def step_kernel(
         tl.store(task.leg + row, tl.where(dones, 0, leg).to(tl.int64), mask=live)
     if PHYSICS:
         store3(drones.pos, row, live, pos)
-        store4(drones.quat, row, live, select4(dones, upright, quat))
-        store3(drones.lin_vel, row, live, select3(dones, still, vel))
-        store3(drones.ang_vel, row, live, select3(dones, still, ang_vel))
+        store4(drones.quat, row, live, quat)
+        store3(drones.lin_vel, row, live, vel)
+        store3(drones.ang_vel, row, live, ang_vel)
     if solver is not None:
-        place(solver, row, ended, (start[0], start[1], start[2], zero + 1, zero, zero, zero), num_envs)
+        place(solver, row, ended, pos + quat + vel + ang_vel, num_envs)
     if VARIED:
         for k in tl.static_range(13):
             tl.store(varied.drawn + row * DRAWN + k, new[k], mask=ended)
@@ -470,6 +489,7 @@ def step(
             drones, solver, actions, task, varied, draws, out, scratch, constants, body, num_envs,
             *strides, UNIFORMS=draws.uniform.stride(0),
             NORMALS=0 if draws.normal is None else draws.normal.stride(0), SUBSTEPS=substeps, RESAMPLE=resample,
-            NEAR=near, TILT=tilt, WAYPOINTS=0 if task.waypoints is None else len(task.waypoints), NUM_SUMS=SUMS,
+            NEAR=near, TILT=tilt, WAYPOINTS=0 if task.waypoints is None else len(task.waypoints),
+            INITIAL=0 if task.initial is None else len(task.initial), NUM_SUMS=SUMS,
             BLOCK=BLOCK, PARTIALS=32, num_warps=WARPS, enable_fp_fusion=True,
         )  # fmt: skip

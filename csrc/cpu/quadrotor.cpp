@@ -166,16 +166,15 @@ void redraw(const Job& job, int64_t n) {
 // A new episode of drone n: everything that its first state and observation are made of. The final observation of the
 // old one stands already.
 void begin(const Job& job, int64_t n) {
-  const Numbers& c = job.c;
-  Three<float> pos{c.init_pos[0], c.init_pos[1], c.init_pos[2]}, lin_vel{}, ang_vel{};
-  Four<float> quat{1, 0, 0, 0};
-  const float place[3] = {pos.x, pos.y, pos.z};
-  copy(place, 3, job.last_pos + n * 3);
+  const float picked = job.num_initial > 1 ? job.uniform[(n + 1) * job.uniforms - 1] * job.num_initial : 0;
+  const bool known = picked >= 0 && picked < job.num_initial;  // whatever the memory holds
+  const float* x = job.initial + (known ? static_cast<int64_t>(picked) : 0) * kInitial;
+  Three<float> pos{x[0], x[1], x[2]}, ang_vel{x[10], x[11], x[12]}, lin_vel{x[13], x[14], x[15]};
+  Four<float> quat{x[3], x[4], x[5], x[6]};
+  copy(x, 3, job.last_pos + n * 3);
   if (job.substeps) {
-    copy(place, 3, job.pos + n * 3);
-    const float upright[4] = {quat.w, quat.x, quat.y, quat.z};
-    copy(upright, 4, job.quat + n * 4);
-    std::fill_n(job.vel + n * 3, 3, 0.0f), std::fill_n(job.ang_vel + n * 3, 3, 0.0f);
+    copy(x, 3, job.pos + n * 3), copy(x + 3, 4, job.quat + n * 4);
+    copy(x + 7, 3, job.vel + n * 3), copy(x + 10, 3, job.ang_vel + n * 3);
   }
   const Three<float> target = drawn_target(job, n, 0);
   job.target[n * 3] = target.x, job.target[n * 3 + 1] = target.y, job.target[n * 3 + 2] = target.z;
@@ -187,13 +186,13 @@ void begin(const Job& job, int64_t n) {
   if (job.passed) job.passed[n] = 0;
   if (job.drawn) redraw(job, n);
   if (job.senses()) {
-    const float *std = job.drawn + n * kDrawn + kNoise, *x = job.normal + n * job.normals + 12;
-    pos = noisy(pos, {x[0], x[1], x[2]}, std[0]);
-    quat = noisy(quat, {x[3], x[4], x[5]}, std[1]);
-    lin_vel = noisy(lin_vel, {x[6], x[7], x[8]}, std[2]);
-    ang_vel = noisy(ang_vel, {x[9], x[10], x[11]}, std[3]);
+    const float *std = job.drawn + n * kDrawn + kNoise, *noise = job.normal + n * job.normals + 12;
+    pos = noisy(pos, {noise[0], noise[1], noise[2]}, std[0]);
+    quat = noisy(quat, {noise[3], noise[4], noise[5]}, std[1]);
+    lin_vel = noisy(lin_vel, {noise[6], noise[7], noise[8]}, std[2]);
+    ang_vel = noisy(ang_vel, {noise[9], noise[10], noise[11]}, std[3]);
   }
-  const Seen<float> seen = observed(target, pos, quat, lin_vel, ang_vel, c);
+  const Seen<float> seen = observed(target, pos, quat, lin_vel, ang_vel, job.c);
   static_assert(sizeof(seen) == kSeen * sizeof(float));
   std::memcpy(job.obs + n * kObs, &seen, sizeof(seen));
   std::fill_n(job.obs + n * kObs + kSeen, 4, 0.0f);
@@ -267,11 +266,11 @@ class Arguments {
 void task_step(const Tensor& pos, const Tensor& quat, const Tensor& vel, const Tensor& ang_vel, const Tensor& actions,
                const Tensor& target, const Tensor& last_pos, const Tensor& last_actions, const Tensor& age,
                const Optional& held, const Optional& leg, const Optional& waypoints, const Tensor& sums,
-               const Optional& drawn, const Optional& wind, const Optional& history, const Optional& rpm,
-               const Tensor& uniform, const Optional& normal, const Tensor& obs, const Tensor& final_obs,
-               const Tensor& rewards, const Tensor& dones, const Tensor& truncated, const Tensor& log,
-               const Tensor& numbers, int64_t max_age, int64_t hold_steps, int64_t substeps, bool resample, bool near,
-               bool tilt) {
+               const Tensor& initial, const Optional& drawn, const Optional& wind, const Optional& history,
+               const Optional& rpm, const Tensor& uniform, const Optional& normal, const Tensor& obs,
+               const Tensor& final_obs, const Tensor& rewards, const Tensor& dones, const Tensor& truncated,
+               const Tensor& log, const Tensor& numbers, int64_t max_age, int64_t hold_steps, int64_t substeps,
+               bool resample, bool near, bool tilt) {
   Job job;
   Arguments given;
   check_shape("target", target, {-1, 3});
@@ -301,6 +300,9 @@ void task_step(const Tensor& pos, const Tensor& quat, const Tensor& vel, const T
   job.waypoints = given.floats("waypoints", waypoints, {-1, 3}, false);
   job.num_waypoints = waypoints ? waypoints->size(0) : 0;
   STD_TORCH_CHECK(!waypoints || job.num_waypoints, "waypoints: expected at least one, got none");
+  job.initial = given.floats("initial", initial, {-1, kInitial}, false);
+  job.num_initial = initial.size(0);
+  STD_TORCH_CHECK(job.num_initial, "initial: expected at least one state, got none");
   job.length = given.floats("sums", sums, {leg ? 4 : 3, n}) + n;
   job.gained = job.length + n, job.passed = leg ? job.gained + n : nullptr;
   job.drawn = given.floats("drawn", drawn, {n, kDrawn});
@@ -314,7 +316,7 @@ void task_step(const Tensor& pos, const Tensor& quat, const Tensor& vel, const T
   job.latest = history ? history->size(0) - 1 : 0;
   STD_TORCH_CHECK(job.latest >= 0, "history: expected at least one step, got none");
   job.rpm = given.floats("rpm", rpm, {n, 4});
-  job.uniforms = drawn ? 3 + kDrawn : 3;
+  job.uniforms = 3 + (drawn ? kDrawn : 0) + (job.num_initial > 1);
   job.uniform = given.floats("uniform", uniform, {n, job.uniforms}, false);
   job.normal = given.floats("normal", normal, {n, -1}, false);
   job.normals = normal ? normal->size(1) : 0;

@@ -11,11 +11,12 @@ constexpr int64_t kBlock = 64;   // drones; the log's sums are added block by bl
 constexpr int kDrawn = 13;       // columns of Randomizer's draws
 constexpr int kInertia = 1, kThrust = 2, kLag = 6, kLatency = 7, kWind = 8, kNoise = 9;  // after the mass
 constexpr int kObs = 17, kSeen = 13;  // numbers of an observation, and of it before the action
+constexpr int kInitial = 16;  // numbers of an initial state, see pydrone.envs.hover_task.Constants
 constexpr int kMeans = 8, kSums = 12;  // pydrone.envs.fused.LOG: first means, then sums
 
 // The operation's `numbers`, in the order in which pydrone/envs/fused.py flattens TaskNumbers, Body and the ranges.
 struct Numbers {
-  float init_pos[3], target_low[3], target_span[3], weights[6];
+  float target_low[3], target_span[3], weights[6];
   float pos_scale, lin_vel_scale, ang_vel_scale, max_xy, max_z, min_height, max_tilt, at_target, yaw_decay, near_decay,
       per_pi, rpm_range, hover_rpm, lag;
   float wrench[16], gyro[3], damping[3], gravity, mass, h;
@@ -31,8 +32,8 @@ struct Job {
   float *target, *last_pos, *last_actions;
   int32_t *age, *held;
   int64_t* leg;
-  const float* waypoints;
-  int64_t num_waypoints;
+  const float *waypoints, *initial;  // initial: rows of kInitial
+  int64_t num_waypoints, num_initial;
   float *length, *gained, *passed;
   float *drawn, *wind, *history, *rpm;
   int64_t latest;

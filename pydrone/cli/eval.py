@@ -264,12 +264,14 @@ def _footnote(flown: list[Episodes], within: float | None) -> str:
 
 def table(found: dict[str, dict[str, Any]]) -> str:
     """A table: a row for each figure of :func:`pydrone.report.evaluation.summary`, a column for each of ``found``."""
+    flights = any("success_rate" in figures for figures in found.values())
     labels = {
         "success_rate": ("success rate", lambda x: f"{100 * x:.1f} %"),
         "final_distance": ("distance to the target, last 5 s", lambda x: f"{x:.3f} m"),
         "final_distance_quartiles": ("  its middle half", lambda x: f"{x[0]:.3f} to {x[1]:.3f} m"),
         "targets_reached": ("targets reached per episode", lambda x: f"{x:.2f}"),
-        "crash_rate": ("crash rate", lambda x: f"{100 * x:.1f} %"),
+        # Without paths there is no task that says what a crash is: an episode may end because it has succeeded.
+        "crash_rate": ("crash rate" if flights else "ended before a time limit", lambda x: f"{100 * x:.1f} %"),
         "episode_seconds": ("episode length", lambda x: f"{x:.2f} s"),
         "episode_length": ("episode steps", lambda x: f"{x:.1f}"),
         "episode_return": ("episode reward", lambda x: f"{x:.3f}"),

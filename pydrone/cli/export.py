@@ -10,7 +10,7 @@ from pydrone.cli.common import fail, not_installed
 
 def main(argv: list[str]) -> int:
     """Runs ``pydrone export ARGV`` and returns the exit status."""
-    from pydrone.ppo import export
+    from pydrone.ppo.exporting import FORMATS, missing
 
     parser = argparse.ArgumentParser(
         prog="pydrone export",
@@ -19,7 +19,7 @@ def main(argv: list[str]) -> int:
         "policy before the file is put in place.",
     )
     parser.add_argument("run", metavar="RUN", help="folder of a run (its newest checkpoint is used), or a checkpoint")
-    parser.add_argument("--format", choices=list(export.FORMATS), default="onnx", help="file format (default: onnx)")
+    parser.add_argument("--format", choices=list(FORMATS), default="onnx", help="file format (default: onnx)")
     parser.add_argument(
         "--out",
         metavar="FILE",
@@ -44,7 +44,7 @@ def main(argv: list[str]) -> int:
     options = parser.parse_args(argv)
     if options.format != "c" and (options.prefix is not None or options.weights != "float32"):
         return fail("--prefix and --weights float16: expected with --format c, got " + options.format)
-    lacking = export.missing(options.format)
+    lacking = missing(options.format)
     if lacking:
         return fail(not_installed(*lacking, extra="export"))
     try:

@@ -45,6 +45,9 @@ class Task(NamedTuple):
     waypoints: Tensor | None
     sums: Tensor
     """[2 or 3 + 1, N]: of :class:`~pydrone.envs.base.EpisodeStats`."""
+    initial: Tensor | None
+    """[K, 16]: of :class:`~pydrone.envs.hover_task.Constants`, of which the last uniform number picks a row; None: all
+    begin at ``init_pos``, at rest."""
 
 
 class Varied(NamedTuple):
@@ -215,8 +218,9 @@ class FusedStep:
         ranges = () if drawn is None else (drawn._low, drawn._span, drawn._high)
         self._ranges = tuple(tuple(x.tolist()) for x in ranges)
         self._near, self._tilt = bool(config.weight_near), config.max_tilt < 180.0
+        self._moving = len(c.initial) > 1
         self._numbers = TaskNumbers(
-            init_pos=tuple(c.init_pos.tolist()),
+            init_pos=config.init_pos,
             target_low=tuple(c.target_low.tolist()),
             target_span=tuple(c.target_span.tolist()),
             weights=tuple((c.weights.flatten().tolist() + [0.0])[:6]),
@@ -305,6 +309,7 @@ class FusedStep:
             Task(
                 task.target, task.last_pos, task.last_actions, task.age, task.held, getattr(task, "leg", None),
                 getattr(task, "_waypoints", None), task._stats._sums,
+                task.constants.initial if self._moving else None,
             ),
             self._varied(task), Draws(*task.draws), self._out, self._scratch, self._numbers, body, substeps,
             bool(task.resample_targets), self._near, self._tilt,
@@ -318,10 +323,10 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def flat(numbers: TaskNumbers, body: Body | None, ranges: tuple[tuple[float, ...], ...]) -> Tensor:
-    """float32 [TASK_NUMBERS]: ``numbers`` but for the two integers, ``body``, and ``low``, ``span`` and ``high`` of
-    :class:`Varied`; 0 for what is missing."""
+    """float32 [TASK_NUMBERS]: ``numbers`` from ``target_low`` on, but for the two integers, ``body``, and ``low``,
+    ``span`` and ``high`` of :class:`Varied`; 0 for what is missing."""
     found: list[float] = []
-    for part in (*numbers[:-2], *(body or ([0.0] * 25,)), *(ranges or ([0.0] * 39,))):
+    for part in (*numbers[1:-2], *(body or ([0.0] * 25,)), *(ranges or ([0.0] * 39,))):
         found += part if isinstance(part, (tuple, list)) else [part]
     assert len(found) == TASK_NUMBERS
     return torch.tensor(found, dtype=torch.float32)
@@ -363,9 +368,9 @@ class NativeStep(FusedStep):
         drawn, wind, history, _, rpm = (None,) * 5 if varied is None else varied[:5]
         self._operation(
             *drones, actions, task.target, task.last_pos, task.last_actions, task.age, task.held,
-            getattr(task, "leg", None), getattr(task, "_waypoints", None), task._stats._sums, drawn, wind, history, rpm,
-            *task.draws, *out, *self._flat, *self._limits, 0 if body is None else substeps, bool(task.resample_targets),
-            self._near, self._tilt,
+            getattr(task, "leg", None), getattr(task, "_waypoints", None), task._stats._sums,
+            task.constants.initial, drawn, wind, history, rpm, *task.draws, *out, *self._flat, *self._limits,
+            0 if body is None else substeps, bool(task.resample_targets), self._near, self._tilt,
         )  # fmt: skip
         logged = out.log.unbind()
         return out, {name: logged[place] for name, place in self._places}

@@ -28,22 +28,23 @@ class GenesisArrays:
 
     Args:
         scene, drone: a built scene and its only moving entity, a ``gs.morphs.Drone``.
-        first: [N, 7] where drones begin: position, quaternion (w, x, y, z).
+        num_envs: N.
+        device: Genesis' own.
     """
 
-    def __init__(self, scene: Any, drone: Any, first: Tensor) -> None:
+    def __init__(self, scene: Any, drone: Any, num_envs: int, device: torch.device) -> None:
         from genesis.engine.solvers.rigid.abd import forward_kinematics
         from genesis.utils.misc import qd_to_torch
 
         def view(array: Any, *shape: int) -> Tensor:
             found = qd_to_torch(array, copy=False)
-            if found.shape != shape or not found.is_contiguous() or found.device != first.device:
+            if found.shape != shape or not found.is_contiguous() or found.device != device:
                 raise ValueError(f"an array of shape {tuple(found.shape)}, expected {shape}, contiguous")
             return found
 
         self._rigid, self._drone = scene.rigid_solver, drone
         self._kinematics = forward_kinematics.kernel_masked_forward_kinematics_links_geoms
-        links, n = self._rigid.dyn_state.links, len(first)
+        links, n = self._rigid.dyn_state.links, num_envs
         base, propellers = drone.base_link.idx, drone._propellers_link_idx.tolist()
         rows = slice(propellers[0], propellers[0] + ACTION_DIM)
         if propellers != list(range(rows.start, rows.stop)):
@@ -64,8 +65,6 @@ class GenesisArrays:
             base_force=force[base],
             base_torque=torque[base],
         )
-        self._base_quat = view(links.quat, count, n, 4)[base]
-        self._first, self._first_rows = first, first.t().contiguous()
         self._inverted = drone._model == "RACE"
         spins = -drone._propellers_spin if self._inverted else drone._propellers_spin
         #: thrust, and torque about the axis, of each propeller at a squared speed of 1 rpm^2
@@ -96,14 +95,14 @@ class GenesisArrays:
         rows = torch.cat((self.solver.qpos.t(), self.solver.vel.t()), dim=1)
         return rows.masked_fill_((self.solver.error > 0)[:, None], math.nan)
 
-    def rewind(self, ended: Tensor) -> None:
-        """Writes the coordinates of drones of ``ended`` [N] bool: at their first place, at rest. Then :meth:`place`.
+    def rewind(self, rows: Tensor, ended: Tensor) -> None:
+        """Writes the drones of ``ended`` [N] bool, from ``rows`` as :meth:`rows` has them. Then :meth:`place`.
 
-        Both together are ``drone.set_qpos(first, envs_idx=ended, zero_velocity=True)``, to the bit.
+        Both together are ``drone.set_qpos`` and ``drone.set_dofs_velocity`` for ``envs_idx=ended``, to the bit.
         """
         own = self.solver
-        torch.where(ended, self._first_rows, own.qpos, out=own.qpos)
-        own.vel.masked_fill_(ended, 0)
+        torch.where(ended, rows[:, :7].t(), own.qpos, out=own.qpos)
+        torch.where(ended, rows[:, 7:13].t(), own.vel, out=own.vel)
         own.error.masked_fill_(ended, 0)
 
     def place(self, ended: Tensor) -> None:
@@ -122,12 +121,17 @@ class GenesisArrays:
         return -force, -(up * square * moments + torch.linalg.cross(self.solver.arm, force))
 
     def prove(self) -> None:
-        """Does everything once in both ways. ValueError where the results differ; ends as after a reset."""
-        drone, rigid, own, n = self._drone, self._rigid, self.solver, len(self._first)
+        """Does everything once in both ways. ValueError where the results differ; the drones end anywhere."""
+        drone, rigid, own = self._drone, self._rigid, self.solver
+        n, device = own.qpos.shape[1], own.qpos.device
         g = torch.Generator().manual_seed(0)
-        turned = torch.nn.functional.normalize(torch.randn(n, 4, generator=g)).to(self._first)
-        rpm = 14000 + 1000 * torch.randn(n, ACTION_DIM, generator=g).to(self._first)
-        drone.set_qpos(torch.cat((self._first[:, :3], turned), dim=1), zero_velocity=True)
+        rows = torch.randn(n, 13, generator=g).to(device)
+        rows[:, 3:7] = torch.nn.functional.normalize(rows[:, 3:7])
+        rpm = 14000 + 1000 * torch.randn(n, ACTION_DIM, generator=g).to(device)
+        links = drone.get_links_pos, drone.get_links_quat, drone.get_links_vel, drone.get_links_ang
+        drone.set_qpos(rows[:, :7], zero_velocity=True)
+        drone.set_dofs_velocity(rows[:, 7:])
+        placed = [get().clone() for get in links]
         if not _close(self.rows(), torch.cat((drone.get_qpos(), drone.get_dofs_velocity()), dim=1)):
             raise ValueError("coordinates differ from those of get_qpos and get_dofs_velocity")
         drone.set_propellers_rpm(rpm)
@@ -139,26 +143,26 @@ class GenesisArrays:
         if not all(map(_close, (own.force, own.torque, *self.wrench(rpm)), expected * 2)):
             raise ValueError("forces differ from those of set_propellers_rpm")
         rigid.clear_external_force()
-        own.error.fill_(1)
-        everyone = torch.ones(n, dtype=torch.bool, device=self._first.device)
-        self.rewind(everyone)
-        self.place(everyone)
-        place = torch.cat((own.base_pos, self._base_quat), dim=1)
-        if not _close(place, self._first) or rigid.get_error_envs_mask().any() or drone.get_dofs_velocity().any():
-            raise ValueError("a reset leads elsewhere than set_qpos")
+        everyone = torch.ones(n, dtype=torch.bool, device=device)
+        for there in (rows.roll(1, dims=0) * 1.5, rows):
+            own.error.fill_(1)
+            self.rewind(there, everyone)
+            self.place(everyone)
+        if not all(map(_close, (get() for get in links), placed)) or rigid.get_error_envs_mask().any():
+            raise ValueError("a reset leads elsewhere than set_qpos and set_dofs_velocity")
 
 
-def of_scene(scene: Any, drone: Any, first: Tensor) -> tuple[GenesisArrays | None, str | None]:
+def of_scene(scene: Any, drone: Any, num_envs: int, device: torch.device) -> tuple[GenesisArrays | None, str | None]:
     """The arrays, or None and why Genesis' public methods have to be called; on CUDA a warning says so too."""
     try:
-        arrays = GenesisArrays(scene, drone, first)
+        arrays = GenesisArrays(scene, drone, num_envs, device)
         arrays.prove()
     except Exception as err:  # whatever another version does, its public methods work
         import genesis
 
         drone._prev_prop_t = None  # else Genesis would refuse the next step after a proof that failed halfway
         reason = f"Genesis {genesis.__version__} has other internals: {type(err).__name__}: {err}"
-        if first.is_cuda:
+        if device.type == "cuda":
             text = f"each step makes dozens of further launches around Genesis' own: {reason}"
             warnings.warn(text, RuntimeWarning, stacklevel=3)
         return None, reason

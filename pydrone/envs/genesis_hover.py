@@ -156,11 +156,9 @@ class GenesisHover:
         self.camera: Any = None if camera is None else self.scene.add_camera(**camera)
         self.scene.build(n_envs=num_envs)
         self._draws = show_viewer or camera is not None
-        first = torch.tensor((*cfg.init_pos, 1, 0, 0, 0), dtype=torch.float32, device=self.device)
-        self._first_qpos = first.repeat(num_envs, 1)
         # as Genesis read them from the URDF file
         link = self.drone.base_link
-        self._mass, self._inertia = link.desc.mass, torch.as_tensor(link.desc.inertia).to(first)
+        self._mass, self._inertia = link.desc.mass, torch.as_tensor(link.desc.inertia).to(self.task.target)
         self.arrays: GenesisArrays | None = None
         self.not_direct: str | None = "direct is False"
         if collisions:
@@ -168,18 +166,18 @@ class GenesisHover:
         elif self._draws:
             self.not_direct = "propellers turn in pictures"
         elif direct:
-            self.arrays, self.not_direct = of_scene(self.scene, self.drone, self._first_qpos)
+            self.arrays, self.not_direct = of_scene(self.scene, self.drone, num_envs, self.device)
         if self.arrays is None:
             # compiles the masked reset now, not in the first step that ends an episode
-            nobody = torch.zeros(num_envs, dtype=torch.bool, device=self.device)
-            self.drone.set_qpos(self._first_qpos, envs_idx=nobody, zero_velocity=True)
+            self._set(self.task.initial_states(), torch.zeros(num_envs, dtype=torch.bool, device=self.device))
+        self._set(self.task.initial_states())
         self._weigh()
 
     def reset(self) -> Tensor:
         """Starts new episodes and returns the observations [N, 17]."""
-        self._open().drone.set_qpos(self._first_qpos, zero_velocity=True)
-        self.drone._prev_prop_t = None  # Genesis would refuse the next step after one that an exception left
+        self._open().drone._prev_prop_t = None  # Genesis would refuse the next step after one that an exception left
         obs = self.task.reset()
+        self._set(self.task.initial_states())
         self._weigh()
         return obs
 
@@ -209,14 +207,14 @@ class GenesisHover:
         # on the CPU the check is free, and most steps end no episode
         if self.device.type != "cpu" or self.outside is not now or bool(result.dones.any()):
             if arrays is not None:
-                arrays.rewind(result.dones)
+                arrays.rewind(task.initial_states(), result.dones)
             self.outside(lambda: self._place(result.dones))
         return result
 
     def place(self, state: DroneState) -> Tensor:
         """Puts the drones into ``state``, in the episodes that run, and returns the observations [N, 17]."""
-        self._open().drone.set_qpos(torch.cat((state.pos, state.quat), dim=1), zero_velocity=True)
-        self.drone.set_dofs_velocity(torch.cat((rotate(state.quat, state.lin_vel), state.ang_vel), dim=1))
+        self._open()
+        self._set(torch.cat((state.pos, state.quat, rotate(state.quat, state.lin_vel), state.ang_vel), dim=1))
         return self.task.place(state)
 
     def state(self) -> DroneState:
@@ -260,10 +258,16 @@ class GenesisHover:
     def _place(self, ended: Tensor) -> None:
         """What Genesis derives from the coordinates of drones that begin a new episode."""
         if self.arrays is None:
-            self.drone.set_qpos(self._first_qpos, envs_idx=ended, zero_velocity=True)
+            self._set(self.task.initial_states(), ended)
         else:
             self.arrays.place(ended)
         self._weigh()
+
+    def _set(self, rows: Tensor, envs: Tensor | None = None) -> None:
+        """Gives the drones, of ``envs`` [N] bool or all, the coordinates and velocities [N, 13 or more] of the solver,
+        and clears their errors."""
+        self.drone.set_qpos(rows[:, :7], envs_idx=envs, zero_velocity=True)
+        self.drone.set_dofs_velocity(rows[:, 7:13], envs_idx=envs)
 
     def _weigh(self) -> None:
         """Passes the drawn masses and inertias to Genesis; all of them, since selecting some would synchronise."""

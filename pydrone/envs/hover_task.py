@@ -29,6 +29,7 @@ from pydrone.envs.drone import (  # noqa: F401 (some are re-exported only)
     clip_actions,
     propeller_rpm,
     roll_pitch,
+    rotate,
     rotate_inverse,
     yaw,
 )
@@ -38,6 +39,8 @@ from pydrone.envs.randomizer import Randomizer
 from pydrone.envs.task_options import TaskOptions
 
 OBS_DIM = 17
+#: how many initial states there are if they differ
+INITIAL_STATES = 4096
 #: the rewards; the last one only if its weight is not 0
 REWARDS = ("target", "smooth", "yaw", "angular", "crash", "near")
 
@@ -46,7 +49,6 @@ REWARDS = ("target", "smooth", "yaw", "angular", "crash", "near")
 class HoverConfig(TaskOptions, DroneConfig):
     """Constants of the task beside its options: lengths in m, angles in degrees."""
 
-    max_episode_length: int = 1500
     init_pos: tuple[float, float, float] = (0.0, 0.0, 1.0)
     target_low: tuple[float, float, float] = (-1.0, -1.0, 1.0)
     target_high: tuple[float, float, float] = (1.0, 1.0, 1.0)
@@ -64,8 +66,6 @@ class HoverConfig(TaskOptions, DroneConfig):
         super().__post_init__()
         if self.dt <= 0:
             raise ValueError(f"dt: expected a positive number of seconds, got {self.dt}")
-        if self.max_episode_length < 1:
-            raise ValueError(f"max_episode_length: expected at least 1 step, got {self.max_episode_length}")
 
 
 class Constants(NamedTuple):
@@ -81,13 +81,15 @@ class Constants(NamedTuple):
     """[3] largest distance to the target along x, y, z."""
     weights: Tensor
     """[5, 1] reward weights times dt, [6, 1] with ``near``."""
-    init_pos: Tensor
+    initial: Tensor
+    """[1 or INITIAL_STATES, 16] the states that an episode may begin in: position 3, quaternion 4, velocity 3 in the
+    world, angular velocity 3, velocity 3 in the body frame. Those of one seed are the same on every device."""
     target_low: Tensor
     target_span: Tensor
 
     @classmethod
-    def of(cls, config: HoverConfig, device: torch.device | str = "cpu") -> Constants:
-        """The constants of ``config`` on ``device``."""
+    def of(cls, config: HoverConfig, device: torch.device | str = "cpu", seed: int = 0) -> Constants:
+        """The constants of ``config`` on ``device``; ``seed`` is that of the initial states."""
 
         def row(*values: float) -> Tensor:
             return torch.tensor(values, dtype=torch.float32, device=device)
@@ -111,10 +113,33 @@ class Constants(NamedTuple):
             lowest=-limit,
             max_rel=row(config.max_xy, config.max_xy, config.max_z),
             weights=row(*weights)[:, None] * config.dt,
-            init_pos=row(*config.init_pos),
+            initial=_initial_states(config, seed).to(device, torch.float32),
             target_low=low,
             target_span=row(*config.target_high) - low,
         )
+
+
+def initial_motion(
+    uniform: Tensor, tilt: float, velocity: float, angular_velocity: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Attitude [N, 4], velocity [N, 3] and angular velocity [N, 3], in the body frame, from ``uniform`` [N, 8].
+
+    Uniform up to ``tilt`` (rad) about a horizontal axis of any direction, and up to ``velocity`` (m/s) and
+    ``angular_velocity`` (rad/s) along and about each axis; without a turn about the vertical.
+    """
+    way, tilted, along, about = uniform.split((1, 1, 3, 3), dim=1)
+    half, way = tilted * tilt / 2, way * 2 * math.pi
+    quat = torch.cat((half.cos(), half.sin() * way.cos(), half.sin() * way.sin(), torch.zeros_like(half)), dim=1)
+    return quat, (2 * along - 1) * velocity, (2 * about - 1) * angular_velocity
+
+
+def _initial_states(config: HoverConfig, seed: int) -> Tensor:
+    ranges = math.radians(config.init_tilt), config.init_velocity, config.init_angular_velocity
+    count = INITIAL_STATES if any(ranges) else 1
+    uniform = torch.rand(count, 8, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    quat, lin_vel, ang_vel = initial_motion(uniform, *ranges)
+    pos = torch.tensor(config.init_pos, dtype=torch.float64).expand(count, 3)
+    return torch.cat((pos, quat, rotate(quat, lin_vel), ang_vel, lin_vel), dim=1) + 0.0  # no -0
 
 
 def observe(state: DroneState, target: Tensor, last_actions: Tensor, c: Constants) -> Tensor:
@@ -219,7 +244,7 @@ class HoverTask:
         self.num_envs = num_envs
         self.device = torch.device(device)
         self.generator = torch.Generator(self.device).manual_seed(seed)
-        self.constants = c = Constants.of(self.config, self.device)
+        self.constants = c = Constants.of(self.config, self.device, seed)
         #: the names of the rewards in use
         self.rewards = REWARDS[: len(c.weights)]
         self.resample_targets = self.config.resample_targets  # may change between steps
@@ -240,21 +265,15 @@ class HoverTask:
         self._rewards = self._step[:1]
         self._obs = buffer(num_envs, OBS_DIM)
         self._stats = EpisodeStats(num_envs, self.sums, self.device)
-        # the first observation of an episode: only the part of the target changes
-        at_rest = DroneState(
-            c.init_pos.expand(num_envs, 3), buffer(num_envs, 4), buffer(num_envs, 3), buffer(num_envs, 3)
-        )
-        at_rest.quat[:, 0] = 1
-        self._at_rest = at_rest
-        self._first_obs = observe(at_rest, self.target, self.last_actions, c)
         self._everyone = torch.ones(num_envs, dtype=torch.bool, device=self.device)
         self.randomizer: Randomizer | None = None
         if randomization is not None and randomization.varies():
             self.randomizer = Randomizer(num_envs, randomization, self.generator, self.config)
         drawn = self.randomizer
-        self._draw = buffer(num_envs, 3 + (0 if drawn is None else drawn.uniforms))
-        #: the random numbers of a step: [N, 3 + those of the randomizer] uniform, [N, n] normal or None; a tuple, since
-        #: they are no state
+        self._uniforms = 0 if drawn is None else drawn.uniforms
+        self._draw = buffer(num_envs, 3 + self._uniforms + (len(c.initial) > 1))
+        #: the random numbers of a step: [N, 3 + those of the randomizer + 1 if initial states differ] uniform, [N, n]
+        #: normal or None; a tuple, since they are no state
         self.draws = (self._draw, buffer(num_envs, drawn.normals) if drawn is not None and drawn.normals else None)
         self._prepare()
         self.not_fused = why_not(self, fused)
@@ -267,13 +286,22 @@ class HoverTask:
         self.target.copy_(self._first_targets(self._drawn_targets(), self._everyone))
         if self.randomizer is not None:
             self.randomizer.restart(self._everyone, *self._draws_of_randomizer())
-        self.last_pos.copy_(self.constants.init_pos)
+        first = self.initial_states()
+        self.last_pos.copy_(first[:, :3])
         self.last_actions.zero_()
         self.age.zero_()
         if self.held is not None:
             self.held.zero_()
         self._stats.reset()
-        return self._obs.copy_(self._first_observations())
+        return self._obs.copy_(self._first_observations(first))
+
+    def initial_states(self) -> Tensor:
+        """The states [N, 16] that new episodes begin in where the last step or reset ended one, see ``Constants``."""
+        initial = self.constants.initial
+        if len(initial) == 1:
+            return initial.expand(self.num_envs, -1)
+        # float32's largest number below 1, times a power of 2, is below that power
+        return initial.index_select(0, (self._draw[:, -1] * len(initial)).long())
 
     def place(self, state: DroneState) -> Tensor:
         """Takes ``state`` as the drones' own from now on, and returns the observations [N, 17]; episodes go on."""
@@ -290,7 +318,7 @@ class HoverTask:
     def step(self, state: DroneState, actions: Tensor) -> StepResult:
         """The result of the step that led to ``state`` by ``actions`` [N, 4] (clipped); starts new episodes after ends.
 
-        The caller has to reset the drones of ``dones`` to ``init_pos``, upright and at rest.
+        The caller has to put the drones of ``dones`` into their :meth:`initial_states`.
         """
         self.draw()
         if self.fused is not None:
@@ -327,12 +355,13 @@ class HoverTask:
         sensed = state if self.randomizer is None else self.randomizer.sense(state, self._noise(0))
         final_obs = observe(sensed, target, actions, c)
         torch.where(ended, self._first_targets(draw, dones), target, out=self.target)
-        torch.where(ended, c.init_pos, state.pos, out=self.last_pos)
+        first = self.initial_states()
+        torch.where(ended, first[:, :3], state.pos, out=self.last_pos)
         self.last_actions.copy_(actions).masked_fill_(ended, 0)
         self.age.masked_fill_(dones, 0)
         if self.randomizer is not None:
             self.randomizer.restart(dones, *self._draws_of_randomizer())
-        torch.where(ended, self._first_observations(), final_obs, out=self._obs)
+        torch.where(ended, self._first_observations(first), final_obs, out=self._obs)
         return StepResult(self._obs, self._rewards[0], dones, truncated, final_obs, None, log)
 
     def _prepare(self) -> None:
@@ -357,18 +386,17 @@ class HoverTask:
         return self._draw[:, :3].mul_(self.constants.target_span).add_(self.constants.target_low)
 
     def _draws_of_randomizer(self) -> tuple[Tensor, Tensor | None]:
-        return self._draw[:, 3:], self.draws[1]
+        return self._draw[:, 3 : 3 + self._uniforms], self.draws[1]
 
     def _noise(self, observation: int) -> Tensor | None:
         """[N, 12]: the noise of the state's observation (0), or of a new episode's first one (1)."""
         normal = self.draws[1]
         return None if normal is None else normal[:, 12 * observation : 12 * observation + 12]
 
-    def _first_observations(self) -> Tensor:
-        c = self.constants
-        if self.randomizer is not None and self.randomizer.senses:
-            # only the rows of new episodes are used, and those have no last action
-            return observe(self.randomizer.sense(self._at_rest, self._noise(1)), self.target, self.last_actions, c)
-        rel = (self.target - c.init_pos) * c.scale[:3]
-        torch.clamp(rel, -1, 1, out=self._first_obs[:, :3])
-        return self._first_obs
+    def _first_observations(self, first: Tensor) -> Tensor:
+        # only the rows of new episodes are used, and those have no last action
+        pos, quat, _, ang_vel, lin_vel = first.split((3, 4, 3, 3, 3), dim=1)
+        state = DroneState(pos, quat, lin_vel, ang_vel)
+        if self.randomizer is not None:
+            state = self.randomizer.sense(state, self._noise(1))
+        return observe(state, self.target, self.last_actions, self.constants)

@@ -119,7 +119,6 @@ class Quadrotor:
         self.quat = torch.zeros(num_envs, 4, device=self.device)
         self.vel = torch.zeros(num_envs, 3, device=self.device)
         self.ang_vel = torch.zeros(num_envs, 3, device=self.device)
-        self._upright = row(1.0, 0.0, 0.0, 0.0)
         self._body = Body(
             wrench=tuple(wrench_matrix().flatten().tolist()),
             gyro=tuple(self._gyro.tolist()),
@@ -139,8 +138,9 @@ class Quadrotor:
 
     def reset(self) -> Tensor:
         """Starts new episodes and returns the observations [N, 17]."""
+        obs = self.task.reset()
         self._place()
-        return self.task.reset()
+        return obs
 
     def step(self, actions: Tensor) -> StepResult:
         """Applies ``actions`` [N, 4], clipped to [-1, 1], for one step."""
@@ -164,10 +164,8 @@ class Quadrotor:
         state = DroneState(self.pos, self.quat, rotate_inverse(self.quat, self.vel), self.ang_vel)
         result = self.task.step(state, actions)
         ended = result.dones[:, None]
-        torch.where(ended, self.task.constants.init_pos, self.pos, out=self.pos)
-        torch.where(ended, self._upright, self.quat, out=self.quat)
-        self.vel.masked_fill_(ended, 0)
-        self.ang_vel.masked_fill_(ended, 0)
+        for own, first in zip(self._drones(), self.task.initial_states().split((3, 4, 3, 3, 3), dim=1)):
+            torch.where(ended, first, own, out=own)
         return result
 
     def place(self, state: DroneState) -> Tensor:
@@ -193,11 +191,12 @@ class Quadrotor:
     def close(self) -> None:
         """Nothing to free."""
 
+    def _drones(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.pos, self.quat, self.vel, self.ang_vel
+
     def _place(self) -> None:
-        self.pos.copy_(self.task.constants.init_pos)
-        self.quat.copy_(self._upright)
-        self.vel.zero_()
-        self.ang_vel.zero_()
+        for own, first in zip(self._drones(), self.task.initial_states().split((3, 4, 3, 3, 3), dim=1)):
+            own.copy_(first)
 
     def _integrate(self, thrust: Tensor, torque: Tensor, pull: Tensor, damp: Tensor) -> None:
         """One substep under the accelerations ``thrust`` [N, 1] along the body's z axis, ``torque`` [N, 3] about its

@@ -23,6 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# Constants that earlier versions kept in tensors, and stored with the state.
+FORMER = ("_upright", "task._first_obs")
+
 
 def state_of(env: object) -> dict[str, Tensor]:
     """Every tensor and the state of every generator in ``env``, by path: ``task.age``, ``task.generator``.
@@ -39,6 +42,7 @@ def restore(env: object, state: Mapping[str, Tensor]) -> None:
     Raises ValueError, and changes nothing, if a path, a shape or a dtype differs.
     """
     leaves = dict(_leaves(env))
+    state = {path: x for path, x in state.items() if path in leaves or path not in FORMER}
     if leaves.keys() != state.keys():
         differ = ", ".join(sorted(leaves.keys() ^ state.keys()))
         raise ValueError(f"state: expected the tensors of this environment; it or the state lacks {differ}")

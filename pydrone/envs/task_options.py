@@ -18,10 +18,21 @@ class TaskOptions:
     Weights are rewards per second, see :func:`pydrone.envs.hover_task.reward_terms`.
 
     Raises:
-        ValueError: a weight is not finite; ``hold`` or ``weight_near`` is below 0 or not finite; ``near_decay`` or
-            ``yaw_decay`` is not above 0 and finite.
+        ValueError: a weight is not finite; ``hold``, ``weight_near`` or one of the initial state's ranges is below 0 or
+            not finite, ``init_tilt`` above 180; ``near_decay`` or ``yaw_decay`` is not above 0 and finite;
+            ``max_episode_length`` is below 1.
     """
 
+    max_episode_length: int = _option(1500, "Steps after which an episode is truncated.")
+    init_tilt: float = _option(
+        0.0, "Largest tilt that an episode begins with, about a horizontal axis of any direction, degrees."
+    )
+    init_velocity: float = _option(
+        0.0, "Largest velocity that an episode begins with, along each axis of the body, m/s."
+    )
+    init_angular_velocity: float = _option(
+        0.0, "Largest angular velocity that an episode begins with, about each axis of the body, rad/s."
+    )
     resample_targets: bool = _option(
         True, "Whether a target moves once it is reached; else it stays until the episode ends."
     )
@@ -40,7 +51,11 @@ class TaskOptions:
     )
 
     def __post_init__(self) -> None:
-        for name in ("hold", "weight_near"):
+        if self.max_episode_length < 1:
+            raise ValueError(f"max_episode_length: expected at least 1 step, got {self.max_episode_length}")
+        if self.init_tilt > 180:
+            raise ValueError(f"init_tilt: expected at most 180 degrees, got {self.init_tilt!r}")
+        for name in ("hold", "weight_near", "init_tilt", "init_velocity", "init_angular_velocity"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}: expected a finite number of at least 0, got {getattr(self, name)!r}")
         for name in ("near_decay", "yaw_decay"):

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 
 from pydrone.ops import native, reference, triton
+from pydrone.ops.prepared import Again, prepare
 from pydrone.ops.schema import SCHEMAS
 from pydrone.ops.streams import capturing
 
@@ -28,7 +29,8 @@ class Backend(NamedTuple):
 
     ``checks``: whether they check all arguments before they write anything.  ``prepared``: the same operations, which
     raise RuntimeError and write nothing unless a call with such arguments was made before (their shapes, dtypes,
-    strides and devices are the same), and outputs of ``gae`` have memory of their own.
+    strides and devices are the same), and outputs of ``gae`` have memory of their own.  ``prepare_append``: None, or
+    :func:`pydrone.ops.prepared.prepare`.
     """
 
     name: str
@@ -38,6 +40,7 @@ class Backend(NamedTuple):
     append: Callable[..., None]
     gather: Callable[..., None]
     prepared: Backend | None = None
+    prepare_append: Callable[..., Again | None] | None = None
 
     @property
     def unchecked(self) -> Backend | None:
@@ -100,7 +103,7 @@ def _operations(name: str) -> Backend:
         if native.CUDA_MISSING is not None and not triton.interpreted():  # torch.ops runs Triton on CUDA tensors
             checked = [*map(_unless_traced, ops, checked)]
         return Backend(name, False, *checked, Backend(name, True, *unchecked))
-    return Backend(name, True, *ops)
+    return Backend(name, True, *ops, prepare_append=prepare if name == "cpu" else None)
 
 
 def _unless_traced(operation: Callable[..., None], launch: Callable[..., None]) -> Callable[..., None]:
@@ -158,10 +161,10 @@ def written(*tensors: torch.Tensor) -> None:
 
 
 # what torch.autograd.graph.increment_version calls, without its search for a single tensor, which costs as much again
-_increment_version = getattr(torch._C, "_increment_version", torch.autograd.graph.increment_version)
+increment_version = getattr(torch._C, "_increment_version", torch.autograd.graph.increment_version)
 
 
 def bump(tensors: list[torch.Tensor]) -> None:
     """Like :func:`written`, for tensors known not to be inference tensors."""
     if not torch.compiler.is_compiling():
-        _increment_version(tensors)
+        increment_version(tensors)

@@ -8,6 +8,7 @@ compiler too.
 
 from __future__ import annotations
 
+import ctypes
 import inspect
 import json
 import sys
@@ -119,6 +120,12 @@ for _name, _schema in CPU_QUERIES.items():
     _library.define(_name + _schema)
 
 CPU_MISSING = _load("_native_cpu")
+# What the library exports itself: pydrone_append (csrc/cpu/append.cpp). A call releases the GIL.
+CPU_LIBRARY = None
+if CPU_MISSING is None:
+    CPU_LIBRARY = ctypes.CDLL(str(_libraries(PACKAGE, "_native_cpu")[0]))
+    CPU_LIBRARY.pydrone_append.argtypes = [ctypes.c_void_p, ctypes.c_char_p]
+    CPU_LIBRARY.pydrone_append.restype = ctypes.c_int
 CUDA_MISSING = _load("_native_cuda") if torch.version.cuda else "this PyTorch is built without CUDA"
 
 for _name in (*SCHEMAS, *LEARNER_SCHEMAS):

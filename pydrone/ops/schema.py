@@ -103,6 +103,10 @@ names the argument, what it was and what it must be; the reference and Triton ch
 
 ``has_bf16``  whether the CPU takes bfloat16 in the above: x86-64 with AVX512_BF16, unless PYDRONE_ISA selects less.
 
+``append_plan``  checks ``append``'s arguments, and returns what it does with such dtypes, shapes and strides, as plain
+    numbers: int64, on the CPU. :mod:`pydrone.ops.prepared` launches it on addresses of the memory's tensors, then of
+    the sources and flags, where places[i] is the number of source or flag i among the latter.
+
 ``ppo_loss``  the loss of one minibatch and its gradients with respect to the networks' outputs; Triton on CUDA, the
     reference on every other device.
 
@@ -132,7 +136,8 @@ names the argument, what it was and what it must be; the reference and Triton ch
     their state after it, and after the reset of those whose episode ended. substeps 0: the drones after a simulator's
     step, vel in the body frame; rows may be strided, and are only read.  actions: [N, 4], clipped or not.
     The tensors of the tuples Task, Varied, Draws and Outputs follow, in their order; all are contiguous. Without drawn,
-    wind, history, rpm and normal are None; leg, waypoints and the fourth row of sums belong together.
+    wind, history, rpm and normal are None; leg, waypoints and the fourth row of sums belong together. initial [K, 16]:
+    if K is 1, uniform lacks the column that picks a row.
     numbers: float32 [TASK_NUMBERS], see :func:`pydrone.envs.fused.flat`.  max_age, hold_steps: of TaskNumbers.
     resample: whether a target that is reached is replaced.  near: whether there is a reward near it.  tilt: whether
     max_tilt is checked.  Sums of the log are added in an order that no number of threads changes.
@@ -209,7 +214,7 @@ CPU_SCHEMAS = {
     "task_step": (
         "(Tensor(a!) pos, Tensor(b!) quat, Tensor(c!) vel, Tensor(d!) ang_vel, Tensor actions, Tensor(e!) target, "
         "Tensor(f!) last_pos, Tensor(g!) last_actions, Tensor(h!) age, Tensor(i!)? held, Tensor(j!)? leg, "
-        "Tensor? waypoints, Tensor(k!) sums, Tensor(l!)? drawn, Tensor(m!)? wind, Tensor(n!)? history, "
+        "Tensor? waypoints, Tensor(k!) sums, Tensor initial, Tensor(l!)? drawn, Tensor(m!)? wind, Tensor(n!)? history, "
         "Tensor(o!)? rpm, Tensor uniform, Tensor? normal, Tensor(p!) obs, Tensor(q!) final_obs, Tensor(r!) rewards, "
         "Tensor(s!) dones, Tensor(t!) truncated, Tensor(u!) log, Tensor numbers, int max_age, int hold_steps, "
         "int substeps, bool resample, bool near, bool tilt) -> ()"
@@ -217,7 +222,13 @@ CPU_SCHEMAS = {
 }
 
 # Queries about the CPU library.
-CPU_QUERIES = {"has_bf16": "() -> bool"}
+CPU_QUERIES = {
+    "has_bf16": "() -> bool",
+    "append_plan": (
+        "(Tensor[] memory, Tensor[] sources, Tensor layout, Tensor? dones, Tensor? truncated, Tensor? valid, "
+        "int[] places) -> Tensor"
+    ),
+}
 
 # For every device, with no version in the native libraries.
 LEARNER_SCHEMAS = {
@@ -238,7 +249,7 @@ LEARNER_SCHEMAS = {
 ACTIVATIONS = ("tanh", "elu", "relu", "silu")
 
 # The numbers of task_step: of the task, of the body, and three for each column of the randomizer's draws.
-TASK_NUMBERS = 29 + 25 + 3 * 13
+TASK_NUMBERS = 26 + 25 + 3 * 13
 
 # What ppo_gradients measures.
 NUM_METRICS = 6

@@ -41,6 +41,7 @@ ON_RESUME = {
         *("learning_rate", "schedule", "desired_kl", "max_kl", "num_epochs", "num_minibatches", "clip", "entropy_coef"),
         *("value_loss_coef", "clipped_value_loss", "max_grad_norm", "gamma", "lam", "normalize_advantages"),
         *("advantage_scope", "obs_clip", "normalize_rewards", "reward_scale", "obs_dtype", "matmul", "burn_in"),
+        "ema_decay",
     ),
     # Says how long and where it trains, or what is written.
     "of the process": (
@@ -126,6 +127,11 @@ class PPOConfig:
         "perceptrons and continuous actions in float32. On CUDA by Triton, or only the loss where its kernel cannot "
         "serve the networks. torch: autograd. auto: fused where possible.",
     )
+    ema_decay: float = option(
+        0.0,
+        "Factor per iteration of an exponential moving average of the weights, which eval and export take. 0: the last "
+        "weights.",
+    )
     init_std: float = option(1.0, "Initial standard deviation of the actions, which is never below 1e-4.")
     chunk_size: int | None = option(
         None,
@@ -147,6 +153,7 @@ class PPOConfig:
             _number(name, getattr(self, name), "of at least 0", lambda x: x >= 0)
         for name in ("gamma", "lam"):
             _number(name, getattr(self, name), "from 0 to 1", lambda x: 0 <= x <= 1)
+        _number("ema_decay", self.ema_decay, "of at least 0 and below 1", lambda x: 0 <= x < 1)
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 expected = f"{', '.join(map(repr, choices[:-1]))} or {choices[-1]!r}"

@@ -30,14 +30,11 @@ from pydrone._version import __version__
 from pydrone.envs.contract import Contract
 from pydrone.envs.record import Actions, Bounds, Record, bounds
 from pydrone.ppo.config import PPOConfig
-from pydrone.ppo.exporting import ExportError, c_header, c_program
+from pydrone.ppo.exporting import FORMATS, NEEDS, ExportError, c_header, c_program, missing  # noqa: F401 (for users)
 from pydrone.ppo.exporting.files import READERS, WRITERS, Runner
 from pydrone.ppo.exporting.layers import CELLS, OPERATIONS, Layers, memory_size, run  # noqa: F401 (run, CELLS: for users)
 from pydrone.ppo.policy.make import make_policy
-
-FORMATS = {"onnx": ".onnx", "torchscript": ".pt", "safetensors": ".safetensors", "c": ".h"}
-# The packages that write and check a format.
-NEEDS = {"onnx": ("onnx", "onnxscript"), "torchscript": (), "safetensors": ("safetensors",), "c": ()}
+from pydrone.ppo.training.average import deployed
 
 # Version of the description's layout.
 VERSION = "1"
@@ -414,12 +411,14 @@ def _near(
 
 
 def policy_of(state: Mapping[str, Any]) -> nn.Module:
-    """The policy in a checkpoint, see :meth:`pydrone.ppo.trainer.Trainer.state_dict`; needs no environment.
+    """The policy in a checkpoint, with the averaged weights where there are any; needs no environment.
+
+    ``state`` as of :meth:`pydrone.ppo.trainer.Trainer.state_dict`.
 
     Raises ValueError where the checkpoint holds no such policy.
     """
     try:
-        weights, settings = state["policy"], state["config"]["ppo"]
+        weights, settings = deployed(state), state["config"]["ppo"]
         # Each network sees its groups concatenated, whatever they were.
         config = PPOConfig(**{**settings, "actor_obs": (), "critic_obs": ()})
         obs = {group: _width(weights, network) for group, network in (("policy", "actor"), ("critic", "critic"))}
@@ -479,10 +478,3 @@ def _class_of(env: Any) -> Any:
         return points[0].load() if points else None
     except (ImportError, AttributeError):
         return None
-
-
-def missing(format: str) -> Sequence[str]:
-    """The packages that ``format`` needs and that are missing."""
-    from importlib.util import find_spec
-
-    return [name for name in NEEDS[format] if find_spec(name) is None]

@@ -28,6 +28,11 @@ _STILL = {
     "weight_crash": -100.0,
     "weight_near": 3.0,
     "near_decay": 4.0,
+    # Short episodes, so that there are many beginnings to learn from.
+    "max_episode_length": 400,
+    "init_tilt": 60.0,
+    "init_velocity": 1.5,
+    "init_angular_velocity": 3.0,
 }
 
 PRESETS = {
@@ -37,7 +42,7 @@ PRESETS = {
             "num_steps": 32,
             "iterations": 180,
             "task": _STILL,
-            "ppo": {"entropy_coef": 0.0, "init_std": 0.4, "gamma": 0.98},
+            "ppo": {"entropy_coef": 0.0, "init_std": 0.4, "gamma": 0.98, "ema_decay": 0.93},
         },
     ),
     "seconds": Preset(
@@ -46,13 +51,14 @@ PRESETS = {
             "env": "quadrotor",
             "num_envs": 512,
             "num_steps": 32,
-            "iterations": 88,
+            "iterations": 64,
             "tensorboard": False,
             "task": _STILL | {"weight_near": 5.0},
             "ppo": {
                 "entropy_coef": 0.0,
                 "init_std": 0.5,
                 "gamma": 0.98,
+                "ema_decay": 0.9,
                 "num_epochs": 4,
                 "clip": 0.15,
                 "hidden_dims": (64, 64),

@@ -13,7 +13,7 @@ from torch import Tensor
 from pydrone.envs import Randomization, make
 from pydrone.envs.base import Obs
 from pydrone.envs.drone import DroneState
-from pydrone.envs.hover_task import HoverTask
+from pydrone.envs.hover_task import HoverTask, initial_motion
 
 VERSION = 1
 EPISODES = 256  # in each scene
@@ -81,12 +81,8 @@ def environment(name: str, device: torch.device | str = "cpu", seed: int = 0) ->
 def initial_states(device: torch.device | str = "cpu") -> DroneState:
     """The initial states of a scene's episodes: [256, ...], the same in every scene, simulator and run."""
     drawn = torch.rand(EPISODES, 11, generator=torch.Generator().manual_seed(VERSION), dtype=torch.float64)
-    offset, way, tilt, velocity, turning = drawn.split((3, 1, 1, 3, 3), dim=1)
-    pos = torch.tensor(CENTRE) + (2 * offset - 1) * torch.tensor(OFFSET)
-    half, way = tilt * TILT / 2, way * 2 * math.pi
-    # a turn about a horizontal axis
-    quat = torch.cat((half.cos(), half.sin() * way.cos(), half.sin() * way.sin(), torch.zeros_like(half)), dim=1)
-    state = DroneState(pos, quat, (2 * velocity - 1) * VELOCITY, (2 * turning - 1) * ANGULAR_VELOCITY)
+    pos = torch.tensor(CENTRE) + (2 * drawn[:, :3] - 1) * torch.tensor(OFFSET)
+    state = DroneState(pos, *initial_motion(drawn[:, 3:], TILT, VELOCITY, ANGULAR_VELOCITY))
     return DroneState(*(x.to(device, torch.float32) for x in state))
 
 

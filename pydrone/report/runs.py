@@ -16,6 +16,7 @@ from pydrone.ppo.policy.actor_critic import ActorCritic
 from pydrone.ppo.policy.make import make_policy
 from pydrone.ppo.trainer import read_checkpoint
 from pydrone.ppo.training import checkpoint
+from pydrone.ppo.training.average import deployed
 
 
 class Run(NamedTuple):
@@ -69,7 +70,7 @@ def load(run: str | os.PathLike[str], device: torch.device | str = "cpu") -> Run
 
 
 def load_policy(run: Run, env: Env) -> ActorCritic:
-    """The policy of the run, on the device of ``env``.
+    """The policy of the run, with the averaged weights where there are any, on the device of ``env``.
 
     Raises:
         ValueError: the environment has other observations or actions than the policy was trained with, or the run has
@@ -81,8 +82,8 @@ def load_policy(run: Run, env: Env) -> ActorCritic:
         raise ValueError(f"{run.checkpoint}: config: expected the settings of a policy, got others: {error}") from error
     try:
         policy = make_policy(env.obs, env.actions, settings, getattr(env, "num_discrete_actions", None)).to(env.device)
-        policy.load_state_dict(run.state["policy"])
-    except (AttributeError, TypeError, ValueError, RuntimeError) as error:
+        policy.load_state_dict(deployed(run.state))
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(
             f"{run.checkpoint}: a policy trained in {run.environment.label} does not fit an environment with "
             f"observations {env.obs} and {env.actions} actions: {error}"

@@ -30,10 +30,10 @@ Row = tuple[object, object, object, object, Mapping[str, object]]
 class Sources:
     """Checks the tensors of one step against a layout. Kernels can read those that pass as they are.
 
-    A step has two parts, its row and how it ended, and each has two checks. ``quick_row`` and ``quick_final`` run every
-    step. Python is much of a small step's time: they check only what an operation that checks its own arguments cannot
+    A step has two parts, its row and how it ended, and each has two checks. ``quick_row`` and ``quick_final`` come
+    first. Python is much of a small step's time: they check only what an operation that checks its own arguments cannot
     see, and return None for anything unusual. ``row`` and ``ends`` check everything, and raise errors that name the
-    argument.
+    argument. ``quick_row`` is two: ``listed``, and ``fit``, which a step like one already checked need not pass.
     """
 
     def __init__(self, layout: Layout, device: torch.device) -> None:
@@ -42,6 +42,11 @@ class Sources:
 
     def quick_row(self, row: Row) -> tuple[Tensor, ...] | None:
         """The sources of a row in the layout's order, or None."""
+        sources = self.listed(row)
+        return sources if sources is not None and self.fit(sources) else None
+
+    def listed(self, row: Row) -> tuple[object, ...] | None:
+        """What was given for a row, in the layout's order; None if these are not its fields."""
         obs, actions, values, log_probs, fields = row
         layout = self.layout
         if len(fields) != len(layout.extra):
@@ -51,16 +56,19 @@ class Sources:
             sources = (*groups, actions, log_probs, values)  # layout.stored's order
             if fields:
                 sources += tuple([fields[x] for x in layout.extra])
-            for i, shape in self._deep:
-                if sources[i].shape != shape:
-                    return None
-            if torch.is_grad_enabled():
-                for x in sources:
-                    if x.requires_grad:
-                        return None
-        except (KeyError, AttributeError, RuntimeError):  # RuntimeError: a nested tensor has no shape
+        except (KeyError, AttributeError, RuntimeError):
             return None
         return sources
+
+    def fit(self, sources: tuple[object, ...]) -> bool:
+        """Whether an operation that checks its own arguments may take these sources of a row."""
+        try:
+            for i, shape in self._deep:
+                if sources[i].shape != shape:
+                    return False
+            return not torch.is_grad_enabled() or not any(x.requires_grad for x in sources)
+        except (AttributeError, RuntimeError):  # RuntimeError: a nested tensor has no shape
+            return False
 
     def quick_final(self, ends: Ends) -> list[object] | None:
         """The final observations of a step ([]: it has none), or None."""

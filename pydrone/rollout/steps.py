@@ -7,8 +7,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import profiler
 
-from pydrone.ops.dispatch import bump
+from pydrone.ops.dispatch import bump, increment_version
+from pydrone.ops.prepared import Again
 from pydrone.rollout.layout import of_append
 from pydrone.rollout.ring import Ring
 from pydrone.rollout.sources import Ends, Row, Sources
@@ -16,10 +18,17 @@ from pydrone.rollout.storage import Storage
 
 
 class Call(NamedTuple):
-    """The arguments of ``append`` that are the same in every step of a kind."""
+    """The arguments of ``append`` that are the same in every step of a kind, and what repeats it for steps like earlier
+    ones, without and with ``valid``."""
 
     memory: list[Tensor]
     layout: Tensor
+    again: list[Again]
+    again_valid: list[Again]
+
+
+# The most that are kept, which differ in dtypes or strides of the tensors given. Further ones are not worth a search.
+MOST = 4
 
 
 class Steps:
@@ -58,7 +67,8 @@ class Steps:
             plain, with_final = (of_append(fields, len(planes), x, looked_at) for x in ([], final))
         memory, flag = [storage.rows, storage.codes, *planes], [storage.not_finite] if looked_at else []
         pooled = [*memory, *storage.pool, *flag]
-        return Call([*memory, *flag], plain), Call(pooled, plain), Call(pooled, with_final)
+        calls = ([*memory, *flag], plain), (pooled, plain), (pooled, with_final)
+        return tuple([Call(*x, [], []) for x in calls])
 
     def require_start(self, call: str) -> None:
         """Raises, naming ``call``, if no step can begin: one is unfinished, or the ring is full (BufferFull)."""
@@ -79,12 +89,12 @@ class Steps:
         """
         ops = self._storage.ops
         if (unchecked := ops.unchecked) is not None:
-            fields, final = () if row is None else self.sources.quick_row(row), ()
+            fields, final = () if row is None else self.sources.listed(row), ()
             if ends is not None:
                 final = self.sources.quick_final(ends)
             if fields is not None and final is not None:
                 try:
-                    return self._launch(unchecked.append, kind, fields, ends, final)
+                    return self._launch(unchecked.append, kind, fields, ends, final, self.sources.fit)
                 except (RuntimeError, TypeError):
                     pass
         fields, final = () if row is None else self.sources.row(row), ()
@@ -99,22 +109,44 @@ class Steps:
         fields: Sequence[Tensor],
         ends: Ends | None,
         final: Sequence[Tensor],
+        fit: Callable[[tuple], bool] | None = None,
     ) -> None:
-        ring, sources = self._ring, [*fields]
+        """``fit``: checks ``fields``, unless the launch repeats an earlier one."""
+        ring = self._ring
         captured, (slot, place) = ring.capturing(), ring.where(ring.appended)
-        if fields:
-            sources.append(fields[self._values_at])
-        elif kind == "slot":  # the caller has written them
-            sources.append(self._storage.views["values"][slot])
-        if ends is None:
-            dones = truncated = valid = None
-        else:
+        # The step's tensors, each once: sources, then flags.
+        given = (self._storage.views["values"][slot],) if kind == "slot" else fields  # the caller has written them
+        dones = truncated = valid = None
+        if ends is not None:
             rewards, dones, truncated, _, valid = ends
-            sources += (rewards, *final)
-        memory, layout = self._calls[kind][0 if truncated is None else 2 if final else 1]
-        cursor = ring.cursor if captured else None
-        append(memory, sources, layout, dones, truncated, valid, slot, place, cursor, ends is not None)
-        bump(self.written)
+            given = (*given, rewards, *final, dones)
+            if truncated is not None:
+                given += (truncated,)
+            if valid is not None:
+                given += (valid,)
+        call = self._calls[kind][0 if truncated is None else 2 if final else 1]
+        kept = call.again if valid is None else call.again_valid
+        # Who traces or profiles wants to see the operation.
+        traced = torch.compiler.is_compiling()
+        ordinary = captured or traced or profiler._is_profiler_enabled
+        for again in () if ordinary else kept:
+            if again(slot, place, given):
+                break
+        else:
+            if fit is not None and fields and not fit(fields):
+                raise TypeError("expected fields that the operation may take")
+            flags = dones, truncated, valid
+            sources = [*range(len(given) - sum(x is not None for x in flags))]
+            if fields:
+                sources.insert(len(fields), self._values_at)
+            cursor = ring.cursor if captured else None
+            tensors = [given[i] for i in sources]
+            append(call.memory, tensors, call.layout, *flags, slot, place, cursor, ends is not None)
+            prepare = self._storage.ops.prepare_append
+            if prepare is not None and not ordinary and len(kept) < MOST:
+                kept += prepare(call.memory, call.layout, sources, flags, given)
+        if not traced:
+            increment_version(self.written)
         if ends is not None:
             self._count(captured, truncated, valid)
 
@@ -156,7 +188,7 @@ class Steps:
             if final is None:
                 return False
             rewards, dones, truncated, _, valid = ended
-            memory, layout = self._calls["end"][0 if truncated is None else 2 if final else 1]
+            memory, layout, *_ = self._calls["end"][0 if truncated is None else 2 if final else 1]
             end = memory, [rewards, *final], layout, dones, truncated, valid, *ring.where(ring.appended)
         fields = dict(row)
         whole = *(fields.pop(x) for x in ("obs", "actions", "values", "log_probs")), fields
@@ -166,7 +198,7 @@ class Steps:
             return False
         if sources is None:
             return False
-        memory, layout = self._calls["begin"][0]
+        memory, layout, *_ = self._calls["begin"][0]
         cursor = ring.cursor if captured else None
         try:
             run(end, (memory, sources[: len(self._storage.layout.obs)], layout, *ring.where(step), cursor))

@@ -125,16 +125,17 @@ def test_a_run_of_an_environment_object_is_resumed_from_python_alone(here, makin
 def test_a_run_from_python_is_resumed_with_what_its_environment_was(here, tmp_path, capsys):
     """Its size, device and task, although the settings that the Trainer was given do not say so."""
     ranges = Randomization(wind=(0.01, 0.02))
-    env = Quadrotor(3, hold=0.5, randomization=ranges, max_episode_length=70)
+    env = Quadrotor(3, hold=0.5, randomization=ranges, max_episode_length=70, max_xy=2.0)
     config = TrainConfig(num_steps=4, iterations=1, tensorboard=False, ppo=PPOConfig(num_minibatches=2))
     Trainer(env, config, tmp_path / "run", echo=lambda _: None).train()
     assert cli.main(["train", "--resume", "run", "--iterations", "2"]) == 0
     said = capsys.readouterr().out
     assert "quadrotor: 3 environments on cpu" in said and "anew" not in said
     # What the command line cannot set is said.
-    assert "Changed since the checkpoint: max_episode_length 70, now 1500." in said
+    assert "Changed since the checkpoint: max_xy 2.0, now 3.0." in said
     settings = json.loads((tmp_path / "run" / "config.json").read_text())
-    assert settings["task"]["hold"] == 0.5 and settings["randomization"]["wind"] == [0.01, 0.02]
+    assert settings["task"]["hold"] == 0.5 and settings["task"]["max_episode_length"] == 70
+    assert settings["randomization"]["wind"] == [0.01, 0.02]
 
 
 def test_what_a_resumed_run_keeps_is_refused_before_a_simulator_is_built(here, making, capsys):

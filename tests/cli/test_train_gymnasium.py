@@ -53,6 +53,8 @@ def test_cartpole_is_learnt_evaluated_resumed_plotted_and_exported(tmp_path, cap
     assert (
         results(folder, "CartPole-v1")["episode_return"] > 150
     )  # an untrained policy falls after about 10 to 25 steps
+    said = capsys.readouterr().out
+    assert "ended before a time limit" in said and "crash" not in said
     before = runs.load(folder)
     assert cli.main(["train", "--resume", str(folder), "--iterations", "9"]) == 0
     out = capsys.readouterr().out

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import math
 import operator
@@ -258,10 +259,36 @@ def test_this_version_of_genesis_has_the_internals(env: GenesisHover) -> None:
     assert env.not_direct is None and env.arrays is not None
 
 
-def test_straight_to_the_arrays_steps_are_the_same_to_the_bit(env: GenesisHover, monkeypatch) -> None:
+INITIAL = {"init_tilt": 45.0, "init_velocity": 1.0, "init_angular_velocity": 2.0}
+
+
+@pytest.mark.parametrize("direct", [True, False], ids=["arrays", "public"])
+def test_drones_begin_an_episode_tilted_and_moving(env: GenesisHover, direct, monkeypatch) -> None:
+    """As the quadrotor without simulator, whose drones begin in the same states, and they fly on like those."""
+    twin = make("quadrotor", N, seed=1, **INITIAL)
+    monkeypatch.setattr(env, "task", HoverTask(N, "cpu", 1, twin.config))
+    monkeypatch.setattr(env, "arrays", env.arrays if direct else None)
+    assert torch.equal(env.reset(), twin.reset())
+    crash = torch.arange(N) % 3 == 0
+    for step in range(4):
+        expected, state = twin.task.initial_states(), env.state()
+        if step == 0:
+            assert torch.equal(torch.cat(state[:2], dim=1), expected[:, :7])
+            torch.testing.assert_close(state.lin_vel, expected[:, 13:], atol=1e-6, rtol=0)
+            assert torch.equal(state.ang_vel, expected[:, 10:13])
+        if step == 1:
+            for task in (env.task, twin.task):
+                task.age.masked_fill_(crash, 10_000)
+        ours, theirs = env.step(torch.zeros(N, 4)), twin.step(torch.zeros(N, 4))
+        assert torch.equal(ours.dones, theirs.dones) and torch.equal(ours.dones, crash & (step == 1))
+        torch.testing.assert_close(ours.obs, theirs.obs, atol=2e-3, rtol=0)
+
+
+@pytest.mark.parametrize("initial", [{}, INITIAL], ids=["at rest", "moving"])
+def test_straight_to_the_arrays_steps_are_the_same_to_the_bit(env: GenesisHover, initial, monkeypatch) -> None:
     """With all that is randomised in this scene; mass and inertia: below."""
     ranges = Randomization(thrust=(0.9, 1.1), motor_lag=(0.0, 0.05), latency=(0, 2), wind=(0.01, 0.05))
-    monkeypatch.setattr(env, "task", HoverTask(N, "cpu", 1, env.config, ranges))
+    monkeypatch.setattr(env, "task", HoverTask(N, "cpu", 1, dataclasses.replace(env.config, **initial), ranges))
     compare(env, monkeypatch, 200, 0)
 
 
@@ -345,7 +372,7 @@ def test_without_an_internal_the_public_methods_are_called(env, owner, name, val
         monkeypatch.delattr(type(owner), name)
     else:
         monkeypatch.setattr(owner, name, value)
-    arrays, why = of_scene(env.scene, env.drone, env._first_qpos)
+    arrays, why = of_scene(env.scene, env.drone, N, env.device)
     assert arrays is None and why.startswith("Genesis 1.") and reason in why
     monkeypatch.undo()
     env.scene.rigid_solver.clear_external_force()
@@ -356,7 +383,7 @@ def test_without_an_internal_the_public_methods_are_called(env, owner, name, val
 
 def test_on_cuda_a_warning_says_why_not() -> None:
     with pytest.warns(RuntimeWarning, match="dozens of further launches .*: Genesis .* has other internals: Attribute"):
-        of_scene(None, SimpleNamespace(), SimpleNamespace(is_cuda=True))
+        of_scene(None, SimpleNamespace(), N, torch.device("cuda"))
 
 
 @pytest.mark.slow

@@ -7,7 +7,17 @@ import torch
 from torch import Tensor
 
 from pydrone.envs.drone import DroneState, clip_actions, propeller_rpm, roll_pitch, rotate_inverse, yaw
-from pydrone.envs.hover_task import REWARDS, Constants, HoverConfig, HoverTask, crashed, observe, reward_terms
+from pydrone.envs.hover_task import (
+    INITIAL_STATES,
+    REWARDS,
+    Constants,
+    HoverConfig,
+    HoverTask,
+    crashed,
+    initial_motion,
+    observe,
+    reward_terms,
+)
 
 pytestmark = pytest.mark.usefixtures("computed_by")
 
@@ -331,6 +341,10 @@ def test_made_and_stepped_under_inference_mode() -> None:
     [
         ({"dt": 0}, "dt: expected a positive number of seconds, got 0"),
         ({"max_episode_length": 0}, "max_episode_length: expected at least 1 step, got 0"),
+        ({"init_tilt": 181.0}, "init_tilt: expected at most 180 degrees, got 181.0"),
+        ({"init_tilt": -1.0}, "init_tilt: expected a finite number of at least 0, got -1.0"),
+        ({"init_velocity": math.inf}, "init_velocity: expected a finite number of at least 0, got inf"),
+        ({"init_angular_velocity": NAN}, "init_angular_velocity: expected a finite number of at least 0, got nan"),
         ({"hold": -0.5}, "hold: expected a finite number of at least 0, got -0.5"),
         ({"weight_near": -1.0}, "weight_near: expected a finite number of at least 0, got -1.0"),
         ({"weight_near": NAN}, "weight_near: expected a finite number of at least 0, got nan"),
@@ -399,3 +413,49 @@ def test_without_a_time_to_hold_nothing_is_counted(hold: float) -> None:
     target = t.target.clone()
     t.step(DroneState(target.clone(), *state()[1:]), torch.zeros(1, 4))
     assert t.held is None and (t.target != target).any()
+
+
+def test_initial_motion_by_hand() -> None:
+    """By half of the tilt about y, a quarter of the way around from x; about x without a direction."""
+    uniform = torch.tensor([[0.25, 0.5, 0.5, 0.0, 1.0, 0.75, 0.5, 0.0], [0.0, 1.0, *[0.5] * 6]], dtype=torch.float64)
+    quat, lin_vel, ang_vel = initial_motion(uniform, math.pi / 3, 2.0, 4.0)
+    half, whole = math.pi / 12, math.pi / 6
+    expected = [[math.cos(half), 0, math.sin(half), 0], [math.cos(whole), math.sin(whole), 0, 0]]
+    torch.testing.assert_close(quat, torch.tensor(expected, dtype=torch.float64))
+    assert lin_vel.tolist() == [[0, -2, 2], [0, 0, 0]] and ang_vel.tolist() == [[2, 0, -4], [0, 0, 0]]
+
+
+def test_initial_states() -> None:
+    """All ranges are reached and kept, velocities agree in both frames, and the seed decides."""
+    config = HoverConfig(init_tilt=60.0, init_velocity=1.5, init_angular_velocity=3.0)
+    initial = Constants.of(config, seed=1).initial
+    assert initial.shape == (INITIAL_STATES, 16) and initial.dtype == torch.float32
+    pos, quat, world, ang_vel, body = initial.split((3, 4, 3, 3, 3), dim=1)
+    assert torch.equal(pos, torch.tensor(config.init_pos).expand_as(pos)) and not quat[:, 3].any()
+    torch.testing.assert_close(rotate_inverse(quat, world), body, atol=1e-6, rtol=0)
+    tilt = 2 * torch.acos(quat[:, 0].double()).rad2deg()
+    for x, most in ((tilt, 60.0), (body, 1.5), (ang_vel, 3.0)):
+        assert x.abs().max() <= most * (1 + 1e-5) and x.abs().amax(0).min() > 0.99 * most
+    assert torch.equal(initial, Constants.of(config, seed=1).initial)
+    assert not torch.equal(initial, Constants.of(config, seed=2).initial)
+    at_rest = [[*config.init_pos, 1.0, *[0.0] * 12]]
+    assert Constants.of(HoverConfig(), seed=1).initial.tolist() == at_rest
+
+
+def test_an_episode_begins_in_one_of_the_initial_states() -> None:
+    config = HoverConfig(init_tilt=30.0, init_velocity=1.0, max_episode_length=2)
+    t = HoverTask(500, config=config, seed=4)
+    begun = [t.initial_states().clone()]
+    for step in range(4):
+        result = t.step(state(n=500), torch.zeros(500, 4))
+        assert result.dones.all() == result.dones.any() == (step % 2 == 1)
+        if step % 2 == 1:
+            begun.append(t.initial_states().clone())
+            pos, quat, _, ang_vel, lin_vel = begun[-1].split((3, 4, 3, 3, 3), dim=1)
+            expected = observe(DroneState(pos, quat, lin_vel, ang_vel), t.target, torch.zeros(500, 4), t.constants)
+            assert torch.equal(result.obs, expected) and torch.equal(t.last_pos, pos)
+    known = {tuple(row) for row in t.constants.initial.tolist()}
+    for rows in begun:
+        assert {tuple(row) for row in rows.tolist()} <= known
+        assert len(rows.unique(dim=0)) > 400  # of 4096
+    assert len(torch.cat(begun).unique(dim=0)) > 1000  # other ones in each episode

@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pydrone.envs import Randomization
-from pydrone.envs.drone import yaw
+from pydrone.envs.drone import rotate_inverse, yaw
 from pydrone.envs.quadrotor import GRAVITY, KF, MASS, Quadrotor, QuadrotorCourse, wrench_matrix
 
 pytestmark = pytest.mark.usefixtures("computed_by")
@@ -117,6 +117,28 @@ def test_final_observation_is_the_state_before_the_reset() -> None:
     assert z[0].item() == pytest.approx(1 + accel * 0.005**2 * 10 * 11 / 2, abs=1e-5)
     torch.testing.assert_close(result.final_obs[0, 13:], actions[0])
     assert result.obs[0, 2:].tolist() == [0, 1] + [0] * 13
+
+
+def test_drones_begin_an_episode_tilted_and_moving() -> None:
+    """In the state that the first observation shows; drones whose episode goes on are left alone."""
+    env = Quadrotor(64, seed=0, init_tilt=45.0, init_velocity=1.0, init_angular_velocity=2.0)
+    obs, everyone = env.reset(), torch.ones(64, dtype=torch.bool)
+    for crash in (everyone, torch.arange(64) % 3 == 0):
+        quat, lin_vel = env.quat[crash], rotate_inverse(env.quat, env.vel)[crash]
+        assert quat[:, 0].min() < math.cos(math.radians(20)) and lin_vel.std() > 0.3
+        assert torch.equal(obs[crash, 3:7], quat)
+        torch.testing.assert_close(obs[crash, 7:10] * 3, lin_vel, atol=1e-6, rtol=0)
+        torch.testing.assert_close(obs[crash, 10:13] * math.pi, env.ang_vel[crash], atol=1e-6, rtol=0)
+        twin = Quadrotor(64, seed=0)  # whose drones begin at rest
+        env.pos[crash, 2] = -1.0
+        for name in ("pos", "quat", "vel", "ang_vel"):
+            getattr(twin, name).copy_(getattr(env, name))
+        result = env.step(torch.zeros(64, 4))
+        twin.step(torch.zeros(64, 4))
+        assert torch.equal(result.dones, crash)
+        for name in ("pos", "quat", "vel", "ang_vel"):
+            assert torch.equal(getattr(env, name)[~crash], getattr(twin, name)[~crash]), name
+        obs = result.obs
 
 
 def rollout(seed: int, steps: int = 40) -> torch.Tensor:

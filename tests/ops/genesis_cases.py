@@ -1,6 +1,6 @@
 """Cases for the Triton kernels around a step of Genesis, against PyTorch, on memory laid out as its solver's.
 
-test_triton.py runs them. tests/envs/test_genesis_arrays.py has Genesis' own memory, and says that it is laid out so.
+test_triton.py runs them. tests/envs/test_genesis.py has Genesis' own memory, and says that it is laid out so.
 """
 
 from __future__ import annotations
@@ -117,9 +117,9 @@ def test_the_task_on_a_solver(ranges):
         assert found.dones[[step, 5]].all()
         _same(expected, found)
         ended = found.dones
-        first = torch.tensor([*tasks[0].config.init_pos, 1, 0, 0, 0], device=DEVICE)
-        assert torch.equal(solver.qpos, torch.where(ended, first[:, None], before.qpos))
-        assert torch.equal(solver.vel.nan_to_num(9), before.vel.masked_fill(ended, 0).nan_to_num(9))
+        first = tasks[0].initial_states().t()
+        assert torch.equal(solver.qpos, torch.where(ended, first[:7], before.qpos))
+        assert torch.equal(solver.vel.nan_to_num(9), torch.where(ended, first[7:13], before.vel).nan_to_num(9))
         assert torch.equal(solver.error, before.error.masked_fill(ended, 0))
         assert all(torch.equal(*pair) for pair in zip(solver[3:], before[3:], strict=True))
         if ranges:

@@ -27,7 +27,8 @@ LATE = {"motor_lag": (0.0, 0.05), "latency": (0, 2)}
 WIND = {"wind": (0.0, 0.05)}
 NOISE = {"pos_noise": (0.0, 0.01), "att_noise": (0.01, 0.02), "vel_noise": (0.05, 0.05), "gyro_noise": (0.1, 0.2)}
 ALL = Randomization(**BODY, **LATE, **WIND, **NOISE)
-TASK = {"hold": 0.02, "weight_near": 2.0, "max_tilt": 50.0}
+INITIAL = {"init_tilt": 60.0, "init_velocity": 1.5, "init_angular_velocity": 3.0}
+TASK = {"hold": 0.02, "weight_near": 2.0, "max_tilt": 50.0, **INITIAL}
 
 
 @pytest.fixture(autouse=True)
@@ -87,7 +88,7 @@ def same_state(expected: dict[str, Tensor], found: dict[str, Tensor]) -> None:
     """Everything but what PyTorch's operations keep for themselves in a step."""
     assert expected.keys() == found.keys()
     for name in expected:
-        if name.split(".")[-1] not in ("_step", "_first_obs", "_draw", "_ended"):
+        if name.split(".")[-1] not in ("_step", "_draw", "_ended"):
             agree(expected[name], found[name], name)
 
 
@@ -120,14 +121,30 @@ def test_steps_with_resets(steps):
         (Quadrotor, {}, {"hold": 0.02, "max_episode_length": 3}),
         (Quadrotor, {}, {"weight_near": 2.0, "resample_targets": False}),
         (Quadrotor, {}, {"max_tilt": 50.0, "substeps": 3}),
-        (Quadrotor, {}, PRESETS["hover"].settings["task"]),
+        (Quadrotor, {}, INITIAL),
+        (Quadrotor, NOISE, INITIAL),
+        (Quadrotor, {}, PRESETS["hover"].settings["task"] | {"max_episode_length": 2}),
         (Quadrotor, BODY, {}),
         (Quadrotor, LATE, {}),
         (Quadrotor, WIND, {}),
         (Quadrotor, NOISE, {}),
         (QuadrotorCourse, ALL, TASK),
     ],
-    ids=["course", "course-stays", "hold", "near", "tilt", "preset", "body", "late", "wind", "noise", "all"],
+    ids=[
+        "course",
+        "course-stays",
+        "hold",
+        "near",
+        "tilt",
+        "initial",
+        "initial-noise",
+        "preset",
+        "body",
+        "late",
+        "wind",
+        "noise",
+        "all",
+    ],
 )
 def test_every_option(env_type, ranges, options):
     ranges = ranges if isinstance(ranges, Randomization) else Randomization(**ranges)

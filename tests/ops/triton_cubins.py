@@ -198,7 +198,7 @@ def launch_loss(
 VARIED = Randomization(
     mass=(0.8, 1.2), motor_lag=(0.0, 0.05), latency=(0, 2), wind=(0.0, 0.02), pos_noise=(0.0, 0.01)
 )  # fmt: skip
-OPTIONS = {"randomization": VARIED, "hold": 0.05, "weight_near": 1.0, "max_tilt": 60.0}
+OPTIONS = {"randomization": VARIED, "hold": 0.05, "weight_near": 1.0, "max_tilt": 60.0, "init_tilt": 45.0}
 
 
 def launch_step(course: bool = False, physics: bool = True, num_envs: int = 8192, **options) -> None:

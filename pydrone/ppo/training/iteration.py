@@ -21,6 +21,7 @@ from pydrone.ppo.learner.learner import Learner
 from pydrone.ppo.policy.make import make_policy
 from pydrone.ppo.policy.normalization import RewardScaler
 from pydrone.ppo.training import checkpoint
+from pydrone.ppo.training.average import WeightAverage
 from pydrone.ppo.training.figures import Computed, Figures
 from pydrone.rollout.layout import parse_obs
 
@@ -62,6 +63,8 @@ class Iteration:
         if ranks.rank:
             torch.manual_seed(ranks.seed(config.seed + iteration))
         self.learner = Learner(self.policy, ppo, ranks)
+        #: of the weights; equal on all ranks, whose weights are. None: not asked for
+        self.average = WeightAverage(self.policy, ppo.ema_decay) if ppo.ema_decay else None
         scaled = ppo.normalize_rewards or ppo.reward_scale != 1
         self.reward_scaler = (
             RewardScaler(env.num_envs, ppo.gamma, ppo.reward_scale, ppo.normalize_rewards).to(self.device)
@@ -106,6 +109,8 @@ class Iteration:
         lap("gae")
         self.before_update = checkpoint.copied(self.learnt())
         learnt = (self.update_graph or self.learner.update)(buffer)
+        if self.average is not None:
+            self.average.update()
         lap("update")
         scaler = self.reward_scaler
         return self.figures.sum_up(learnt, self.log, buffer.rewards if scaler is None else scaler.undo(buffer.rewards))
@@ -232,6 +237,7 @@ class Iteration:
             "learner": self.learner.state_dict(),
             "config": dataclasses.asdict(self.recorded),
             "environment": self.environment.stored(),
+            **({} if self.average is None else {"average": self.average.state_dict()}),
             **({} if self.reward_scaler is None else {"rewards": self.reward_scaler.state_dict()}),
             **({"memory": self.policy.memory} if self.policy.recurrent else {}),
         }

@@ -110,6 +110,11 @@ def _restore_learnt(training: Iteration, state: dict[str, Any]) -> None:
         training.learner.load_state_dict(state["learner"])
     except (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{path}: expected the state of Adam for these networks, got something else") from error
+    if training.average is not None and "average" in state:
+        try:
+            training.average.load_state_dict(state["average"])
+        except (AttributeError, KeyError, TypeError, RuntimeError) as error:
+            raise ValueError(f"{path}: expected averages of these weights, got something else") from error
     if training.reward_scaler is not None and "rewards" in state:
         training.reward_scaler.restore(state["rewards"])
     if training.policy.recurrent:

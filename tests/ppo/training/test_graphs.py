@@ -17,6 +17,7 @@ from pydrone.ppo.distributed import ALONE
 from pydrone.ppo.learner import fused_loss
 from pydrone.ppo.trainer import NotFinite, Trainer, progress_line
 from pydrone.ppo.training import checkpoint, graphs
+from pydrone.ppo.training.average import deployed
 from pydrone.ppo.training.meters import Stopwatch
 
 cpu = pytest.mark.skipif(pydrone.backends()["cpu"] is not None, reason=str(pydrone.backends()["cpu"]))
@@ -67,7 +68,7 @@ CASES = {
     "minibatches": {"ppo": {"schedule": "linear", "advantage_scope": "minibatch", "obs_dtype": "bfloat16"}},
     "randomised": {"env": {"randomization": VARIED}, "random_episode_starts": False, "ppo": {"reward_scale": 0.1}},
     "standard deviations below their floor": {"ppo": {"schedule": "fixed", "entropy_coef": 1.0, "init_std": 1e-9}},
-    "course": {"kind": QuadrotorCourse, "ppo": {"schedule": "fixed", "activation": "elu"}},
+    "course": {"kind": QuadrotorCourse, "ppo": {"schedule": "fixed", "activation": "elu", "ema_decay": 0.8}},
 }
 
 
@@ -84,6 +85,7 @@ def test_a_captured_training_is_the_uncaptured_one(case, on_the_cpu):
         same_figures(ours, theirs)
     assert len({figures["surrogate_loss"] for figures in found}) == ITERATIONS
     assert sum(figures["episodes"] for figures in found) > 0
+    same_tensors(deployed(replayed.learnt()), deployed(eager.learnt()))
     assert replayed.policy.std_param.min() > 1e-4  # it rose
     same_tensors(replayed.policy.state_dict(), eager.policy.state_dict())
     same_tensors(adams(replayed), adams(eager))

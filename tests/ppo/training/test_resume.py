@@ -74,6 +74,7 @@ OPTIONS = [
     {"normalize_obs": True, "normalize_values": True, "normalize_rewards": True},
     {"recurrent": "gru", "rnn_dim": 8, "normalize_obs": True},
     {"recurrent": "lstm", "rnn_dim": 8},
+    {"ema_decay": 0.9},
 ]
 
 

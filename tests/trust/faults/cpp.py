@@ -8,7 +8,7 @@ RECURRENCE = "csrc/recurrence.h"
 GAE = "csrc/cpu/gae.cpp"
 STEP = "csrc/cpu/scan_step.h"
 GATHER = "csrc/cpu/gather.cpp"
-APPEND = "csrc/cpu/append.cpp"
+APPEND, APPEND_ROWS = "csrc/cpu/append.cpp", "csrc/cpu/append_rows.cpp"
 TILES = "csrc/cpu/tiles.h"
 PERMUTATION = "csrc/permutation.h"
 SAMPLES = "csrc/cpu/samples.h"
@@ -21,6 +21,7 @@ OF_MINIBATCHES = "tests/rollout/test_minibatches.py"
 OF_FINAL_OBS = "tests/rollout/test_final_obs.py"
 OF_STEPS = "tests/ops/test_steps.py"
 OF_PROPERTIES = "tests/test_properties.py"
+OF_REPEATED = "tests/rollout/test_repeated_steps.py"
 
 CPP = [
     Fault(
@@ -224,7 +225,7 @@ CPP = [
     ),
     Fault(
         "vectors wider than the instruction set's, which GCC takes apart",
-        APPEND,
+        APPEND_ROWS,
         "return look_body<kSize, float>(from, bytes, found);",
         "return look_body<64, float>(from, bytes, found);",
         "tests/ops/test_vectors.py",
@@ -232,9 +233,16 @@ CPP = [
     Fault(
         "time-outs stored as crashes",
         APPEND,
-        "*truncated, n0, envs, true, kTruncated);",
-        "*truncated, n0, envs, true, kTerminated);",
+        '{"truncated", true, kTruncated}',
+        '{"truncated", true, kTerminated}',
         OF_FINAL_OBS,
+    ),
+    Fault(
+        "the last flag of a repeated step read from the tensor before",
+        APPEND,
+        "field.address = num_memory + place;",
+        "field.address = num_memory + std::min(place, given - 2);",
+        OF_REPEATED,
     ),
     Fault("two final observations in one place", APPEND, "number = place;", "number = place / 2;", OF_FINAL_OBS),
     Fault(

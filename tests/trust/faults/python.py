@@ -6,6 +6,7 @@ from .fault import Fault
 
 REFERENCE = "pydrone/ops/reference.py"
 BUFFER = "pydrone/buffer.py"
+PREPARED = "pydrone/ops/prepared.py"
 RING = "pydrone/rollout/ring.py"
 SCAN = "pydrone/rollout/scan.py"
 STEPS = "pydrone/rollout/steps.py"
@@ -19,6 +20,7 @@ OF_RING = "tests/rollout/test_ring.py"
 OF_MINIBATCHES = "tests/rollout/test_minibatches.py"
 OF_FINAL_OBS = "tests/rollout/test_final_obs.py"
 OF_PROPERTIES = "tests/test_properties.py"
+OF_REPEATED = "tests/rollout/test_repeated_steps.py"
 OF_SEQUENCES = "tests/rollout/test_sequences.py"
 OF_STATE = "tests/test_buffer_state.py"
 OF_CALLS = "tests/ops/test_calls.py"
@@ -28,6 +30,15 @@ OF_LOSS = "tests/ppo/learner/test_loss.py"
 OF_DISTRIBUTIONS = "tests/ppo/policy/test_distributions.py"
 
 PYTHON = [
+    Fault(
+        "a negated view repeated as the memory that it looks at",
+        PREPARED,
+        "type(x) not in (Tensor, Parameter) or _kind(x) not in _KINDS",
+        "type(x) not in (Tensor, Parameter)",
+        OF_REPEATED,
+    ),
+    Fault("a step of a FakeTensorMode stored", PREPARED, "_len_torch_dispatch_stack() or any", "any", OF_REPEATED),
+    Fault("a step with valid as one without", STEPS, "if valid is None else call.again_valid", "", OF_REPEATED),
     Fault(
         "the last value in the carry as well, in the reference",
         REFERENCE,

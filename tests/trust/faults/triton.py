@@ -47,9 +47,16 @@ TRITON = [
     Fault(
         "drones that fly on placed at the start in Genesis, in Triton",
         STEP,
-        "place(solver, row, ended, (start",
-        "place(solver, row, live, (start",
+        "place(solver, row, ended, pos",
+        "place(solver, row, live, pos",
         OF_GENESIS,
+    ),
+    Fault(
+        "a first observation with the velocity in the world, in Triton",
+        STEP,
+        "pos, quat, body_moving, ang_vel, first_target",
+        "pos, quat, vel, ang_vel, first_target",
+        OF_STEP,
     ),
     Fault(
         "an infinite action taken for the largest one, in Triton",

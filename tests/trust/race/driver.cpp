@@ -24,8 +24,8 @@ void gae(const Tensor&, const Tensor&, const Tensor&, const Optional&, const Opt
          const Optional&, double, double, int64_t, bool, int64_t, const Optional&, const Tensor&, const Optional&,
          const Optional&, const Optional&);
 void gather(const Tensor&, const std::vector<int64_t>&, const std::vector<int64_t>&, const std::vector<Tensor>&, int64_t,
-            const Optional&, const Optional&, const Optional&, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t,
-            bool, int64_t, const Optional&, const Optional&, const Optional&, const Optional&);
+            const Optional&, const Optional&, const Optional&, const Optional&, int64_t, int64_t, int64_t, int64_t,
+            int64_t, int64_t, bool, int64_t, const Optional&, const Optional&, const Optional&, const Optional&);
 void ppo_gradients(const std::vector<Tensor>&, const std::vector<Tensor>&, const Tensor&, const Tensor&, const Tensor&,
                    const Optional&, const Tensor&, const Optional&, const Optional&, const std::vector<Tensor>&,
                    const std::vector<Tensor>&, const Optional&, int64_t, int64_t, double, double, double, double,
@@ -102,7 +102,7 @@ void run_gather(int64_t num_envs, int64_t num_steps, int64_t row_bytes, bool shu
   const int64_t samples = num_envs * num_steps, count = samples - 7, wide = row_bytes / 4 - 1;
   const std::vector<Tensor> outputs = {make<float>({count, wide}), make<float>({count})};
   const Tensor out = make<float>({count}), returns = make<float>({count}), indices = make<int64_t>({count});
-  pydrone::gather(rows, {4, 0}, {6, 6}, outputs, 0, advantages, stats, {}, num_steps, num_steps / 3, samples, 1, 2, 3,
+  pydrone::gather(rows, {4, 0}, {6, 6}, outputs, 0, advantages, {}, stats, {}, num_steps, num_steps / 3, samples, 1, 2, 3,
                   shuffle, 5, {}, out, returns, indices);
   std::printf("gather %lld x %lld, rows of %lld: %.6g\n", (long long)num_envs, (long long)num_steps,
               (long long)row_bytes, sum(out) + sum(returns));

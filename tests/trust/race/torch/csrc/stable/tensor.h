@@ -22,6 +22,8 @@ class Tensor {
   int64_t dim() const { return static_cast<int64_t>(sizes_.size()); }
   int64_t size(int64_t i) const { return sizes_[i]; }
   int64_t stride(int64_t i) const { return strides_[i]; }
+  const std::vector<int64_t>& sizes() const { return sizes_; }
+  const std::vector<int64_t>& strides() const { return strides_; }
   bool is_cuda() const { return false; }
   bool is_cpu() const { return true; }
   int32_t get_device_index() const { return -1; }
