@@ -68,6 +68,15 @@ void clipped_adam(const std::vector<Tensor>& parameters, const std::vector<Tenso
                   const Tensor& learning_rate, double beta1, double beta2, double epsilon, const Tensor& norms,
                   const Optional& kl, const std::vector<double>& schedule);
 
+void task_step(const Tensor& pos, const Tensor& quat, const Tensor& vel, const Tensor& ang_vel, const Tensor& actions,
+               const Tensor& target, const Tensor& last_pos, const Tensor& last_actions, const Tensor& age,
+               const Optional& held, const Optional& leg, const Optional& waypoints, const Tensor& sums,
+               const Tensor& initial, const Optional& drawn, const Optional& wind, const Optional& history,
+               const Optional& rpm, const Tensor& uniform, const Optional& normal, const Tensor& obs,
+               const Tensor& final_obs, const Tensor& rewards, const Tensor& dones, const Tensor& truncated,
+               const Tensor& log, const Tensor& numbers, int64_t max_age, int64_t hold_steps, int64_t substeps,
+               bool resample, bool near, bool tilt);
+
 bool has_bf16();
 
 }  // namespace pydrone
@@ -82,6 +91,7 @@ STABLE_TORCH_LIBRARY_IMPL(pydrone, CPU, m) {
   m.impl("ppo_step", TORCH_BOX(&pydrone::ppo_step));
   m.impl("ppo_gradients", TORCH_BOX(&pydrone::ppo_gradients));
   m.impl("clipped_adam", TORCH_BOX(&pydrone::clipped_adam));
+  m.impl("task_step", TORCH_BOX(&pydrone::task_step));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(pydrone, CompositeExplicitAutograd, m) { m.impl("has_bf16", TORCH_BOX(&pydrone::has_bf16)); }

@@ -20,9 +20,9 @@ from pathlib import Path
 
 LIBRARY = Path(find_spec("pydrone").origin).with_name("_native_cpu.so")
 EXPORTED = ("pydrone_append",)  # launches an append that was prepared
-OPERATIONS = ("append", "gae", "off_policy", "gather", "ppo_act", "ppo_gradients", "clipped_adam")
+OPERATIONS = ("append", "gae", "off_policy", "gather", "ppo_act", "ppo_gradients", "clipped_adam", "task_step")
 SIZES, T, OBS, ACTIONS = (64, 128), 8, 17, 4
-SAMPLES = {"append": 1, "act": 0.25, "gradients": 0.25}  # of a call, over N; T where not named
+SAMPLES = {"append": 1, "act": 0.25, "gradients": 0.25, "step": 1}  # of a call, over N; T where not named
 HIDDEN = (32, 8)
 
 # <sys/ptrace.h>, and <sys/user.h>: 8 times the register's position in user_regs_struct.
@@ -107,9 +107,19 @@ def learner(n: int, only: Sequence[str] = ()) -> dict[str, Callable[[], object]]
     return {name: call for name, call in every.items() if name in only}
 
 
+def environment(n: int, only: Sequence[str] = ()) -> dict[str, Callable[[], object]]:
+    """A step of ``n`` quadrotors."""
+    import torch
+
+    from pydrone.envs.quadrotor import Quadrotor
+
+    env, still = Quadrotor(n, fused=True), torch.zeros(n, 4)
+    return {"step": lambda: env.step(still)} if "step" in only else {}
+
+
 def named(n: int) -> dict[str, Callable[[], object]]:
     """The calls that the command line names; without names, storage and GAE."""
-    return calls(n, sys.argv[1:]) | learner(n, sys.argv[1:])
+    return calls(n, sys.argv[1:]) | learner(n, sys.argv[1:]) | environment(n, sys.argv[1:])
 
 
 def child(names: int) -> None:

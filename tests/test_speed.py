@@ -67,6 +67,12 @@ def test_instructions_of_lesser_processors(isa):
     assert 0 < count(call, PYDRONE_ISA=isa)[call] < 1.5 * MEASURED[call][ISAS.index(isa)]
 
 
+def test_instructions_of_a_drones_step():
+    """Of a quadrotor that hovers, with the hover task."""
+    measured = dict(zip(ISAS, (282, 366, 665)))[instructions.isa()]
+    assert 0 < count("step")["step"] < 1.5 * measured
+
+
 class Seen(TorchDispatchMode):
     """Keeps the names of the operations that run."""
 

@@ -25,6 +25,7 @@ OPERATIONS = (
     "clipped_adam",
     "ppo_act",
     "ppo_step",
+    "task_step",
 )
 ISAS = {"base": "baseline", "baseline": "baseline", "v3": "x86-64-v3", "v4": "x86-64-v4", "bf16": "x86-64-v4"}
 VERSION = re.compile(r"\d\w+_(v3|v4|baseline)E|\dmlp_(base|v3|v4|bf16)[L\d]")
@@ -72,6 +73,7 @@ def calls(n: int = 64) -> dict[str, Callable[[], object]]:
         lambda: clipped_step(optimizer, [parameters], 0.7),
         lambda: fused.act(policy, given["obs"]),
         step,
+        instructions.environment(n, ["step"])["step"],
     )
     return dict(zip(OPERATIONS, made, strict=True))
 

@@ -64,6 +64,7 @@ struct Vectors {
   typedef uint32_t U32 __attribute__((vector_size(kSize)));
   typedef int64_t I64 __attribute__((vector_size(kSize)));
   typedef uint64_t U64 __attribute__((vector_size(kSize)));
+  typedef float F32 __attribute__((vector_size(kSize)));
   typedef double F64 __attribute__((vector_size(kSize)));
   typedef int32_t Half __attribute__((vector_size(kSize / 2)));
 };

@@ -306,4 +306,5 @@ def check_actions(actions: Any, num_envs: int, width: int, device: torch.device)
         raise ValueError(f"actions: expected shape {[num_envs, width]}, got {list(actions.shape)}")
     if actions.device.type != device.type:
         raise ValueError(f"actions: expected a tensor on {device}, got one on {actions.device}")
-    return actions.detach().to(torch.float32)
+    actions = actions.detach()
+    return actions if actions.dtype is torch.float32 else actions.to(torch.float32)

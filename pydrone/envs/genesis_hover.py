@@ -88,10 +88,11 @@ class GenesisHover:
         camera: keyword arguments of ``scene.add_camera``; the camera is then ``self.camera``.
         randomization: the ranges that every drone draws from for each episode; None: no randomisation. If mass or
             inertia vary, Genesis stores them per environment (``batch_links_info``).
-        fused: whether a Triton kernel computes the task, in one launch after the simulator's step; None: on CUDA where
-            Triton is installed, see :class:`~pydrone.envs.hover_task.HoverTask`.
+        fused: whether a kernel computes the task, in one call after the simulator's step; None: where there is one,
+            see :class:`~pydrone.envs.hover_task.HoverTask`.
         direct: whether steps use Genesis' arrays, where they can; ``not_direct`` is the reason where they do not, else
-            None. With ``fused`` too, a step is three launches beside the simulator's and those of the random numbers.
+            None. With ``fused`` too, a step on CUDA is three launches beside the simulator's and those of the random
+            numbers.
         config: other constants of the task.
     """
 
@@ -185,7 +186,7 @@ class GenesisHover:
         self._open()
         actions = check_actions(actions, self.num_envs, ACTION_DIM, self.device)
         task, arrays = self.task, self.arrays
-        if arrays is not None and isinstance(task, HoverTask) and task.fused is not None:
+        if arrays is not None and isinstance(task, HoverTask) and task.fused is not None and task.fused.in_solver:
             task.fused.propel(task, actions, arrays.solver, arrays.thrust, arrays.moments)
             self.outside(self._simulate)
             task.draw()

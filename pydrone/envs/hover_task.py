@@ -33,7 +33,7 @@ from pydrone.envs.drone import (  # noqa: F401 (some are re-exported only)
     rotate_inverse,
     yaw,
 )
-from pydrone.envs.fused import FusedStep, why_not
+from pydrone.envs.fused import FusedStep, step_of, why_not
 from pydrone.envs.randomization import Randomization
 from pydrone.envs.randomizer import Randomizer
 from pydrone.envs.task_options import TaskOptions
@@ -219,8 +219,9 @@ class HoverTask:
         seed: of the targets and the random ages.
         config: the constants of the task.
         randomization: the ranges that ``randomizer`` draws from for every episode; it is None if nothing varies.
-        fused: whether a Triton kernel computes a step, in one launch; None: on CUDA where Triton is installed, unless
-            ``PYDRONE_BACKEND`` is ``reference``. ``not_fused`` is the reason where it does not, else None.
+        fused: whether a kernel computes a step, in one call: the native library's on a CPU, Triton's on CUDA; None:
+            where there is one, unless ``PYDRONE_BACKEND`` is ``reference``. ``not_fused`` is the reason where it does
+            not, else None.
     """
 
     config_type: ClassVar[type[HoverConfig]] = HoverConfig
@@ -276,7 +277,7 @@ class HoverTask:
         self.draws = (self._draw, buffer(num_envs, drawn.normals) if drawn is not None and drawn.normals else None)
         self._prepare()
         self.not_fused = why_not(self, fused)
-        self.fused: FusedStep | None = FusedStep(self) if self.not_fused is None else None
+        self.fused: FusedStep | None = step_of(self, fused) if self.not_fused is None else None
         self.reset()
 
     def reset(self) -> Tensor:

@@ -66,8 +66,8 @@ class Quadrotor:
         max_episode_length: steps after which an episode is truncated.
         substeps: integration steps per step.
         randomization: the ranges that every drone draws from for each episode; None: no randomisation.
-        fused: whether a Triton kernel computes a step, physics included, in one launch; None: on CUDA where Triton is
-            installed, see :class:`~pydrone.envs.hover_task.HoverTask`.
+        fused: whether a kernel computes a step, physics included, in one call; None: where there is one, see
+            :class:`~pydrone.envs.hover_task.HoverTask`.
         config: other constants of the task.
     """
 
@@ -127,6 +127,8 @@ class Quadrotor:
             mass=MASS,
             h=self._h,
         )
+        if self.task.fused is not None:
+            self.task.fused.prepare(self._body)
         self._place()
 
     @property

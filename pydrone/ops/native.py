@@ -1,8 +1,9 @@
 """Loads the compiled libraries; registers the operations' schemas, fakes and fallbacks with PyTorch.
 
 ``torch.ops.pydrone.<op>`` runs the native CPU or CUDA library where built. Otherwise it runs Triton on CUDA tensors
-and the plain PyTorch reference on all others; those of PPO_SCHEMAS have no reference. The libraries hold
-implementations only; the schemas are defined here, so that the operations exist without a compiler too.
+and the plain PyTorch reference on all others; those of PPO_SCHEMAS have no reference, those of CPU_SCHEMAS no Triton
+either. The libraries hold implementations only; the schemas are defined here, so that the operations exist without a
+compiler too.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from pydrone.ops import reference, triton
-from pydrone.ops.schema import CPU_QUERIES, LEARNER_SCHEMAS, PPO_SCHEMAS, SCHEMAS
+from pydrone.ops.schema import CPU_QUERIES, CPU_SCHEMAS, LEARNER_SCHEMAS, PPO_SCHEMAS, SCHEMAS
 
 PACKAGE = Path(__file__).resolve().parent.parent
 
@@ -113,7 +114,7 @@ def _load(stem: str) -> str | None:
     return None
 
 
-for _name, _schema in (SCHEMAS | PPO_SCHEMAS | LEARNER_SCHEMAS).items():
+for _name, _schema in (SCHEMAS | PPO_SCHEMAS | CPU_SCHEMAS | LEARNER_SCHEMAS).items():
     define(_library, _name, _schema)
 for _name, _schema in CPU_QUERIES.items():
     _library.define(_name + _schema)

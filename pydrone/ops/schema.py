@@ -129,6 +129,19 @@ names the argument, what it was and what it must be; the reference and Triton ch
     a fixed order.  workspace: float64 [layer_workspace_size(B, H)], zero before the first launch, used by one stream
     only.
 
+``task_step``  a step of N drones' tasks, with the quadrotor's physics if wanted; the CPU library alone. On CUDA,
+    :mod:`pydrone.envs.fused`, which describes the arguments, launches Triton by itself.
+
+    pos, vel, ang_vel [N, 3], quat [N, 4]: with substeps, the drones before the step, vel in the world; they receive
+    their state after it, and after the reset of those whose episode ended. substeps 0: the drones after a simulator's
+    step, vel in the body frame; rows may be strided, and are only read.  actions: [N, 4], clipped or not.
+    The tensors of the tuples Task, Varied, Draws and Outputs follow, in their order; all are contiguous. Without drawn,
+    wind, history, rpm and normal are None; leg, waypoints and the fourth row of sums belong together. initial [K, 16]:
+    if K is 1, uniform lacks the column that picks a row.
+    numbers: float32 [TASK_NUMBERS], see :func:`pydrone.envs.fused.flat`.  max_age, hold_steps: of TaskNumbers.
+    resample: whether a target that is reached is replaced.  near: whether there is a reward near it.  tilt: whether
+    max_tilt is checked.  Sums of the log are added in an order that no number of threads changes.
+
 ``cursor``: None, or int64 [CURSOR_SIZE] on the tensors' device, from which a captured CUDA graph derives slot, start
 and rollout instead of taking the host's.  A captured append that would overwrite a rollout not yet discarded writes
 nothing and sets the flag.
@@ -196,6 +209,18 @@ PPO_SCHEMAS = {
     ),
 }
 
+# Implemented by the CPU library alone; callers have an alternative where it is missing.
+CPU_SCHEMAS = {
+    "task_step": (
+        "(Tensor(a!) pos, Tensor(b!) quat, Tensor(c!) vel, Tensor(d!) ang_vel, Tensor actions, Tensor(e!) target, "
+        "Tensor(f!) last_pos, Tensor(g!) last_actions, Tensor(h!) age, Tensor(i!)? held, Tensor(j!)? leg, "
+        "Tensor? waypoints, Tensor(k!) sums, Tensor initial, Tensor(l!)? drawn, Tensor(m!)? wind, Tensor(n!)? history, "
+        "Tensor(o!)? rpm, Tensor uniform, Tensor? normal, Tensor(p!) obs, Tensor(q!) final_obs, Tensor(r!) rewards, "
+        "Tensor(s!) dones, Tensor(t!) truncated, Tensor(u!) log, Tensor numbers, int max_age, int hold_steps, "
+        "int substeps, bool resample, bool near, bool tilt) -> ()"
+    ),
+}
+
 # Queries about the CPU library.
 CPU_QUERIES = {
     "has_bf16": "() -> bool",
@@ -222,6 +247,9 @@ LEARNER_SCHEMAS = {
 }
 
 ACTIVATIONS = ("tanh", "elu", "relu", "silu")
+
+# The numbers of task_step: of the task, of the body, and three for each column of the randomizer's draws.
+TASK_NUMBERS = 26 + 25 + 3 * 13
 
 # What ppo_gradients measures.
 NUM_METRICS = 6

@@ -4,6 +4,8 @@ import pytest
 from capture_emulation import refused
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from pydrone.ops import native
+
 
 class NoSync(TorchDispatchMode):
     """Refuses operations that would synchronise host and device, or whose output shape depends on data."""
@@ -16,3 +18,12 @@ class NoSync(TorchDispatchMode):
 @pytest.fixture
 def no_sync() -> NoSync:
     return NoSync()
+
+
+@pytest.fixture(params=["native", "pytorch"])
+def computed_by(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Who computes the steps of tasks on a CPU."""
+    if request.param == "native" and native.CPU_MISSING is not None:
+        pytest.skip(f"no native library: {native.CPU_MISSING}")
+    monkeypatch.setenv("PYDRONE_BACKEND", "reference" if request.param == "pytorch" else "")
+    return request.param

@@ -10,6 +10,8 @@ from pydrone.envs.quadrotor import GRAVITY, QuadrotorCourse, wrench_matrix
 from pydrone.ppo.config import PPOConfig, TrainConfig
 from pydrone.ppo.trainer import Trainer
 
+pytestmark = pytest.mark.usefixtures("computed_by")
+
 EXACT = {"target_low": (0.0,) * 3, "target_high": (0.0,) * 3}
 TRIANGLE = ((1.0, 0.0, 1.0), (0.0, 1.0, 1.5), (-1.0, 0.0, 1.0))
 

@@ -19,6 +19,8 @@ from pydrone.envs.hover_task import (
     reward_terms,
 )
 
+pytestmark = pytest.mark.usefixtures("computed_by")
+
 C = Constants.of(HoverConfig())
 ONE = (1.0, 0.0, 0.0, 0.0)
 

@@ -10,6 +10,8 @@ from pydrone.envs import Randomization
 from pydrone.envs.drone import rotate_inverse, yaw
 from pydrone.envs.quadrotor import GRAVITY, KF, MASS, Quadrotor, QuadrotorCourse, wrench_matrix
 
+pytestmark = pytest.mark.usefixtures("computed_by")
+
 
 def test_wrench_table() -> None:
     # front left and back left spin faster: a force on the left (+y) rolls to the right (+x)

@@ -13,6 +13,8 @@ from pydrone.envs.hover_task import HoverConfig
 from pydrone.envs.quadrotor import GRAVITY, Quadrotor
 from pydrone.envs.randomizer import Randomizer
 
+pytestmark = pytest.mark.usefixtures("computed_by")
+
 ALL = Randomization(
     mass=(0.8, 1.2),
     inertia=(0.7, 1.4),

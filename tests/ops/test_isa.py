@@ -21,8 +21,8 @@ ISAS = ("baseline", "x86-64-v3", "x86-64-v4")
 
 
 def results() -> dict[str, torch.Tensor]:
-    """The estimators in both orders and precisions, a rollout's rows and minibatches, a step of Adam, the learner; odd
-    sizes."""
+    """The estimators in both orders and precisions, a rollout's rows and minibatches, a step of Adam, the learner, and
+    drones; odd sizes."""
     import pydrone
     from pydrone.buffer import RolloutBuffer
     from pydrone.ppo import clipped_step
@@ -57,7 +57,20 @@ def results() -> dict[str, torch.Tensor]:
     optimizer = torch.optim.Adam([parameter])
     found["norm"] = clipped_step(optimizer, [[parameter]], 0.7)
     found["parameter"] = parameter.detach()
-    return found | learnt()
+    return found | learnt() | flown()
+
+
+def flown() -> dict[str, torch.Tensor]:
+    """Steps of drones with all options, and what they leave."""
+    from step_cases import ALL, TASK
+
+    from pydrone.envs.quadrotor import QuadrotorCourse
+
+    env = QuadrotorCourse(71, seed=1, randomization=ALL, max_episode_length=4, fused=True, **TASK)
+    results = [env.step(torch.randn(71, 4) * 0.3) for _ in range(5)]
+    found = {f"step {i}, {name}": x for i, y in enumerate(results) for name, x in y.log.items()}
+    found |= {f"step {i}, {name}": getattr(y, name) for i, y in enumerate(results) for name in ("dones", "final_obs")}
+    return found | {f"drones, {name}": x for name, x in env.state_dict().items() if x.is_floating_point()}
 
 
 def learnt() -> dict[str, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""Mistakes in the C++ kernels of storage, GAE and minibatches."""
+"""Mistakes in the C++ kernels of storage, GAE and minibatches, and of the environments' steps."""
 
 from __future__ import annotations
 
@@ -12,11 +12,14 @@ APPEND, APPEND_ROWS = "csrc/cpu/append.cpp", "csrc/cpu/append_rows.cpp"
 TILES = "csrc/cpu/tiles.h"
 PERMUTATION = "csrc/permutation.h"
 SAMPLES = "csrc/cpu/samples.h"
+DRONE = "csrc/cpu/quadrotor.h"
+TASK_STEP = "csrc/cpu/quadrotor.cpp"
 OF_GAE = "tests/test_gae.py"
 OF_STATS = "tests/test_gae_contract.py"
 OF_RING = "tests/rollout/test_ring.py"
 OF_MINIBATCHES = "tests/rollout/test_minibatches.py"
 OF_FINAL_OBS = "tests/rollout/test_final_obs.py"
+OF_STEPS = "tests/ops/test_steps.py"
 OF_PROPERTIES = "tests/test_properties.py"
 OF_REPEATED = "tests/rollout/test_repeated_steps.py"
 
@@ -242,4 +245,40 @@ CPP = [
         OF_REPEATED,
     ),
     Fault("two final observations in one place", APPEND, "number = place;", "number = place / 2;", OF_FINAL_OBS),
+    Fault(
+        "the default's decay of the heading reward, whatever the task's, in C++",
+        DRONE,
+        "power_of_2(yaw * c.yaw_decay)",
+        "power_of_2(yaw * -14.4269504f)",
+        OF_STEPS,
+    ),
+    Fault(
+        "a reward that is not finite passed on, in C++",
+        DRONE,
+        "finite_or_0(gain * c.weights[0])",
+        "gain * c.weights[0]",
+        OF_STEPS,
+    ),
+    Fault(
+        "the target of a new episode in the final observation of the old one, in C++",
+        TASK_STEP,
+        "  std::memcpy(job.obs + n * kObs, &seen, sizeof(seen));",
+        "  std::memcpy(job.obs + n * kObs, &seen, sizeof(seen));\n"
+        "  std::memcpy(job.final_obs + n * kObs, &seen.target, sizeof(seen.target));",
+        OF_STEPS,
+    ),
+    Fault(
+        "lanes without a drone counted in the log, in C++",
+        TASK_STEP,
+        "    for (int64_t r = count; r < kBlock; ++r) b.log[k][r] = 0;\n",
+        "",
+        OF_STEPS,
+    ),
+    Fault(
+        "an action one step later than its latency, in C++",
+        TASK_STEP,
+        "(static_cast<int64_t>(late) - 1) * place",
+        "static_cast<int64_t>(late) * place",
+        OF_STEPS,
+    ),
 ]
