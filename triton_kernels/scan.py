@@ -32,7 +32,8 @@ def temporal_difference(code, reward, value, next_value, at_truncation, gamma):
 def ratios(log_rho, codes, factors):
     """rho, the weight of V-trace's temporal differences, and gamma * c. Bounded by selects, which keep a NaN; what an
     invalid step holds is not used."""
-    ratio = tl.where(codes == INVALID, 0.0, tl.exp(log_rho))
+    ratio = tl.exp(log_rho)
+    ratio = tl.where(codes == INVALID, 0.0, ratio)
     # abs: the sign bit of a link, that of a NaN too, would mark a cut.
     trace = tl.abs(factors[1] * tl.where(ratio > factors[3], factors[3], ratio))
     return tl.where(ratio > factors[2], factors[2], ratio), trace
