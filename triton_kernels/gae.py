@@ -27,8 +27,9 @@ WARPS_A_ROW, ROW_WARPS = 16, 4096
 # Rows of a thread, from MANY warps of rows on, if they are one tile: 8192 environments are then one wave of programs on
 # 132 multiprocessors.
 THREAD_ROWS, MANY = 2, 4096
-# Most registers of a thread, where rows are read in 128 bits: two programs of 16 warps fit on a multiprocessor.
-REGISTERS = 64
+# Most registers of a thread, where rows are read in 128 bits: two programs of 16 warps fit on a multiprocessor. In
+# float64, three of 8.
+REGISTERS, DOUBLE_REGISTERS = 64, 80
 # Threads of a time-major program, and the most steps that a thread holds: more would take long to compile.
 COLUMNS, COLUMN_STEPS = 64, 20
 # Whether an env-major program stores its rows before it takes its ticket, which then waits for them.
@@ -196,6 +197,7 @@ def _launch(
         else:
             chunks = triton.cdiv(num_steps, COLUMN_STEPS)
             shape = Shape(COLUMNS, triton.cdiv(num_steps, chunks), 1, COLUMNS // 32)
+        registers = REGISTERS if output.dtype == torch.float32 else DOUBLE_REGISTERS
         programs = triton.cdiv(num_envs, shape.rows)
         arguments = (
             tuple(columns), strides, last_values, cursor, advantages, returns, stats,
@@ -208,7 +210,7 @@ def _launch(
             "START_ALIGN": start_align, "ROWS": shape.rows, "LANES": shape.lanes, "SEGMENTS": shape.segments,
             "WARPS": shape.warps, "PARTIALS": power_of_2(programs, 32 * shape.warps, 2048), "STORE_FIRST": STORE_FIRST,
             "num_warps": shape.warps, "enable_fp_fusion": True,
-            "maxnreg": REGISTERS if align == 4 and output.dtype == torch.float32 else None,
+            "maxnreg": registers if align == 4 else None,
         }  # fmt: skip
         return (programs,), arguments, constants
 

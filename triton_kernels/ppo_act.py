@@ -50,16 +50,32 @@ def layer_by_blocks(
     """A layer's outputs, in blocks [samples, CHUNK], of its inputs in such blocks."""
     COLUMNS: tl.constexpr = blocks[0].shape[1]
     ROWS: tl.constexpr = min(CHUNK, padded(OUT))
-    operands = ()
-    for k in tl.static_range(len(blocks)):
-        operands = operands + (operand(blocks[k], PRECISION),)
+    SPLIT: tl.constexpr = PRECISION == "tf32x3"
+    if SPLIT:
+        # Input by input: an operand is split in two, which fill the registers if they are kept for the next output.
+        totals = ()
+        for _ in tl.static_range(0, OUT, ROWS):
+            totals = totals + (tl.zeros([blocks[0].shape[0], ROWS], tl.float32),)
+        for k in tl.static_range(len(blocks)):
+            sums = ()
+            for j in tl.static_range(len(totals)):
+                w = load_block(weight, j * ROWS, k * COLUMNS, IN, OUT, ROWS, COLUMNS, PRECISION)
+                sums = sums + (multiply_add(blocks[k], tl.trans(w), totals[j], PRECISION),)
+            totals = sums
+    else:
+        operands = ()
+        for k in tl.static_range(len(blocks)):
+            operands = operands + (operand(blocks[k], PRECISION),)
     outputs = ()
     for first in tl.static_range(0, OUT, ROWS):
         o = first + tl.arange(0, ROWS)
-        total = tl.zeros([blocks[0].shape[0], ROWS], tl.float32)
-        for k in tl.static_range(len(blocks)):
-            w = load_block(weight, first, k * COLUMNS, IN, OUT, ROWS, COLUMNS, PRECISION)
-            total = multiply_add(operands[k], tl.trans(w), total, PRECISION)
+        if SPLIT:
+            total = totals[first // ROWS]
+        else:
+            total = tl.zeros([blocks[0].shape[0], ROWS], tl.float32)
+            for k in tl.static_range(len(blocks)):
+                w = load_block(weight, first, k * COLUMNS, IN, OUT, ROWS, COLUMNS, PRECISION)
+                total = multiply_add(operands[k], tl.trans(w), total, PRECISION)
         total += tl.load(bias + o, mask=o < OUT, other=0.0)[None, :]
         if HIDDEN:
             total = activate(total, ACTIVATION)

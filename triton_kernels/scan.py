@@ -16,8 +16,8 @@ import triton.language as tl
 from .launch import INVALID, RUNNING, TERMINATED, TRUNCATED, encode
 from .moments import add_up, no_sums, publish, sums_of
 
-# Places in ``columns`` of what only V-trace and Retrace read.
-LOG_RHOS, Q_VALUES = tl.constexpr(7), tl.constexpr(8)
+# Places in ``columns``; only V-trace and Retrace read the last two.
+REWARDS, VALUES, DONES, LOG_RHOS, Q_VALUES = (tl.constexpr(i) for i in (0, 1, 2, 7, 8))
 
 
 @triton.jit
@@ -29,10 +29,10 @@ def temporal_difference(code, reward, value, next_value, at_truncation, gamma):
 
 
 @triton.jit
-def ratios(columns, strides, rows, slot, mask, codes, factors):
-    """rho, the weight of V-trace's temporal differences, and gamma * c, from log rho. Bounded by selects, which keep a
-    NaN; what an invalid step holds is not used."""
-    ratio = tl.exp(load_steps(columns, strides, rows, slot, mask, 7, factors[0].dtype))
+def ratios(log_rho, codes, factors):
+    """rho, the weight of V-trace's temporal differences, and gamma * c. Bounded by selects, which keep a NaN; what an
+    invalid step holds is not used."""
+    ratio = tl.exp(log_rho)
     ratio = tl.where(codes == INVALID, 0.0, ratio)
     # abs: the sign bit of a link, that of a NaN too, would mark a cut.
     trace = tl.abs(factors[1] * tl.where(ratio > factors[3], factors[3], ratio))
@@ -113,6 +113,31 @@ def split4(x):
 
 
 @triton.jit
+def load_four(
+    columns, strides, rows, slots, masks, WHICH: tl.constexpr, dtype: tl.constexpr, CODED: tl.constexpr,
+    LANES: tl.constexpr,
+):  # fmt: skip
+    """Each lane's four steps of a column, [R, L] each: of a tile [R, 4 L] or, if there are four slots, one by one."""
+    found = ()
+    for k in tl.static_range(len(slots)):
+        if WHICH == DONES:
+            found = found + (load_code(columns, strides, rows, slots[k], masks[k], CODED),)
+        else:
+            found = found + (load_steps(columns, strides, rows, slots[k], masks[k], WHICH, dtype),)
+    if len(slots) == 1:
+        return split4(found[0])
+    else:
+        return shaped(found, LANES)
+
+
+@triton.jit
+def shaped(x, LANES: tl.constexpr):
+    """Four flat tensors to four [R, LANES]."""
+    shape: tl.constexpr = [x[0].shape[0] // LANES, LANES]
+    return tl.reshape(x[0], shape), tl.reshape(x[1], shape), tl.reshape(x[2], shape), tl.reshape(x[3], shape)
+
+
+@triton.jit
 def join4(x):
     return tl.reshape(tl.join(tl.join(x[0], x[2]), tl.join(x[1], x[3])), [x[0].shape[0], 4 * x[0].shape[1]])
 
@@ -190,6 +215,12 @@ def scan_rows(
     # Row strides come in units of ALIGN elements: the compiler sees the factor and can widen accesses.
     rows = env[:, None] * ALIGN
     here = exists[:, None]
+    # Where not all steps of a row can be read in 128 bits, each lane reads one by one what it needs, by flat tensors:
+    # otherwise layouts would be converted in shared memory, and Triton 3.6 would order lanes by rows.
+    WIDE: tl.constexpr = ALIGN == 4 and START_ALIGN == 4 and not WRAP
+    own = (LANES - 1 - lane) * 4 + ((SEGMENTS - 1 - segment) * (4 * LANES))[:, None]
+    flat_rows = tl.reshape(rows + tl.zeros([ROWS, LANES], tl.int64), [ROWS * LANES])
+    flat_here = tl.reshape(here & (lane >= 0), [ROWS * LANES])
     value_after = last_value[:, None] + tl.zeros([ROWS, LANES], dtype)
     carry = tl.zeros([ROWS, LANES], dtype)
     trace_after = tl.zeros([ROWS, LANES], dtype)
@@ -198,26 +229,43 @@ def scan_rows(
     for tile in range(TILES):
         t = (TILES - 1 - tile) * TILE + within
         mask = here & (t < NUM_STEPS)
-        slot = wrapped(start * START_ALIGN + t, capacity, WRAP)
-        codes = load_code(columns, strides, rows, slot, mask, CODED)
-        reward = load_steps(columns, strides, rows, slot, mask, 0, dtype)
-        value = load_steps(columns, strides, rows, slot, mask, 1, dtype)
+        flat_slots = ()
+        flat_masks = ()
+        for k in tl.static_range(4):
+            flat_t = tl.reshape((TILES - 1 - tile) * TILE + own + k, [ROWS * LANES])
+            flat_slots = flat_slots + (wrapped(start * START_ALIGN + flat_t, capacity, WRAP),)
+            flat_masks = flat_masks + (flat_here & (flat_t < NUM_STEPS),)
+        if WIDE:
+            places = (rows, (start * START_ALIGN + t,), (mask,))
+        else:
+            places = (flat_rows, flat_slots, flat_masks)
+        c = load_four(columns, strides, *places, DONES, dtype, CODED, LANES)
+        r = load_four(columns, strides, *places, REWARDS, dtype, CODED, LANES)
+        read = load_four(columns, strides, *places, VALUES, dtype, CODED, LANES)
         # Steps beyond the last hold last_values, so that the last step finds it as the next step's value.
-        v = split4(tl.where(t < NUM_STEPS, value, last_value[:, None]))
-        r = split4(reward)
-        c = split4(codes)
+        v = ()
+        for k in tl.static_range(4):
+            v = v + (tl.where((TILES - 1 - tile) * TILE + own + k < NUM_STEPS, read[k], last_value[:, None]),)
         b = v
+        base = read
         f = v
         if BOOTSTRAP == 1:
-            final = load_final(columns, strides, rows, slot, codes == TRUNCATED, pool_size).to(dtype)
-            f = split4(final)
+            f = ()
+            for k in tl.static_range(4):
+                wanted = tl.reshape(c[k] == TRUNCATED, [ROWS * LANES])
+                f = f + (load_final(columns, strides, flat_rows, flat_slots[k], wanted, pool_size).to(dtype),)
+            f = shaped(f, LANES)
         if columns[LOG_RHOS] is not None:
-            rho, trace = ratios(columns, strides, rows, slot, mask, codes, factors)
-            p = split4(rho)
-            d = split4(trace)
+            log_rhos = load_four(columns, strides, *places, LOG_RHOS, dtype, CODED, LANES)
+            p = ()
+            d = ()
+            for k in tl.static_range(4):
+                rho, trace = ratios(log_rhos[k], c[k], factors)
+                p = p + (rho,)
+                d = d + (trace,)
         if columns[Q_VALUES] is not None:
-            value = load_steps(columns, strides, rows, slot, mask, Q_VALUES, dtype)
-            b = split4(value)
+            b = load_four(columns, strides, *places, Q_VALUES, dtype, CODED, LANES)
+            base = b
             # The link of the step before.
             trace, trace_after = shifted(d[0], trace_after, lane, SEGMENTS)
             d = (d[1], d[2], d[3], trace)
@@ -285,7 +333,8 @@ def scan_rows(
         if advantages is not None:
             tl.store(advantages + rows * strides[10][0] + t * strides[10][1], join4(out), mask=mask)
         if returns is not None:
-            tl.store(returns + rows * strides[11][0] + t * strides[11][1], join4(x) + value, mask=mask)
+            totals = join4((x0 + base[0], x1 + base[1], x2 + base[2], x3 + base[3]))
+            tl.store(returns + rows * strides[11][0] + t * strides[11][1], totals, mask=mask)
     if workspace is not None and (TILES > 1 or STORE_FIRST):
         ticket = publish(*sums, workspace, WARPS, SEGMENTS * LANES - 1)
     return ticket
@@ -311,17 +360,14 @@ def walk_columns(
         b = ()
         f = ()
         p = ()
-        d = ()
         for i in tl.static_range(STEPS):
             mask = exists & (latest - i >= 0)
             slot = wrapped(start + latest - i, capacity, WRAP)
             c = c + (load_code(columns, strides, env, slot, mask, CODED),)
-            r = r + (load_steps(columns, strides, env, slot, mask, 0, dtype),)
-            v = v + (load_steps(columns, strides, env, slot, mask, 1, dtype),)
+            r = r + (load_steps(columns, strides, env, slot, mask, REWARDS, dtype),)
+            v = v + (load_steps(columns, strides, env, slot, mask, VALUES, dtype),)
             if columns[LOG_RHOS] is not None:
-                rho, trace = ratios(columns, strides, env, slot, mask, c[i], factors)
-                p = p + (rho,)
-                d = d + (trace,)
+                p = p + (load_steps(columns, strides, env, slot, mask, LOG_RHOS, dtype),)
             if columns[Q_VALUES] is not None:
                 b = b + (load_steps(columns, strides, env, slot, mask, Q_VALUES, dtype),)
         if BOOTSTRAP == 1:
@@ -341,20 +387,22 @@ def walk_columns(
                 baseline = b[i]
             delta = temporal_difference(c[i], r[i], baseline, next_value, at_truncation, factors[0])
             later = carry
+            if columns[LOG_RHOS] is not None:
+                rho, trace = ratios(p[i], c[i], factors)  # not before: one register a step in flight, not two
             if columns[LOG_RHOS] is None:
                 carry, _ = join(later, 0.0, delta, link(c[i], factors[1]))
             elif columns[Q_VALUES] is not None:
                 carry, _ = join(later, 0.0, delta, link(c[i], trace_after))
-                trace_after = d[i]
+                trace_after = trace
             else:
-                carry, _ = join(later, 0.0, tl.where(c[i] == INVALID, 0.0, p[i] * delta), link(c[i], d[i]))
+                carry, _ = join(later, 0.0, tl.where(c[i] == INVALID, 0.0, rho * delta), link(c[i], trace))
             next_value = v[i]
             t = latest - i
             mask = exists & (t >= 0)
             advantage = carry
             if advantages is not None:
                 if columns[LOG_RHOS] is not None:
-                    advantage = policy_advantage(c[i], delta, p[i], later, factors[0])
+                    advantage = policy_advantage(c[i], delta, rho, later, factors[0])
                 tl.store(advantages + env * strides[10][0] + t * strides[10][1], advantage, mask=mask)
             if returns is not None:
                 tl.store(returns + env * strides[11][0] + t * strides[11][1], carry + baseline, mask=mask)

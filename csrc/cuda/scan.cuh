@@ -299,13 +299,22 @@ __device__ Run<T> scan_lanes(const Args<T>& args, Run<T> run) {
 // Blocks resident on a multiprocessor: with kWide and float 64 registers a thread, which is all that fits it.
 template <typename T, Mode mode>
 constexpr int kMinBlocks = sizeof(T) == 4 && mode == kWide ? 2 : 1;
+// And with any mode. Of 8 warps three blocks bound a thread's registers to 80, two to 128. Unbounded, ptxas takes half as
+// many again for 10.0 and 12.0.
+template <typename T, Estimator estimator, Mode mode, bool Tiles>
+constexpr int min_blocks() {
+  const int off_policy = estimator != kGae;
+  if (mode == kWide) return Tiles && estimator == kRetrace ? 1 : kMinBlocks<T, mode>;
+  if (sizeof(T) == 8) return 3 - Tiles - off_policy;
+  return mode == kGeneric && Tiles && off_policy ? 2 : 3;
+}
 constexpr int kColumnWarps = 13;  // with eight steps a thread, 104 steps at once; two blocks fit at 72 registers
 template <Mode mode>
 constexpr int kBlockWarps = mode == kWide ? kMostWarps : kMostWarps / 2;
 
 // Rows of at most 4 * Lanes steps: 32 / Lanes environments to a warp, `Rows` times.
 template <typename T, Estimator estimator, Mode mode, int Lanes, int Rows>
-__global__ void __launch_bounds__(32 * kBlockWarps<mode>, kMinBlocks<T, mode>)
+__global__ void __launch_bounds__(32 * kBlockWarps<mode>, (min_blocks<T, estimator, mode, false>()))
     scan_rows(const __grid_constant__ Args<T> args) {
   constexpr int kEnvs = 32 / Lanes;
   const int lane = threadIdx.x % Lanes, t0 = (Lanes - 1 - lane) * kLaneSteps;
@@ -340,7 +349,7 @@ __global__ void __launch_bounds__(32 * kBlockWarps<mode>, kMinBlocks<T, mode>)
 // Longer rows: several warps to an environment, each with a tile of 128 steps at a time. The next tiles are loaded
 // before these are exchanged, so that memory works meanwhile.
 template <typename T, Estimator estimator, Mode mode>
-__global__ void __launch_bounds__(32 * kBlockWarps<mode>, estimator == kRetrace ? 1 : kMinBlocks<T, mode>)
+__global__ void __launch_bounds__(32 * kBlockWarps<mode>, (min_blocks<T, estimator, mode, true>()))
     scan_tiles(const __grid_constant__ Args<T> args) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, parts = 1 << args.shift, part = warp & (parts - 1);
   const int64_t start = first_slot(args), envs = blockDim.x / 32 >> args.shift;

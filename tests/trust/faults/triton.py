@@ -150,6 +150,13 @@ TRITON = [
         OF_ACT,
     ),
     Fault(
+        "in float32, the second block of a weight's outputs read for the first, in Triton",
+        ACT,
+        "load_block(weight, j * ROWS, k * COLUMNS, IN",
+        "load_block(weight, 0, k * COLUMNS, IN",
+        OF_ACT,
+    ),
+    Fault(
         "a NaN that a clamp drops, in Triton",
         "triton_kernels/launch.py",
         "return tl.where(x > high, high, tl.where(x < low, low, x))",
@@ -182,6 +189,13 @@ TRITON = [
         TRITON_SCAN,
         "mask=mask, other=INVALID).to(tl.int32)",
         "mask=mask, other=RUNNING).to(tl.int32)",
+        OF_TRITON,
+    ),
+    Fault(
+        "the lane's first step read for all four where rows are not aligned",
+        TRITON_SCAN,
+        "flat_t = tl.reshape((TILES - 1 - tile) * TILE + own + k, ",
+        "flat_t = tl.reshape((TILES - 1 - tile) * TILE + own, ",
         OF_TRITON,
     ),
     Fault(
