@@ -66,7 +66,7 @@ def emulate(policy: ActorCritic, matmul: str) -> None:
 
 
 def trainer(seed: int, num_envs: int, iterations: int, **ppo) -> Trainer:
-    """The default training of the pure-torch quadrotor, by autograd."""
+    """The default training of the quadrotor, by autograd."""
     config = TrainConfig(iterations=iterations, seed=seed, capture=False, ppo=PPOConfig(learner="torch", **ppo))
     return Trainer(Quadrotor(num_envs, seed=seed), config, echo=lambda line: None)
 

@@ -1,4 +1,4 @@
-"""The hover task on a rigid-body quadrotor in pure PyTorch: the Crazyflie 2.x of the Genesis example, no simulator.
+"""The hover task on a rigid-body quadrotor, without a simulator: the Crazyflie 2.x of the Genesis example.
 
 Newton-Euler equations of one rigid body with four propellers, each a force ``KF * rpm^2`` along the body's z axis and a
 torque ``SPIN * KM * rpm^2`` about it. Semi-implicit Euler; the attitude is advanced by the mean of the old and the new

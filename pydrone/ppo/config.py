@@ -184,7 +184,7 @@ class TrainConfig:
 
     env: str = option(
         "genesis-hover",
-        "genesis-hover: a Crazyflie in the Genesis simulator; quadrotor: pure PyTorch, no simulator; genesis-course, "
+        "genesis-hover: a Crazyflie in the Genesis simulator; quadrotor: without a simulator; genesis-course, "
         "quadrotor-course: through waypoints; or one that an installed package offers (docs/environments.md); or "
         "gymnasium:ID, as gymnasium:Pendulum-v1.",
     )
