@@ -66,7 +66,7 @@ def recorded(buf: RolloutBuffer, run: Call) -> list[tuple]:
         return call
 
     kept_ops = {name: keep(getattr(ops, name)) for name in ("gae", "append", "gather")}
-    buf._storage.ops = ops._replace(**kept_ops, prepared=None)
+    buf._storage.ops = ops._replace(**kept_ops, prepared=None, prepare_append=None)
     try:
         run()
     finally:

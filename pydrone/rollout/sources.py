@@ -66,7 +66,11 @@ class Sources:
             for i, shape in self._deep:
                 if sources[i].shape != shape:
                     return False
-            return not torch.is_grad_enabled() or not any(x.requires_grad for x in sources)
+            if torch.is_grad_enabled():
+                for x in sources:
+                    if x.requires_grad:
+                        return False
+            return True
         except (AttributeError, RuntimeError):  # RuntimeError: a nested tensor has no shape
             return False
 

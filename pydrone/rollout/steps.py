@@ -128,23 +128,27 @@ class Steps:
         kept = call.again if valid is None else call.again_valid
         # Who traces or profiles wants to see the operation.
         traced = torch.compiler.is_compiling()
-        ordinary = captured or traced or profiler._is_profiler_enabled
-        for again in () if ordinary else kept:
+        unusual = captured or traced or profiler._is_profiler_enabled
+        for again in () if unusual else kept:
             if again(slot, place, given):
                 break
         else:
             if fit is not None and fields and not fit(fields):
                 raise TypeError("expected fields that the operation may take")
+            # Loops in functions of their own would cost a call an element.
             flags = dones, truncated, valid
-            sources = [*range(len(given) - sum(x is not None for x in flags))]
+            count = len(given) - (dones is not None) - (truncated is not None) - (valid is not None)
+            sources = [*given[:count]]
             if fields:
-                sources.insert(len(fields), self._values_at)
+                sources.insert(len(fields), fields[self._values_at])
             cursor = ring.cursor if captured else None
-            tensors = [given[i] for i in sources]
-            append(call.memory, tensors, call.layout, *flags, slot, place, cursor, ends is not None)
+            append(call.memory, sources, call.layout, *flags, slot, place, cursor, ends is not None)
             prepare = self._storage.ops.prepare_append
-            if prepare is not None and not ordinary and len(kept) < MOST:
-                kept += prepare(call.memory, call.layout, sources, flags, given)
+            if prepare is not None and not unusual and len(kept) < MOST:
+                places = [*range(count)]
+                if fields:
+                    places.insert(len(fields), self._values_at)
+                kept += prepare(call.memory, call.layout, places, flags, given)
         if not traced:
             increment_version(self.written)
         if ends is not None:
