@@ -85,7 +85,10 @@ def _parser() -> argparse.ArgumentParser:
         help="apply the domain randomisation of the run, or, if it had none, of the hover protocol (default: none)",
     )
     parser.add_argument(
-        "--steps", type=_count, metavar="T", help="stop episodes after this many steps (default: their time limit)"
+        "--steps",
+        type=_count,
+        metavar="T",
+        help="stop episodes after this many steps (default: their time limit; of drones 1500, or more if trained so)",
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the targets (default: 0)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if available, else cpu)")
@@ -125,7 +128,7 @@ def _evaluate(args: argparse.Namespace) -> Any:
     device = device_of(args.device)
     run = runs.load(args.runs[0], device)
     name = args.env or run.environment.buildable(run.checkpoint, FROM_PYTHON)
-    options: dict[str, Any] = _task(run, name)
+    options: dict[str, Any] = _task(run, name, args.steps)
     if args.randomize:
         options["randomization"] = _randomization(run)
     if name == run.environment.name:
@@ -134,6 +137,7 @@ def _evaluate(args: argparse.Namespace) -> Any:
     env = envs.make(name, num_envs=args.episodes, device=device, seed=args.seed, **options)
     try:
         changed = run.environment.changed(Record.of(env))
+        changed.pop("max_episode_length", None)  # the table has it
         if changed:
             yield in_words(changed)
         flown = _fly(args, run, env)
@@ -156,16 +160,21 @@ def _randomization(run: Run) -> Randomization:
     return ranges if ranges.varies() else protocol.RANGES
 
 
-def _task(run: Run, name: str) -> dict[str, Any]:
-    """The options of the run's task, where ``name`` is an environment that has them."""
+def _task(run: Run, name: str, steps: int | None) -> dict[str, Any]:
+    """The options of the run's task, where ``name`` is an environment that has them, with episodes of ``steps``.
+
+    By default no shorter than those of Genesis' example: short ones are for training, to begin more of them.
+    """
     from pydrone.envs import TaskOptions
     from pydrone.envs.registry import ENVIRONMENTS
     from pydrone.ppo import configfile
 
-    stored = run.settings.get("task")
-    if not stored or name not in ENVIRONMENTS:
+    if name not in ENVIRONMENTS:
         return {}
-    return TaskOptions(**configfile.checked(TaskOptions, stored, known_only=True)).changed()
+    stored = run.settings.get("task") or {}
+    options = TaskOptions(**configfile.checked(TaskOptions, stored, known_only=True)).changed()
+    default = TaskOptions.max_episode_length
+    return options | {"max_episode_length": steps or max(default, options.get("max_episode_length", 0))}
 
 
 def _protocol(args: argparse.Namespace) -> Any:

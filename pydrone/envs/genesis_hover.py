@@ -75,7 +75,7 @@ class GenesisHover:
     Args:
         num_envs: N.
         device: ``"cpu"`` or ``"cuda"``; Genesis uses one device per process.
-        seed: of the targets and the random ages.
+        seed: of the targets, the initial states and the random ages.
         dt: seconds per step.
         max_episode_length: steps after which an episode is truncated.
         substeps: integration steps per step.

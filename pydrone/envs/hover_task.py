@@ -216,7 +216,7 @@ class HoverTask:
     Args:
         num_envs: N.
         device: where everything lives.
-        seed: of the targets and the random ages.
+        seed: of the targets, the initial states and the random ages.
         config: the constants of the task.
         randomization: the ranges that ``randomizer`` draws from for every episode; it is None if nothing varies.
         fused: whether a kernel computes a step, in one call: the native library's on a CPU, Triton's on CUDA; None:

@@ -61,7 +61,7 @@ class Quadrotor:
     Args:
         num_envs: N.
         device: where the drones live.
-        seed: of the targets and the random ages.
+        seed: of the targets, the initial states and the random ages.
         dt: seconds per step.
         max_episode_length: steps after which an episode is truncated.
         substeps: integration steps per step.

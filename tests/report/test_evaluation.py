@@ -267,6 +267,16 @@ def test_with_the_task_and_the_randomisation_of_the_run(run_dir, tmp_path, monke
     assert made[-1].task.randomizer.ranges == protocol.RANGES  # the run has none of its own
 
 
+@pytest.mark.parametrize(("trained", "flags", "flown"), [(4, (), 1500), (1600, (), 1600), (4, ("--steps", 9), 9)])
+def test_short_episodes_are_for_training(trained, flags, flown, tmp_path, monkeypatch, capsys):
+    config = TrainConfig("quadrotor", num_steps=4, iterations=1, tensorboard=False, ppo=PPOConfig(num_minibatches=2))
+    Trainer(Quadrotor(2, max_episode_length=trained), config, tmp_path, echo=lambda line: None).train()
+    made, real = [], evaluation.fly
+    monkeypatch.setattr(evaluation, "fly", lambda env, *args, **rest: made.append(env) or real(env, *args, **rest))
+    assert evaluate(tmp_path, "--episodes", 1, "--targets", "fixed", *flags) == 0
+    assert made[0].max_episode_length == flown and "Changed" not in capsys.readouterr().out
+
+
 def test_another_task_than_that_of_the_training_is_said(run_dir, tmp_path, capsys):
     assert evaluate(run_dir, "--episodes", 1, "--steps", 3) == 0
     assert "Changed" not in capsys.readouterr().out
