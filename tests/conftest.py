@@ -10,6 +10,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import pydrone
 
@@ -22,6 +23,24 @@ settings.register_profile("fixed", max_examples=15, derandomize=True, **_SETTING
 settings.register_profile("few", max_examples=2, derandomize=True, **_SETTINGS)
 settings.register_profile("soak", max_examples=1000, print_blob=True, **_SETTINGS)
 settings.load_profile("fixed")
+
+
+class Seen(TorchDispatchMode):
+    """Keeps the names of the operations that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        self.names.append(str(operation))
+        return operation(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def seen() -> Seen:
+    """The operations that run within ``with seen:``."""
+    return Seen()
 
 
 @pytest.fixture(params=CPU_BACKENDS)

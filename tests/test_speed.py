@@ -13,7 +13,6 @@ import sys
 
 import instructions
 import pytest
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import pydrone
 
@@ -73,23 +72,11 @@ def test_instructions_of_a_drones_step():
     assert 0 < count("step")["step"] < 1.5 * measured
 
 
-class Seen(TorchDispatchMode):
-    """Keeps the names of the operations that run."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        self.names.append(str(operation))
-        return operation(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("call", MEASURED)
-def test_a_call_is_one_operation(call):
+def test_a_call_is_one_operation(call, seen):
     run = instructions.calls(64)[call]
     run()
-    with Seen() as seen:
+    with seen:
         run()
     assert [x for x in seen.names if x not in VIEWS] == [f"pydrone.{OPERATION.get(call, 'gae')}.default"]
 

@@ -12,7 +12,6 @@ import pytest
 import torch
 from rollout_model import memory_bytes, random_like, random_step
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import pydrone
 from pydrone import RolloutBuffer
@@ -231,21 +230,12 @@ def test_a_tensor_given_twice():
         assert torch.equal(buf.log_probs[:, -1], step["values"]) and torch.equal(buf.values[:, -1], step["values"])
 
 
-class Seen(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        self.names.append(str(operation))
-        return operation(*args, **(kwargs or {}))
-
-
-def test_modes_and_profilers_see_the_operation():
+def test_modes_and_profilers_see_the_operation(seen):
     buf, stored = prepared(num_steps=12)
     step = step_of(buf)
     for _ in range(2):
-        with Seen() as seen:
+        seen.names.clear()
+        with seen:
             buf.append(**step)
         assert "pydrone.append.default" in seen.names
     for _ in range(2):
