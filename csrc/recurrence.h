@@ -50,13 +50,18 @@ PYDRONE_HD T value_at_truncation(int64_t bootstrap, T value, T next_value, T fin
 }
 
 // The temporal difference r + gamma * V' - V, with V' chosen by the code; 0 for an invalid transition. Retrace's has
-// Q(s, a) for V.
-template <typename T, typename C, typename S>
+// Q(s, a) for V. `plain`: all codes are kRunning or kTerminated.
+template <bool plain = false, typename T, typename C, typename S>
 PYDRONE_HD T gae_delta(C code, T reward, T value, T next_value, T at_truncation, S gamma) {
-  T next = code == kTruncated ? at_truncation : next_value;
-  next = code == kTerminated ? T{} : next;
-  const T delta = reward + gamma * next - value;
-  return code == kInvalid ? T{} : delta;
+  if constexpr (plain) {
+    const T next = code == kRunning ? next_value : T{};
+    return reward + gamma * next - value;
+  } else {
+    T next = code == kTruncated ? at_truncation : next_value;
+    next = code == kTerminated ? T{} : next;
+    const T delta = reward + gamma * next - value;
+    return code == kInvalid ? T{} : delta;
+  }
 }
 
 // Joins a weighted temporal difference (or a run of steps) to what follows it, unless an end lies between them. `link`
@@ -64,7 +69,7 @@ PYDRONE_HD T gae_delta(C code, T reward, T value, T next_value, T at_truncation,
 template <typename T, typename M, typename S>
 PYDRONE_HD T gae_join(M cut, T delta, S link, T carry) {
   const T joined = delta + link * carry;
-  return cut ? delta : joined;
+  return cut == 0 ? joined : delta;  // not `cut ?`: GCC 12 would invert a vector's mask first
 }
 
 // A_t from A_{t+1} (`carry`) and V_{t+1} (`next_value`); decay = gamma * lambda.
@@ -82,19 +87,21 @@ PYDRONE_HD T clipped_ratio(T ratio, S most) {
 
 // V-trace's x_t from x_{t+1} (`carry`); `advantage` receives rho_t (r_t + gamma vs_{t+1} - V_t). Both are 0 for an
 // invalid step, whose `delta` is, whatever its ratio.
-template <typename T, typename C, typename S>
+template <bool plain = false, typename T, typename C, typename S>
 PYDRONE_HD T vtrace_step(C code, T delta, T rho, T link, S gamma, T carry, T& advantage) {
   const auto cut = code != kRunning;
-  const T weight = code == kInvalid ? T{} : rho;
+  T weight = rho;
+  if constexpr (!plain) weight = code == kInvalid ? T{} : rho;
   advantage = weight * gae_join(cut, delta, gamma, carry);
   return gae_join(cut, weight * delta, link, carry);
 }
 
 // Retrace's x_t from `carry`, link_t x_{t+1}, which becomes that of the step before; `link`: that step's, gamma c_t.
-template <typename T, typename C>
+template <bool plain = false, typename T, typename C>
 PYDRONE_HD T retrace_step(C code, T delta, T link, T& carry) {
   const T joined = delta + carry, x = code != kRunning ? delta : joined, linked = link * x;
-  carry = code == kInvalid ? T{} : linked;
+  carry = linked;
+  if constexpr (!plain) carry = code == kInvalid ? T{} : linked;
   return x;
 }
 

@@ -80,6 +80,22 @@ def rollout(num_envs: int, num_steps: int, ends: float = 0.15, seed: int = 0) ->
     }
 
 
+# Steps whose episodes end by a termination only, if at all: a kernel may take such a row another way.
+TERMINAL = {"no row": slice(0, 0), "every other row": slice(None, None, 2), "every row": slice(None)}
+
+
+def terminal(data: dict[str, Tensor], which: str) -> dict[str, Tensor]:
+    """``data``, with no truncated and no invalid step in the steps of ``TERMINAL``."""
+    changed = {"truncated": data["truncated"].clone(), "valid": data["valid"].clone()}
+    changed["truncated"][:, TERMINAL[which]] = False
+    changed["valid"][:, TERMINAL[which]] = True
+    return data | changed
+
+
+def in_float64(data: dict[str, object]) -> dict[str, object]:
+    return {k: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for k, x in data.items()}
+
+
 SCALARS = ("rewards", "values", "log_probs")
 
 

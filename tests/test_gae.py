@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from rollout_model import assert_close, gae_loop, rollout
+from rollout_model import TERMINAL, assert_close, gae_loop, in_float64, rollout, terminal
 from torch import tensor
 
 from pydrone import gae
@@ -111,6 +111,14 @@ def test_last_values_enter_once(backend):
 
 SHAPES = [(1, 1), (1, 7), (5, 1), (3, 5), (63, 17), (64, 16), (65, 33), (129, 16), (128, 31), (257, 3), (1025, 2)]
 BOOTSTRAPS = ["none", "final_values", "stored_value", "next_value"]
+
+
+def assert_same(actual: tuple, expected: tuple) -> None:
+    """Advantages and returns, and statistics where they are asked for."""
+    for x, y in zip(actual[:2], expected[:2], strict=True):
+        assert_close(x, y)
+    for x, y in zip(actual[2:], expected[2:], strict=True):
+        assert x.tolist() == pytest.approx(y.tolist(), rel=1e-5)
 
 
 def with_bootstrap(data: dict, bootstrap: str) -> dict:
@@ -295,10 +303,12 @@ def test_out(layout, time_dim, backend):
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("bootstrap", BOOTSTRAPS)
-def test_nothing_leaks_over_an_end(bad, bootstrap, backend):
+@pytest.mark.parametrize("invalid", [[], [69]], ids=["all valid", "one invalid"])
+def test_nothing_leaks_over_an_end(bad, bootstrap, invalid, backend):
     shape, end = (70, 24), 15
     clean = with_bootstrap(rollout(*shape, ends=0), bootstrap)
-    del clean["valid"]
+    clean["valid"] = torch.ones(shape, dtype=torch.bool)
+    clean["valid"][invalid] = False
     clean["dones"][:, end] = True
     if bootstrap != "none":
         clean["truncated"][:, end] = True
@@ -371,15 +381,25 @@ def test_two_rollouts_join(cut, backend):
     assert_close(torch.cat([head, tail], 1), whole)
 
 
+@pytest.mark.parametrize("stats", [False, True])
+@pytest.mark.parametrize("which", TERMINAL)
 @pytest.mark.parametrize("num_envs", [5252, 5255])
-def test_outputs_that_bypass_the_cache(num_envs, backend):
+def test_outputs_that_bypass_the_cache(num_envs, which, stats, backend):
     """From 2 MiB on, the CPU kernel uses streaming stores: also for the tail of a row and for unaligned rows."""
-    data = with_bootstrap(rollout(num_envs, 100), "final_values")
-    expected = gae(backend="reference", **{k: x.double() if x.is_floating_point() else x for k, x in data.items()})
+    data = terminal(with_bootstrap(rollout(num_envs, 100), "final_values"), which)
     columns = {name: x if x.dim() == 1 else x.t().contiguous().t() for name, x in data.items()}
     out = tuple(torch.full((100, num_envs), math.nan).t() for _ in range(2))
-    for x, y in zip(gae(backend=backend, out=out, **columns), expected, strict=True):
-        assert_close(x, y)
+    actual = gae(backend=backend, stats=stats, out=out, **columns)
+    assert_same(actual, gae(backend="reference", stats=stats, **in_float64(data)))
+
+
+@pytest.mark.parametrize("bootstrap", ["final_values", "stored_value", "next_value"])
+@pytest.mark.parametrize("which", TERMINAL)
+def test_rows_that_only_terminate(which, bootstrap, backend):
+    data = terminal(with_bootstrap(rollout(70, 31), bootstrap), which)
+    assert data["truncated"].any() == (which != "every row")
+    expected = gae(backend="reference", stats=True, **in_float64(data))
+    assert_same(gae(backend=backend, stats=True, **data), expected)
 
 
 def test_bit_equal_from_run_to_run(backend):

@@ -22,11 +22,11 @@ pytestmark = pytest.mark.skipif(pydrone.backends()["cpu"] is not None, reason=f"
 ISAS = ("x86-64-v4", "x86-64-v3", "baseline")
 MEASURED = {
     "append": (107, 111, 137),
-    "gae of a buffer": (9.2, 10.7, 17.6),
-    "gae of [T, N]": (7.6, 9.2, 16),
-    "gae of [N, T]": (22.5, 24.6, 34.2),
-    "vtrace of [T, N]": (10.7, 14.6, 36),
-    "vtrace of [N, T]": (27.7, 40.4, 69.7),
+    "gae of a buffer": (9, 10.3, 16),
+    "gae of [T, N]": (6.9, 8.1, 12.7),
+    "gae of [N, T]": (21.6, 22.8, 30.6),
+    "vtrace of [T, N]": (10.9, 13.2, 29.4),
+    "vtrace of [N, T]": (27.7, 30, 50),
     "minibatches": (160, 172, 277),
 }
 # What PyTorch's dispatcher runs; views read and write nothing.

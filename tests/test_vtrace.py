@@ -8,8 +8,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from rollout_model import array, assert_close, rollout
-from test_gae import BOOTSTRAPS, FLOATS, LAYOUTS, SHAPES, with_bootstrap
+from rollout_model import TERMINAL, array, assert_close, in_float64, rollout, terminal
+from test_gae import BOOTSTRAPS, FLOATS, LAYOUTS, SHAPES, assert_same, with_bootstrap
 from torch import Tensor, tensor
 
 from pydrone import gae, retrace, vtrace
@@ -337,10 +337,12 @@ def test_on_policy_it_is_gae(bootstrap, backend):
 
 @pytest.mark.parametrize("bad", [NAN, INF, -INF])
 @pytest.mark.parametrize("bootstrap", BOOTSTRAPS)
-def test_nothing_leaks_over_an_end(bad, bootstrap, backend):
+@pytest.mark.parametrize("invalid", [[], [69]], ids=["all valid", "one invalid"])
+def test_nothing_leaks_over_an_end(bad, bootstrap, invalid, backend):
     shape, end = (70, 24), 15
     data, q = off_policy(11, *shape, bootstrap, ends=0), torch.randn(shape)
-    del data["valid"]
+    data["valid"] = torch.ones(shape, dtype=torch.bool)
+    data["valid"][invalid] = False
     data["dones"][:, end] = True
     if "truncated" in data:
         data["truncated"][:, end] = True
@@ -369,18 +371,29 @@ def test_a_ratio_that_is_nan_shows(backend):
     assert stats[0] == 35 * 8 and not stats[1:].isfinite().all()
 
 
+@pytest.mark.parametrize("stats", [False, True])
+@pytest.mark.parametrize("which", TERMINAL)
 @pytest.mark.parametrize("num_envs", [5252, 5255])
-def test_outputs_that_bypass_the_cache(num_envs, backend):
-    data, q = off_policy(17, num_envs, 100), torch.randn(100, num_envs).t()
-    precise = {k: x.double() if x.is_floating_point() else x for k, x in data.items()}
+def test_outputs_that_bypass_the_cache(num_envs, which, stats, backend):
+    data, q = terminal(off_policy(17, num_envs, 100), which), torch.randn(100, num_envs).t()
+    precise = in_float64(data)
     data = {name: x if x.dim() == 1 else x.t().contiguous().t() for name, x in data.items()}
     out = [torch.full((100, num_envs), NAN).t() for _ in range(3)]
-    *_, stats = vtrace(backend=backend, stats=True, out=out[:2], **data)
+    actual = vtrace(backend=backend, stats=stats, out=out[:2], **data)
+    assert_same(actual, vtrace(backend="reference", stats=stats, **precise))
     retrace(q_values=q, backend=backend, out=out[2], **data)
-    expected = [*vtrace(backend="reference", **precise, stats=True)]
-    for x, y in zip(out, [*expected[:2], retrace(q_values=q.double(), backend="reference", **precise)], strict=True):
-        assert_close(x, y)
-    assert stats.tolist() == pytest.approx(expected[2].tolist(), rel=1e-5)
+    assert_close(out[2], retrace(q_values=q.double(), backend="reference", **precise))
+
+
+@pytest.mark.parametrize("bootstrap", ["final_values", "stored_value", "next_value"])
+@pytest.mark.parametrize("which", TERMINAL)
+def test_rows_that_only_terminate(which, bootstrap, backend):
+    data, q = terminal(off_policy(18, 70, 31, bootstrap), which), torch.randn(70, 31)
+    precise = in_float64(data)
+    expected = vtrace(backend="reference", stats=True, **precise)
+    assert_same(vtrace(backend=backend, stats=True, **data), expected)
+    expected = retrace(q_values=q.double(), backend="reference", **precise)
+    assert_close(retrace(q_values=q, backend=backend, **data), expected)
 
 
 def test_bit_equal_from_run_to_run(backend):

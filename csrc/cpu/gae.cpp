@@ -126,7 +126,6 @@ class Block {
 
   // V of the true final observations where truncated; unspecified elsewhere.
   const T* final_values(const uint8_t* codes, int64_t slot) {
-    if (!std::memchr(codes, kTruncated, envs_)) return next_;
     std::copy(next_, next_ + envs_, spare_row_);
     for (int64_t n = 0; n < envs_; ++n) {
       if (codes[n] != kTruncated) continue;
@@ -169,15 +168,19 @@ class Block {
     if (job_.estimator == Estimator::kRetrace)
       row.q_values = reals_of(direct_.q_values, job_.q_values, slot, q_values_tile_, i, streamed, row.q_values_ahead);
     row.codes = codes_of(i, slot);
+    const bool terminal = !job_.coded && !job_.has_truncated && !job_.has_valid;  // no code is higher
+    const uint8_t highest = terminal ? uint8_t{kTerminated} : highest_code(row.codes, envs_);
+    const bool plain = highest <= kTerminated;
     row.next = row.at_truncation = next_;
     if (job_.bootstrap == kStoredValue) row.at_truncation = row.values;
-    if (job_.bootstrap == kFinalValues) row.at_truncation = final_values(row.codes, slot);
+    if (job_.bootstrap == kFinalValues && !plain) row.at_truncation = final_values(row.codes, slot);
     row.carry = job_.estimator == Estimator::kGae ? row.advantages : carry_row_;
-    run_row(job_.estimator, streamed, row, factors_, pivot_, sums_, envs_);
+    row.summed = partial_;
+    run_row(job_.estimator, streamed, plain, row, factors_, pivot_, sums_, envs_);
     row.after = row.carry;
     next_ = row.values;
     if (!partial_) return;
-    if (!std::memchr(row.codes, kInvalid, envs_)) {
+    if (highest < kInvalid) {
       pivot_ = join_sums(partial_, sums_, pivot_, row.advantages, envs_);
     } else {
       int64_t valid = 0;

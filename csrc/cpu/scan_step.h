@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <utility>
 
 namespace pydrone {
 namespace {
@@ -93,9 +94,12 @@ PYDRONE_INLINE void stream_vector(void* to, V x, bool whole) {
     }
 #endif
 #if defined(__SSE2__)
-  __m128i parts[sizeof(V) / 16];
-  std::memcpy(parts, &x, sizeof(V));
-  for (size_t i = 0; i < sizeof(V) / 16; ++i) _mm_stream_si128(static_cast<__m128i*>(to) + i, parts[i]);
+  typedef long long Pairs __attribute__((vector_size(sizeof(V))));
+  const Pairs all = reinterpret_cast<Pairs>(x);  // not by memcpy: GCC 12 would store `x` in every case
+  [&]<size_t... i>(std::index_sequence<i...>) __attribute__((always_inline)) {
+    (_mm_stream_si128(static_cast<__m128i*>(to) + i, __builtin_shufflevector(all, all, 2 * i, 2 * i + 1)), ...);
+  }
+  (std::make_index_sequence<sizeof(V) / 16>{});
 #else
   std::memcpy(to, &x, sizeof(V));
 #endif
@@ -113,6 +117,7 @@ struct Row {
   T* advantages;
   T *advantages_out, *targets;  // if streamed: `advantages` once more; else no such copy
   const T *rewards_ahead, *values_ahead, *log_rhos_ahead, *q_values_ahead;  // if streamed: prefetched meanwhile
+  bool summed;  // sums are asked for, and `advantages` if streamed
 };
 
 template <class T>
@@ -125,11 +130,11 @@ struct Stepped {
   V carry, advantage, target;
 };
 
-// x_t and what is made of it: of a vector of environments (V, C) or of one.
-template <Estimator estimator, class V, class C, class T>
+// x_t and what is made of it: of a vector of environments (V, C) or of one. `plain`: as gae_delta's.
+template <Estimator estimator, bool plain, class V, class C, class T>
 PYDRONE_INLINE Stepped<V> step_of(C code, V reward, V value, V next, V at_truncation, V ratio, V carry,
                                   const Factors<T>& by) {
-  const V delta = gae_delta(code, reward, value, next, at_truncation, by.gamma);
+  const V delta = gae_delta<plain>(code, reward, value, next, at_truncation, by.gamma);
   if constexpr (estimator == Estimator::kGae) {
     const V advantage = gae_join(code != kRunning, delta, by.decay, carry);
     return {advantage, advantage, advantage + value};
@@ -137,23 +142,24 @@ PYDRONE_INLINE Stepped<V> step_of(C code, V reward, V value, V next, V at_trunca
     const V link = by.decay * clipped_ratio(ratio, by.c_clip);
     if constexpr (estimator == Estimator::kVtrace) {
       V advantage;
-      const V x = vtrace_step(code, delta, clipped_ratio(ratio, by.rho_clip), link, by.gamma, carry, advantage);
+      const V x = vtrace_step<plain>(code, delta, clipped_ratio(ratio, by.rho_clip), link, by.gamma, carry, advantage);
       return {x, advantage, x + value};
     } else {
-      const V x = retrace_step(code, delta, link, carry);
+      const V x = retrace_step<plain>(code, delta, link, carry);
       return {carry, x, x + value};
     }
   }
 }
 
 // Outputs of a streamed step are written past the cache.
-template <int Bytes, Estimator estimator, bool Stream, class T>
+template <int Bytes, Estimator estimator, bool Stream, bool plain, class T>
 PYDRONE_INLINE void step_body(const Row<T>& given, const Factors<T>& factors, T pivot, Sums<T>& sums, int64_t n) {
   const Row<T> row = given;  // stores may alias `given`, but not a copy of it
   const Factors<T> by = factors;
   const T* const base = estimator == Estimator::kRetrace ? row.q_values : row.values;
   const bool whole = ((reinterpret_cast<uintptr_t>(row.advantages_out) | reinterpret_cast<uintptr_t>(row.targets)) & 63) == 0;
   constexpr bool off_policy = estimator != Estimator::kGae, has_advantages = estimator != Estimator::kRetrace;
+  const bool summed = row.summed, kept = !Stream || !off_policy || summed;  // GAE's carry is `advantages`
   std::fill(sums.first, sums.first + kLanes, T{0});
   std::fill(sums.second, sums.second + kLanes, T{0});
   int64_t i = 0;
@@ -173,15 +179,17 @@ PYDRONE_INLINE void step_body(const Row<T>& given, const Factors<T>& factors, T 
       const int64_t k = i + part * Kind::kSize;
       V ratio{};
       if constexpr (off_policy) ratio = ratio_of<Bytes, T>(load<V>(row.log_rhos + k));
-      const auto found = step_of<estimator>(load_codes<Kind>(row.codes + k), load<V>(row.rewards + k), load<V>(base + k),
-                                            load<V>(row.next + k), load<V>(row.at_truncation + k), ratio,
-                                            load<V>(row.after + k), by);
+      const auto found = step_of<estimator, plain>(load_codes<Kind>(row.codes + k), load<V>(row.rewards + k),
+                                                   load<V>(base + k), load<V>(row.next + k),
+                                                   load<V>(row.at_truncation + k), ratio, load<V>(row.after + k), by);
       if constexpr (off_policy) std::memcpy(row.carry + k, &found.carry, sizeof(V));
       if constexpr (has_advantages) {
-        const V difference = found.advantage - pivot;
-        first[part] += difference;
-        second[part] += difference * difference;
-        std::memcpy(row.advantages + k, &found.advantage, sizeof(V));
+        if (summed) {
+          const V difference = found.advantage - pivot;
+          first[part] += difference;
+          second[part] += difference * difference;
+        }
+        if (kept) std::memcpy(row.advantages + k, &found.advantage, sizeof(V));
       }
       if constexpr (Stream) {
         if constexpr (has_advantages) stream_vector(row.advantages_out + k, found.advantage, whole);
@@ -197,14 +205,14 @@ PYDRONE_INLINE void step_body(const Row<T>& given, const Factors<T>& factors, T 
   for (; i < n; ++i) {
     T ratio{};
     if constexpr (off_policy) ratio = ratio_of<16, T>(row.log_rhos[i]);
-    const auto found = step_of<estimator>(int32_t{row.codes[i]}, row.rewards[i], base[i], row.next[i],
-                                          row.at_truncation[i], ratio, row.after[i], by);
+    const auto found = step_of<estimator, plain>(int32_t{row.codes[i]}, row.rewards[i], base[i], row.next[i],
+                                                 row.at_truncation[i], ratio, row.after[i], by);
     if constexpr (off_policy) row.carry[i] = found.carry;
     if constexpr (has_advantages) {
       const T difference = found.advantage - pivot;
       sums.first[i % kLanes] += difference;
       sums.second[i % kLanes] += difference * difference;
-      row.advantages[i] = found.advantage;
+      if (kept) row.advantages[i] = found.advantage;
       if constexpr (Stream) row.advantages_out[i] = found.advantage;
     }
     row.targets[i] = found.target;
@@ -249,38 +257,45 @@ PYDRONE_INLINE void moments_body(double* into, const T* x, int64_t n) {
   for (; i < n; ++i) merge(into, 1, x[i], 0);
 }
 
-#define PYDRONE_STEP(name, estimator, stream, T)                                                                   \
+#define PYDRONE_STEP(name, estimator, stream, plain, T)                                                            \
   template <int Bytes>                                                                                             \
   PYDRONE_INLINE void name##_body(const Row<T>& row, const Factors<T>& by, T pivot, Sums<T>& sums, int64_t n) {     \
-    step_body<Bytes, Estimator::estimator, stream>(row, by, pivot, sums, n);                                       \
+    step_body<Bytes, Estimator::estimator, stream, plain>(row, by, pivot, sums, n);                                \
   }                                                                                                                \
   PYDRONE_VERSIONED(void, name, name##_body,                                                                       \
                     (const Row<T>& row, const Factors<T>& by, T pivot, Sums<T>& sums, int64_t n),                  \
                     (row, by, pivot, sums, n))
-#define PYDRONE_INSTANCE(T)                        \
-  PYDRONE_STEP(gae_row, kGae, false, T)            \
-  PYDRONE_STEP(gae_row_streamed, kGae, true, T)    \
-  PYDRONE_STEP(vtrace_row, kVtrace, false, T)      \
-  PYDRONE_STEP(vtrace_row_streamed, kVtrace, true, T)  \
-  PYDRONE_STEP(retrace_row, kRetrace, false, T)    \
-  PYDRONE_STEP(retrace_row_streamed, kRetrace, true, T)  \
+// The four kinds of step of an estimator, and what picks one of them.
+#define PYDRONE_STEPS(name, estimator, T)                                                                          \
+  PYDRONE_STEP(name, estimator, false, false, T)                                                                   \
+  PYDRONE_STEP(name##_streamed, estimator, true, false, T)                                                         \
+  PYDRONE_STEP(name##_plain, estimator, false, true, T)                                                            \
+  PYDRONE_STEP(name##_plain_streamed, estimator, true, true, T)                                                    \
+  inline void any_##name(bool streamed, bool plain, const Row<T>& row, const Factors<T>& by, T pivot,              \
+                         Sums<T>& sums, int64_t n) {                                                               \
+    if (plain && streamed) return name##_plain_streamed(row, by, pivot, sums, n);                                  \
+    if (plain) return name##_plain(row, by, pivot, sums, n);                                                       \
+    return streamed ? name##_streamed(row, by, pivot, sums, n) : name(row, by, pivot, sums, n);                    \
+  }
+#define PYDRONE_INSTANCE(T)               \
+  PYDRONE_STEPS(gae_row, kGae, T)         \
+  PYDRONE_STEPS(vtrace_row, kVtrace, T)   \
+  PYDRONE_STEPS(retrace_row, kRetrace, T) \
   PYDRONE_VERSIONED(void, moments, moments_body, (double* into, const T* x, int64_t n), (into, x, n))
 PYDRONE_INSTANCE(float)
 PYDRONE_INSTANCE(double)
 #undef PYDRONE_INSTANCE
+#undef PYDRONE_STEPS
 #undef PYDRONE_STEP
 
-// One step of n environments; see Row.
+// One step of n environments; see Row. `plain`: all codes are kRunning or kTerminated.
 template <class T>
-void run_row(Estimator estimator, bool streamed, const Row<T>& row, const Factors<T>& by, T pivot, Sums<T>& sums,
-             int64_t n) {
+void run_row(Estimator estimator, bool streamed, bool plain, const Row<T>& row, const Factors<T>& by, T pivot,
+             Sums<T>& sums, int64_t n) {
   switch (estimator) {
-    case Estimator::kGae:
-      return streamed ? gae_row_streamed(row, by, pivot, sums, n) : gae_row(row, by, pivot, sums, n);
-    case Estimator::kVtrace:
-      return streamed ? vtrace_row_streamed(row, by, pivot, sums, n) : vtrace_row(row, by, pivot, sums, n);
-    case Estimator::kRetrace:
-      return streamed ? retrace_row_streamed(row, by, pivot, sums, n) : retrace_row(row, by, pivot, sums, n);
+    case Estimator::kGae: return any_gae_row(streamed, plain, row, by, pivot, sums, n);
+    case Estimator::kVtrace: return any_vtrace_row(streamed, plain, row, by, pivot, sums, n);
+    case Estimator::kRetrace: return any_retrace_row(streamed, plain, row, by, pivot, sums, n);
   }
 }
 
@@ -312,6 +327,14 @@ PYDRONE_INLINE void encode_row_body(uint8_t* codes, const uint8_t* dones, const 
 PYDRONE_VERSIONED(void, encode_row, encode_row_body,
                   (uint8_t* codes, const uint8_t* dones, const uint8_t* truncated, const uint8_t* valid, int64_t n),
                   (codes, dones, truncated, valid, n))
+
+template <int>
+PYDRONE_INLINE uint8_t highest_code_body(const uint8_t* codes, int64_t n) {
+  uint8_t highest = 0;
+  for (int64_t i = 0; i < n; ++i) highest = std::max(highest, codes[i]);
+  return highest;
+}
+PYDRONE_VERSIONED(uint8_t, highest_code, highest_code_body, (const uint8_t* codes, int64_t n), (codes, n))
 
 }  // namespace
 }  // namespace pydrone

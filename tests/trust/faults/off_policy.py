@@ -29,8 +29,8 @@ OFF_POLICY = [
     Fault(
         "the ratio of an invalid step used",
         RECURRENCE,
-        "const T weight = code == kInvalid ? T{} : rho;",
-        "const T weight = rho;",
+        "weight = code == kInvalid ? T{} : rho;",
+        "weight = rho;",
         TESTS,
     ),
     Fault(
