@@ -2,8 +2,8 @@
 
 Env-major ([N, C] with steps contiguous): some lanes of a warp, a warp or several warps per environment, four steps in
 each lane, scanned backwards across the lanes; loads and stores are 128 bits wide. Time-major (environments contiguous):
-one thread per environment, which loads twenty steps at a time and walks backwards over them. Both are correct for any
-strides. scan.py has the recurrence, moments.py the statistics.
+one thread per environment, which loads up to twenty steps at a time and walks backwards over them. Both are correct
+for any strides. scan.py has the recurrence, moments.py the statistics.
 """
 
 from __future__ import annotations
@@ -30,8 +30,9 @@ THREAD_ROWS, MANY = 2, 4096
 # Most registers of a thread, where rows are read in 128 bits: two programs of 16 warps fit on a multiprocessor. In
 # float64, three of 8.
 REGISTERS, DOUBLE_REGISTERS = 64, 80
-# Threads of a time-major program, and the most steps that a thread holds: more would take long to compile.
-COLUMNS, COLUMN_STEPS = 64, 20
+# Threads of a time-major program, and the most steps that a thread holds: more would take long to compile. Fewer where
+# each has a fourth number.
+COLUMNS, COLUMN_STEPS, OFF_POLICY_STEPS = 64, 20, 17
 # Whether an env-major program stores its rows before it takes its ticket, which then waits for them.
 STORE_FIRST = False
 
@@ -195,7 +196,7 @@ def _launch(
         if env_major:
             shape = shape_of(num_envs, num_steps, output.dtype)
         else:
-            chunks = triton.cdiv(num_steps, COLUMN_STEPS)
+            chunks = triton.cdiv(num_steps, COLUMN_STEPS if columns[7] is None else OFF_POLICY_STEPS)
             shape = Shape(COLUMNS, triton.cdiv(num_steps, chunks), 1, COLUMNS // 32)
         registers = REGISTERS if output.dtype == torch.float32 else DOUBLE_REGISTERS
         programs = triton.cdiv(num_envs, shape.rows)

@@ -127,7 +127,7 @@ def derivative(x, y, ACTIVATION: tl.constexpr):
         return tl.where(y > 0, 1.0, 0.0)
     else:
         gate = 1.0 / (1.0 + tl.exp(-x))
-        return gate + x * gate * (1.0 - gate)
+        return gate + gate * (x - x * gate)
 
 
 @triton.jit

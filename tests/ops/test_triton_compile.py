@@ -40,7 +40,7 @@ BUDGET = {
     "gae rows, odd": (80, 8192),
     "gae rows, long": (64, 384),
     "gae rows, float64": (80, 8192),
-    # 128 programs of 64 threads: registers are no limit. Twenty steps are in flight.
+    # 128 programs of 64 threads: registers are no limit. Up to twenty steps are in flight.
     "gae columns": (168, 48),
     "gae columns, pool": (168, 48),
     "vtrace columns": (168, 48),
@@ -58,9 +58,9 @@ BUDGET = {
     "loss, strided": (128, 4096),
     "loss, one action": (128, 4096),
     "loss, 17 actions": (128, 4096),
-    # Streams of 16 elements per thread; four programs of 256 threads. Shared memory: sums of 8 warps.
+    # Streams of 16 elements per thread; five programs of 256 threads. Shared memory: sums of 8 warps.
     **{f"layer, {x}": (48, 0) for x in ACTIVATIONS},
-    **{f"layer back, {x}": (64, 4096) for x in (*ACTIVATIONS, "none")},
+    **{f"layer back, {x}": (48, 4096) for x in (*ACTIVATIONS, "none")},
     "loss, float64": (192, 4096),
     # 128 programs of 64 threads for 8192 drones: registers are no limit. Shared memory: rows of 16 for 64 drones.
     "env step": (128, 4096),
@@ -70,7 +70,7 @@ BUDGET = {
     "propellers": (64, 4096),
     "propellers, all options": (128, 4096),
     "task in a solver": (128, 4096),
-    "task in a solver, all options": (160, 4096),
+    "task in a solver, all options": (192, 4096),  # it places drones, too
     # One program of 256 threads, which has all registers and, in TF32 with 128 units, nearly all shared memory of a
     # multiprocessor. The estimate of shared memory is held below.
     "gradients": (255, 219_136),
@@ -139,8 +139,11 @@ def test_nothing_is_spilled(kernels, request):
     for name, kernel in kernels.items():
         allowed = SPILLED | SPILLED_ON.get(kernel["architecture"], {})
         allowed |= SPILLED_BESIDE_HMMA if count(kernel, "HMMA") else {}
-        assert kernel["stack"] <= allowed.get(name, 0), name
-        assert count(kernel, "LDL") + count(kernel, "STL") <= allowed.get(name, 0) // 4, name
+        most = allowed.get(name, 0)
+        assert kernel["stack"] <= most, name
+        # One for each four bytes, or a percent of the instructions, which does not show in a time.
+        percent = sum(kernel["opcodes"].values()) // 100 if most else 0
+        assert count(kernel, "LDL") + count(kernel, "STL") <= max(most // 4, percent), name
 
 
 def test_registers_and_shared_memory_are_within_budget(kernels):

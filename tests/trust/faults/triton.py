@@ -348,8 +348,8 @@ TRITON = [
     Fault(
         "SiLU's derivative of what is not kept, in Triton",
         "triton_kernels/networks.py",
-        "        return gate + x * gate * (1.0 - gate)",
-        "        return gate + x * gate * (1.0 + gate)",
+        "        return gate + gate * (x - x * gate)",
+        "        return gate + gate * (x + x * gate)",
         OF_LAYER,
     ),
     Fault(
