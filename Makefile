@@ -53,8 +53,8 @@ SANITIZED := build/sanitized
 SANITIZED_RUN = env PYTHONSAFEPATH=1 PYTHONPATH=$(CURDIR)/$(SANITIZED) ASAN_OPTIONS=detect_leaks=0 \
     UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
     LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" $(PY)
-SANITIZED_TESTS := $(addprefix tests/,test_gae.py test_gae_contract.py test_buffer.py test_buffer_state.py rollout \
-    ops/test_ops.py ops/test_pages.py ops/test_steps.py trust \
+SANITIZED_TESTS := $(addprefix tests/,test_gae.py test_gae_contract.py test_vtrace.py test_buffer.py \
+    test_buffer_state.py rollout ops/test_ops.py ops/test_pages.py ops/test_steps.py trust \
     $(addprefix ppo/learner/,test_fused.py test_fused_ring.py test_fused_bf16.py test_acting.py test_adam.py))
 # ThreadSanitizer cannot follow torch's threads: it gets the same sources on std::thread, without torch.
 TORCH_INCLUDE = $(PY) -c 'import torch.utils.cpp_extension as x; print(x.include_paths()[0])'
