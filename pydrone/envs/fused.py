@@ -249,7 +249,7 @@ class FusedStep:
         )
 
     def prepare(self, body: Body) -> None:
-        """Does before the first step what steps with ``body`` need once."""
+        """Does before the first step, which may be captured, what steps with ``body`` need once."""
 
     def propel(self, task: Any, actions: Tensor, solver: Solver, thrust: float, moments: tuple[float, ...]) -> None:
         """Writes the forces of ``actions`` [N, 4], clipped or not, and of the wind for the simulator's next step.
