@@ -40,13 +40,13 @@ def activate_kernel(
 @triton.jit(do_not_specialize=["num_rows"])
 def activate_backward_kernel(
     grad, kept, out, bias_grad, workspace, num_rows,
-    WIDTH: tl.constexpr, ACTIVATION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WARPS: tl.constexpr,
+    WIDTH: tl.constexpr, ACTIVATION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SUMS: tl.constexpr,
     PARTIALS: tl.constexpr,
 ):  # fmt: skip
     programs = tl.num_programs(0)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     exists = column < WIDTH
-    total = tl.zeros([WARPS, COLUMNS], tl.float32)
+    total = tl.zeros([SUMS, COLUMNS], tl.float32)
     first = tl.program_id(0) * ROWS
     while first < num_rows:  # not a range: with numpy 2.5, Triton 3.6's interpreter rejects a tensor as its bound
         row = (first + tl.arange(0, ROWS)).to(tl.int64)
@@ -57,8 +57,7 @@ def activate_backward_kernel(
             before = tl.load(kept + at, mask=inside, other=0.0)
             d = tl.where(inside, d * derivative(before, before, ACTIVATION), 0.0)
             tl.store(out + at, d, mask=inside)
-        # each warp has every WARPS-th row: a thread adds its own, and holds one sum of a column for all of them
-        total += tl.sum(tl.reshape(d, [ROWS // WARPS, WARPS, COLUMNS]), 0)
+        total += tl.sum(tl.reshape(d, [ROWS // SUMS, SUMS, COLUMNS]), 0)
         first += programs * ROWS
     partials = workspace + TICKETS
     tl.store(partials + tl.program_id(0) * WIDTH + column, tl.sum(total, 0).to(tl.float64), mask=exists)
@@ -95,10 +94,12 @@ def activate_backward(grad, kept, activation, out, bias_grad, workspace) -> None
         bias_grad.zero_()
         return
     columns = power_of_2(width, 16, COLUMNS)
+    # In a tile as wide as this each warp has every WARPS-th row: a thread adds up its own in registers.
+    sums = WARPS if columns == COLUMNS else LAYER_ROWS
     if triton.cdiv(width, columns) > LAYER_TICKETS:
         raise RuntimeError(f"grad: expected at most {LAYER_TICKETS * columns} columns, got {width}")
     with on_device_of(grad):
         activate_backward_kernel[(layer_programs(rows), triton.cdiv(width, columns))](
             grad, kept, out, bias_grad, workspace, rows, WIDTH=width, ACTIVATION=activation,
-            ROWS=LAYER_ROWS, COLUMNS=columns, WARPS=WARPS, PARTIALS=16, num_warps=WARPS,
+            ROWS=LAYER_ROWS, COLUMNS=columns, SUMS=sums, PARTIALS=16, num_warps=WARPS,
         )  # fmt: skip

@@ -55,7 +55,7 @@ template <class V, class T>
 static inline __attribute__((always_inline)) V between(T least, T most, V x) {
   V low = least - V{}, high = most - V{};
 #if defined(__x86_64__)
-  asm("" : "+v"(low), "+v"(high));
+  asm("" : "+v"(low), "+v"(high));  // hides them
 #endif
   const V below = x > high ? high : x;
   return below < low ? low : below;

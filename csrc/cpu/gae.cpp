@@ -126,6 +126,7 @@ class Block {
 
   // V of the true final observations where truncated; unspecified elsewhere.
   const T* final_values(const uint8_t* codes, int64_t slot) {
+    if (!std::memchr(codes, kTruncated, envs_)) return next_;
     std::copy(next_, next_ + envs_, spare_row_);
     for (int64_t n = 0; n < envs_; ++n) {
       if (codes[n] != kTruncated) continue;
@@ -168,7 +169,7 @@ class Block {
     if (job_.estimator == Estimator::kRetrace)
       row.q_values = reals_of(direct_.q_values, job_.q_values, slot, q_values_tile_, i, streamed, row.q_values_ahead);
     row.codes = codes_of(i, slot);
-    const bool terminal = !job_.coded && !job_.has_truncated && !job_.has_valid;  // no code is higher
+    const bool terminal = !job_.coded && !job_.has_truncated && !job_.has_valid;
     const uint8_t highest = terminal ? uint8_t{kTerminated} : highest_code(row.codes, envs_);
     const bool plain = highest <= kTerminated;
     row.next = row.at_truncation = next_;

@@ -117,7 +117,7 @@ struct Row {
   T* advantages;
   T *advantages_out, *targets;  // if streamed: `advantages` once more; else no such copy
   const T *rewards_ahead, *values_ahead, *log_rhos_ahead, *q_values_ahead;  // if streamed: prefetched meanwhile
-  bool summed;  // sums are asked for, and `advantages` if streamed
+  bool summed;  // whether sums are wanted
 };
 
 template <class T>
@@ -159,7 +159,8 @@ PYDRONE_INLINE void step_body(const Row<T>& given, const Factors<T>& factors, T 
   const T* const base = estimator == Estimator::kRetrace ? row.q_values : row.values;
   const bool whole = ((reinterpret_cast<uintptr_t>(row.advantages_out) | reinterpret_cast<uintptr_t>(row.targets)) & 63) == 0;
   constexpr bool off_policy = estimator != Estimator::kGae, has_advantages = estimator != Estimator::kRetrace;
-  const bool summed = row.summed, kept = !Stream || !off_policy || summed;  // GAE's carry is `advantages`
+  // A streamed row's `advantages` are read again as GAE's carry, or for the moments.
+  const bool summed = row.summed, kept = !Stream || !off_policy || summed;
   std::fill(sums.first, sums.first + kLanes, T{0});
   std::fill(sums.second, sums.second + kLanes, T{0});
   int64_t i = 0;
@@ -209,9 +210,11 @@ PYDRONE_INLINE void step_body(const Row<T>& given, const Factors<T>& factors, T 
                                                  row.at_truncation[i], ratio, row.after[i], by);
     if constexpr (off_policy) row.carry[i] = found.carry;
     if constexpr (has_advantages) {
-      const T difference = found.advantage - pivot;
-      sums.first[i % kLanes] += difference;
-      sums.second[i % kLanes] += difference * difference;
+      if (summed) {
+        const T difference = found.advantage - pivot;
+        sums.first[i % kLanes] += difference;
+        sums.second[i % kLanes] += difference * difference;
+      }
       if (kept) row.advantages[i] = found.advantage;
       if constexpr (Stream) row.advantages_out[i] = found.advantage;
     }

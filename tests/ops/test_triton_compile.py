@@ -160,6 +160,13 @@ def test_no_minimum_or_maximum_drops_a_nan(kernels):
         assert [x for x in kernel["minima and maxima"] if ".NaN." not in x] == [], name
 
 
+def test_a_layer_adds_its_rows_without_barriers(kernels):
+    """Barriers are for the program's sums and the last program's; a sum of rows across warps would have four more."""
+    for name, kernel in kernels.items():
+        if name.startswith("layer back"):
+            assert count(kernel, "BAR") <= (7 if name == "layer back, none" else 11), name  # that one is narrow
+
+
 @pytest.mark.parametrize("name", WIDE)
 def test_gae_rows_are_read_and_written_in_128_bits(kernels, name):
     kernel = kernels[name]
