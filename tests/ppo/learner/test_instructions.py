@@ -15,8 +15,11 @@ pytestmark = pytest.mark.skipif(native.CPU_MISSING is not None, reason=f"no nati
 MEASURED = {"gradients": (713, 1426, 5320), "act": (651, 1024, 2981), "adam": (2, 3.42, 8.9)}
 
 
-# The baseline takes 20 s: test_vectors.py and test_isa.py cover it in the default run.
-@pytest.mark.parametrize("isa", [*ISAS[:-1], pytest.param(ISAS[-1], marks=pytest.mark.slow)])
+# Each takes 12 to 20 s. In the default run test_vectors.py and test_isa.py cover the lesser ones.
+OWN = instructions.isa() if native.CPU_MISSING is None else None
+
+
+@pytest.mark.parametrize("isa", [x if x == OWN else pytest.param(x, marks=pytest.mark.slow) for x in ISAS])
 def test_instructions_of_a_sample(isa):
     """Vectors that the instruction set lacks are taken apart; so were activations and products by scalars."""
     at = ISAS.index(isa)
