@@ -70,7 +70,7 @@ BUDGET = {
     "propellers": (64, 4096),
     "propellers, all options": (128, 4096),
     "task in a solver": (128, 4096),
-    "task in a solver, all options": (192, 4096),  # it places drones, too
+    "task in a solver, all options": (160, 4096),
     # One program of 256 threads, which has all registers and, in TF32 with 128 units, nearly all shared memory of a
     # multiprocessor. The estimate of shared memory is held below.
     "gradients": (255, 219_136),
@@ -139,11 +139,8 @@ def test_nothing_is_spilled(kernels, request):
     for name, kernel in kernels.items():
         allowed = SPILLED | SPILLED_ON.get(kernel["architecture"], {})
         allowed |= SPILLED_BESIDE_HMMA if count(kernel, "HMMA") else {}
-        most = allowed.get(name, 0)
-        assert kernel["stack"] <= most, name
-        # One for each four bytes, or a percent of the instructions, which does not show in a time.
-        percent = sum(kernel["opcodes"].values()) // 100 if most else 0
-        assert count(kernel, "LDL") + count(kernel, "STL") <= max(most // 4, percent), name
+        assert kernel["stack"] <= allowed.get(name, 0), name
+        assert count(kernel, "LDL") + count(kernel, "STL") <= allowed.get(name, 0) // 4, name
 
 
 def test_registers_and_shared_memory_are_within_budget(kernels):
