@@ -188,7 +188,7 @@ def test_the_sources_load_nothing_that_may_contain_code():
                 assert not names & {"pickle", "cPickle", "dill", "joblib", "marshal", "shelve"}, where
             if isinstance(node, ast.Call):
                 called = ast.unparse(node.func)
-                if path != kernels / "prepared.py":
+                if called != "eval" or path != kernels / "prepared.py":
                     assert called not in ("eval", "exec", "np.load", "numpy.load"), where
                 if called.endswith("torch.load"):
                     options = {word.arg: ast.unparse(word.value) for word in node.keywords}
